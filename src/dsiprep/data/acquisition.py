@@ -1,0 +1,137 @@
+"""How the data were acquired: phase encoding, blips, and the unit that is processed together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from dsiprep.data.grid import Grid
+
+AXES = "ijk"
+
+
+@dataclass(frozen=True)
+class PhaseEncoding:
+    """The direction and speed of phase encoding of one run.
+
+    A field of `f` Hz moves signal by `f * readout_time * polarity` voxels along `axis`: where the head is at
+    voxel x, its signal is found at x + shift.
+
+    Attributes
+    ----------
+    axis : int
+        0, 1 or 2: voxel axis i, j or k of the file.
+    polarity : int
+        +1 for `i`, `j`, `k` (blip-up), -1 for `i-`, `j-`, `k-` (blip-down).
+    readout_time : float or None
+        Total readout time in s; None where the sidecars do not tell.
+    """
+
+    axis: int
+    polarity: int
+    readout_time: float | None = None
+
+    @classmethod
+    def from_bids(cls, direction: str, readout_time: float | None = None) -> PhaseEncoding:
+        """From BIDS' `PhaseEncodingDirection` ("i", "j-", ...) and `TotalReadoutTime` (s)."""
+        return cls(AXES.index(direction[0]), -1 if direction.endswith("-") else 1, readout_time)
+
+    @property
+    def direction(self) -> str:
+        """As BIDS writes it: "j" or "j-"."""
+        return AXES[self.axis] + ("-" if self.polarity < 0 else "")
+
+    def vector(self, grid: Grid) -> np.ndarray:
+        """Displacement in world RAS+ mm for a shift of one voxel along +axis, (3,). Polarity is not in it."""
+        return grid.affine[:3, self.axis]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One DWI run as files. `entities` are the BIDS entities by their short names, in file order."""
+
+    image: Path
+    bval: Path
+    bvec: Path
+    pe: PhaseEncoding | None
+    entities: dict[str, str] = field(default_factory=dict)
+    metadata: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EpiReference:
+    """A reversed phase-encoding EPI of fmap/, one or several b=0 volumes."""
+
+    image: Path
+    pe: PhaseEncoding
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What is processed together into one output: the DWI of one subject's session, and what belongs to it.
+
+    Attributes
+    ----------
+    subject, session : str, str or None
+        Labels without `sub-` and `ses-`.
+    name : str
+        Prefix of the outputs: `sub-01_ses-1_acq-dsi`, the entities that all runs share.
+    runs : tuple of Run
+        At least one.
+    epis : tuple of EpiReference
+        b=0 images of fmap/ that pair with the runs.
+    t1w, t2w : tuple of Path
+        Structural images, in order.
+    notes : tuple of str
+        Why these files go together, what was derived, and what cannot be done, in sentences.
+    """
+
+    subject: str
+    session: str | None
+    name: str
+    runs: tuple[Run, ...]
+    epis: tuple[EpiReference, ...] = ()
+    t1w: tuple[Path, ...] = ()
+    t2w: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def inputs(self) -> tuple[Path, ...]:
+        """Every file that enters, for the cache."""
+        files = [f for run in self.runs for f in (run.image, run.bval, run.bvec)]
+        return (*files, *(epi.image for epi in self.epis), *self.t1w, *self.t2w)
+
+
+@dataclass(frozen=True)
+class SamplingScheme:
+    """What the b-table is, recognised from the table alone.
+
+    Attributes
+    ----------
+    kind : str
+        "single-shell", "multi-shell", "DSI" (a full Cartesian lattice), "CS-DSI" (part of the lattice),
+        "b0-only" or "other".
+    half_sphere : bool
+        Lattice schemes: whether one half of q-space was sampled.
+    bvalues : tuple of float
+        Shells in s/mm² (shelled schemes); the distinct rings of the lattice otherwise.
+    n_directions, n_b0 : int
+    max_b : float
+        s/mm².
+    description : str
+        One line for people: "Cartesian DSI, 257 directions on a lattice of radius 5 (full sphere), b to 7000".
+    """
+
+    kind: str
+    half_sphere: bool
+    bvalues: tuple[float, ...]
+    n_directions: int
+    n_b0: int
+    max_b: float
+    description: str
+
+    @property
+    def shelled(self) -> bool:
+        """Whether "shell" may be said of it."""
+        return self.kind in ("single-shell", "multi-shell")

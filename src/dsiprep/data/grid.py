@@ -1,0 +1,83 @@
+"""A sampling grid in the world, and a volume on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the voxels of an image are.
+
+    Attributes
+    ----------
+    shape : (int, int, int)
+        Voxels along i, j, k, the axes of the NIfTI file.
+    affine : ndarray, (4, 4), float64
+        Voxel index (centres are integers) to world RAS+ mm.
+    """
+
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+
+    @property
+    def voxel_sizes(self) -> np.ndarray:
+        """Length of a step along i, j, k in mm, (3,)."""
+        return np.linalg.norm(self.affine[:3, :3], axis=0)
+
+    @property
+    def directions(self) -> np.ndarray:
+        """Unit vectors of the i, j, k axes in world RAS+, one per column, (3, 3)."""
+        return self.affine[:3, :3] / self.voxel_sizes
+
+    @property
+    def centre(self) -> np.ndarray:
+        """World position of the middle of the grid in mm, (3,)."""
+        return self.to_world((np.asarray(self.shape, float) - 1) / 2)
+
+    def to_world(self, voxels: np.ndarray) -> np.ndarray:
+        """Voxel coordinates (..., 3) to world RAS+ mm (..., 3)."""
+        return np.asarray(voxels, float) @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+    def to_voxels(self, points: np.ndarray) -> np.ndarray:
+        """World RAS+ mm (..., 3) to voxel coordinates (..., 3)."""
+        inverse = np.linalg.inv(self.affine)
+        return np.asarray(points, float) @ inverse[:3, :3].T + inverse[:3, 3]
+
+    def matches(self, other: Grid, tolerance: float = 1e-3) -> bool:
+        """Whether both grids have the same voxels, corners compared within `tolerance` mm."""
+        corner = np.asarray(self.shape, float) - 1
+        return self.shape == other.shape and bool(
+            np.allclose(self.affine[:3, 3], other.affine[:3, 3], atol=tolerance)
+            and np.allclose(self.to_world(corner), other.to_world(corner), atol=tolerance)
+            and np.allclose(self.affine[:3, :3], other.affine[:3, :3], atol=tolerance)
+        )
+
+    def at_spacing(self, spacing: float | tuple[float, float, float]) -> Grid:
+        """The same field of view (same outer faces) with voxels of about `spacing` mm."""
+        extent = self.voxel_sizes * self.shape
+        shape = np.maximum(1, np.round(extent / np.broadcast_to(spacing, 3))).astype(int)
+        factor = np.asarray(self.shape) / shape
+        affine = self.affine.copy()
+        affine[:3, :3] = self.affine[:3, :3] * factor
+        affine[:3, 3] = self.to_world((factor - 1) / 2)
+        return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+
+
+@dataclass(frozen=True, eq=False)
+class Volume:
+    """One 3-D image: `data` (i, j, k) on `grid`."""
+
+    data: torch.Tensor
+    grid: Grid
+
+    def numpy(self) -> np.ndarray:
+        """The voxels as a NumPy array on the CPU, (i, j, k)."""
+        return self.data.detach().cpu().numpy()
+
+    def to(self, device: torch.device | str) -> Volume:
+        """The same volume on another device."""
+        return Volume(self.data.to(device), self.grid)

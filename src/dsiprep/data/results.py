@@ -1,0 +1,220 @@
+"""One result per stage. Frozen; what a report, a derivative or a later stage needs is in here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.transform import Affine, Chain, DisplacementField
+
+
+@dataclass(frozen=True, eq=False)
+class Blip:
+    """The volumes of one phase-encoding direction: DWI of the unit, b=0 images from fmap/, or both.
+
+    Attributes
+    ----------
+    name : str
+        "up" (polarity +1), "down" (-1) or "only".
+    pe : PhaseEncoding or None
+        None where the sidecars do not tell the direction.
+    epis : Tensor, (m, i, j, k)
+        b=0 volumes of fmap/ with this phase encoding, on the DWI's grid; m may be 0.
+    """
+
+    name: str
+    pe: PhaseEncoding | None
+    epis: torch.Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Acquired:
+    """One conformed series. `dwi.blip` indexes `blips`; `scales` is the factor that each run was multiplied by."""
+
+    dwi: DWI
+    blips: tuple[Blip, ...]
+    scheme: SamplingScheme
+    scales: np.ndarray
+    multiband: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Denoised:
+    """The series after denoising; `noise` is sigma per voxel and `before` the b=0 mean that went in."""
+
+    dwi: DWI
+    noise: Volume | None
+    rank: Volume | None
+    method: str
+
+
+@dataclass(frozen=True, eq=False)
+class Motion:
+    """Where the head was in every volume of one blip.
+
+    Attributes
+    ----------
+    transforms : ndarray, (n, 4, 4), float64
+        Points of the dwiref (world RAS+ mm) to points of volume v: x_v = transforms[v] @ x_dwiref. Bringing
+        volume v onto the dwiref means reading it there.
+    volumes : ndarray, (n,), int
+        Which volumes of the conformed series these are.
+    dwiref : Volume
+        The b=0 reference that all volumes were aligned to, still distorted.
+    mask : Volume
+        Brain in the dwiref, 0 or 1.
+    r2, xcorr : ndarray, (n,)
+        Agreement of each aligned volume with its prediction in the mask, at the last round.
+    slice_z : ndarray, (n, slices)
+        Robust z-score of each slice's residual against the prediction, along `slice_axis`.
+    trace : list of dict
+        One row per volume and round, in the columns of hmcOptimization.csv.
+    model : str
+        The signal model that was used, and why: "3dSHORE", "tensor" or "none".
+    """
+
+    transforms: np.ndarray
+    volumes: np.ndarray
+    dwiref: Volume
+    mask: Volume
+    r2: np.ndarray
+    xcorr: np.ndarray
+    slice_z: np.ndarray
+    slice_axis: int
+    trace: list[dict[str, float]]
+    model: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Distortion:
+    """From the undistorted dwiref to each blip.
+
+    A point x of the undistorted dwiref is found, in the dwiref of blip b, at poses[b] @ x + u_b(x), where u_b
+    is `fields[b]`: the head's rigid pose and then the displacement along the phase-encoding axis, which is fixed
+    in the scanner. With motion, x_v = transforms[v] @ poses[b] @ x + u_b(x): the field moves with the head.
+
+    Attributes
+    ----------
+    poses : ndarray, (blips, 4, 4), float64
+    fields : tuple of DisplacementField
+        u_b in mm RAS+, on the grid of the dwiref, one per blip.
+    fieldmap_hz : Volume or None
+        Off-resonance on the dwiref's grid; None where no readout time is known.
+    dwiref : Volume
+        The corrected b=0 reference.
+    before, after : tuple of Volume
+        b=0 of each blip before and after, on the dwiref's grid.
+    trace : list of dict
+        One row per iteration: level, cost, step.
+    """
+
+    poses: np.ndarray
+    fields: tuple[DisplacementField, ...]
+    fieldmap_hz: Volume | None
+    dwiref: Volume
+    before: tuple[Volume, ...]
+    after: tuple[Volume, ...]
+    trace: list[dict[str, float]]
+    method: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Anatomy:
+    """The structural image in its own space, and the ways to ACPC and to the template.
+
+    Everything on `grid` is in ACPC space. Where there is no structural image, `modality` is "none", the b=0
+    reference stands in for it and tissue and template are None.
+
+    Attributes
+    ----------
+    modality : str
+        "T1w", "T2w" or "none".
+    image, mask : Volume
+        Bias-corrected structural image and its brain mask (0 or 1), ACPC space, LPS+.
+    tissue : Tensor, (3, i, j, k) or None
+        Probabilities of CSF, GM, WM on `image`'s grid.
+    anat_to_acpc : Affine
+        Rigid: points of ACPC to points of the native structural image.
+    acpc_to_template, template_to_acpc : Chain or None
+        acpc_to_template maps points of the template to ACPC; None where normalisation was skipped.
+    template : str
+        TemplateFlow's name of the template.
+    template_grid : Grid or None
+        The grid of `acpc_to_template`'s field.
+    """
+
+    modality: str
+    image: Volume
+    mask: Volume
+    tissue: torch.Tensor | None
+    anat_to_acpc: Affine
+    acpc_to_template: Chain | None
+    template_to_acpc: Chain | None
+    template: str
+    template_image: Volume | None
+    warped: Volume | None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Coregistration:
+    """dwiref to ACPC: `dwiref_to_acpc` maps points of ACPC to points of the undistorted dwiref."""
+
+    dwiref_to_acpc: Affine
+    score_before: float
+    score_after: float
+    metric: str
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessed:
+    """The series in ACPC space, resampled once."""
+
+    dwi: DWI
+    dwiref: Volume
+    mask: Volume
+    interpolation: str
+
+
+@dataclass(frozen=True, eq=False)
+class Quality:
+    """Numbers about the result.
+
+    Attributes
+    ----------
+    table : dict
+        One row: the columns of image_qc.tsv.
+    confounds : dict of ndarray, (n,)
+        The columns of the confounds table, one value per volume.
+    slice_z : ndarray, (n, slices)
+        Robust z-scores of slices against the prediction.
+    cnr, tsnr : Volume or None
+    """
+
+    table: dict[str, float | str | None]
+    confounds: dict[str, np.ndarray]
+    slice_z: np.ndarray
+    cnr: Volume | None
+    tsnr: Volume | None
+    notes: tuple[str, ...] = field(default=())
+
+
+__all__ = [
+    "Acquired",
+    "Anatomy",
+    "Blip",
+    "Coregistration",
+    "Denoised",
+    "Distortion",
+    "Grid",
+    "Motion",
+    "Preprocessed",
+    "Quality",
+]

@@ -1,0 +1,104 @@
+"""Where the work is done: device, threads, chunks that fit. The only file that says "cuda"."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numba
+import torch
+
+from dsiprep.errors import SettingsError
+
+log = logging.getLogger("dsiprep")
+T = TypeVar("T")
+
+
+def choose(name: str = "auto") -> torch.device:
+    """The device of that name: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises
+    ------
+    SettingsError
+        If a GPU is asked for and there is none of that number.
+    """
+    count = torch.cuda.device_count()
+    if name == "auto":
+        return torch.device("cuda" if count else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    device = torch.device(name)
+    if (device.index or 0) >= count:
+        found = f"{count} CUDA device{'s' if count != 1 else ''}"
+        raise SettingsError(f"--device {name}: torch sees {found} here; use --device cpu or auto")
+    return device
+
+
+def use_threads(count: int) -> None:
+    """Let torch and Numba use `count` threads each."""
+    count = max(1, min(count, os.cpu_count() or 1))
+    torch.set_num_threads(count)
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a computation on `device` may take now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def in_chunks(
+    function: Callable[[slice], torch.Tensor], count: int, bytes_each: int, device: torch.device
+) -> list[torch.Tensor]:
+    """`function` over slices of `range(count)` that fit in memory; halves the slice when a GPU runs out.
+
+    Parameters
+    ----------
+    function : slice -> Tensor
+        Computes items `start:stop`.
+    count : int
+        How many items there are.
+    bytes_each : int
+        Peak memory of one item.
+    device : torch.device
+        Where `function` works.
+
+    Raises
+    ------
+    torch.OutOfMemoryError
+        If not even one item fits.
+    """
+    size = max(1, min(count, int(0.5 * free_bytes(device)) // max(1, bytes_each)))
+    done: list[torch.Tensor] = []
+    start = 0
+    while start < count:
+        try:
+            done.append(function(slice(start, min(count, start + size))))
+            start += size
+        except torch.OutOfMemoryError:
+            if size == 1:
+                raise
+            size = (size + 1) // 2
+            torch.cuda.empty_cache()
+            log.warning("GPU out of memory: going on in chunks of %d", size)
+    return done
+
+
+def with_cpu_fallback(function: Callable[..., T], device: torch.device, movable: Sequence[object]) -> T:
+    """`function(*movable)` on `device`, and again on the CPU if the GPU's memory does not suffice.
+
+    Every item of `movable` that has a `.to` is moved first.
+    """
+    try:
+        return function(*(_moved(item, device) for item in movable))
+    except torch.OutOfMemoryError:
+        log.warning("GPU out of memory: this stage goes on on the CPU")
+        torch.cuda.empty_cache()
+        return function(*(_moved(item, torch.device("cpu")) for item in movable))
+
+
+def _moved(item: object, device: torch.device) -> object:
+    return item.to(device) if hasattr(item, "to") else item

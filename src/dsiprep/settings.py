@@ -1,0 +1,136 @@
+"""Every setting: its default, unit and meaning. The command line, the docs page and the cache keys are drawn from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help: str, *flags: str, choices: tuple[Any, ...] = (), metavar: str = "") -> Any:
+    """A dataclass field that is also a command-line option; the first flag is the one shown."""
+    metadata = {"help": help, "flags": flags, "choices": choices, "metavar": metavar}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class AcquisitionSettings:
+    """Which volumes count as b=0, and how runs are put together."""
+
+    b0_threshold: float = option(
+        100.0, "b-values at or below this (s/mm²) count as b=0", "--b0-threshold", metavar="B"
+    )
+    harmonize_b0: bool = option(
+        True, "do not scale runs so that their mean b=0 intensities agree", "--no-b0-harmonization"
+    )
+
+
+@dataclass(frozen=True)
+class DenoiseSettings:
+    """Noise, ringing and receive bias."""
+
+    method: str = option(
+        "dwidenoise",
+        "denoising: MP-PCA, under MRtrix3's name for it, or none",
+        "--denoise-method",
+        choices=("dwidenoise", "none"),
+    )
+    window: int = option(
+        0,
+        "MP-PCA window in voxels along each axis (odd); 0 takes the smallest that holds as many voxels as volumes",
+        "--dwidenoise-window",
+        "--dwi-denoise-window",
+        metavar="VOXELS",
+    )
+    unringing: str = option(
+        "none", "Gibbs-ringing removal", "--unringing-method", choices=("none",)
+    )
+    biascorrect: str = option(
+        "n4",
+        "N4 bias correction of the DWI, estimated on the b=0 reference",
+        "--dwi-biascorrect",
+        choices=("n4", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class MotionSettings:
+    """SHORELine: predict each volume from the others, register, repeat."""
+
+    method: str = option(
+        "shoreline", "head-motion correction", "--hmc-method", choices=("shoreline", "none")
+    )
+    model: str = option(
+        "auto",
+        "signal model that predicts each volume; auto takes 3dSHORE where there are at least three b-values, "
+        "otherwise the tensor; none aligns b=0 volumes only and interpolates between them",
+        "--hmc-model",
+        choices=("auto", "3dSHORE", "tensor", "none"),
+    )
+    iters: int = option(
+        4, "upper bound on rounds of prediction and registration", "--shoreline-iters", metavar="N"
+    )
+    transform: str = option(
+        "Rigid", "motion of each volume", "--hmc-transform", choices=("Rigid", "Affine")
+    )
+    tolerance: float = option(
+        0.02, "stop when no volume moved more than this (mm) between rounds", "--hmc-tolerance", metavar="MM"
+    )
+
+
+@dataclass(frozen=True)
+class DistortionSettings:
+    """Susceptibility distortion along the phase-encoding axis."""
+
+    method: str = option(
+        "auto",
+        "susceptibility distortion correction; auto takes drbuddi wherever there are reversed phase encodings",
+        "--sdc-method",
+        choices=("auto", "drbuddi", "none"),
+    )
+
+
+@dataclass(frozen=True)
+class AnatomySettings:
+    """The structural image: bias, brain, ACPC, template."""
+
+    modality: str = option(
+        "T1w", "structural image; none works from the b=0 reference", "--anat-modality", choices=("T1w", "none")
+    )
+    biascorrect: str = option(
+        "n4", "N4 bias correction of the structural image", "--anat-biascorrect", choices=("n4", "none")
+    )
+    normalize: bool = option(
+        True, "do not register the structural image to the template", "--skip-anat-based-spatial-normalization"
+    )
+
+
+@dataclass(frozen=True)
+class CoregisterSettings:
+    """The b=0 reference to the structural image."""
+
+    dof: int = option(
+        6, "degrees of freedom from the b=0 reference to the structural image", "--dwi2anat-dof", choices=(6, 12)
+    )
+
+
+@dataclass(frozen=True)
+class ResampleSettings:
+    """The one interpolation."""
+
+    resolution: float = option(
+        0.0, "voxel size of the output in mm (required)", "--output-resolution", metavar="MM"
+    )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All settings of one run, by stage."""
+
+    acquisition: AcquisitionSettings = AcquisitionSettings()
+    denoise: DenoiseSettings = DenoiseSettings()
+    motion: MotionSettings = MotionSettings()
+    distortion: DistortionSettings = DistortionSettings()
+    anatomy: AnatomySettings = AnatomySettings()
+    coregister: CoregisterSettings = CoregisterSettings()
+    resample: ResampleSettings = ResampleSettings()
+    sloppy: bool = False
