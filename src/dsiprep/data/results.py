@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
+from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.settings import Settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +35,26 @@ class Blip:
 
 @dataclass(frozen=True, eq=False)
 class Acquired:
-    """One conformed series. `dwi.blip` indexes `blips`; `scales` is the factor that each run was multiplied by."""
+    """One conformed series, its voxels as in the file of the first run.
+
+    Attributes
+    ----------
+    dwi : DWI
+        All runs, one after the other. `dwi.blip` indexes `blips`.
+    blips : tuple of Blip
+        One or two.
+    mask : Volume
+        Rough brain mask of the mean b=0 (0 or 1), generous: for motion and noise.
+    scales : ndarray, (runs,)
+        The factor that each run was multiplied by so that b=0 intensities agree.
+    multiband : tuple of tuple of int
+        Slices excited together, from SliceTiming; empty where unknown.
+    """
 
     dwi: DWI
     blips: tuple[Blip, ...]
     scheme: SamplingScheme
+    mask: Volume
     scales: np.ndarray
     multiband: tuple[tuple[int, ...], ...] = ()
 
@@ -146,8 +162,8 @@ class Anatomy:
         acpc_to_template maps points of the template to ACPC; None where normalisation was skipped.
     template : str
         TemplateFlow's name of the template.
-    template_grid : Grid or None
-        The grid of `acpc_to_template`'s field.
+    template_image : Volume or None
+        The template's brain, and `warped`, the structural brain brought onto it.
     """
 
     modality: str
@@ -203,7 +219,31 @@ class Quality:
     slice_z: np.ndarray
     cnr: Volume | None
     tsnr: Volume | None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class UnitResults:
+    """Everything that was found out about one unit: what reports and derivatives are drawn from.
+
+    `motions` has one entry per blip that has DWI volumes, in the order of `acquired.blips`; `seconds` is the wall
+    time of each stage; `device` names where it ran. `distortion` is None where none could be corrected, and
+    `distortion_reason` says why, or which method was chosen.
+    """
+
+    unit: Unit
+    settings: Settings
+    acquired: Acquired
+    denoised: Denoised
+    motions: tuple[Motion, ...]
+    distortion: Distortion | None
+    distortion_reason: str
+    anatomy: Anatomy
+    coregistration: Coregistration
+    preprocessed: Preprocessed
+    quality: Quality
+    seconds: dict[str, float]
+    device: str
 
 
 __all__ = [
@@ -217,4 +257,5 @@ __all__ = [
     "Motion",
     "Preprocessed",
     "Quality",
+    "UnitResults",
 ]
