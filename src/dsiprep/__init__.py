@@ -1,0 +1,36 @@
+"""dsiprep: preprocessing of diffusion spectrum imaging, and any other q-space sampling.
+
+    from dsiprep import Settings, find_units, preprocess
+    results = preprocess(find_units("bids", Settings())[0], Settings())
+
+Names are loaded when they are first used, so that `import dsiprep` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dsiprep.io.bids import find_units, read_unit
+    from dsiprep.pipeline import preprocess
+    from dsiprep.settings import Settings
+    from dsiprep.stages.motion import estimate_motion
+
+__version__ = version("dsiprep")
+__all__ = ["Settings", "__version__", "estimate_motion", "find_units", "preprocess", "read_unit"]
+
+_HOMES = {
+    "Settings": "dsiprep.settings",
+    "estimate_motion": "dsiprep.stages.motion",
+    "find_units": "dsiprep.io.bids",
+    "preprocess": "dsiprep.pipeline",
+    "read_unit": "dsiprep.io.bids",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dsiprep' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

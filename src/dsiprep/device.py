@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numba
 import torch
@@ -90,14 +91,26 @@ def in_chunks(
 def with_cpu_fallback(function: Callable[..., T], device: torch.device, movable: Sequence[object]) -> T:
     """`function(*movable)` on `device`, and again on the CPU if the GPU's memory does not suffice.
 
-    Every item of `movable` that has a `.to` is moved first.
+    Every item of `movable` that has a `.to` is moved first. The result comes back in the CPU's memory.
     """
     try:
-        return function(*(_moved(item, device) for item in movable))
+        return to_cpu(function(*(_moved(item, device) for item in movable)))
     except torch.OutOfMemoryError:
         log.warning("GPU out of memory: this stage goes on on the CPU")
         torch.cuda.empty_cache()
-        return function(*(_moved(item, torch.device("cpu")) for item in movable))
+        return to_cpu(function(*(_moved(item, torch.device("cpu")) for item in movable)))
+
+
+def to_cpu(item: Any) -> Any:
+    """The same result with every tensor in it in the CPU's memory."""
+    if isinstance(item, torch.Tensor):
+        return item.cpu()
+    if isinstance(item, tuple | list):
+        return type(item)(to_cpu(part) for part in item)
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        parts = {f.name: to_cpu(getattr(item, f.name)) for f in dataclasses.fields(item)}
+        return dataclasses.replace(item, **parts)
+    return item
 
 
 def _moved(item: object, device: torch.device) -> object:

@@ -97,10 +97,19 @@ class Unit:
     t2w: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
 
-    def inputs(self) -> tuple[Path, ...]:
-        """Every file that enters, for the cache."""
-        files = [f for run in self.runs for f in (run.image, run.bval, run.bvec)]
-        return (*files, *(epi.image for epi in self.epis), *self.t1w, *self.t2w)
+    def files(self) -> tuple[Path, ...]:
+        """Every file that the diffusion series is made of."""
+        series = [path for run in self.runs for path in (run.image, run.bval, run.bvec)]
+        return (*series, *(epi.image for epi in self.epis))
+
+    def reversed_pairs(self) -> list[str]:
+        """The opposite phase encodings among runs and EPI references, such as ["j", "j-"]; empty if there are none."""
+        directions = {run.pe.direction for run in self.runs if run.pe} | {epi.pe.direction for epi in self.epis}
+        return sorted(d for d in directions if (d.rstrip("-") in directions and d.rstrip("-") + "-" in directions))
+
+    def facts(self) -> list[object]:
+        """What the sidecars say of those files: phase encodings and acquisition fields."""
+        return [[run.pe, run.metadata] for run in self.runs] + [epi.pe for epi in self.epis]
 
 
 @dataclass(frozen=True)

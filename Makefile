@@ -1,0 +1,44 @@
+# make demo: a digital DSI subject through the whole pipeline; make test: the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/dsiprep-tools demo demo
+
+test: $(VENV)/.tested
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.tested
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.linted
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit("dsiprep needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+# On Python 3.11 a machine may have this version of torch as a local CPU build, which is much smaller.
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' && \
+	  $(BIN)/python -m pip install --quiet torch==2.13.0 || true
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV)/.linted: $(VENV)/.tested
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@

@@ -1,0 +1,225 @@
+"""Run a stage once; keep its result; find it again.
+
+The key of a result is a hash of its lineage: stage, VERSION, settings, keys of its inputs. Only files that enter are
+read for it. A result is a folder of `.npy` arrays and one `result.json`, written beside and renamed, so a folder that
+exists is whole, and a run that was killed goes on where it was. What was computed is read back memory-mapped, so that
+a fresh and a resumed run see the very same numbers, and a series takes no memory before it is needed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+
+from dsiprep import settings as settings_module
+from dsiprep.data import acquisition, dwi, grid, results, template, transform
+from dsiprep.errors import InputError
+
+T = TypeVar("T")
+INLINE = 256  # arrays up to this size stand in the JSON, where a person can read them
+
+TYPES: dict[str, type] = {
+    name: kind
+    for module in (acquisition, dwi, grid, results, template, transform, settings_module)
+    for name, kind in vars(module).items()
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind)
+}
+
+
+class Kept(Generic[T]):
+    """A result and the key of its lineage. `value` is made or loaded when it is first asked for."""
+
+    def __init__(self, key: str, make: Callable[[], T]) -> None:
+        self.key = key
+        self._make = make
+        self._value: T | None = None
+
+    @property
+    def value(self) -> T:
+        """The result itself."""
+        if self._value is None:
+            self._value = self._make()
+        return self._value
+
+
+class Cache:
+    """Results of stages in a folder, or in memory only.
+
+    Parameters
+    ----------
+    folder : Path or None
+        One folder per subject, so that the sessions of a subject share its anatomy. None keeps nothing on disk.
+    started : callable, optional
+        Told the name of each stage that is about to be computed (not of those found).
+    only_found : bool
+        Compute nothing: a stage that is not there is an error.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        started: Callable[[str], None] = lambda name: None,
+        only_found: bool = False,
+    ) -> None:
+        self.folder = folder
+        self.started = started
+        self.only_found = only_found
+        self.seconds: dict[str, float] = {}
+
+    def files(self, paths: tuple[Path, ...], facts: object, read: Callable[[], T]) -> Kept[T]:
+        """What `read` gives, under a key of the contents of `paths` and of `facts` about them."""
+        digest = hashlib.sha256(_plain(facts).encode())
+        for path in paths:
+            with path.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return Kept(digest.hexdigest(), read)
+
+    def run(self, stage: ModuleType, name: str, function: Callable[..., T], *inputs: object) -> Kept[T]:
+        """`function(*inputs)`, from the cache if it was there.
+
+        Parameters
+        ----------
+        stage : module
+            Its `VERSION` is part of the key.
+        name : str
+            Name of the step, for people and for the key: "motion-up".
+        function : callable
+            Pure: its result depends on its inputs only.
+        inputs : Kept, tuple of Kept, settings or plain values
+            `Kept` inputs are handed on as their values.
+        """
+        lineage = [name, stage.VERSION, [_lineage(item) for item in inputs]]
+        key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
+        if self.folder is None:
+            value = self._timed(name, function, inputs)
+            return Kept(key, lambda: value)
+        target = self.folder / f"{name}-{key[:12]}"
+        if not (target / "result.json").exists():
+            value = self._timed(name, function, inputs)
+            _store(target, value, {"stage": name, "key": key, "seconds": self.seconds[name]})
+            del value
+        else:
+            self.seconds[name] = json.loads((target / "result.json").read_text())["about"]["seconds"]
+        return Kept(key, lambda: _load(target))
+
+    def _timed(self, name: str, function: Callable[..., T], inputs: tuple[object, ...]) -> T:
+        if self.only_found:
+            raise InputError(
+                f"stage {name} has no result in {self.folder}; run once with the same options and --keep-work"
+            )
+        self.started(name)
+        start = time.perf_counter()
+        value = function(*(_value(item) for item in inputs))
+        self.seconds[name] = round(time.perf_counter() - start, 2)
+        return value
+
+    def clear(self) -> None:
+        """Remove everything that was kept."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _value(item: object) -> object:
+    if isinstance(item, Kept):
+        return item.value
+    return tuple(_value(part) for part in item) if isinstance(item, tuple) else item
+
+
+def _lineage(item: object) -> object:
+    if isinstance(item, Kept):
+        return item.key
+    return [_lineage(part) for part in item] if isinstance(item, tuple) else item
+
+
+def _plain(item: object) -> str:
+    return json.dumps(item, sort_keys=True, default=_describe)
+
+
+def _describe(item: object) -> object:
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        return {type(item).__name__: {f.name: getattr(item, f.name) for f in dataclasses.fields(item)}}
+    if isinstance(item, np.ndarray):
+        return item.tolist()
+    if isinstance(item, Path | torch.device):
+        return str(item)
+    raise TypeError(f"{type(item).__name__} cannot be part of a cache key")
+
+
+def _store(target: Path, value: object, about: dict[str, Any]) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        tree = _encode(value, beside, "result")
+        about |= {"threads": torch.get_num_threads()}
+        (beside / "result.json").write_text(json.dumps({"about": about, "result": tree}, indent=1))
+        try:
+            os.rename(beside, target)
+        except OSError:  # another process was first with the same lineage, hence the same numbers
+            if not (target / "result.json").exists():
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _encode(item: object, folder: Path, name: str) -> object:
+    if isinstance(item, torch.Tensor):
+        np.save(folder / f"{name}.npy", item.detach().cpu().numpy())
+        return {"tensor": f"{name}.npy"}
+    if isinstance(item, np.ndarray):
+        if item.size <= INLINE and item.dtype.kind in "fiub":
+            return {"array": item.tolist(), "dtype": item.dtype.str, "shape": item.shape}
+        np.save(folder / f"{name}.npy", item)
+        return {"npy": f"{name}.npy"}
+    if dataclasses.is_dataclass(item) and not isinstance(item, type):
+        parts = {
+            f.name: _encode(getattr(item, f.name), folder, f"{name}.{f.name}") for f in dataclasses.fields(item)
+        }
+        return {"type": type(item).__name__, "fields": parts}
+    if isinstance(item, tuple):
+        return {"tuple": [_encode(part, folder, f"{name}.{i}") for i, part in enumerate(item)]}
+    if isinstance(item, list):
+        return [_encode(part, folder, f"{name}.{i}") for i, part in enumerate(item)]
+    if isinstance(item, dict):
+        return {"dict": [[key, _encode(part, folder, f"{name}.{key}")] for key, part in item.items()]}
+    if isinstance(item, Path):
+        return {"path": str(item)}
+    return item.item() if isinstance(item, np.generic) else item
+
+
+def _load(target: Path) -> Any:
+    return _decode(json.loads((target / "result.json").read_text())["result"], target)
+
+
+def _decode(tree: Any, folder: Path) -> Any:
+    if isinstance(tree, list):
+        return [_decode(part, folder) for part in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        path = folder / tree["tensor"]
+        # copy-on-write: a stage cannot change the file, and torch asks for writable memory
+        big = path.stat().st_size > 2**20
+        return torch.from_numpy(np.load(path, mmap_mode="c" if big else None))
+    if "npy" in tree:
+        return np.load(folder / tree["npy"])
+    if "array" in tree:
+        return np.array(tree["array"], dtype=tree["dtype"]).reshape(tree["shape"])
+    if "tuple" in tree:
+        return tuple(_decode(part, folder) for part in tree["tuple"])
+    if "dict" in tree:
+        return {key: _decode(part, folder) for key, part in tree["dict"]}
+    if "path" in tree:
+        return Path(tree["path"])
+    return TYPES[tree["type"]](**{key: _decode(part, folder) for key, part in tree["fields"].items()})

@@ -1,0 +1,420 @@
+"""The BIDS App command line: `dsiprep BIDS_DIR OUTPUT_DIR participant --output-resolution MM`.
+
+Options of stages are drawn from the settings; names are QSIPrep's wherever both have the thing, and its older names
+are taken too. What dsiprep does not have is refused with a sentence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dsiprep import __version__, settings
+from dsiprep.errors import DsiprepError, OutputError, SettingsError
+
+if TYPE_CHECKING:
+    from dsiprep.data.acquisition import Unit
+    from dsiprep.scale import Job
+
+log = logging.getLogger("dsiprep")
+
+GROUPS = {
+    "acquisition": settings.AcquisitionSettings,
+    "denoise": settings.DenoiseSettings,
+    "motion": settings.MotionSettings,
+    "distortion": settings.DistortionSettings,
+    "anatomy": settings.AnatomySettings,
+    "coregister": settings.CoregisterSettings,
+    "resample": settings.ResampleSettings,
+}
+
+# Options that users of QSIPrep know and dsiprep has not, and what to do without them.
+NOT_HERE = {
+    "--bids-database-dir": "the dataset is indexed in a second or two without a database; leave it out",
+    "--low-mem": "series are memory-mapped anyway; leave it out",
+    "--gpu": "one option serves all stages: use --device cuda",
+    "--infant": "infant templates are not built yet",
+    "--anatomical-template": "other templates are not built yet; MNI152NLin2009cAsym is used where TemplateFlow has it",
+    "--subject-anatomical-reference": "images of the first session serve all sessions of a subject (first-lex)",
+    "--sdc-fieldmapless-method": "fieldmap-less correction is not built yet",
+    "--sdc-anat-reference": "fieldmap-less correction is not built yet",
+    "--use-syn-sdc": "fieldmap-less correction is not built yet",
+    "--force-syn": "fieldmap-less correction is not built yet",
+    "--dwiref-definition": "the dwiref is the unbiased b=0 template",
+    "--report-output-level": "reports are written to the root of the output folder",
+    "--fs-license-file": "no FreeSurfer is used and no licence is needed; leave it out",
+    "--eddy-config": "there is no eddy in here; see --hmc-method",
+    "--recon-spec": "reconstruction is QSIRecon's work; give it this output folder",
+}
+
+# Values that upstream takes for options that dsiprep has, and why they are refused.
+SHELLS_ONLY = (
+    "eddy and TOPUP suit shelled data; DSI takes 3dSHORE and DRBUDDI: "
+    "use --hmc-method shoreline --sdc-method drbuddi"
+)
+NOT_BUILT = {
+    ("--hmc-method", "eddy"): "dsiprep has no FSL eddy: use --hmc-method shoreline, which serves shells too",
+    ("--hmc-method", "tortoise"): "TORTOISE as an engine is not built yet: use --hmc-method shoreline",
+    ("--hmc-model", "eddy"): "dsiprep has no FSL eddy: use --hmc-model 3dSHORE, which serves shells too",
+    ("--hmc-model", "tortoise"): "TORTOISE as an engine is not built yet: use --hmc-model 3dSHORE",
+    ("--sdc-method", "topup"): "dsiprep has no TOPUP: use --sdc-method drbuddi, which serves shells too",
+    ("--sdc-method", "topup+drbuddi"): "dsiprep has no TOPUP: use --sdc-method drbuddi",
+    ("--denoise-method", "patch2self"): "Patch2Self is not built yet: use --denoise-method dwidenoise",
+    ("--denoise-method", "dwidenoise2"): "dwidenoise2 is not built yet: use --denoise-method dwidenoise",
+    ("--denoise-method", "svht"): "svht is not built yet: use --denoise-method dwidenoise",
+    ("--unringing-method", "mrdegibbs"): "unringing is not built yet: use --unringing-method none",
+    ("--unringing-method", "rpg"): "unringing is not built yet: use --unringing-method none",
+    ("--unringing-method", "svht"): "unringing is not built yet: use --unringing-method none",
+    ("--dwi-biascorrect", "auto"): "use --dwi-biascorrect n4 or none",
+    ("--anat-biascorrect", "auto"): "use --anat-biascorrect n4 or none",
+    ("--anat-modality", "T2w"): "T2w as the structural image is not built yet: use T1w or none",
+    ("--distortion-group-merge", "average"): "averaging is not built yet: use concat or none",
+    ("--b1-biascorrect-stage", "legacy"): "use --b1-biascorrect-stage final or none",
+}
+SHELL_TOOLS = {("--hmc-method", "eddy"), ("--hmc-model", "eddy"), ("--sdc-method", "topup"),
+               ("--sdc-method", "topup+drbuddi")}  # fmt: skip
+SAME_OPTION = {"--pepolar-method": "--sdc-method", "--b0-to-anat-transform": "--dwi2anat-dof"}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors as one sentence and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and leave."""
+        self.exit(2, f"dsiprep: {message}\n")
+
+
+def build_parser() -> Parser:
+    """The whole command line."""
+    parser = Parser(
+        prog="dsiprep",
+        description="Preprocess diffusion spectrum imaging, and any other q-space sampling, from BIDS to "
+        "derivatives with QSIPrep's names.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("bids_dir", type=Path, help="root of the BIDS dataset; never written to")
+    parser.add_argument("output_dir", type=Path, help="root of the derivatives")
+    parser.add_argument("analysis_level", choices=("participant",), help="there is only this level")
+    _add_selection(parser.add_argument_group("which data"))
+    _add_running(parser.add_argument_group("how to run"))
+    for name, kind in GROUPS.items():
+        group = parser.add_argument_group(name, (kind.__doc__ or "").splitlines()[0])
+        for entry in dataclasses.fields(kind):
+            if entry.metadata.get("flags"):
+                add_setting(group, name, entry)
+    _add_old_names(parser)
+    for flag in NOT_HERE:
+        parser.add_argument(flag, nargs="?", const=True, action=_Refuse, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_selection(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--participant-label", "--participant_label", nargs="+", metavar="LABEL",
+                       help="subjects, with or without sub-")  # fmt: skip
+    group.add_argument("--session-label", "--session-id", nargs="+", metavar="LABEL",
+                       help="sessions, with or without ses-")  # fmt: skip
+    group.add_argument("--bids-filter-file", type=Path, metavar="FILE",
+                       help='JSON of PyBIDS entities: {"dwi": {"acquisition": "dsi"}, "t1w": {...}}')  # fmt: skip
+    group.add_argument("--skip-bids-validation", action="store_true",
+                       help="do not look for dataset_description.json")  # fmt: skip
+    group.add_argument("--ignore", nargs="+", default=[], metavar="WHAT",
+                       choices=("fieldmaps", "pepolar-dwis", "t2w", "phase", "sdc", "shims", "fov"),
+                       help="fieldmaps, pepolar-dwis, t2w, phase, sdc, shims, fov: leave these aside")  # fmt: skip
+    group.add_argument("--separate-all-dwis", action="store_true", help="every DWI run becomes its own output")
+    group.add_argument("--distortion-group-merge", choices=("concat", "average", "none"), default="concat",
+                       help="blip-up and blip-down series in one output (concat), or apart (none)")  # fmt: skip
+
+
+def _add_running(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("-w", "--work-dir", type=Path, default=Path("work"), metavar="DIR",
+        help="results of stages, from which a second try goes on; removed per finished subject (default: ./work)")  # fmt: skip
+    add("--keep-work", action="store_true", help="keep the work folder; --reports-only needs it")
+    add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N", help="where to compute (default: a GPU if any)")
+    add("--nprocs", "--nthreads", "--n-cpus", type=int, default=os.cpu_count() or 1, metavar="N",
+        help="cores in all (default: all)")  # fmt: skip
+    add("--omp-nthreads", type=int, default=0, metavar="N",
+        help="cores per subject; subjects run side by side when it is below --nprocs")  # fmt: skip
+    add("--mem", "--mem-mb", type=_megabytes, default=0, metavar="MB", help="memory in all, limits how many subjects run at once")
+    add("--dry-run", action="store_true", help="say what would be done with which files, and stop")
+    add("--anat-only", action="store_true", help="only the structural image")
+    add("--reports-only", action="store_true", help="draw reports again from kept work, compute nothing")
+    add("--boilerplate-only", action="store_true", help="write the methods text for kept work, compute nothing")
+    add("--stop-on-first-crash", action="store_true", help="start nothing more after a failure")
+    add("--sloppy", action="store_true", help="low quality, for tests of the machinery only")
+    add("-v", "--verbose", action="count", default=0, help="say more; -vv says all")
+    add("--version", action="version", version=f"dsiprep {__version__}")
+
+
+def add_setting(group: argparse._ArgumentGroup, prefix: str, entry: dataclasses.Field[Any]) -> None:
+    """One option drawn from a settings field; its value lands under `prefix.name`."""
+    flags, choices = entry.metadata["flags"], entry.metadata["choices"]
+    place: dict[str, Any] = {"dest": f"{prefix}.{entry.name}" if prefix else entry.name, "default": entry.default}
+    if isinstance(entry.default, bool):
+        place["action"] = "store_false" if entry.default else "store_true"
+        group.add_argument(*flags, help=entry.metadata["help"], **place)
+        return
+    kind = type(entry.default)
+    shown = entry.metadata["metavar"] or "|".join(str(choice) for choice in choices) or None
+    suffix = "" if entry.metadata["help"].endswith("(required)") else f" (default: {entry.default})"
+    group.add_argument(
+        *flags, type=_one_of(flags[0], kind, choices), metavar=shown, help=entry.metadata["help"] + suffix, **place
+    )
+
+
+def _add_old_names(parser: Parser) -> None:
+    hidden: dict[str, Any] = {"help": argparse.SUPPRESS}
+    parser.add_argument("--pepolar-method", dest="distortion.method", type=_pepolar, **hidden)
+    parser.add_argument("--b0-to-anat-transform", dest="coregister.dof", type=_old_dof, **hidden)
+    parser.add_argument("--b1-biascorrect-stage", dest="denoise.biascorrect", type=_old_bias, **hidden)
+    parser.add_argument("--shoreline-config", type=Path, metavar="JSON", **hidden)
+
+
+def _one_of(flag: str, kind: type, choices: tuple[Any, ...]) -> Any:
+    """A converter that says which values there are, and why a value that others take is not one of them."""
+
+    def convert(text: str) -> Any:
+        if (flag, text) in SHELL_TOOLS:
+            return text  # judged later, with the b-table at hand
+        if (flag, text) in NOT_BUILT:
+            raise argparse.ArgumentTypeError(NOT_BUILT[flag, text])
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if choices and value not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
+        return value
+
+    return convert
+
+
+def _pepolar(text: str) -> str:
+    return str(_one_of("--sdc-method", str, ("drbuddi",))(text.lower()))
+
+
+def _old_dof(text: str) -> int:
+    if text not in ("Rigid", "Affine"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of Rigid, Affine")
+    return 6 if text == "Rigid" else 12
+
+
+def _old_bias(text: str) -> str:
+    if ("--b1-biascorrect-stage", text) in NOT_BUILT:
+        raise argparse.ArgumentTypeError(NOT_BUILT["--b1-biascorrect-stage", text])
+    if text not in ("final", "none"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of final, none")
+    return "n4" if text == "final" else "none"
+
+
+def _megabytes(text: str) -> int:
+    units = {"K": 1 / 1024, "M": 1, "G": 1024, "T": 1024**2}
+    digits = text.rstrip("BbKkMmGgTt")
+    letter = text[len(digits) : len(digits) + 1].upper() or "M"
+    try:
+        return int(float(digits) * units[letter])
+    except (ValueError, KeyError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16000 or 16G") from None
+
+
+class _Refuse(argparse.Action):
+    """An option of QSIPrep that is not here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object, option_string: str | None = None) -> None:
+        flag = option_string or ""
+        parser.error(f"{flag}: {NOT_HERE[flag]}")
+
+
+def read_settings(options: argparse.Namespace) -> settings.Settings:
+    """The settings that the options ask for.
+
+    Raises
+    ------
+    SettingsError
+        If values are missing, out of range, or a configuration file cannot be read.
+    """
+    values = vars(options)
+    if options.shoreline_config:
+        values |= _shoreline_config(options.shoreline_config)
+    parts: dict[str, Any] = {}
+    for name, kind in GROUPS.items():
+        parts[name] = kind(**{f.name: values[f"{name}.{f.name}"] for f in dataclasses.fields(kind)
+                              if f"{name}.{f.name}" in values})  # fmt: skip
+    if "sdc" in options.ignore:
+        parts["distortion"] = dataclasses.replace(parts["distortion"], method="none")
+    _check_ranges(settings.Settings(**parts), options)
+    return sloppy(settings.Settings(**parts)) if options.sloppy else settings.Settings(**parts)
+
+
+def _check_ranges(chosen: settings.Settings, options: argparse.Namespace) -> None:
+    resolution = chosen.resample.resolution
+    if not resolution and not options.anat_only:
+        raise SettingsError("--output-resolution is missing: give the voxel size of the output in mm, such as 2")
+    if resolution and not 0.5 <= resolution <= 10:
+        raise SettingsError(f"--output-resolution {resolution:g} mm is outside 0.5 to 10 mm")
+    if chosen.motion.iters < 1:
+        raise SettingsError("--shoreline-iters must be at least 1; --hmc-method none switches motion correction off")
+    if chosen.denoise.window and chosen.denoise.window % 2 == 0:
+        raise SettingsError(f"--dwidenoise-window {chosen.denoise.window} is even; take an odd number of voxels")
+
+
+def sloppy(chosen: settings.Settings) -> settings.Settings:
+    """The cheapest settings of the same methods."""
+    return dataclasses.replace(
+        chosen,
+        motion=dataclasses.replace(chosen.motion, iters=1),
+        anatomy=dataclasses.replace(chosen.anatomy, finest_mm=4.0),
+        sloppy=True,
+    )
+
+
+def _shoreline_config(path: Path) -> dict[str, Any]:
+    """QSIPrep's --shoreline-config: {"model": ..., "iters": ..., "transform": ...}."""
+    known = {"model": "motion.model", "iters": "motion.iters", "transform": "motion.transform"}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--shoreline-config {path} cannot be read as JSON: {error}") from error
+    unknown = sorted(set(content) - set(known))
+    if unknown:
+        raise SettingsError(f"--shoreline-config {path}: no such entry: {', '.join(unknown)}; there are {', '.join(known)}")
+    if "model" in content:
+        content["model"] = {"3dshore": "3dSHORE"}.get(str(content["model"]).lower(), content["model"])
+    return {known[key]: value for key, value in content.items()}
+
+
+def check_folders(options: argparse.Namespace) -> None:
+    """Refuse outputs and work inside the input, before anything is written.
+
+    Raises
+    ------
+    OutputError
+        If a folder is in the wrong place.
+    """
+    bids, out, work = (path.resolve() for path in (options.bids_dir, options.output_dir, options.work_dir))
+    if not bids.is_dir():
+        raise OutputError(f"{options.bids_dir} is not a folder; give the root of a BIDS dataset")
+    if out == bids:
+        raise OutputError("the output folder is the BIDS folder; choose another, such as derivatives/dsiprep beside it")
+    if out.is_relative_to(bids) and out.relative_to(bids).parts[0] != "derivatives":
+        raise OutputError(f"the output folder {out} is inside the BIDS folder; only its derivatives/ may hold outputs")
+    if work.is_relative_to(bids):
+        raise OutputError(f"the work folder {work} is inside the BIDS folder; choose another with --work-dir")
+    if not options.skip_bids_validation and not (bids / "dataset_description.json").is_file():
+        raise OutputError(
+            f"{bids} has no dataset_description.json, so it is not the root of a BIDS dataset; "
+            "correct the path, or run with --skip-bids-validation"
+        )
+
+
+def refuse_shell_tools(chosen: settings.Settings, units: Sequence[Unit]) -> None:
+    """Say why eddy and TOPUP are not the way, with the sampling scheme at hand.
+
+    Raises
+    ------
+    SettingsError
+        If one of them was asked for.
+    """
+    asked = [("--hmc-method", chosen.motion.method), ("--hmc-model", chosen.motion.model),
+             ("--sdc-method", chosen.distortion.method)]  # fmt: skip
+    wrong = [pair for pair in asked if pair in SHELL_TOOLS]
+    if not wrong:
+        return
+    from dsiprep.io.bids import scheme_of
+
+    for unit in units:
+        scheme = scheme_of(unit, chosen.acquisition)
+        if not scheme.shelled:
+            flag, value = wrong[0]
+            raise SettingsError(f"{flag} {value}: {unit.name} is {scheme.description}. {SHELLS_ONLY}")
+    raise SettingsError(f"{wrong[0][0]} {wrong[0][1]}: {NOT_BUILT[wrong[0]]}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 all well, 1 something failed, 2 wrong options)."""
+    options = build_parser().parse_args(arguments)
+    logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
+                        format="%(levelname)s: %(message)s")  # fmt: skip
+    try:
+        chosen = read_settings(options)
+        check_folders(options)
+        return _run(options, chosen, list(arguments if arguments is not None else sys.argv[1:]))
+    except SettingsError as error:
+        print(f"dsiprep: {error}", file=sys.stderr)
+        return 2
+    except DsiprepError as error:
+        print(f"dsiprep: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dsiprep: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str]) -> int:
+    from dsiprep.io.bids import find_units
+    from dsiprep.show import print_plan, run_and_show
+
+    units = find_units(
+        options.bids_dir.resolve(),
+        chosen,
+        participants=options.participant_label,
+        sessions=options.session_label,
+        filters=_read_filters(options.bids_filter_file),
+        ignore=frozenset(options.ignore),
+        separate_all_dwis=options.separate_all_dwis,
+        distortion_group_merge=options.distortion_group_merge,
+    )
+    refuse_shell_tools(chosen, units)
+    if options.dry_run:
+        print_plan(units, chosen)
+        return 0
+    jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(words))
+    processes = _processes(options, jobs)
+    return run_and_show(jobs, processes, options.stop_on_first_crash)
+
+
+def _read_filters(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
+
+
+def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:
+    from dsiprep.device import choose
+    from dsiprep.scale import Job
+
+    choose(options.device)  # a wrong name is found out before anything starts
+    mode = next((m for m in ("anat_only", "reports_only", "boilerplate_only") if getattr(options, m)), "")
+    by_subject: dict[str, list[Unit]] = {}
+    for unit in units:
+        by_subject.setdefault(unit.subject, []).append(unit)
+    threads = options.omp_nthreads or options.nprocs
+    return [
+        Job(subject, tuple(its), chosen, options.output_dir.resolve(), options.work_dir.resolve(), options.device,
+            threads, options.keep_work, mode, command)
+        for subject, its in by_subject.items()
+    ]  # fmt: skip
+
+
+def _processes(options: argparse.Namespace, jobs: list[Job]) -> int:
+    """How many subjects at once: what cores and memory allow."""
+    from dsiprep.scale import memory_needed
+
+    processes = max(1, options.nprocs // (options.omp_nthreads or options.nprocs))
+    if options.mem:
+        processes = min(processes, max(1, options.mem // max(memory_needed(job) for job in jobs)))
+    return min(processes, len(jobs))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,316 @@
+"""What is written, and under which name: QSIPrep's names, one file per query of QSIRecon.
+
+All files of a unit are made in a hidden folder and moved into place at the end, so nothing half-written is ever seen
+under a final name.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dsiprep.data.acquisition import Unit
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.results import Anatomy, UnitResults
+from dsiprep.data.template import Template
+from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.errors import OutputError
+from dsiprep.io import gradients, itk
+from dsiprep.io.nifti import write_image
+from dsiprep.ops.field import chain_displacement
+from dsiprep.ops.sample import pull
+
+BIDSIGNORE = """\
+*_xfm.*
+*_timeseries.*
+*_dwiref.*
+*_dwimap.*
+*_hmcOptimization.csv
+*_image_qc.tsv
+*image_qc.tsv
+*slice_qc.json
+*.html
+figures/
+logs/
+*.b
+*.b_table.txt
+*_dseg.tsv
+*_fieldmap.*
+"""
+
+
+def write_root(out: Path, version: str) -> None:
+    """dataset_description.json and .bidsignore of the output folder."""
+    description = {
+        "Name": "dsiprep - preprocessed diffusion MRI",
+        "BIDSVersion": "1.10.0",
+        "DatasetType": "derivative",
+        "GeneratedBy": [{"Name": "dsiprep", "Version": version}],
+        "HowToAcknowledge": "Please cite the methods listed in logs/CITATION.md.",
+    }
+    with _staged(out) as stage:
+        _write_json(stage / "dataset_description.json", description)
+        (stage / ".bidsignore").write_text(BIDSIGNORE)
+
+
+def write_unit(results: UnitResults, out: Path, template: Template | None) -> list[Path]:
+    """All files of one unit.
+
+    Parameters
+    ----------
+    results : UnitResults
+    out : Path
+        Root of the derivatives.
+    template : Template or None
+        The standard space, for images in it; None writes none.
+
+    Returns
+    -------
+    list of Path
+        What was written, relative to `out`.
+
+    Raises
+    ------
+    OutputError
+        If the disk is full or the folder cannot be written.
+    """
+    with _staged(out) as stage:
+        subject = stage / f"sub-{results.unit.subject}"
+        session = subject / f"ses-{results.unit.session}" if results.unit.session else subject
+        if results.anatomy.modality != "none":
+            write_anatomy(results.anatomy, results.unit, subject / "anat", template)
+        _write_series(results, session / "dwi")
+        _write_transforms(results, session)
+        _write_tables(results, session / "dwi")
+        written = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
+    return sorted(written)
+
+
+def write_anatomy_of(anatomy: Anatomy, unit: Unit, out: Path, template: Template | None) -> None:
+    """Only the structural files of a unit, under the root of the derivatives (`--anat-only`)."""
+    with _staged(out) as stage:
+        write_anatomy(anatomy, unit, stage / f"sub-{unit.subject}" / "anat", template)
+
+
+def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template | None) -> None:
+    """The structural image, its tissues and its transforms, in ACPC and in the template's space."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"sub-{unit.subject}"
+    images: dict[str, tuple[torch.Tensor, bool]] = {
+        f"desc-preproc_{anatomy.modality}": (anatomy.image.data, False),
+        "desc-brain_mask": (anatomy.mask.data, True),
+    }
+    if anatomy.tissue is not None:
+        images["dseg"] = (_labels(anatomy.tissue, anatomy.mask.data), True)
+        for label, probability in zip(("CSF", "GM", "WM"), anatomy.tissue, strict=True):
+            images[f"label-{label}_probseg"] = (probability, False)
+        (folder / f"{name}_dseg.tsv").write_text("index\tname\n1\tGM\n2\tWM\n3\tCSF\n")
+    for suffix, (data, discrete) in images.items():
+        _write_map(folder / f"{name}_space-ACPC_{suffix}", Volume(data, anatomy.image.grid), discrete)
+    anat_to_acpc = anatomy.anat_to_acpc
+    itk.write_affine(folder / f"{name}_from-anat_to-ACPC_mode-image_xfm.mat", anat_to_acpc)
+    itk.write_affine(folder / f"{name}_from-ACPC_to-anat_mode-image_xfm.mat", anat_to_acpc.inverse())
+    session = f"_ses-{unit.session}" if unit.session else ""
+    itk.write_affine(
+        folder / f"{name}{session}_from-orig_to-anat_mode-image_xfm.txt", Affine(np.eye(4), "orig", "anat")
+    )
+    if anatomy.acpc_to_template is None or anatomy.template_to_acpc is None:
+        return
+    space = anatomy.template
+    itk.write_composite_h5(
+        folder / f"{name}_from-ACPC_to-{space}_mode-image_xfm.h5", anatomy.acpc_to_template
+    )
+    itk.write_composite_h5(
+        folder / f"{name}_from-{space}_to-ACPC_mode-image_xfm.h5", anatomy.template_to_acpc
+    )
+    if template is not None:
+        grid = template.brain.grid
+        for suffix, (data, discrete) in images.items():
+            warped = _through(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
+            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete)
+
+
+def _write_series(results: UnitResults, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{results.unit.name}_space-ACPC"
+    dwi = results.preprocessed.dwi
+    stem = folder / f"{name}_desc-preproc_dwi"
+    write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid)
+    sidecar = {
+        "SpatialReference": _anatomical_reference(results),
+        "SkullStripped": False,
+        "Sources": [f"bids:raw:{run.image.name}" for run in results.unit.runs],
+        "SamplingScheme": results.acquired.scheme.description,
+        "MotionModel": results.motions[0].model,
+        "DistortionCorrection": results.distortion.method if results.distortion else "none",
+        "Interpolation": results.preprocessed.interpolation,
+    }
+    _write_json(_with(stem, ".json"), sidecar)
+    gradients.write_bvals(_with(stem, ".bval"), dwi.bvals)
+    gradients.write_fsl_bvecs(_with(stem, ".bvec"), dwi.bvecs, dwi.grid)
+    gradients.write_mrtrix_b(_with(stem, ".b"), dwi.bvals, dwi.bvecs)
+    gradients.write_dsi_studio(_with(stem, ".b_table.txt"), dwi.bvals, dwi.bvecs, dwi.grid)
+    reference = _anatomical_reference(results)
+    _write_map(folder / f"{name}_dwiref", results.preprocessed.dwiref, reference=reference)
+    _write_map(folder / f"{name}_desc-brain_mask", results.preprocessed.mask, True, reference)
+    model = "3dSHORE" if "SHORE" in results.motions[0].model else "tensor"
+    if results.quality.cnr is not None:
+        _write_map(folder / f"{name}_model-{model}_stat-cnr_dwimap", results.quality.cnr, reference=reference)
+    if results.quality.tsnr is not None:
+        _write_map(folder / f"{name}_stat-tsnr_dwimap", results.quality.tsnr, reference=reference)
+
+
+def _write_transforms(results: UnitResults, session: Path) -> None:
+    name, folder = results.unit.name, session / "dwi"
+    transforms = np.empty((len(results.acquired.dwi), 4, 4))
+    for moved in results.motions:
+        transforms[moved.volumes] = moved.transforms
+    itk.write_affine_series(folder / f"{name}_from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt", transforms)
+    itk.write_affine(
+        folder / f"{name}_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt",
+        results.coregistration.dwiref_to_acpc,
+    )
+    if results.distortion is None:
+        return
+    corrected = results.distortion
+    for blip, pose, field in zip(results.acquired.blips, corrected.poses, corrected.fields, strict=True):
+        itk.write_composite_h5(
+            folder / f"{name}_from-distorted_to-dwiref_mode-image_desc-sdc{blip.name}_xfm.h5",
+            sdc_chain(pose, field, blip.name),
+        )
+    if corrected.fieldmap_hz is not None:
+        (session / "fmap").mkdir(exist_ok=True)
+        stem = session / "fmap" / f"{name}_desc-preproc_fieldmap"
+        write_image(_with(stem, ".nii.gz"), corrected.fieldmap_hz.data, corrected.fieldmap_hz.grid)
+        _write_json(_with(stem, ".json"), {"Units": "Hz", "Sources": [], "EstimationMethod": corrected.method})
+
+
+def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
+    """x -> P x + u(x) as a field and then an affine, which is how stored transforms are composed."""
+    turned = torch.einsum(
+        "ab,bijk->aijk", torch.as_tensor(np.linalg.inv(pose[:3, :3]), dtype=field.data.dtype), field.data
+    )
+    before = DisplacementField(turned, field.grid)
+    return Chain((before, Affine(pose, f"distorted-{blip}", "dwiref")), f"distorted-{blip}", "dwiref")
+
+
+def _write_tables(results: UnitResults, folder: Path) -> None:
+    name, quality = results.unit.name, results.quality
+    columns = dict(quality.confounds)
+    runs = columns.pop("run")
+    columns["original_file"] = np.array([results.unit.runs[int(run)].image.name for run in runs], dtype=object)
+    _write_tsv(folder / f"{name}_desc-confounds_timeseries.tsv", columns)
+    _write_json(folder / f"{name}_desc-confounds_timeseries.json", {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS})
+    _write_tsv(folder / f"{name}_space-ACPC_desc-image_qc.tsv", {k: np.array([v]) for k, v in quality.table.items()})
+    _write_json(
+        folder / f"{name}_space-ACPC_desc-slice_qc.json",
+        {"Description": "Robust z-score of each slice's residual against the prediction, volume by slice",
+         "slice_z": np.round(np.nan_to_num(quality.slice_z), 3).tolist()},
+    )  # fmt: skip
+    rows = [row for moved in results.motions for row in moved.trace]
+    with (folder / f"{name}_hmcOptimization.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["iter_num"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+CONFOUNDS = {
+    "framewise_displacement": {"Description": "Framewise displacement, SPM parameters, 50 mm sphere", "Units": "mm"},
+    "trans_x": {"Description": "Translation towards R at the image centre", "Units": "mm"},
+    "trans_y": {"Description": "Translation towards A at the image centre", "Units": "mm"},
+    "trans_z": {"Description": "Translation towards S at the image centre", "Units": "mm"},
+    "rot_x": {"Description": "Rotation vector about the image centre, R component", "Units": "rad"},
+    "rot_y": {"Description": "Rotation vector about the image centre, A component", "Units": "rad"},
+    "rot_z": {"Description": "Rotation vector about the image centre, S component", "Units": "rad"},
+    "hmc_r2": {"Description": "R² of the aligned volume with its prediction"},
+    "hmc_xcorr": {"Description": "Correlation of the aligned volume with its prediction"},
+    "grad_x": {"Description": "b-vector, R component, ACPC world"},
+    "grad_y": {"Description": "b-vector, A component, ACPC world"},
+    "grad_z": {"Description": "b-vector, S component, ACPC world"},
+    "bval": {"Description": "b-value", "Units": "s/mm^2"},
+    "original_file": {"Description": "The run that the volume came from"},
+}
+
+
+def _anatomical_reference(results: UnitResults) -> str:
+    subject, modality = results.unit.subject, results.anatomy.modality
+    if modality == "none":
+        return "The b=0 reference, rotated to the template's axes"
+    return f"sub-{subject}/anat/sub-{subject}_space-ACPC_desc-preproc_{modality}.nii.gz"
+
+
+def _write_map(stem: Path, volume: Volume, discrete: bool = False, reference: str = "ACPC") -> None:
+    write_image(_with(stem, ".nii.gz"), volume.data, volume.grid, discrete=discrete)
+    sidecar: dict[str, object] = {"SpatialReference": reference}
+    if "mask" in stem.name:
+        sidecar["Type"] = "Brain"
+    if "preproc" in stem.name:
+        sidecar["SkullStripped"] = False
+    _write_json(_with(stem, ".json"), sidecar)
+
+
+def _through(chain: Chain, data: torch.Tensor, source: Grid, target: Grid, discrete: bool) -> torch.Tensor:
+    displacement = chain_displacement(chain, target)
+    if not discrete:
+        return pull(data[None].float(), source, target, displacement=displacement)[0]
+    labels = torch.unique(data)
+    votes = torch.stack([(data == label).float() for label in labels])
+    return labels[pull(votes, source, target, displacement=displacement).argmax(0)]
+
+
+def _labels(tissue: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """BIDS' discrete labels from CSF, GM, WM probabilities: GM 1, WM 2, CSF 3, outside 0."""
+    return torch.tensor([3.0, 1.0, 2.0])[tissue.argmax(0)] * (mask > 0)
+
+
+def _with(stem: Path, extension: str) -> Path:
+    return stem.parent / (stem.name + extension)
+
+
+def _write_json(path: Path, content: dict[str, object] | dict[str, dict[str, str]]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_tsv(path: Path, columns: dict[str, np.ndarray]) -> None:
+    with path.open("w") as stream:
+        stream.write("\t".join(columns) + "\n")
+        for row in zip(*columns.values(), strict=True):
+            stream.write("\t".join(_cell(value) for value in row) + "\n")
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float | np.floating) and not np.isfinite(value)):
+        return "n/a"
+    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
+
+
+@contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A hidden folder in `out` whose files are moved to their places when all went well."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".dsiprep-", dir=out))
+    except OSError as error:
+        raise OutputError(f"{out} cannot be written ({error.strerror}); choose another output folder") from error
+    try:
+        yield stage
+        for path in sorted(stage.rglob("*")):
+            if path.is_file():
+                target = out / path.relative_to(stage)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+    except OSError as error:
+        raise OutputError(f"{out}: {error.strerror}; make room or choose another output folder") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+

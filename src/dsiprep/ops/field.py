@@ -1,0 +1,163 @@
+"""Displacement fields: composition, inversion, Jacobian determinant; and what a chain of transforms does to points.
+
+One body in tensor operations serves every device; the interpolation below it is chosen in `ops.sample`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dsiprep.data.grid import Grid
+from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.ops.filter import gradient
+from dsiprep.ops.sample import pull, sample_linear, voxel_points
+
+__all__ = ["chain_displacement", "chain_points", "compose", "invert", "jacobian_determinant"]
+
+
+def compose(first: DisplacementField, second: DisplacementField) -> DisplacementField:
+    """One field that does `first` and then `second`, on the grid of `first`.
+
+    x -> x + u1(x) + u2(x + u1(x)). What `second` does outside the grid of `first` is lost.
+    """
+    second_there = pull(second.data, second.grid, first.grid, displacement=first.data)
+    return DisplacementField(first.data + second_there, first.grid)
+
+
+def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float = 0.01) -> DisplacementField:
+    """The field v on the same grid with v(x) + u(x + v(x)) = 0.
+
+    Newton's method at every voxel at once. Where a step does not bring a voxel nearer, half of it is tried; fields
+    that fold have no inverse, and there the last best guess stands.
+
+    Parameters
+    ----------
+    field : DisplacementField
+    iterations : int
+        At most so many steps.
+    tolerance_mm : float
+        Stop when no voxel is further than this from its inverse.
+
+    Returns
+    -------
+    DisplacementField
+    """
+    inverse_affine = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=field.data.device)
+    to_voxel = inverse_affine.float()
+    u = torch.einsum("ab,bijk->aijk", to_voxel, field.data.float())  # voxels
+    slopes = gradient(u).reshape(9, *u.shape[1:])  # du_a/dx_b, row-major in (a, b)
+    start = voxel_points(field.grid, field.grid).to(u.device)
+    metric = torch.as_tensor(field.grid.affine[:3, :3], device=u.device).float()
+    best = torch.zeros_like(u)
+    best_size = torch.full(u.shape[1:], torch.inf, device=u.device)
+    step = torch.zeros_like(u)
+    trial = -sample_linear(u, start - u)  # one round of the fixed-point iteration
+    for _ in range(iterations):
+        residual = trial + sample_linear(u, start + trial)
+        size = torch.einsum("ab,bijk->aijk", metric, residual).norm(dim=0)
+        better = size < best_size
+        best = torch.where(better, trial, best)
+        best_size = torch.where(better, size, best_size)
+        if float(best_size.max()) <= tolerance_mm:
+            break
+        newton = _solve(sample_linear(slopes, start + trial), residual)
+        step = torch.where(better, newton, step / 2)
+        trial = best - step
+    return DisplacementField(torch.einsum("ab,bijk->aijk", metric, best), field.grid)
+
+
+def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
+    """det(I + du/dx) with derivatives in world mm, central differences.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        On any grid: oblique, anisotropic, left-handed.
+
+    Returns
+    -------
+    Tensor, (i, j, k), float32
+        Local volume of the image of a voxel, over the voxel's; positive where the map does not fold.
+    """
+    per_voxel = gradient(field.data)  # (3 components, 3 axes, i, j, k)
+    inverse = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=field.data.device).float()
+    a = torch.einsum("cvijk,vw->cwijk", per_voxel, inverse)
+    for axis in range(3):
+        a[axis, axis] += 1
+    return (
+        a[0, 0] * (a[1, 1] * a[2, 2] - a[1, 2] * a[2, 1])
+        - a[0, 1] * (a[1, 0] * a[2, 2] - a[1, 2] * a[2, 0])
+        + a[0, 2] * (a[1, 0] * a[2, 1] - a[1, 1] * a[2, 0])
+    )
+
+
+def chain_points(chain: Chain, points: np.ndarray) -> np.ndarray:
+    """Points of the chain's target to points of its source.
+
+    Parameters
+    ----------
+    points : ndarray, (m, 3)
+        World RAS+ mm.
+
+    Returns
+    -------
+    ndarray, (m, 3), float64
+    """
+    points = np.asarray(points, float)
+    for step in chain.steps:
+        if isinstance(step, Affine):
+            points = points @ step.matrix[:3, :3].T + step.matrix[:3, 3]
+        else:
+            voxels = torch.as_tensor(step.grid.to_voxels(points).T, dtype=torch.float32)
+            moved = sample_linear(step.data, voxels.to(step.data.device))
+            points = points + moved.cpu().numpy().T.astype(float)
+    return points
+
+
+def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The whole chain as one displacement at every voxel of a grid of its target.
+
+    `pull(volumes, source, grid, displacement=chain_displacement(chain, grid))` brings images of the chain's source
+    onto `grid`. Linear parts are included.
+
+    Parameters
+    ----------
+    grid : Grid
+    device : torch.device or str
+        Where to compute.
+
+    Returns
+    -------
+    Tensor, (3, i, j, k), float32
+        mm RAS+.
+    """
+    world = voxel_points(grid, Grid(grid.shape, np.eye(4))).to(device)
+    total = torch.zeros_like(world)
+    for step in chain.steps:
+        if isinstance(step, Affine):
+            linear = torch.as_tensor(step.matrix[:3, :3], dtype=torch.float32, device=device)
+            # (M - I) x in one go: the difference of two large numbers would cost digits
+            change = torch.as_tensor(step.matrix[:3, :3] - np.eye(3), dtype=torch.float32, device=device)
+            shift = torch.as_tensor(step.matrix[:3, 3], dtype=torch.float32, device=device)
+            moved = torch.einsum("ab,bijk->aijk", linear, total)
+            total = moved + torch.einsum("ab,bijk->aijk", change, world) + shift[:, None, None, None]
+        else:
+            total = total + pull(step.data.to(device), step.grid, grid, displacement=total)
+    return total
+
+
+def _solve(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """(I + J)^-1 r at every voxel by Cramer's rule, J row-major (9, i, j, k); near-singular ones take r itself."""
+    a, b, c, d, e, f, g, h, i = slopes
+    a, e, i = a + 1, e + 1, i + 1
+    cofactors = [
+        [e * i - f * h, c * h - b * i, b * f - c * e],
+        [f * g - d * i, a * i - c * g, c * d - a * f],
+        [d * h - e * g, b * g - a * h, a * e - b * d],
+    ]
+    determinant = a * cofactors[0][0] + b * cofactors[1][0] + c * cofactors[2][0]
+    safe = determinant.abs() > 0.05
+    divisor = torch.where(safe, determinant, 1.0)
+    rows = [(row[0] * residual[0] + row[1] * residual[1] + row[2] * residual[2]) / divisor for row in cofactors]
+    return torch.where(safe, torch.stack(rows), residual)

@@ -1,0 +1,136 @@
+"""3dSHORE: the basis, its regularisers, and leave-one-out predictions as one matrix.
+
+A prediction is linear in the other volumes, and its weights are the same in every voxel: all volumes are predicted
+from all others by one n x n matrix, without refitting voxels.
+"""
+
+from __future__ import annotations
+
+from math import factorial
+
+import numpy as np
+from scipy.special import eval_genlaguerre, gamma, lpmv
+
+__all__ = ["leave_one_out", "near_neighbours", "shore_basis", "shore_regulariser", "shore_size"]
+
+ZETA = 700.0  # scale of the basis in s/mm², for tau = 1 / (4 pi²), where q is the root of b
+
+
+def shore_size(radial_order: int) -> int:
+    """Number of functions in the basis of an even radial order: 1, 7, 22, 50 for 0, 2, 4, 6."""
+    half = radial_order // 2
+    return round((half + 1) * (half + 2) * (4 * half + 3) / 6)
+
+
+def shore_basis(q: np.ndarray, radial_order: int = 6, zeta: float = ZETA) -> np.ndarray:
+    """The 3dSHORE functions at points of q-space, in the order and signs of BrainSuite and DIPY.
+
+    Parameters
+    ----------
+    q : ndarray, (n, 3)
+        Root of the b-value (s/mm²) times the b-vector: q in 1/mm for a diffusion time of 1 / (4 pi²).
+    radial_order : int
+        Even.
+    zeta : float
+        Scale, in the unit of q squared.
+
+    Returns
+    -------
+    ndarray, (n, shore_size(radial_order))
+
+    References
+    ----------
+    Ozarslan et al. 2008, ISMRM 16:35. Merlet & Deriche 2013, doi 10.1016/j.media.2013.04.013.
+    """
+    q = np.asarray(q, float)
+    radius = np.linalg.norm(q, axis=1)
+    cosine = np.divide(q[:, 2], radius, out=np.ones_like(radius), where=radius > 0)
+    azimuth = np.arctan2(q[:, 1], q[:, 0])
+    x = radius**2 / zeta
+    columns = []
+    for ell, n in _orders(radial_order):
+        kappa = np.sqrt(2 * factorial(n - ell) / (zeta**1.5 * gamma(n + 1.5)))
+        radial = kappa * x ** (ell / 2) * np.exp(-x / 2) * eval_genlaguerre(n - ell, ell + 0.5, x)
+        columns += [radial * _harmonic(ell, m, cosine, azimuth) for m in range(-ell, ell + 1)]
+    return np.stack(columns, axis=1)
+
+
+def shore_regulariser(radial_order: int, radial: float = 1e-8, angular: float = 1e-8) -> np.ndarray:
+    """Diagonal of lambdaN N + lambdaL L, which damp high radial and angular orders, (shore_size,)."""
+    diagonal = []
+    for ell, n in _orders(radial_order):
+        diagonal += [radial * (n * (n + 1)) ** 2 + angular * (ell * (ell + 1)) ** 2] * (2 * ell + 1)
+    return np.array(diagonal)
+
+
+def near_neighbours(q: np.ndarray, fraction: float = 0.02) -> np.ndarray:
+    """Pairs of samples too alike to predict each other: closer than `fraction` of the largest |q|, antipodes too.
+
+    Parameters
+    ----------
+    q : ndarray, (n, 3)
+
+    Returns
+    -------
+    ndarray, (n, n) bool
+        True on the diagonal.
+    """
+    q = np.asarray(q, float)
+    limit = fraction * np.linalg.norm(q, axis=1).max(initial=0)
+    same = np.linalg.norm(q[:, None] - q[None], axis=-1)
+    opposite = np.linalg.norm(q[:, None] + q[None], axis=-1)
+    return (np.minimum(same, opposite) < limit) | np.eye(len(q), dtype=bool)
+
+
+def leave_one_out(
+    basis: np.ndarray, penalty: np.ndarray, left_out: np.ndarray, weights: np.ndarray | None = None
+) -> np.ndarray:
+    """The matrix that predicts every sample from those that are not left out with it.
+
+    Parameters
+    ----------
+    basis : ndarray, (n, c)
+        Functions at the samples.
+    penalty : ndarray, (c, c) or (c,)
+        Regulariser, or its diagonal.
+    left_out : ndarray, (n, n) bool
+        Row i: the samples that are not used to predict sample i.
+    weights : ndarray, (n,), optional
+        Trust in each sample; 1 by default.
+
+    Returns
+    -------
+    ndarray, (n, n)
+        P with prediction = P @ samples; P[i, j] = 0 where `left_out[i, j]`.
+    """
+    n, c = basis.shape
+    weights = np.ones(n) if weights is None else np.asarray(weights, float)
+    penalty = np.diag(penalty) if np.ndim(penalty) == 1 else penalty
+    normal = (basis * weights[:, None]).T @ basis + penalty
+    out = np.empty((n, n))
+    for i in range(n):
+        near = np.flatnonzero(left_out[i])
+        part = basis[near]
+        reduced = normal - (part * weights[near, None]).T @ part
+        reduced.flat[:: c + 1] += 1e-12 * np.trace(reduced) / c  # a direction no sample sees stays solvable
+        out[i] = (basis @ np.linalg.solve(reduced, basis[i])) * weights
+        out[i, near] = 0
+    return out
+
+
+def _orders(radial_order: int) -> list[tuple[int, int]]:
+    """Pairs (l, n), in the order of the columns."""
+    pairs = []
+    for ell in range(0, radial_order + 1, 2):
+        pairs += [(ell, n) for n in range(ell, (radial_order + ell) // 2 + 1)]
+    return pairs
+
+
+def _harmonic(ell: int, m: int, cosine: np.ndarray, azimuth: np.ndarray) -> np.ndarray:
+    """Real spherical harmonic: cosines for m < 0, sines for m > 0 (Descoteaux 2007, as DIPY has it)."""
+    order = abs(m)
+    norm = np.sqrt((2 * ell + 1) / (4 * np.pi) * factorial(ell - order) / factorial(ell + order))
+    value = norm * lpmv(order, ell, cosine)
+    if m == 0:
+        return value
+    return np.sqrt(2) * value * (np.sin(order * azimuth) if m > 0 else np.cos(order * azimuth))

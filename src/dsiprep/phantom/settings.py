@@ -1,0 +1,62 @@
+"""What the phantom is made to look like: every option of `dsiprep-tools phantom`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsiprep.errors import SettingsError
+from dsiprep.settings import option
+
+ORIENTATIONS = ("RAS", "LAS", "LPS", "PSR", "oblique")
+DEGREES_PER_MM = 1.8
+
+
+@dataclass(frozen=True)
+class PhantomSettings:
+    """A digital subject, and what goes wrong while it is scanned."""
+
+    scheme: str = option(
+        "dsi257",
+        "sampling scheme: dsi257, dsi101, hasc55, multishell, or two FSL files BVAL,BVEC",
+        "--scheme",
+        metavar="SCHEME",
+    )
+    resolution: float = option(2.5, "voxel size of the DWI in mm", "--resolution", metavar="MM")
+    t1w_resolution: float = option(1.0, "voxel size of the T1w in mm", "--t1w-resolution", metavar="MM")
+    snr: float = option(
+        25.0, "mean b=0 signal of the brain over the noise (sigma); 0 adds no noise", "--snr", metavar="RATIO"
+    )
+    moved: float = option(
+        0.15, "fraction of volumes that the head moved in, besides a slow drift", "--moved", metavar="FRACTION"
+    )
+    max_motion: float = option(
+        5.0,
+        "bound of the motion of a moved volume along each axis in mm; its rotation is bounded by 1.8 degrees per mm",
+        "--max-motion",
+        metavar="MM",
+    )
+    distortion: float = option(
+        5.0, "largest displacement of the brain by the off-resonance field, in mm", "--distortion", metavar="MM"
+    )
+    eddy: float = option(0.0, "largest displacement of the brain by eddy currents, in mm", "--eddy", metavar="MM")
+    dropout: float = option(
+        0.0, "fraction of slices of diffusion-weighted volumes that lose signal", "--dropout", metavar="FRACTION"
+    )
+    orientation: str = option(
+        "LAS", "voxel axes of the DWI; oblique is LAS, tilted", "--orientation", choices=ORIENTATIONS
+    )
+    ideal: bool = option(True, "do not write the ideal DWI (saves half the time)", "--no-ideal")
+    seed: int = option(1, "anatomy, motion and noise are drawn from this", "--seed", metavar="N")
+
+    def check(self) -> None:
+        """Raise `SettingsError` where a value cannot work."""
+        if not 0.5 <= self.resolution <= 10 or not 0.5 <= self.t1w_resolution <= 4:
+            raise SettingsError("the phantom's voxels must be 0.5 to 10 mm (DWI) and 0.5 to 4 mm (T1w)")
+        for name in ("moved", "dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"--{name} {getattr(self, name)}: a fraction between 0 and 1 is needed")
+        for name in ("snr", "max_motion", "distortion", "eddy"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if self.orientation not in ORIENTATIONS:
+            raise SettingsError(f"--orientation {self.orientation}: one of {', '.join(ORIENTATIONS)} is needed")

@@ -1,0 +1,208 @@
+"""Many subjects: one after the other, or one process per share of cores or per GPU.
+
+A subject is the grain: its units (sessions, outputs) follow each other in one process and share its anatomy and its
+report. A failed unit does not stop the others.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+from dsiprep import __version__
+from dsiprep.cache import Cache
+from dsiprep.data.acquisition import Unit
+from dsiprep.data.results import UnitResults
+from dsiprep.errors import DsiprepError
+from dsiprep.settings import Settings
+
+log = logging.getLogger("dsiprep")
+Tell = Callable[[str, str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One subject's work.
+
+    Attributes
+    ----------
+    subject : str
+        Without `sub-`.
+    units : tuple of Unit
+        At least one.
+    settings : Settings
+    out, work : Path
+        Derivatives, and the folder of stage results.
+    device : str
+        "auto", "cpu", "cuda" or "cuda:N".
+    threads : int
+        Cores that this subject may use.
+    keep_work : bool
+        Keep the stage results after a finished subject.
+    mode : str
+        "" for everything, "anat_only", "reports_only" or "boilerplate_only" (the last two compute nothing).
+    command : str
+        What was typed, for the report.
+    """
+
+    subject: str
+    units: tuple[Unit, ...]
+    settings: Settings
+    out: Path
+    work: Path
+    device: str = "auto"
+    threads: int = 1
+    keep_work: bool = False
+    mode: str = ""
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one unit ended: `error` is None, or the sentence that says what was wrong."""
+
+    subject: str
+    unit: str
+    seconds: float
+    error: str | None = None
+    log: Path | None = None
+
+
+def memory_needed(job: Job) -> int:
+    """About how many MB one subject takes at its peak: a few float32 copies of the largest series, and the rest."""
+    import nibabel as nib
+
+    largest = 0
+    for unit in job.units:
+        shapes = [nib.load(run.image).shape for run in unit.runs]  # type: ignore[attr-defined]
+        largest = max(largest, sum(math.prod(shape) for shape in shapes))
+    return 2500 + round(5 * 4 * largest / 2**20)
+
+
+def run_jobs(
+    jobs: Sequence[Job], processes: int = 1, stop_on_first_crash: bool = False, tell: Tell = lambda unit, step: None
+) -> Iterator[Outcome]:
+    """Outcomes as they come in.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+    processes : int
+        How many subjects at once.
+    stop_on_first_crash : bool
+        Start nothing more after a failure.
+    tell : callable
+        Told (unit, step) when a step is about to be computed; with one process only.
+    """
+    if processes == 1 or len(jobs) == 1:
+        for job in jobs:
+            for outcome in run_subject(job, tell, stop_on_first_crash):
+                yield outcome
+                if outcome.error and stop_on_first_crash:
+                    return
+        return
+    # spawn: CUDA and threads do not survive a fork
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(_run_quietly, job, stop_on_first_crash) for job in jobs]
+        for future in as_completed(futures):
+            outcomes = future.result()
+            yield from outcomes
+            if stop_on_first_crash and any(outcome.error for outcome in outcomes):
+                pool.shutdown(cancel_futures=True)
+                return
+
+
+def _run_quietly(job: Job, stop_on_first_crash: bool) -> list[Outcome]:
+    return list(run_subject(job, lambda unit, step: None, stop_on_first_crash))
+
+
+def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iterator[Outcome]:
+    """All units of one subject, then its report; yields an outcome per unit.
+
+    The stage results stay in the work folder if a unit failed, so that a second try goes on from there.
+    """
+    from dsiprep.device import use_threads
+
+    use_threads(job.threads)
+    finished: list[UnitResults] = []
+    failures: list[tuple[str, str]] = []
+    for unit in job.units:
+        start = time.perf_counter()
+        error, where = None, None
+        try:
+            result = _run_unit(unit, job, tell)
+            finished += [result] if result is not None else []
+        except Exception as problem:
+            error, where = _explain(problem, unit, job.out)
+            failures.append((unit.name, error))
+        yield Outcome(job.subject, unit.name, time.perf_counter() - start, error, where)
+        if error and stop_on_first_crash:
+            break
+    if finished:
+        _write_reports(finished, failures, job, tell)
+    if not failures and not job.keep_work and not job.mode:
+        Cache(_work_folder(job)).clear()
+
+
+def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
+    from dsiprep.device import choose
+    from dsiprep.io.derivatives import write_anatomy_of, write_unit
+    from dsiprep.io.templates import load_template
+    from dsiprep.pipeline import prepare_anatomy, preprocess
+
+    redraw = job.mode in ("reports_only", "boilerplate_only")
+    cache = Cache(_work_folder(job), lambda step: tell(unit.name, step), only_found=redraw)
+    device = choose(job.device)
+    template = load_template() if job.settings.anatomy.normalize else None
+    if job.mode == "anat_only":
+        if not unit.t1w:
+            raise DsiprepError(f"{unit.name}: --anat-only, but there is no T1w image; leave the option out")
+        anatomy = prepare_anatomy(unit, job.settings, cache, device)
+        write_anatomy_of(anatomy.value, unit, job.out, template)
+        return None
+    results = preprocess(unit, job.settings, cache, device)
+    if not redraw:
+        tell(unit.name, "derivatives")
+        write_unit(results, job.out, template)
+    return results
+
+
+def _write_reports(
+    finished: list[UnitResults], failures: list[tuple[str, str]], job: Job, tell: Tell
+) -> None:
+    from dsiprep.report.boilerplate import write_boilerplate
+    from dsiprep.report.html import render_report
+
+    tell(finished[-1].unit.name, "report")
+    write_boilerplate(finished, job.out)
+    if job.mode != "boilerplate_only":
+        render_report(finished, job.out, __version__, failures, job.command)
+
+
+def _work_folder(job: Job) -> Path:
+    return job.work / f"sub-{job.subject}"
+
+
+def _explain(problem: Exception, unit: Unit, out: Path) -> tuple[str, Path | None]:
+    """A sentence for people; the traceback goes to a log."""
+    where: Path | None = out / "logs" / f"{unit.name}.log"
+    try:
+        assert where is not None
+        where.parent.mkdir(parents=True, exist_ok=True)
+        where.write_text("".join(traceback.format_exception(problem)))
+    except OSError:
+        where = None
+    if isinstance(problem, DsiprepError):
+        return str(problem), where
+    if isinstance(problem, MemoryError):
+        return "memory ran out; give more with --mem, or run fewer subjects at once", where
+    if isinstance(problem, OSError) and problem.errno is not None:
+        return f"{problem.filename or out}: {problem.strerror}; make room or check the rights, then run again", where
+    return f"unexpected {type(problem).__name__}: {problem}; please report it with the log", where

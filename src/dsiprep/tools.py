@@ -1,0 +1,97 @@
+"""`dsiprep-tools`: phantom, score, demo."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsiprep import __version__
+from dsiprep.cli import Parser, add_setting
+from dsiprep.cli import main as run_app
+from dsiprep.errors import DsiprepError, OutputError
+
+
+def build_parser() -> Parser:
+    """All tools and their options."""
+    from dsiprep.phantom.settings import PhantomSettings
+
+    parser = Parser(prog="dsiprep-tools", description="Companions of dsiprep.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"dsiprep {__version__}")
+    tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
+
+    phantom = tools.add_parser("phantom", help="write a digital DSI subject with known motion and distortion")
+    phantom.add_argument("out", type=Path, help="gets bids/ and truth/")
+    for entry in dataclasses.fields(PhantomSettings):
+        if entry.metadata.get("flags"):
+            add_setting(phantom, "", entry)
+    phantom.set_defaults(run=_phantom)
+
+    score = tools.add_parser("score", help="compare derivatives with the truth of a phantom")
+    score.add_argument("derivatives", type=Path)
+    score.add_argument("truth", type=Path)
+    score.set_defaults(run=_score)
+
+    demo = tools.add_parser("demo", help="phantom, the whole pipeline, and the errors")
+    demo.add_argument("out", type=Path, help="gets bids/, truth/ and derivatives/")
+    demo.add_argument("--device", default="auto", help="where to compute")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _phantom(options: argparse.Namespace) -> int:
+    from dsiprep.phantom.dataset import make_phantom
+    from dsiprep.phantom.settings import PhantomSettings
+
+    names = [f.name for f in dataclasses.fields(PhantomSettings)]
+    chosen = PhantomSettings(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    where = make_phantom(options.out, chosen)
+    print(f"Dataset: {where / 'bids'}\nTruth:   {where / 'truth'}")
+    return 0
+
+
+def _score(options: argparse.Namespace) -> int:
+    from dsiprep.score import print_scores, score
+
+    print_scores(score(options.derivatives, options.truth))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from dsiprep.phantom.dataset import make_phantom
+    from dsiprep.phantom.settings import demo_settings
+    from dsiprep.score import print_scores, score
+
+    out = options.out.resolve()
+    if out.exists() and any(out.iterdir()) and not (out / "truth").is_dir():
+        raise OutputError(f"{out} holds other files; choose an empty or new folder for the demo")
+    for part in ("bids", "truth", "derivatives", "work"):
+        shutil.rmtree(out / part, ignore_errors=True)
+    print("Building a digital DSI subject with known motion, distortion and noise ...", flush=True)
+    make_phantom(out, demo_settings())
+    derivatives = out / "derivatives"
+    code = run_app(
+        [str(out / "bids"), str(derivatives), "participant", "--output-resolution", "3", "--device",
+         options.device, "--work-dir", str(out / "work")]
+    )  # fmt: skip
+    if code == 0:
+        print_scores(score(derivatives, out / "truth"))
+        print(f"Open the report: {derivatives / 'sub-01.html'}")
+    return code
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one tool; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except DsiprepError as error:
+        print(f"dsiprep-tools: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
