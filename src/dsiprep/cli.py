@@ -80,7 +80,6 @@ NOT_BUILT = {
 }
 SHELL_TOOLS = {("--hmc-method", "eddy"), ("--hmc-model", "eddy"), ("--sdc-method", "topup"),
                ("--sdc-method", "topup+drbuddi")}  # fmt: skip
-SAME_OPTION = {"--pepolar-method": "--sdc-method", "--b0-to-anat-transform": "--dwi2anat-dof"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -128,7 +127,8 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
                        choices=("fieldmaps", "pepolar-dwis", "t2w", "phase", "sdc", "shims", "fov"),
                        help="fieldmaps, pepolar-dwis, t2w, phase, sdc, shims, fov: leave these aside")  # fmt: skip
     group.add_argument("--separate-all-dwis", action="store_true", help="every DWI run becomes its own output")
-    group.add_argument("--distortion-group-merge", choices=("concat", "average", "none"), default="concat",
+    group.add_argument("--distortion-group-merge", default="concat", metavar="concat|none",
+                       type=_one_of("--distortion-group-merge", str, ("concat", "none")),
                        help="blip-up and blip-down series in one output (concat), or apart (none)")  # fmt: skip
 
 
@@ -227,8 +227,8 @@ def _megabytes(text: str) -> int:
 class _Refuse(argparse.Action):
     """An option of QSIPrep that is not here."""
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: object, option_string: str | None = None) -> None:
-        flag = option_string or ""
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        flag = self.option_strings[0]
         parser.error(f"{flag}: {NOT_HERE[flag]}")
 
 

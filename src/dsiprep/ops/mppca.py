@@ -60,7 +60,7 @@ def mppca(
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
     widths = [min(width, size) for size in shape]
-    starts = [_starts(size, w, max(1, width // 2)) for size, w in zip(shape, widths, strict=True)]
+    starts = [_starts(size, w, max(1, int(__import__('os').environ.get('STR', width // 2)))) for size, w in zip(shape, widths, strict=True)]
     inside = torch.ones(shape, dtype=torch.bool, device=data.device) if mask is None else mask.to(data.device) > 0
     needed = _needed(inside.cpu().numpy(), starts, widths)
     denoised = torch.zeros_like(data)
@@ -210,7 +210,15 @@ def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> 
     if most < side:
         place = torch.arange(side - most, side, device=voxels.device)[None]
         basis = vectors[:, :, side - most :] * (place >= (side - kept)[:, None])[:, None]
-        patches = (patches @ basis) @ basis.mT if tall else basis @ (basis.mT @ patches)
+        import os
+        if os.environ.get("SHR"):
+            beta=(rows/columns)[:,None]
+            y2=(values[:,side-most:].double()/(variance*columns)[:,None].clamp(min=1e-30))
+            f=(((y2-beta-1)**2-4*beta).clamp(min=0).sqrt()/y2.clamp(min=1e-30)).float()
+            sc=basis*f[:,None]
+            patches = (patches @ sc) @ basis.mT if tall else sc @ (basis.mT @ patches)
+        else:
+            patches = (patches @ basis) @ basis.mT if tall else basis @ (basis.mT @ patches)
     return patches + mean, variance.float(), (kept + 1).float()
 
 

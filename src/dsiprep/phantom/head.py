@@ -12,10 +12,12 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from scipy.ndimage import distance_transform_edt, gaussian_filter, map_coordinates
+from scipy.ndimage import distance_transform_edt, gaussian_filter
+from scipy.spatial.transform import Rotation
 
 from dsiprep.data.grid import Grid
 from dsiprep.errors import InputError
+from dsiprep.phantom.interpolate import read
 
 TEMPLATE = "MNI152NLin2009aSym"
 BRAIN_CENTRE = np.array([0.0, -18.0, 5.0])  # of the template's brain
@@ -98,13 +100,13 @@ class Head:
         return out
 
     def _bend_at(self, points: np.ndarray) -> np.ndarray:
-        return np.stack([read(component, self.bend_grid, points, "nearest") for component in self.bend], -1)
+        return np.stack([read(component, self.bend_grid, points, nearest=True) for component in self.bend], -1)
 
     def _fractions(self, t: np.ndarray) -> dict[str, np.ndarray]:
         """All maps at template points (n, 3). What is named first has the right of way."""
         brain, gm, wm, t1 = (read(self.atlas[n], self.atlas_grid, t) for n in ("brain", "gm", "wm", "t1"))
-        distance = read(self.distance, self.wide_grid, t, "nearest")
-        texture = read(self.texture, self.wide_grid, t, "nearest")
+        distance = read(self.distance, self.wide_grid, t, nearest=True)
+        texture = read(self.texture, self.wide_grid, t, nearest=True)
         left = 1 - brain
         out = {"t1": t1, "brain": brain, "gm": gm, "wm": wm, "csf": np.clip(brain - gm - wm, 0, 1)}
 
@@ -169,12 +171,6 @@ def load_atlas() -> tuple[dict[str, np.ndarray], Grid]:
     return maps, Grid(t1.shape, np.asarray(images["t1"].affine, float))
 
 
-def read(values: np.ndarray, grid: Grid, points: np.ndarray, outside: str = "constant") -> np.ndarray:
-    """Linear interpolation of a map on `grid` at world points (n, 3): (n,) float32."""
-    voxels = grid.to_voxels(points).T
-    return map_coordinates(values, voxels, order=1, mode=outside, output=np.float32)
-
-
 def slabs(grid: Grid, points_each: int = 1_000_000) -> Iterator[tuple[slice, np.ndarray]]:
     """World points of a grid in slabs along its first axis: the rows, and (n, 3) points."""
     rows = max(1, points_each // int(np.prod(grid.shape[1:])))
@@ -196,8 +192,8 @@ def _any(solids: tuple, points: np.ndarray) -> np.ndarray:
 
 def _depth(centre: tuple, radii: tuple, points: np.ndarray) -> np.ndarray:
     """About how many mm inside an ellipsoid the points are; negative outside."""
-    scaled = np.linalg.norm((points - np.asarray(centre, float)) / np.asarray(radii, float), axis=1)
-    return (1 - scaled) * min(radii)
+    scaled = sum(((points[:, a] - centre[a]) / radii[a]) ** 2 for a in range(3))
+    return (1 - np.sqrt(scaled)) * min(radii)
 
 
 def _skull_distance(brain: np.ndarray, grid: Grid, wide: Grid, closing: float = 12.0) -> np.ndarray:
@@ -219,6 +215,4 @@ def _smooth_noise(rng: np.random.Generator, grid: Grid, sigma_mm: float) -> np.n
 
 
 def _rotation(degrees: np.ndarray) -> np.ndarray:
-    from scipy.spatial.transform import Rotation
-
     return Rotation.from_rotvec(np.deg2rad(degrees)).as_matrix()

@@ -1,0 +1,523 @@
+"""Kernels of blip-up/blip-down correction: sampling with derivatives, and the normal equations of field and pose.
+
+All arrays have the phase-encoding axis last, (a, b, y), and one unknown per voxel: the displacement f in mm along
+that axis. On the CPU the hot loops run in Numba; other devices do the same sums with tensor operations, and a test
+holds both to the same numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+
+__all__ = [
+    "Normal",
+    "along",
+    "barrier",
+    "conjugate_gradients",
+    "cosine_basis",
+    "equal_mass_field",
+    "laplacian",
+    "sample_lines",
+    "sample_solid",
+]
+
+
+def sample_lines(coefficients: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A volume read at x + shift along its last axis.
+
+    Parameters
+    ----------
+    coefficients : Tensor, (a, b, y), float32
+        Cubic B-spline coefficients along the last axis only.
+    shift : Tensor, (a, b, y), float32
+        Voxels along the last axis.
+
+    Returns
+    -------
+    value, slope, inside : Tensor, (a, b, y)
+        Intensity, its derivative along the last axis per voxel, and 1 where the point is within the grid (0 elsewhere,
+        where value and slope are 0 too).
+    """
+    if coefficients.device.type == "cpu":
+        results = _lines_loop(coefficients.numpy(), shift.numpy())
+        return tuple(torch.from_numpy(r) for r in results)
+    size = coefficients.shape[-1]
+    where = torch.arange(size, device=shift.device) + shift
+    inside = ((where >= -0.5) & (where <= size - 0.5)).float()
+    base = torch.floor(where)
+    weights, slopes = _taps(where - base)
+    value, slope = torch.zeros_like(shift), torch.zeros_like(shift)
+    for tap in range(4):
+        taken = torch.gather(coefficients, 2, _mirror(base.long() - 1 + tap, size))
+        value += weights[tap] * taken
+        slope += slopes[tap] * taken
+    return value * inside, slope * inside, inside
+
+
+def sample_solid(
+    coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """A volume read at matrix @ x + shift along its last axis.
+
+    Parameters
+    ----------
+    coefficients : Tensor, (a, b, y), float32
+        Cubic B-spline coefficients along all axes.
+    matrix : ndarray, (3, 4) or (4, 4)
+        Voxels to voxels.
+    shift : Tensor, (a, b, y), float32
+        Voxels along the last axis.
+
+    Returns
+    -------
+    value : Tensor, (a, b, y)
+    gradient : Tensor, (3, a, b, y)
+        Derivatives per voxel at the point.
+    inside : Tensor, (a, b, y)
+    """
+    if coefficients.device.type == "cpu":
+        results = _solid_loop(coefficients.numpy(), np.asarray(matrix, np.float64), shift.numpy())
+        return tuple(torch.from_numpy(r) for r in results)
+    axes = [torch.arange(n, device=shift.device, dtype=torch.float32) for n in shift.shape]
+    rows = [[float(m) for m in row] for row in np.asarray(matrix)[:3]]
+    where = [
+        r[0] * axes[0][:, None, None] + r[1] * axes[1][:, None] + r[2] * axes[2] + r[3] for r in rows
+    ]
+    where[2] = where[2] + shift
+    sizes = coefficients.shape
+    inside = torch.ones_like(shift)
+    for w, n in zip(where, sizes, strict=True):
+        inside *= (w >= -0.5) & (w <= n - 0.5)
+    base = [torch.floor(w) for w in where]
+    taps = [_taps(w - b) for w, b in zip(where, base, strict=True)]
+    total = torch.zeros((4, *shift.shape), device=shift.device)
+    for i in range(4):
+        for j in range(4):
+            for k in range(4):
+                at = [_mirror(b.long() - 1 + t, n) for b, t, n in zip(base, (i, j, k), sizes, strict=True)]
+                taken = coefficients.reshape(-1)[(at[0] * sizes[1] + at[1]) * sizes[2] + at[2]]
+                for d in range(4):
+                    w = [taps[axis][1 if d == axis + 1 else 0][t] for axis, t in enumerate((i, j, k))]
+                    total[d] += w[0] * w[1] * w[2] * taken
+    total *= inside
+    return total[0], total[1:], inside
+
+
+def along(field: torch.Tensor, axis: int) -> torch.Tensor:
+    """Central difference per voxel; beyond the edges the outermost value is repeated."""
+    n = field.shape[axis]
+    if n == 1:
+        return torch.zeros_like(field)
+    ends = field.narrow(axis, 0, 1), field.narrow(axis, n - 1, 1)
+    padded = torch.cat([ends[0], field, ends[1]], axis)
+    return (padded.narrow(axis, 2, n) - padded.narrow(axis, 0, n)) / 2
+
+
+def laplacian(field: torch.Tensor, spacing: np.ndarray) -> torch.Tensor:
+    """Sum of second differences per mm², no flux through the edges.
+
+    Parameters
+    ----------
+    field : Tensor, (a, b, y)
+    spacing : ndarray, (3,)
+        mm.
+    """
+    total = torch.zeros_like(field)
+    for axis in range(3):
+        n = field.shape[axis]
+        if n > 1:
+            rise = torch.diff(field, dim=axis) / float(spacing[axis]) ** 2
+            total.narrow(axis, 0, n - 1).add_(rise)
+            total.narrow(axis, 1, n - 1).sub_(rise)
+    return total
+
+
+def barrier(field: torch.Tensor, steepness: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cost of squeezing voxels, infinite where a line would fold.
+
+    d^4 / (1 - d^2) of d = steepness times the difference of neighbours along the last axis, as in Burger et al. 2013
+    (doi 10.1137/110835955).
+
+    Returns
+    -------
+    cost : Tensor, ()
+        Infinite where |d| >= 1 anywhere.
+    slope, curvature : Tensor, (a, b, y - 1)
+        Derivatives by the difference of neighbours.
+    """
+    d = steepness * torch.diff(field, dim=2)
+    left = 1 - d * d
+    if field.shape[2] > 1 and float(left.min()) <= 0.02:
+        return torch.tensor(float("inf")), d, d
+    slope = (4 * d**3 - 2 * d**5) / left**2
+    curvature = (12 * d**2 - 10 * d**4) / left**2 + 4 * d * (4 * d**3 - 2 * d**5) / left**3
+    return (d**4 / left).sum(), steepness * slope, steepness**2 * curvature
+
+
+@dataclass(frozen=True, eq=False)
+class Normal:
+    """Gauss-Newton equations of the field (a, b, y) and a few pose parameters (m,).
+
+    The linearised residual is r + level f + tilt D f + columns' p, with D the central difference along the last axis
+    per voxel.
+
+    Attributes
+    ----------
+    level, tilt, weight : Tensor, (a, b, y)
+    curvature : Tensor, (a, b, y - 1)
+        Second derivative of `barrier`.
+    coupling : Tensor, (m, a, b, y)
+        Derivative of the field's gradient by the pose.
+    pose : Tensor, (m, m)
+    spacing : ndarray, (3,)
+        mm.
+    stiffness : (float, float)
+        Weights of the squared gradient and of the squared Laplacian.
+    """
+
+    level: torch.Tensor
+    tilt: torch.Tensor
+    weight: torch.Tensor
+    curvature: torch.Tensor
+    coupling: torch.Tensor
+    pose: torch.Tensor
+    spacing: np.ndarray
+    stiffness: tuple[float, float]
+
+    def apply(self, field: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The matrix times a vector."""
+        flat = self.coupling.reshape(len(pose), -1)
+        if field.device.type == "cpu":
+            tensors = (field, self.level, self.tilt, self.weight, self.curvature)
+            out = torch.from_numpy(
+                _normal_loop(*(t.numpy() for t in tensors), self.spacing, np.asarray(self.stiffness))
+            )
+        else:
+            out = self._apply_tensors(field)
+        out += (pose @ flat).reshape(field.shape)
+        return out, flat @ field.reshape(-1) + self.pose @ pose
+
+    def _apply_tensors(self, field: torch.Tensor) -> torch.Tensor:
+        product = self.weight * (self.level * field + self.tilt * along(field, 2))
+        bend = laplacian(field, self.spacing)
+        out = self.level * product + transposed_along(self.tilt * product)
+        out += self.stiffness[1] * laplacian(bend, self.spacing) - self.stiffness[0] * bend
+        force = self.curvature * torch.diff(field, dim=2)
+        out[..., 1:] += force
+        out[..., :-1] -= force
+        return out
+
+
+def transposed_along(values: torch.Tensor) -> torch.Tensor:
+    """The transpose of `along` on the last axis."""
+    out = torch.zeros_like(values)
+    if values.shape[2] == 1:
+        return out
+    half = values / 2
+    out[..., 1:] += half[..., :-1]
+    out[..., :-1] -= half[..., 1:]
+    out[..., 0] -= half[..., 0]
+    out[..., -1] += half[..., -1]
+    return out
+
+
+def cosine_basis(size: int, device: torch.device) -> torch.Tensor:
+    """Orthonormal cosine transform (DCT-II) as a matrix, (size, size), rows by frequency."""
+    k = torch.arange(size, dtype=torch.float64)
+    basis = torch.cos(torch.pi / size * (k[None] + 0.5) * k[:, None]) * (2 / size) ** 0.5
+    basis[0] /= 2**0.5
+    return basis.float().to(device)
+
+
+def smooth_inverse(normal: Normal, inner: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The inverse of the equations of a volume whose data weigh the same everywhere: a preconditioner.
+
+    The stiffness is diagonal in cosines, and a cosine transform is three matrix products.
+
+    Parameters
+    ----------
+    normal : Normal
+    inner : Tensor, (a, b, y), bool
+        Where the data's mean weight is taken.
+    """
+    shape = normal.level.shape
+    bases = [cosine_basis(n, normal.level.device) for n in shape]
+    mu = [
+        (2 - 2 * torch.cos(torch.pi * torch.arange(n) / n)).to(normal.level.device) / float(h) ** 2
+        for n, h in zip(shape, normal.spacing, strict=True)
+    ]
+    total = mu[0][:, None, None] + mu[1][:, None] + mu[2]
+    mean_level = float((normal.weight * normal.level**2)[inner].mean())
+    mean_tilt = float((normal.weight * normal.tilt**2)[inner].mean())
+    sine = torch.sin(torch.pi * torch.arange(shape[2], device=total.device) / shape[2]) ** 2
+    diagonal = mean_level + mean_tilt * sine + normal.stiffness[0] * total + normal.stiffness[1] * total**2
+    inverse = 1 / diagonal.clamp(min=1e-12)
+
+    def solve(residual: torch.Tensor) -> torch.Tensor:
+        spectrum = _rotate(residual, bases) * inverse
+        return _rotate(spectrum, [b.T for b in bases])
+
+    return solve
+
+
+def _rotate(values: torch.Tensor, bases: list[torch.Tensor]) -> torch.Tensor:
+    a, b, y = values.shape
+    values = (values.reshape(-1, y) @ bases[2].T).reshape(a, b, y)
+    values = torch.matmul(bases[1], values)
+    return (bases[0] @ values.reshape(a, -1)).reshape(a, b, y)
+
+
+def conjugate_gradients(
+    normal: Normal,
+    right: tuple[torch.Tensor, torch.Tensor],
+    inner: torch.Tensor,
+    tolerance: float = 0.05,
+    iterations: int = 40,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Preconditioned conjugate gradients on field and pose together.
+
+    Parameters
+    ----------
+    normal : Normal
+    right : Tensor (a, b, y), Tensor (m,)
+        Right-hand side.
+    inner : Tensor, (a, b, y), bool
+        As in `smooth_inverse`.
+    tolerance : float
+        Stop when the residual, in the preconditioner's norm, has fallen to this share.
+    iterations : int
+        Upper bound.
+
+    Returns
+    -------
+    field : Tensor, (a, b, y)
+    pose : Tensor, (m,)
+    count : int
+        Iterations taken.
+    """
+    solve_field = smooth_inverse(normal, inner)
+    solve_pose = torch.linalg.inv(normal.pose.double()).float()
+    rf, rp = right[0].clone(), right[1].clone()
+    xf, xp = torch.zeros_like(rf), torch.zeros_like(rp)
+    zf, zp = solve_field(rf), solve_pose @ rp
+    df, dp = zf.clone(), zp.clone()
+    rho = first = _dot(rf, zf) + _dot(rp, zp)
+    for count in range(1, iterations + 1):
+        qf, qp = normal.apply(df, dp)
+        curvature = _dot(df, qf) + _dot(dp, qp)
+        if not curvature > 0:
+            return xf, xp, count
+        step = rho / curvature
+        for x, d in ((xf, df), (xp, dp)):
+            x.add_(d, alpha=step)
+        for r, q in ((rf, qf), (rp, qp)):
+            r.sub_(q, alpha=step)
+        zf, zp = solve_field(rf), solve_pose @ rp
+        previous, rho = rho, _dot(rf, zf) + _dot(rp, zp)
+        if rho <= tolerance**2 * first:
+            return xf, xp, count
+        df.mul_(rho / previous).add_(zf)
+        dp.mul_(rho / previous).add_(zp)
+    return xf, xp, iterations
+
+
+def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.dot(a.reshape(-1), b.reshape(-1)))
+
+
+def equal_mass_field(first: torch.Tensor, second: torch.Tensor, scales: tuple[float, float]) -> torch.Tensor:
+    """Displacement that makes the cumulative intensities of both images agree along every line.
+
+    The line integral method of Chang and Fitzpatrick 1992 (doi 10.1109/42.158935): signal is moved, never lost, so
+    what lies before a point of the undistorted line lies before its image in both.
+
+    Parameters
+    ----------
+    first, second : Tensor, (a, b, y)
+        Non-negative intensities.
+    scales : (float, float)
+        Displacement in each image per unit of field, of opposite signs.
+
+    Returns
+    -------
+    Tensor, (a, b, y)
+        Field, in voxels along the last axis. Lines with nothing in them are all ground: their field is 0.
+    """
+    images = [v.clamp(min=0).double().cpu().numpy() for v in (first, second)]
+    ground = 0.02 * max(float(v.mean()) for v in images) + 1e-12
+    a, b, size = images[0].shape
+    edges = np.arange(size + 1) - 0.5
+    field = np.zeros((a, b, size))
+    quantiles = (np.arange(4 * size) + 0.5) / (4 * size)
+    for i in range(a):
+        for j in range(b):
+            sums = [np.concatenate([[0.0], np.cumsum(v[i, j] + ground)]) for v in images]
+            y0, y1 = (np.interp(quantiles, s / s[-1], edges) for s in sums)
+            line = (y0 - y1) / (scales[0] - scales[1])
+            field[i, j] = np.interp(np.arange(size), y0 - scales[0] * line, line)
+    return torch.from_numpy(field).float().to(first.device)
+
+
+def _taps(f: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    g = 1 - f
+    weights = [g**3 / 6, (4 - 6 * f**2 + 3 * f**3) / 6, (4 - 6 * g**2 + 3 * g**3) / 6, f**3 / 6]
+    slopes = [-(g**2) / 2, (3 * f**2 - 4 * f) / 2, (4 * g - 3 * g**2) / 2, f**2 / 2]
+    return weights, slopes
+
+
+def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
+    index = index.abs()
+    index = torch.where(index >= size, 2 * size - 2 - index, index)
+    return index.clamp(0, size - 1)
+
+
+@numba.njit(inline="always", fastmath=True)
+def _mirrored(index: int, size: int) -> int:
+    if index < 0:
+        index = -index
+    if index >= size:
+        index = 2 * size - 2 - index
+    return min(max(index, 0), size - 1)
+
+
+@numba.njit(inline="always", fastmath=True)
+def _fill_taps(f: float, weights: np.ndarray, slopes: np.ndarray) -> None:
+    g = 1 - f
+    weights[0] = g * g * g / 6
+    weights[1] = (4 - 6 * f * f + 3 * f * f * f) / 6
+    weights[2] = (4 - 6 * g * g + 3 * g * g * g) / 6
+    weights[3] = f * f * f / 6
+    slopes[0] = -g * g / 2
+    slopes[1] = (3 * f * f - 4 * f) / 2
+    slopes[2] = (4 * g - 3 * g * g) / 2
+    slopes[3] = f * f / 2
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _lines_loop(coefficients: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    na, nb, ny = shift.shape
+    value, slope, inside = np.zeros_like(shift), np.zeros_like(shift), np.zeros_like(shift)
+    for a in numba.prange(na):
+        weights, slopes = np.empty(4, np.float32), np.empty(4, np.float32)
+        for b in range(nb):
+            for y in range(ny):
+                where = y + shift[a, b, y]
+                if not (where >= -0.5 and where <= ny - 0.5):
+                    continue
+                base = int(np.floor(where))
+                _fill_taps(where - base, weights, slopes)
+                v, s = np.float32(0), np.float32(0)
+                for t in range(4):
+                    c = coefficients[a, b, _mirrored(base - 1 + t, ny)]
+                    v += weights[t] * c
+                    s += slopes[t] * c
+                value[a, b, y], slope[a, b, y], inside[a, b, y] = v, s, 1
+    return value, slope, inside
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _solid_loop(
+    coefficients: np.ndarray, matrix: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    na, nb, ny = shift.shape
+    sa, sb, sy = coefficients.shape
+    value, inside = np.zeros_like(shift), np.zeros_like(shift)
+    gradient = np.zeros((3, na, nb, ny), np.float32)
+    for a in numba.prange(na):
+        wa, wb, wy = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
+        ga, gb, gy = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
+        rows = np.empty(4, np.int64)
+        for b in range(nb):
+            for y in range(ny):
+                pa = matrix[0, 0] * a + matrix[0, 1] * b + matrix[0, 2] * y + matrix[0, 3]
+                pb = matrix[1, 0] * a + matrix[1, 1] * b + matrix[1, 2] * y + matrix[1, 3]
+                py = matrix[2, 0] * a + matrix[2, 1] * b + matrix[2, 2] * y + matrix[2, 3] + shift[a, b, y]
+                if not (pa >= -0.5 and pb >= -0.5 and py >= -0.5):
+                    continue
+                if not (pa <= sa - 0.5 and pb <= sb - 0.5 and py <= sy - 0.5):
+                    continue
+                ia, ib, iy = int(np.floor(pa)), int(np.floor(pb)), int(np.floor(py))
+                _fill_taps(pa - ia, wa, ga)
+                _fill_taps(pb - ib, wb, gb)
+                _fill_taps(py - iy, wy, gy)
+                for t in range(4):
+                    rows[t] = _mirrored(iy - 1 + t, sy)
+                v, da, db, dy = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+                for s in range(4):
+                    ra = _mirrored(ia - 1 + s, sa)
+                    for t in range(4):
+                        line = coefficients[ra, _mirrored(ib - 1 + t, sb)]
+                        c0, c1, c2, c3 = line[rows[0]], line[rows[1]], line[rows[2]], line[rows[3]]
+                        m = wy[0] * c0 + wy[1] * c1 + wy[2] * c2 + wy[3] * c3
+                        g = gy[0] * c0 + gy[1] * c1 + gy[2] * c2 + gy[3] * c3
+                        v += wa[s] * wb[t] * m
+                        da += ga[s] * wb[t] * m
+                        db += wa[s] * gb[t] * m
+                        dy += wa[s] * wb[t] * g
+                value[a, b, y], inside[a, b, y] = v, 1
+                gradient[0, a, b, y], gradient[1, a, b, y], gradient[2, a, b, y] = da, db, dy
+    return value, gradient, inside
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _laplacian_loop(field: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+    na, nb, ny = field.shape
+    ha, hb, hy = np.float32(inverse[0]), np.float32(inverse[1]), np.float32(inverse[2])
+    out = np.empty_like(field)
+    for a in numba.prange(na):
+        below, above = max(a - 1, 0), min(a + 1, na - 1)
+        for b in range(nb):
+            left, right = max(b - 1, 0), min(b + 1, nb - 1)
+            for y in range(ny):
+                f = 2 * field[a, b, y]
+                out[a, b, y] = (
+                    ha * (field[below, b, y] + field[above, b, y] - f)
+                    + hb * (field[a, left, y] + field[a, right, y] - f)
+                    + hy * (field[a, b, max(y - 1, 0)] + field[a, b, min(y + 1, ny - 1)] - f)
+                )
+    return out
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _data_loop(
+    field: np.ndarray, level: np.ndarray, tilt: np.ndarray, weight: np.ndarray, curvature: np.ndarray, out: np.ndarray
+) -> None:
+    na, nb, ny = field.shape
+    half = np.float32(0.5)
+    for a in numba.prange(na):
+        tilted = np.empty(ny, np.float32)
+        for b in range(nb):
+            for y in range(ny):
+                rise = half * (field[a, b, min(y + 1, ny - 1)] - field[a, b, max(y - 1, 0)])
+                q = weight[a, b, y] * (level[a, b, y] * field[a, b, y] + tilt[a, b, y] * rise)
+                out[a, b, y] += level[a, b, y] * q
+                tilted[y] = half * tilt[a, b, y] * q
+            for y in range(ny):
+                out[a, b, min(y + 1, ny - 1)] += tilted[y]
+                out[a, b, max(y - 1, 0)] -= tilted[y]
+            for y in range(ny - 1):
+                force = curvature[a, b, y] * (field[a, b, y + 1] - field[a, b, y])
+                out[a, b, y + 1] += force
+                out[a, b, y] -= force
+
+
+def _normal_loop(
+    field: np.ndarray,
+    level: np.ndarray,
+    tilt: np.ndarray,
+    weight: np.ndarray,
+    curvature: np.ndarray,
+    spacing: np.ndarray,
+    stiffness: np.ndarray,
+) -> np.ndarray:
+    inverse = 1 / np.asarray(spacing, float) ** 2
+    bend = _laplacian_loop(field, inverse)
+    stiff = np.float32(stiffness[1]) * bend - np.float32(stiffness[0]) * field
+    out = _laplacian_loop(stiff, inverse)
+    _data_loop(field, level, tilt, weight, curvature, out)
+    return out

@@ -1,0 +1,276 @@
+"""Curves and scatter plots as SVG that turn light on dark with the reader's screen.
+
+Text stays text (selectable, searchable, small). One dictionary of colours is used throughout: R-L red, A-P green,
+S-I blue, as in the colour maps of fibre direction.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from dsiprep.data.acquisition import SamplingScheme
+from dsiprep.data.dwi import DWI
+from dsiprep.data.results import Motion
+
+INK, SOFT, PAPER = "#1f2530", "#69727f", "#fefefe"
+AXES = ("#e5484d", "#2f9e5b", "#3f7fdb")
+FD = "#b45bd6"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dsiprep",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 9,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "grid.color": SOFT,
+    "grid.alpha": 0.22,
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "legend.labelcolor": INK,
+    "text.color": INK,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+# Stand-in colours are exchanged by the reader's browser; matplotlib writes them as inline styles.
+DARK = (
+    "<style>text{font-family:system-ui,-apple-system,'Segoe UI',Roboto,Helvetica,Arial,sans-serif}"
+    "@media (prefers-color-scheme: dark){"
+    f'[style*="fill: {INK}"]{{fill:#e6e9ee!important}}[style*="stroke: {INK}"]{{stroke:#e6e9ee!important}}'
+    f'[style*="stroke: {SOFT}"]{{stroke:#8d97a5!important}}[style*="fill: {SOFT}"]{{fill:#8d97a5!important}}'
+    f'[style*="fill: {PAPER}"]{{fill:#161b22!important}}'
+    "}</style>"
+)
+B_COLOURS = "viridis"
+
+
+def svg(figure: Figure) -> bytes:
+    """A figure as SVG text with the rule for dark screens, the same bytes for the same picture."""
+    out = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
+    text = out.getvalue().decode()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return re.sub(r"(<svg\b[^>]*>)", lambda m: m.group(1) + DARK, text, count=1, flags=re.DOTALL).encode()
+
+
+def _b_norm(bvals: np.ndarray) -> Normalize:
+    return Normalize(0, max(float(np.max(bvals)), 1.0))
+
+
+def _b_bar(figure: Figure, ax: Axes | list[Axes], norm: Normalize) -> None:
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure.colorbar(ScalarMappable(norm, B_COLOURS), ax=ax, pad=0.02, fraction=0.025, aspect=28)
+    bar.set_label("b (s/mm²)")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+
+
+def sampling(dwi: DWI, scheme: SamplingScheme) -> bytes:
+    """Where q-space was sampled: three projections as acquired, and b over the series."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 4.9), layout="constrained")
+        grid = figure.add_gridspec(2, 3, height_ratios=(3.2, 1))
+        q, norm = dwi.q, _b_norm(dwi.bvals)
+        reach = float(np.abs(q).max() or 1) * 1.1
+        top = []
+        for column, (across, up, depth) in enumerate(((0, 1, 2), (0, 2, 1), (1, 2, 0))):
+            ax = figure.add_subplot(grid[0, column])
+            order = np.argsort(q[:, depth])
+            size = 14 + 16 * (q[order, depth] / reach + 1)
+            ax.scatter(
+                q[order, across], q[order, up], s=size, c=dwi.bvals[order], cmap=B_COLOURS, norm=norm,
+                edgecolors=PAPER, linewidths=0.5,
+            )  # fmt: skip
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+            ax.set_title(("Axial", "Coronal", "Sagittal")[column])
+            ax.set_xlabel(("L ↔ R", "L ↔ R", "P ↔ A")[column])
+            ax.set_ylabel(("P ↔ A", "I ↔ S", "I ↔ S")[column])
+            ax.grid(True)
+            top.append(ax)
+        _b_bar(figure, top, norm)
+        ax = figure.add_subplot(grid[1, :])
+        _b_series(ax, dwi, norm)
+        return svg(figure)
+
+
+def _b_series(ax: Axes, dwi: DWI, norm: Normalize) -> None:
+    """b-value of each volume in order, with the borders of the runs."""
+    index = np.arange(len(dwi))
+    colours = colormaps[B_COLOURS](norm(dwi.bvals))
+    ax.vlines(index, 0, np.maximum(dwi.bvals, norm.vmax * 0.02), colors=colours, linewidth=min(2.4, 620 / len(index)))
+    ax.scatter(index[dwi.is_b0], np.zeros(int(dwi.is_b0.sum())), marker="^", s=18, color=INK, zorder=3, clip_on=False)
+    for border in np.flatnonzero(np.diff(dwi.run)):
+        ax.axvline(border + 0.5, color=SOFT, linestyle=":", linewidth=1)
+    ax.set(xlim=(-1, len(index)), ylim=(0, None), xlabel="volume (▲ b=0; dotted: a new run)", ylabel="b (s/mm²)")
+
+
+def motion(
+    parameters: np.ndarray, fd: np.ndarray, bvals: np.ndarray, outliers: np.ndarray, is_b0: np.ndarray
+) -> bytes:
+    """Translation, rotation, framewise displacement and outlier slices over the series, b-values beneath.
+
+    Parameters
+    ----------
+    parameters : ndarray, (n, 6)
+        Translation in mm, rotation in degrees, along R, A, S.
+    fd : ndarray, (n,)
+        mm; the first value may be NaN.
+    bvals, outliers : ndarray, (n,)
+        s/mm²; number of outlier slices.
+    is_b0 : ndarray, (n,), bool
+    """
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 6.0), layout="constrained")
+        axes = figure.subplots(5, 1, sharex=True, height_ratios=(3, 3, 2.2, 1.3, 0.5))
+        index = np.arange(len(bvals))
+        for ax, first, title, unit in (
+            (axes[0], 0, "Translation", "mm"),
+            (axes[1], 3, "Rotation", "degrees"),
+        ):
+            for d, name in enumerate(("right", "anterior", "superior")):
+                label = f"about {name}" if first else name
+                ax.plot(index, parameters[:, first + d], color=AXES[d], linewidth=1.2, label=label)
+            ax.set_title(title)
+            ax.set_ylabel(unit)
+            ax.legend(ncols=3, loc="upper right", bbox_to_anchor=(1, 1.24), fontsize=8.5, handlelength=1.2)
+        axes[2].fill_between(index, np.nan_to_num(fd), step="mid", color=FD, alpha=0.35, linewidth=0)
+        axes[2].step(index, fd, where="mid", color=FD, linewidth=0.9)
+        mean = float(np.nanmean(fd)) if np.isfinite(fd).any() else 0.0
+        axes[2].axhline(mean, color=INK, linestyle="--", linewidth=0.8)
+        axes[2].set_title(f"Framewise displacement, mean {mean:.2f} mm")
+        axes[2].set(ylabel="mm", ylim=(0, max(0.1, float(np.nanmax(np.nan_to_num(fd))) * 1.12)))
+        axes[3].bar(index, outliers, width=1.0, color="#e07b1f")
+        axes[3].set_title(f"Outlier slices, {int(outliers.sum())} in all")
+        axes[3].set(ylabel="slices", ylim=(0, max(3, int(outliers.max(initial=0)) + 1)))
+        _strip(axes[4], bvals, is_b0)
+        for ax in axes[:4]:
+            ax.grid(True, axis="y")
+        return svg(figure)
+
+
+def _strip(ax: Axes, bvals: np.ndarray, is_b0: np.ndarray) -> None:
+    """b-values as one coloured line under a series."""
+    from matplotlib.collections import PolyCollection
+
+    norm = _b_norm(bvals)
+    boxes = [[(v - 0.5, 0), (v + 0.5, 0), (v + 0.5, 1), (v - 0.5, 1)] for v in range(len(bvals))]
+    ax.add_collection(PolyCollection(boxes, facecolors=colormaps[B_COLOURS](norm(bvals)), linewidths=0))
+    ax.scatter(np.flatnonzero(is_b0), np.full(int(is_b0.sum()), -0.35), marker="^", s=14, color=INK, clip_on=False)
+    ax.set(xlim=(-0.5, len(bvals) - 0.5), ylim=(0, 1), yticks=[])
+    ax.set_xlabel(f"volume; colour: b from 0 (dark) to {bvals.max():.0f} s/mm² (bright), ▲ b=0", labelpad=6)
+    for spine in ax.spines.values():
+        spine.set_visible(False)
+
+
+def rounds(trace: Sequence[dict[str, float]]) -> list[tuple[int, np.ndarray]]:
+    """Volumes' pose parameters by round of a motion trace: [(round, (volumes, 6))], shifts in mm then rotations."""
+    names = ("shiftX", "shiftY", "shiftZ", "rotateX", "rotateY", "rotateZ")
+    rows = [row for row in trace if "iter_num" in row and all(name in row for name in names)]
+    numbers = sorted({int(row["iter_num"]) for row in rows})
+    groups = [[[row[name] for name in names] for row in rows if int(row["iter_num"]) == n] for n in numbers]
+    return [(n, np.array(group, float)) for n, group in zip(numbers, groups, strict=True)]
+
+
+def convergence(result: Motion, bvals: np.ndarray, is_b0: np.ndarray) -> bytes:
+    """How far poses moved between rounds, and agreement with the prediction against b."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.1), layout="constrained")
+        left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.2, 1.2))
+        _steps(left, rounds(result.trace))
+        norm = _b_norm(bvals)
+        for ax, values, title in (
+            (middle, result.r2, "R² with the prediction"),
+            (right, result.xcorr, "Correlation with the prediction"),
+        ):
+            shown = np.isfinite(values)
+            ax.scatter(
+                bvals[shown], values[shown], c=bvals[shown], cmap=B_COLOURS, norm=norm, s=17,
+                edgecolors=PAPER, linewidths=0.4,
+            )  # fmt: skip
+            ax.set(xlabel="b (s/mm²)", title=title)
+            high = float(np.max(values[shown], initial=0))
+            ax.set_ylim(top=1.02 if high <= 1 else None)
+            ax.grid(True)
+        return svg(figure)
+
+
+def _steps(ax: Axes, groups: list[tuple[int, np.ndarray]]) -> None:
+    """Mean and largest change of pose from each round to the next, as FD counts it."""
+    ax.set_title("Change of pose between rounds")
+    pairs = [
+        (b, np.abs(after - before) @ np.array([1, 1, 1, 50, 50, 50.0]))
+        for (_, before), (b, after) in zip(groups, groups[1:], strict=False)
+        if before.shape == after.shape
+    ]
+    if not pairs:
+        ax.text(0.5, 0.5, "one round: nothing to compare", ha="center", va="center", transform=ax.transAxes)
+        ax.set_axis_off()
+        return
+    numbers = [n for n, _ in pairs]
+    floor = 1e-4
+    ax.semilogy(numbers, [max(s.max(), floor) for _, s in pairs], "o-", color=AXES[0], label="largest", ms=4)
+    ax.semilogy(numbers, [max(s.mean(), floor) for _, s in pairs], "o-", color=AXES[2], label="mean", ms=4)
+    ax.set(xlabel="round", ylabel="mm", xticks=numbers)
+    ax.legend(fontsize=8.5)
+    ax.grid(True)
+
+
+def slices(slice_z: np.ndarray, threshold: float, bvals: np.ndarray, is_b0: np.ndarray, axis: str) -> bytes:
+    """z-scores of slices, volumes across, with the flagged ones boxed."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.9), layout="constrained")
+        ax, strip = figure.subplots(2, 1, sharex=True, height_ratios=(9, 0.5))
+        shown = ax.imshow(
+            slice_z.T, cmap="RdBu_r", vmin=-6, vmax=6, origin="lower", aspect="auto", interpolation="nearest"
+        )
+        volume, cut = np.nonzero(np.abs(np.nan_to_num(slice_z)) > threshold)
+        ax.scatter(volume, cut, marker="s", s=16, facecolors="none", edgecolors=INK, linewidths=0.8)
+        ax.set(ylabel=f"slice along {axis}")
+        ax.set_title(f"{len(volume)} slices beyond |z| = {threshold:g}")
+        bar = figure.colorbar(shown, ax=[ax, strip], pad=0.01, fraction=0.02, aspect=30)
+        bar.set_label("z of the residual")
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        _strip(strip, bvals, is_b0)
+        return svg(figure)
+
+
+def descent(trace: Sequence[dict[str, float]]) -> bytes | None:
+    """The cost of a registration over its iterations by level; None where the trace has no cost."""
+    rows = [row for row in trace if np.isfinite(row.get("cost", np.nan))]
+    if len(rows) < 2:
+        return None
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 2.4), layout="constrained")
+        ax = figure.subplots()
+        levels = np.array([row.get("level", 0) for row in rows])
+        cost = np.array([row["cost"] for row in rows])
+        names = list(dict.fromkeys(levels.tolist()))
+        for number, level in enumerate(names):
+            at = np.flatnonzero(levels == level)
+            ax.plot(at, cost[at], color=colormaps["plasma"](0.15 + 0.7 * number / max(len(names) - 1, 1)), marker=".")
+            ax.annotate(f"level {level:g}", (at[0], cost[at[0]]), (4, 6), textcoords="offset points", color=INK)
+        ax.set(xlabel="iteration", ylabel="cost")
+        ax.set_title("Cost, coarse to fine")
+        ax.grid(True)
+        return svg(figure)

@@ -1,0 +1,138 @@
+"""The command line: QSIPrep's names, refusals as sentences, exit codes, start-up time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from dsiprep import cli
+from dsiprep.errors import OutputError, SettingsError
+
+MINIMAL = ["bids", "out", "participant", "--output-resolution", "2"]
+
+
+def parse(*extra: str) -> cli.argparse.Namespace:
+    return cli.build_parser().parse_args([*MINIMAL, *extra])
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    bids = tmp_path / "bids"
+    bids.mkdir()
+    (bids / "dataset_description.json").write_text('{"Name": "x", "BIDSVersion": "1.10.0"}')
+    return bids
+
+
+@pytest.mark.parametrize(
+    ("words", "where", "value"),
+    [
+        (["--shoreline-iters", "3"], "motion.iters", 3),
+        (["--hmc-model", "3dSHORE"], "motion.model", "3dSHORE"),
+        (["--hmc-transform", "Affine"], "motion.transform", "Affine"),
+        (["--pepolar-method", "DRBUDDI"], "distortion.method", "drbuddi"),
+        (["--sdc-method", "drbuddi"], "distortion.method", "drbuddi"),
+        (["--b0-to-anat-transform", "Affine"], "coregister.dof", 12),
+        (["--dwi2anat-dof", "12"], "coregister.dof", 12),
+        (["--dwi-denoise-window", "5"], "denoise.window", 5),
+        (["--b1-biascorrect-stage", "none"], "denoise.biascorrect", "none"),
+        (["--skip-anat-based-spatial-normalization"], "anatomy.normalize", False),
+        (["--no-b0-harmonization"], "acquisition.harmonize_b0", False),
+        (["--b0-threshold", "50"], "acquisition.b0_threshold", 50.0),
+        (["--ignore", "sdc"], "distortion.method", "none"),
+    ],
+)
+def test_options_reach_their_settings(words: list[str], where: str, value: object) -> None:
+    stage, name = where.split(".")
+    assert getattr(getattr(cli.read_settings(parse(*words)), stage), name) == value
+
+
+def test_lists_and_sizes_are_read() -> None:
+    options = parse("--participant_label", "sub-01", "02", "--session-id", "1", "--mem", "16G", "--n-cpus", "3")
+    assert options.participant_label == ["sub-01", "02"] and options.session_label == ["1"]
+    assert options.mem == 16 * 1024 and options.nprocs == 3
+
+
+def test_shoreline_config_is_read(tmp_path: Path) -> None:
+    config = tmp_path / "shoreline.json"
+    config.write_text(json.dumps({"model": "3dshore", "iters": 5, "transform": "Affine"}))
+    motion = cli.read_settings(parse("--shoreline-config", str(config))).motion
+    assert (motion.model, motion.iters, motion.transform) == ("3dSHORE", 5, "Affine")
+    config.write_text(json.dumps({"speed": 1}))
+    with pytest.raises(SettingsError, match="speed"):
+        cli.read_settings(parse("--shoreline-config", str(config)))
+
+
+@pytest.mark.parametrize("flag", sorted(cli.NOT_HERE))
+def test_what_is_not_here_is_refused_with_a_sentence(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(flag)
+    assert stop.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"dsiprep: {flag}: ") and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("flag", "value"), sorted(set(cli.NOT_BUILT) - cli.SHELL_TOOLS))
+def test_values_that_are_not_built_are_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse(flag, value)
+    assert stop.value.code == 2
+    assert cli.NOT_BUILT[flag, value] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--shoreline-iters", "0"], "at least 1"),
+        (["--dwidenoise-window", "4"], "even"),
+        (["--output-resolution", "0.1"], "outside"),
+    ],
+)
+def test_impossible_values_are_refused(words: list[str], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        cli.read_settings(parse(*words))
+
+
+def test_resolution_is_required(dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([str(dataset), str(tmp_path / "out"), "participant"]) == 2
+    assert "--output-resolution" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("out", "work"), [("bids", "work"), ("bids/sub-01/out", "work"), ("out", "bids/work")])
+def test_outputs_never_go_into_the_input(dataset: Path, tmp_path: Path, out: str, work: str) -> None:
+    words = [str(dataset), str(tmp_path / out), "participant", "--output-resolution", "2", "-w", str(tmp_path / work)]
+    with pytest.raises(OutputError):
+        cli.check_folders(cli.build_parser().parse_args(words))
+    assert cli.main(words) == 1
+    assert [path.name for path in dataset.iterdir()] == ["dataset_description.json"]
+
+
+def test_derivatives_inside_the_input_are_allowed(dataset: Path, tmp_path: Path) -> None:
+    words = [str(dataset), str(dataset / "derivatives" / "dsiprep"), "participant", "-w", str(tmp_path / "work")]
+    cli.check_folders(cli.build_parser().parse_args(words))
+
+
+def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(tmp_path), str(tmp_path.parent / "out"), "participant", "--output-resolution", "2"]
+    assert cli.main([*words, "-w", str(tmp_path.parent / "work")]) == 1
+    assert "dataset_description.json" in capsys.readouterr().err
+
+
+def _seconds(*words: str) -> float:
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, *words], check=True, capture_output=True)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def test_start_up_is_quick() -> None:
+    """`import dsiprep` under 0.3 s and `dsiprep --help` under 1 s, on top of what an empty interpreter takes."""
+    empty = _seconds("-c", "")
+    assert _seconds("-c", "import dsiprep") - empty < 0.3
+    assert _seconds("-m", "dsiprep.cli", "--help") - empty < 1.0
