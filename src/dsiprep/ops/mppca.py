@@ -28,7 +28,7 @@ def mppca(
     """Denoise a series by thresholding the principal components of overlapping patches.
 
     Each patch (its mean over voxels taken out) keeps the components that stand out of the Marchenko-Pastur
-    distribution of pure noise. Patches lie on a lattice with a step of half their width; where they overlap, those
+    distribution of pure noise, shrunk to what they would be without it. Patches lie on a lattice with a step of half their width; where they overlap, those
     with fewer components weigh more. Voxels that are zero in all volumes are no samples, so that padding does not
     lower the noise level.
 
@@ -54,13 +54,14 @@ def mppca(
     ----------
     Veraart et al. 2016, NeuroImage 142:394, doi 10.1016/j.neuroimage.2016.08.016 (Marchenko-Pastur PCA).
     Cordero-Grande et al. 2019, NeuroImage 200:391, doi 10.1016/j.neuroimage.2019.06.039 (the unbiased estimator).
+    Gavish & Donoho 2017, IEEE Trans Inf Theory 63:2137, doi 10.1109/TIT.2017.2653801 (shrinkage of components).
     Manjon et al. 2013, PLoS ONE 8:e73021, doi 10.1371/journal.pone.0073021 (overlapping patches, their weights).
     """
     data = data.float()
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
     widths = [min(width, size) for size in shape]
-    starts = [_starts(size, w, max(1, int(__import__('os').environ.get('STR', width // 2)))) for size, w in zip(shape, widths, strict=True)]
+    starts = [_starts(size, w, max(1, width // 2)) for size, w in zip(shape, widths, strict=True)]
     inside = torch.ones(shape, dtype=torch.bool, device=data.device) if mask is None else mask.to(data.device) > 0
     needed = _needed(inside.cpu().numpy(), starts, widths)
     denoised = torch.zeros_like(data)
@@ -210,16 +211,20 @@ def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> 
     if most < side:
         place = torch.arange(side - most, side, device=voxels.device)[None]
         basis = vectors[:, :, side - most :] * (place >= (side - kept)[:, None])[:, None]
-        import os
-        if os.environ.get("SHR"):
-            beta=(rows/columns)[:,None]
-            y2=(values[:,side-most:].double()/(variance*columns)[:,None].clamp(min=1e-30))
-            f=(((y2-beta-1)**2-4*beta).clamp(min=0).sqrt()/y2.clamp(min=1e-30)).float()
-            sc=basis*f[:,None]
-            patches = (patches @ sc) @ basis.mT if tall else sc @ (basis.mT @ patches)
-        else:
-            patches = (patches @ basis) @ basis.mT if tall else basis @ (basis.mT @ patches)
+        scaled = basis * _shrinkage(values[:, side - most :], variance, rows, columns)[:, None]
+        patches = (patches @ scaled) @ basis.mT if tall else scaled @ (basis.mT @ patches)
     return patches + mean, variance.float(), (kept + 1).float()
+
+
+def _shrinkage(
+    values: torch.Tensor, variance: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
+) -> torch.Tensor:
+    """What to multiply components by, (b, d), for the least squared error: noise has made each of them larger."""
+    aspect = (rows / columns.clamp(min=1)).double()[:, None]
+    noise = (variance * columns)[:, None].clamp(min=torch.finfo(torch.float64).tiny)
+    squared = (values.double() / noise).clamp(min=torch.finfo(torch.float64).tiny)
+    inner = ((squared - aspect - 1) ** 2 - 4 * aspect).clamp(min=0)
+    return (inner.sqrt() / squared).nan_to_num(1.0, 1.0).float()
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from dsiprep.errors import InputError
 from dsiprep.phantom.interpolate import read
 
 TEMPLATE = "MNI152NLin2009aSym"
-BRAIN_CENTRE = np.array([0.0, -18.0, 5.0])  # of the template's brain
+BRAIN_CENTRE = np.array([0.0, -18.0, 6.0])  # of the template's brain
 CORD = np.array([0.0, -38.0])  # x, y of the spinal cord under the template's brainstem
 
 # Fractions of one voxel: what `Head.maps` gives besides "t1"
@@ -90,8 +90,20 @@ class Head:
                 break
         return bent @ self.pose[:3, :3].T + self.pose[:3, 3]
 
+    def brain_points(self, every: int = 5) -> np.ndarray:
+        """Head points of the brain, (n, 3), those of each `every`-th template voxel along each axis."""
+        index = np.argwhere(self.atlas["brain"][::every, ::every, ::every] > 0.5) * every
+        return self.to_head(self.atlas_grid.to_world(index))
+
+    def box(self, extent: np.ndarray, spacing: float) -> Grid:
+        """A grid along the axes of the head frame, around the middle of the brain."""
+        shape = np.ceil(np.asarray(extent) / spacing).astype(int)
+        affine = np.diag([spacing, spacing, spacing, 1.0])
+        affine[:3, 3] = self.centre - (shape - 1) / 2 * spacing
+        return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+
     def maps(self, grid: Grid, names: tuple[str, ...] = ("t1", "brain", *TISSUES)) -> dict[str, np.ndarray]:
-        """Maps on a grid of the head frame: tissue fractions, "brain" and "t1" (0 to 1), float32 (i, j, k)."""
+        """Tissue fractions, "brain" and "t1" (0 to 1) on a grid of the head frame, float32 (i, j, k)."""
         out = {name: np.zeros(grid.shape, np.float32) for name in names}
         for rows, points in slabs(grid):
             fractions = self._fractions(self.to_template(points))
@@ -100,7 +112,9 @@ class Head:
         return out
 
     def _bend_at(self, points: np.ndarray) -> np.ndarray:
-        return np.stack([read(component, self.bend_grid, points, nearest=True) for component in self.bend], -1)
+        return np.stack(
+            [read(component, self.bend_grid, points, nearest=True) for component in self.bend], -1
+        )
 
     def _fractions(self, t: np.ndarray) -> dict[str, np.ndarray]:
         """All maps at template points (n, 3). What is named first has the right of way."""
@@ -139,36 +153,39 @@ def make_head(rng: np.random.Generator, bend: float = 4.0) -> Head:
     The pose has up to 6 degrees about, and 12 mm along each axis, and scales from 0.95 to 1.05.
     """
     atlas, grid = load_atlas()
-    wide = Grid((124, 142, 136), np.array([[2.0, 0, 0, -123], [0, 2, 0, -150], [0, 0, 2, -140], [0, 0, 0, 1]]))
+    wide = Grid(
+        (124, 142, 136), np.array([[2.0, 0, 0, -123], [0, 2, 0, -150], [0, 0, 2, -140], [0, 0, 0, 1]])
+    )
     coarse = wide.at_spacing(4.0)
     field = np.stack([_smooth_noise(rng, coarse, 22.0) for _ in range(3)])
     distance = _skull_distance(atlas["brain"], grid, wide)
     pose = np.eye(4)
     pose[:3, :3] = _rotation(rng.uniform(-6, 6, 3)) @ np.diag(rng.uniform(0.95, 1.05, 3))
     pose[:3, 3] = rng.uniform(-12, 12, 3) + BRAIN_CENTRE - pose[:3, :3] @ BRAIN_CENTRE
-    return Head(
-        pose, 0.5 * bend * field, coarse, atlas, grid, distance, _smooth_noise(rng, wide, 4.0), wide
-    )
+    return Head(pose, 0.5 * bend * field, coarse, atlas, grid, distance, _smooth_noise(rng, wide, 4.0), wide)
 
 
 def load_atlas() -> tuple[dict[str, np.ndarray], Grid]:
     """The ICBM152 2009a symmetric T1 brain and tissues that nilearn carries, 1 mm, each 0 to 1, float32.
 
-    The tissue maps are an average of 152 people; squaring before normalising makes them as crisp as one person's.
+    The tissue maps are an average of 152 people; squaring before normalising makes them as crisp as one
+    person's.
     """
     spec = find_spec("nilearn")
     if spec is None or spec.origin is None:
         raise InputError("the phantom's brain is read from the package nilearn, which is not installed")
     folder = Path(spec.origin).parent / "datasets" / "data"
-    images = {n: nib.load(folder / f"mni_icbm152_{n}_tal_nlin_sym_09a_converted.nii.gz") for n in ("t1", "gm", "wm")}
-    t1, gm, wm = (np.asanyarray(image.dataobj).astype(np.float32) / 255 for image in images.values())
+    files = [folder / f"mni_icbm152_{name}_tal_nlin_sym_09a_converted.nii.gz" for name in ("t1", "gm", "wm")]
+    images = [nib.Nifti1Image.from_filename(file) for file in files]
+    t1, gm, wm = (np.asanyarray(image.dataobj).astype(np.float32) / 255 for image in images)
     brain = (t1 > 0.02).astype(np.float32)
     csf = np.clip(brain - gm - wm, 0, 1)
     total = gm**2 + wm**2 + csf**2 + 1e-6
     gm, wm = brain * gm**2 / total, brain * wm**2 / total
     crisp = 0.28 * (brain - gm - wm) + 0.66 * gm + 0.98 * wm
     maps = {"t1": 0.5 * (t1 * brain + crisp), "gm": gm, "wm": wm, "brain": brain}
-    return maps, Grid(t1.shape, np.asarray(images["t1"].affine, float))
+    maps = {name: np.ascontiguousarray(image) for name, image in maps.items()}
+    return maps, Grid(t1.shape, np.asarray(images[0].affine, float))
 
 
 def slabs(grid: Grid, points_each: int = 1_000_000) -> Iterator[tuple[slice, np.ndarray]]:
@@ -204,7 +221,9 @@ def _skull_distance(brain: np.ndarray, grid: Grid, wide: Grid, closing: float = 
     spacing = wide.voxel_sizes
     grown = distance_transform_edt(~mask, sampling=spacing) <= closing
     closed = distance_transform_edt(grown, sampling=spacing) > closing
-    signed = distance_transform_edt(~closed, sampling=spacing) - distance_transform_edt(closed, sampling=spacing)
+    signed = distance_transform_edt(~closed, sampling=spacing) - distance_transform_edt(
+        closed, sampling=spacing
+    )
     return gaussian_filter(signed.astype(np.float32), 1.0)
 
 

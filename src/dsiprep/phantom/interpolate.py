@@ -25,15 +25,23 @@ def trilinear(values: np.ndarray, x: float, y: float, z: float) -> float:
 
 def read(values: np.ndarray, grid: Grid, points: np.ndarray, nearest: bool = False) -> np.ndarray:
     """A map on `grid` at world points (n, 3): (n,) float32. Outside: zero, or the nearest voxel's value."""
-    voxels = grid.to_voxels(points)
-    if nearest:
-        voxels = np.clip(voxels, 0, np.asarray(grid.shape) - 1)
-    return _read_all(np.ascontiguousarray(values, np.float32), voxels)
+    world_to_voxel = np.linalg.inv(grid.affine)
+    return _read_all(
+        np.ascontiguousarray(values, np.float32), np.asarray(points, float), world_to_voxel, nearest
+    )
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def _read_all(values: np.ndarray, points: np.ndarray) -> np.ndarray:
+def _read_all(values: np.ndarray, points: np.ndarray, m: np.ndarray, nearest: bool) -> np.ndarray:
     out = np.empty(points.shape[0], np.float32)
     for n in numba.prange(points.shape[0]):
-        out[n] = trilinear(values, points[n, 0], points[n, 1], points[n, 2])
+        a, b, c = points[n, 0], points[n, 1], points[n, 2]
+        x = m[0, 0] * a + m[0, 1] * b + m[0, 2] * c + m[0, 3]
+        y = m[1, 0] * a + m[1, 1] * b + m[1, 2] * c + m[1, 3]
+        z = m[2, 0] * a + m[2, 1] * b + m[2, 2] * c + m[2, 3]
+        if nearest:
+            x = min(max(x, 0.0), values.shape[0] - 1.0)
+            y = min(max(y, 0.0), values.shape[1] - 1.0)
+            z = min(max(z, 0.0), values.shape[2] - 1.0)
+        out[n] = trilinear(values, x, y, z)
     return out

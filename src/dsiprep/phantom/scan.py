@@ -1,8 +1,8 @@
 """A scanner: a head at a pose, its off-resonance field and eddy currents in, an echo-planar image out.
 
-The head moves, its field moves with it, the phase-encoding axis and the eddy currents stay with the scanner. Signal
-is conserved: what a stretch of a line holds is spread over the stretch that it is moved to. Nothing here is shared with
-the code that corrects.
+The head moves, its field moves with it, the phase-encoding axis and the eddy currents stay with the scanner.
+Signal is conserved: what a stretch of a line holds is spread over the stretch that it is moved to. Nothing here is
+shared with the code that corrects.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from dsiprep.phantom.interpolate import trilinear
 
 READOUT_TIME = 0.05  # s
 EDDY_SCALE = 100.0  # mm; scanner coordinates are divided by this before powers are taken
+EDDY_TERMS = "1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y²; scanner coordinates in units of 100 mm"
 OVERSAMPLING = 2  # points per voxel along each axis
 AXES = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-FIELD_OF_VIEW = (196.0, 236.0, 164.0)  # mm, right-left, front-back, up-down
+FIELD_OF_VIEW = (200.0, 236.0, 176.0)  # mm, right-left, front-back, up-down
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +36,7 @@ class Source:
 
 
 def scanner_grid(orientation: str, resolution: float, centre: np.ndarray) -> Grid:
-    """Isotropic voxels around `centre`. The third axis is the slice axis; oblique is LAS, tilted by 18 degrees."""
+    """Isotropic voxels around `centre`; the third axis is the slice axis. Oblique is LAS, tilted by 18 degrees."""
     codes = "LAS" if orientation == "oblique" else orientation
     directions = np.zeros((3, 3))
     extent = np.zeros(3)
@@ -62,7 +63,9 @@ def phase_encoding(grid: Grid, direction: str) -> PhaseEncoding:
 def eddy_basis(points: np.ndarray) -> np.ndarray:
     """1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y² of scanner points (n, 3) in units of 100 mm: (n, 9)."""
     x, y, z = np.asarray(points, float).T / EDDY_SCALE
-    return np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y], -1)
+    return np.stack(
+        [np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y], -1
+    )
 
 
 def scan(
@@ -85,7 +88,7 @@ def scan(
     pose : ndarray, (4, 4)
         Head points to scanner points, mm RAS+.
     eddy : ndarray, (9,), optional
-        Displacement in mm along the axis of phase encoding (towards higher indices), coefficients of `eddy_basis`.
+        Displacement in mm towards higher indices along the axis of phase encoding: coefficients of `eddy_basis`.
     oversampling : int
         Points per voxel along each axis.
 
@@ -124,6 +127,16 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
 
 
 @numba.njit(inline="always", fastmath=True)
+def _at(values: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
+    return trilinear(
+        values,
+        m[0, 0] * a + m[0, 1] * b + m[0, 2] * p + m[0, 3],
+        m[1, 0] * a + m[1, 1] * b + m[1, 2] * p + m[1, 3],
+        m[2, 0] * a + m[2, 1] * b + m[2, 2] * p + m[2, 3],
+    )
+
+
+@numba.njit(inline="always", fastmath=True)
 def _eddy(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
     x = m[0, 0] * a + m[0, 1] * b + m[0, 2] * p + m[0, 3]
     y = m[1, 0] * a + m[1, 1] * b + m[1, 2] * p + m[1, 3]
@@ -132,57 +145,45 @@ def _eddy(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
     return linear + c[7] * (x * x - y * y) + c[8] * (2 * z * z - x * x - y * y)
 
 
+@numba.njit(inline="always", fastmath=True)
+def _spread(line: np.ndarray, amount: float, first: float, second: float) -> None:
+    """Share an amount of signal out over the voxels between two points of a line."""
+    low, high = min(first, second) + 0.5, max(first, second) + 0.5
+    density = amount / max(high - low, 1e-9)
+    for voxel in range(max(0, int(np.floor(low))), min(line.size, int(np.floor(high)) + 1)):
+        overlap = min(high, voxel + 1.0) - max(low, float(voxel))
+        if overlap > 0:
+            line[voxel] += density * overlap
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def _push_lines(
     out: np.ndarray,
     image: np.ndarray,
-    mi: np.ndarray,
+    to_image: np.ndarray,
     field: np.ndarray,
-    mf: np.ndarray,
+    to_field: np.ndarray,
     world: np.ndarray,
     steps: tuple,
     eddy: np.ndarray,
 ) -> None:
     """Each cell of a finely cut line goes, with all its signal, where its two ends go."""
     shift, pad, s = steps
-    n = out.shape[2]
     for line in numba.prange(out.shape[0] * out.shape[1]):
         row, column = line // out.shape[1], line % out.shape[1]
         for sub in range(s * s):
             a = row + (sub // s + 0.5) / s - 0.5
             b = column + (sub % s + 0.5) / s - 0.5
-            end_of, end = -1000000, 0.0
-            for cell in range(-pad * s, (n + pad) * s):
-                p = (cell + 0.5) / s - 0.5
-                value = trilinear(
-                    image,
-                    mi[0, 0] * a + mi[0, 1] * b + mi[0, 2] * p + mi[0, 3],
-                    mi[1, 0] * a + mi[1, 1] * b + mi[1, 2] * p + mi[1, 3],
-                    mi[2, 0] * a + mi[2, 1] * b + mi[2, 2] * p + mi[2, 3],
-                )
+            known, end = -1000000, 0.0
+            for cell in range(-pad * s, (out.shape[2] + pad) * s):
+                value = _at(image, to_image, a, b, (cell + 0.5) / s - 0.5)
                 if value <= 0:
                     continue
+                e = cell / s - 0.5
+                if known != cell:
+                    end = e + shift * _at(field, to_field, a, b, e) + _eddy(eddy, world, a, b, e)
                 start = end
-                for side in range(2):
-                    if side == 0 and end_of == cell:
-                        continue
-                    e = (cell + side) / s - 0.5
-                    hz = trilinear(
-                        field,
-                        mf[0, 0] * a + mf[0, 1] * b + mf[0, 2] * e + mf[0, 3],
-                        mf[1, 0] * a + mf[1, 1] * b + mf[1, 2] * e + mf[1, 3],
-                        mf[2, 0] * a + mf[2, 1] * b + mf[2, 2] * e + mf[2, 3],
-                    )
-                    moved = e + shift * hz + _eddy(eddy, world, a, b, e)
-                    if side == 0:
-                        start = moved
-                    else:
-                        end = moved
-                end_of = cell + 1
-                low, high = min(start, end) + 0.5, max(start, end) + 0.5
-                length = max(high - low, 1e-9)
-                density = value / (s * s * s * length)
-                for voxel in range(max(0, int(np.floor(low))), min(n, int(np.floor(high)) + 1)):
-                    overlap = min(high, voxel + 1.0) - max(low, float(voxel))
-                    if overlap > 0:
-                        out[row, column, voxel] += density * overlap
+                e = (cell + 1) / s - 0.5
+                end = e + shift * _at(field, to_field, a, b, e) + _eddy(eddy, world, a, b, e)
+                known = cell + 1
+                _spread(out[row, column], value / (s * s * s), start, end)

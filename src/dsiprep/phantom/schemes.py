@@ -91,7 +91,7 @@ def read_fsl_table(names: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shells(rng: np.random.Generator, per_shell: int = 90) -> np.ndarray:
-    """Three shells of one golden spiral over the half sphere, dealt out in turn, (270, 3), |q|² of 1, 2, 3."""
+    """Three shells out of one golden spiral over the half sphere, (270, 3), |q|² of 1, 2 and 3."""
     count = 3 * per_shell
     z = (np.arange(count) + 0.5) / count
     angle = np.pi * (1 + np.sqrt(5)) * np.arange(count)

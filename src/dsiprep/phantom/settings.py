@@ -27,20 +27,31 @@ class PhantomSettings:
         25.0, "mean b=0 signal of the brain over the noise (sigma); 0 adds no noise", "--snr", metavar="RATIO"
     )
     moved: float = option(
-        0.15, "fraction of volumes that the head moved in, besides a slow drift", "--moved", metavar="FRACTION"
+        0.15,
+        "fraction of volumes that the head moved in, besides a slow drift",
+        "--moved",
+        metavar="FRACTION",
     )
     max_motion: float = option(
         5.0,
-        "bound of the motion of a moved volume along each axis in mm; its rotation is bounded by 1.8 degrees per mm",
+        "bound of the motion of a moved volume along each axis in mm; the rotation's bound is 1.8 degrees per mm",
         "--max-motion",
         metavar="MM",
     )
     distortion: float = option(
-        5.0, "largest displacement of the brain by the off-resonance field, in mm", "--distortion", metavar="MM"
+        5.0,
+        "largest displacement of the brain by the off-resonance field, in mm",
+        "--distortion",
+        metavar="MM",
     )
-    eddy: float = option(0.0, "largest displacement of the brain by eddy currents, in mm", "--eddy", metavar="MM")
+    eddy: float = option(
+        0.0, "largest displacement of the brain by eddy currents, in mm", "--eddy", metavar="MM"
+    )
     dropout: float = option(
-        0.0, "fraction of slices of diffusion-weighted volumes that lose signal", "--dropout", metavar="FRACTION"
+        0.0,
+        "fraction of slices of diffusion-weighted volumes that lose signal",
+        "--dropout",
+        metavar="FRACTION",
     )
     orientation: str = option(
         "LAS", "voxel axes of the DWI; oblique is LAS, tilted", "--orientation", choices=ORIENTATIONS
@@ -59,4 +70,13 @@ class PhantomSettings:
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.orientation not in ORIENTATIONS:
-            raise SettingsError(f"--orientation {self.orientation}: one of {', '.join(ORIENTATIONS)} is needed")
+            raise SettingsError(
+                f"--orientation {self.orientation}: one of {', '.join(ORIENTATIONS)} is needed"
+            )
+
+
+def demo_settings() -> PhantomSettings:
+    """A small subject with everything wrong that the pipeline corrects, built in well under a minute."""
+    return PhantomSettings(
+        scheme="hasc55", resolution=3.0, t1w_resolution=1.5, moved=0.3, dropout=0.005, ideal=False, seed=7
+    )

@@ -11,7 +11,16 @@ from dsiprep.data.grid import Grid
 from dsiprep.phantom.head import Head, slabs
 
 # b=0 signal of a full voxel, relative to grey matter: T2-weighted EPI with fat suppression
-AMPLITUDE = {"csf": 2.2, "fluid": 2.0, "gm": 1.0, "wm": 0.75, "muscle": 0.35, "fat": 0.12, "marrow": 0.08, "bone": 0.02}
+AMPLITUDE = {
+    "csf": 2.2,
+    "fluid": 2.0,
+    "gm": 1.0,
+    "wm": 0.75,
+    "muscle": 0.35,
+    "fat": 0.12,
+    "marrow": 0.08,
+    "bone": 0.02,
+}
 # Isotropic diffusion: (share, mm²/s)
 GREY = ((0.7, 0.9e-3), (0.3, 0.25e-3))
 FREE = ((1.0, 3.0e-3),)
@@ -80,14 +89,16 @@ def make_tissue(head: Head, grid: Grid) -> Tissue:
     rest = b0["wm"].copy()
     rest.ravel()[where] = 0
     isotropic["grey"] += rest
-    return Tissue(grid, isotropic, where, fibres.astype(np.float32), (white[:, None] * shares).astype(np.float32))
+    return Tissue(
+        grid, isotropic, where, fibres.astype(np.float32), (white[:, None] * shares).astype(np.float32)
+    )
 
 
 def fibres_at(head: Head, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Directions (n, 2, 3) in the head frame and shares (n, 2) of the two bundles at head points (n, 3).
 
-    The first bundle runs like callosum and corona radiata, from side to side in the middle and upwards at the sides,
-    and like the pyramidal tract below; the second like association fibres, in arcs from front to back.
+    The first bundle runs like callosum and corona radiata, from side to side in the middle and upwards at the
+    sides, and like the pyramidal tract below; the second like association fibres, in arcs from front to back.
     """
     rotation = np.linalg.inv(head.pose)[:3, :3]
     u, _, vt = np.linalg.svd(rotation)
@@ -114,7 +125,7 @@ def _template_fibres(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fibre_image(head: Head, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Directions (i, j, k, 2, 3) and shares (i, j, k, 2) on a grid of the head frame, zero where white matter < 0.5."""
+    """Directions (i, j, k, 2, 3) and shares (i, j, k, 2) on a grid of the head frame; zero outside white matter."""
     white = head.maps(grid, ("wm",))["wm"] > 0.5
     directions = np.zeros((*grid.shape, 2, 3), np.float32)
     shares = np.zeros((*grid.shape, 2), np.float32)

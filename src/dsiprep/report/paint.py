@@ -14,15 +14,22 @@ import numpy as np
 from matplotlib import colormaps, patheffects
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from PIL import Image
 
 from dsiprep.report.planes import ACROSS, LETTERS, NORMAL, Layout
 
-WIDTH = 1400  # pixels; twice what most screens give the picture would only cost space
+WIDTH = 1240  # pixels; more would only cost space
 DPI = 100
 BRAIN, WHITE, GREY, FLUID = "#ffb000", "#4cc9f0", "#ff5d8f", "#7bd389"
+QUIET = "#cccccc"
 OUTLINE = [patheffects.withStroke(linewidth=2.2, foreground="black")]
+
+# Signed maps on black: nothing is black, more is brighter, blue below and red above.
+SIGNED = LinearSegmentedColormap.from_list(
+    "signed", ["#d7f3ff", "#35b5f2", "#1451b8", "#000000", "#b3261e", "#f58b2a", "#fff3c4"]
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +46,17 @@ class Contour:
 class Bar:
     """A colour bar: colour map, limits and unit."""
 
-    colours: str
+    colours: str | Colormap
     limits: tuple[float, float]
     label: str
 
 
-def colour(canvas: np.ndarray, limits: tuple[float, float], colours: str = "gray") -> np.ndarray:
+def colour(canvas: np.ndarray, limits: tuple[float, float], colours: str | Colormap = "gray") -> np.ndarray:
     """A canvas (h, w) through a colour map to RGB (h, w, 3), uint8."""
     low, high = limits
     scaled = np.clip((canvas - low) / max(high - low, 1e-12), 0, 1)
-    return colormaps[colours](np.nan_to_num(scaled), bytes=True)[..., :3]
+    chosen = colormaps[colours] if isinstance(colours, str) else colours
+    return chosen(np.nan_to_num(scaled), bytes=True)[..., :3]
 
 
 def blacken(layout: Layout, rgb: np.ndarray) -> np.ndarray:
@@ -83,7 +91,7 @@ def picture(
     Returns
     -------
     bytes
-        PNG, at most 256 colours.
+        PNG.
     """
     scale = min(WIDTH / layout.width, 6.0)
     width, height = round(layout.width * scale), round(layout.height * scale)
@@ -104,7 +112,7 @@ def picture(
     _letters(ax, layout, scale)
     for index, bar in enumerate(bars):
         _bar(figure, bar, (width + 12) / (width + margin), index, len(bars))
-    return encode(figure)
+    return encode(figure, ramps=bool(bars))
 
 
 def _outline(ax: Axes, contour: Contour) -> None:
@@ -130,26 +138,22 @@ def _letters(ax: Axes, layout: Layout, scale: float) -> None:
         ax.text(x, y, text, color=bright, fontsize=size, path_effects=OUTLINE, clip_on=False, **place)
 
     pad = 5 / scale
-    for row, (plane, tag) in enumerate(layout.rows):
-        tiles = layout.row_tiles(row)
-        first, last = tiles[0], tiles[-1]
-        across, up = ACROSS[plane]
-        middle = first.y + first.height / 2
+    for group in layout.groups:
+        first, last = group.tiles[0], group.tiles[-1]
+        across, up = ACROSS[group.plane]
+        middle, right = first.y + first.height / 2, last.x + last.width - pad
         write(first.x + pad, middle, LETTERS[across][0], 11, "white", ha="left", va="center", weight="bold")
-        write(
-            last.x + last.width - pad, middle, LETTERS[across][1], 11, "white", ha="right", va="center", weight="bold"
-        )
-        centre, bottom = first.x + first.width / 2, first.y + first.height - pad
-        write(centre, first.y + pad, LETTERS[up][1], 8.5, "#c8ccd2", ha="center", va="top", weight="bold")
-        write(centre, bottom, LETTERS[up][0], 8.5, "#c8ccd2", ha="center", va="bottom", weight="bold")
-        name = "xyz"[NORMAL[plane]]
-        for tile in tiles:
-            place = tile.y + tile.height - pad
-            write(
-                tile.x + tile.width - pad, place, f"{name} {tile.position:+.0f}", 7.5, "#c8ccd2", ha="right", va="bottom"
-            )
-        if tag:
-            write(first.x + pad, first.y + pad, tag, 9.5, "white", ha="left", va="top", weight="bold")
+        write(right, middle, LETTERS[across][1], 11, "white", ha="right", va="center", weight="bold")
+        # On the last slice: the first one bears the group's name.
+        centre, bottom = last.x + last.width / 2, first.y + first.height - pad
+        write(centre, first.y + pad, LETTERS[up][1], 9, QUIET, ha="center", va="top", weight="bold")
+        write(centre, bottom, LETTERS[up][0], 9, QUIET, ha="center", va="bottom", weight="bold")
+        name = "xyz"[NORMAL[group.plane]]
+        for tile in group.tiles:
+            x, y = tile.x + tile.width - pad, tile.y + tile.height - pad
+            write(x, y, f"{name} {round(tile.position):+d}", 7.5, QUIET, ha="right", va="bottom")
+        if group.tag:
+            write(first.x + pad, first.y + pad, group.tag, 10, "white", ha="left", va="top", weight="bold")
 
 
 def _bar(figure: Figure, bar: Bar, left: float, index: int, count: int) -> None:
@@ -163,24 +167,28 @@ def _bar(figure: Figure, bar: Bar, left: float, index: int, count: int) -> None:
     ax.imshow(ramp, cmap=bar.colours, aspect="auto", origin="lower", extent=(0, 1, *bar.limits))
     ax.set_xticks([])
     ax.yaxis.tick_right()
-    ax.tick_params(axis="y", colors="#e6e9ee", labelsize=8, length=2)
+    ax.tick_params(axis="y", colors="#e8e8e8", labelsize=8, length=2)
     ax.locator_params(axis="y", nbins=5)
-    ax.set_title(bar.label, color="#e6e9ee", fontsize=8.5, loc="left", pad=7)
+    ax.set_title(bar.label, color="#e8e8e8", fontsize=8.5, loc="left", pad=7)
     for spine in ax.spines.values():
-        spine.set_edgecolor("#8b949e")
+        spine.set_edgecolor("#909090")
 
 
-def encode(figure: Figure) -> bytes:
-    """A figure as a small PNG: grey where it is grey, otherwise at most 256 colours."""
+def encode(figure: Figure, ramps: bool) -> bytes:
+    """A figure as a small PNG: 64 greys where it is grey, otherwise at most 160 colours.
+
+    `ramps` spreads the colours over all that occur (colour maps) rather than over the most frequent ones.
+    """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
-    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
-    grey = np.ptp(pixels.astype(np.int16), axis=2).max() == 0
-    image = (
-        Image.fromarray(np.ascontiguousarray(pixels[..., 0]))
-        if grey
-        else Image.fromarray(np.ascontiguousarray(pixels)).quantize(256, dither=Image.Dither.NONE)
-    )
+    pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    if np.ptp(pixels.astype(np.int16), axis=2).max() == 0:
+        # The eye does not tell 64 greys from 256 in a noisy image; a file is a third smaller for it.
+        image = Image.fromarray(pixels[..., 0] >> 2).convert("P")
+        image.putpalette(np.repeat(np.round(np.arange(64) * 255 / 63).astype(np.uint8), 3).tobytes())
+    else:
+        method = Image.Quantize.MAXCOVERAGE if ramps else Image.Quantize.MEDIANCUT
+        image = Image.fromarray(pixels).quantize(160 if ramps else 96, method, dither=Image.Dither.NONE)
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
     return out.getvalue()

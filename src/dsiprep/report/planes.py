@@ -8,6 +8,7 @@ Left of the head is left of the picture (neurological), and every row says so.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
 
@@ -83,7 +84,8 @@ class View:
         if len(inside) == 0:
             inside = np.array([[0, 0, 0], np.asarray(grid.shape) - 1])
         points = grid.to_world(inside) @ axes
-        low, high = points.min(0), points.max(0)
+        # Percentiles: one stray voxel of a mask must not widen the picture.
+        low, high = np.percentile(points, (0.05, 99.95), axis=0)
         corners = np.array([[i, j, k] for i in (0, 1) for j in (0, 1) for k in (0, 1)])
         edge = grid.to_world(corners * (np.asarray(grid.shape) - 1)) @ axes
         steps = np.abs(axes.T @ grid.directions).argmax(1)
@@ -116,17 +118,11 @@ class View:
         local[..., across], local[..., up], local[..., NORMAL[plane]] = u, v, position
         return local @ self.axes.T
 
-    def sample(
-        self, volume: Volume, plane: str, position: float, order: int = 1, via: np.ndarray | None = None
-    ) -> np.ndarray:
-        """One slice of a volume, (h, w), zero outside it; `via` (4, 4) maps the view's world to the volume's."""
-        return sample_at(volume, self.points(plane, position), order, via)
-
 
 def _positions(low: float, high: float, count: int, first: float, size: float) -> np.ndarray:
-    """`count` slices between 10 % and 92 % of an extent, moved onto slice centres."""
+    """`count` slices between 12 % and 90 % of an extent, moved onto slice centres."""
     span = high - low
-    wanted = low + span * np.linspace(0.10, 0.92, count) if count > 1 else np.array([low + span / 2])
+    wanted = low + span * np.linspace(0.12, 0.90, count) if count > 1 else np.array([low + span / 2])
     return first + np.round((wanted - first) / size) * size
 
 
@@ -151,53 +147,73 @@ class Tile:
     height: int
 
 
+@dataclass(frozen=True)
+class Group:
+    """Neighbouring tiles of one plane that show one thing; `tag` names it where there are several things."""
+
+    plane: str
+    tag: str
+    tiles: tuple[Tile, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Slices of a view arranged in rows.
-
-    `rows` holds (plane, tag): the tag lets one plane appear in several rows that show different things.
-    """
+    """Slices of a view arranged on one canvas of `width` by `height` picture elements."""
 
     view: View
-    rows: tuple[tuple[str, str], ...]
-    tiles: tuple[Tile, ...]
+    groups: tuple[Group, ...]
     width: int
     height: int
 
     @classmethod
-    def of(cls, view: View, rows: tuple[str, ...] = PLANES, tags: tuple[str, ...] = ()) -> Layout:
-        """One row per plane named, centred, with as many slices as the view has."""
+    def rows(cls, view: View, planes: tuple[str, ...] = PLANES, tags: tuple[str, ...] = ()) -> Layout:
+        """One row, and group, per plane named, centred, with as many slices as the view has."""
         sizes = [len(view.ticks(axis)) for axis in range(3)]
-        widths = [len(view.positions[NORMAL[p]]) * (sizes[ACROSS[p][0]] + GAP) - GAP for p in rows]
-        total, y, tiles = max(widths), 0, []
-        for plane, width in zip(rows, widths, strict=True):
-            x = (total - width) // 2
+        widths = [len(view.positions[NORMAL[p]]) * (sizes[ACROSS[p][0]] + GAP) - GAP for p in planes]
+        total, y, groups = max(widths), 0, []
+        for plane, width, tag in zip(planes, widths, tags or ("",) * len(planes), strict=True):
             w, h = sizes[ACROSS[plane][0]], sizes[ACROSS[plane][1]]
-            for position in view.positions[NORMAL[plane]]:
-                tiles.append(Tile(plane, float(position), x, y, w, h))
-                x += w + GAP
+            left = (total - width) // 2
+            tiles = tuple(
+                Tile(plane, float(position), left + number * (w + GAP), y, w, h)
+                for number, position in enumerate(view.positions[NORMAL[plane]])
+            )
+            groups.append(Group(plane, tag, tiles))
             y += h + GAP
-        named = tuple(zip(rows, tags or ("",) * len(rows), strict=True))
-        return cls(view, named, tuple(tiles), total, y - GAP)
+        return cls(view, tuple(groups), total, y - GAP)
 
-    def row_tiles(self, row: int) -> tuple[Tile, ...]:
-        """The tiles of one row."""
-        tops = sorted({tile.y for tile in self.tiles})
-        return tuple(tile for tile in self.tiles if tile.y == tops[row])
+    @classmethod
+    def trio(cls, view: View) -> Layout:
+        """The middle slice of each plane, large, side by side."""
+        sizes = [len(view.ticks(axis)) for axis in range(3)]
+        height, x, groups = max(sizes[1], sizes[2]), 0, []
+        for plane in PLANES:
+            w, h = sizes[ACROSS[plane][0]], sizes[ACROSS[plane][1]]
+            cuts = view.positions[NORMAL[plane]]
+            tile = Tile(plane, float(cuts[len(cuts) // 2]), x, (height - h) // 2, w, h)
+            groups.append(Group(plane, "", (tile,)))
+            x += w + GAP
+        return cls(view, tuple(groups), x - GAP, height)
+
+    @property
+    def tiles(self) -> tuple[Tile, ...]:
+        """All tiles, group after group."""
+        return tuple(tile for group in self.groups for tile in group.tiles)
 
     def paint(self, volume: Volume, order: int = 1, via: np.ndarray | None = None) -> np.ndarray:
         """A volume on the whole layout, (height, width) float32; zero between the tiles."""
-        return self.paint_rows([volume] * len(self.rows), order, via)
+        return self.paint_groups([volume] * len(self.groups), order, via)
 
-    def paint_rows(
-        self, volumes: list[Volume], order: int = 1, via: np.ndarray | None = None
+    def paint_groups(
+        self, volumes: Sequence[Volume], order: int = 1, via: np.ndarray | None = None
     ) -> np.ndarray:
-        """One volume per row, (height, width) float32; zero between the tiles."""
+        """One volume per group, (height, width) float32; zero between the tiles."""
         canvas = np.zeros((self.height, self.width), np.float32)
-        for row, volume in enumerate(volumes):
-            for tile in self.row_tiles(row):
-                canvas[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] = self.view.sample(
-                    volume, tile.plane, tile.position, order, via
+        for group, volume in zip(self.groups, volumes, strict=True):
+            for tile in group.tiles:
+                points = self.view.points(tile.plane, tile.position)
+                canvas[tile.y : tile.y + tile.height, tile.x : tile.x + tile.width] = sample_at(
+                    volume, points, order, via
                 )
         return canvas
 

@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from dsiprep.data.acquisition import SamplingScheme
 from dsiprep.data.dwi import DWI
@@ -71,6 +72,7 @@ def svg(figure: Figure) -> bytes:
     FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue().decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m.group()):.2f}", text)
     return re.sub(r"(<svg\b[^>]*>)", lambda m: m.group(1) + DARK, text, count=1, flags=re.DOTALL).encode()
 
 
@@ -87,31 +89,55 @@ def _b_bar(figure: Figure, ax: Axes | list[Axes], norm: Normalize) -> None:
 
 
 def sampling(dwi: DWI, scheme: SamplingScheme) -> bytes:
-    """Where q-space was sampled: three projections as acquired, and b over the series."""
+    """Where q-space was sampled: from an angle and along each axis, as acquired, and b over the series."""
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 4.9), layout="constrained")
-        grid = figure.add_gridspec(2, 3, height_ratios=(3.2, 1))
-        q, norm = dwi.q, _b_norm(dwi.bvals)
-        reach = float(np.abs(q).max() or 1) * 1.1
-        top = []
-        for column, (across, up, depth) in enumerate(((0, 1, 2), (0, 2, 1), (1, 2, 0))):
-            ax = figure.add_subplot(grid[0, column])
-            order = np.argsort(q[:, depth])
-            size = 14 + 16 * (q[order, depth] / reach + 1)
-            ax.scatter(
-                q[order, across], q[order, up], s=size, c=dwi.bvals[order], cmap=B_COLOURS, norm=norm,
-                edgecolors=PAPER, linewidths=0.5,
-            )  # fmt: skip
-            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
-            ax.set_title(("Axial", "Coronal", "Sagittal")[column])
-            ax.set_xlabel(("L ↔ R", "L ↔ R", "P ↔ A")[column])
-            ax.set_ylabel(("P ↔ A", "I ↔ S", "I ↔ S")[column])
-            ax.grid(True)
-            top.append(ax)
+        figure = Figure(figsize=(11, 4.6), layout="constrained")
+        grid = figure.add_gridspec(2, 4, height_ratios=(3, 1), width_ratios=(1.25, 1, 1, 1))
+        norm = _b_norm(dwi.bvals)
+        top = [figure.add_subplot(grid[0, column]) for column in range(4)]
+        _oblique(top[0], dwi, norm)
+        for ax, (across, up) in zip(top[1:], ((0, 1), (0, 2), (1, 2)), strict=True):
+            _projection(ax, dwi, norm, across, up)
         _b_bar(figure, top, norm)
-        ax = figure.add_subplot(grid[1, :])
-        _b_series(ax, dwi, norm)
+        _b_series(figure.add_subplot(grid[1, :]), dwi, norm)
         return svg(figure)
+
+
+def _oblique(ax: Axes, dwi: DWI, norm: Normalize) -> None:
+    """All points from behind, left and above, nearer ones larger, with the three axes."""
+    turn, lift = np.radians(25), np.radians(22)
+    across = np.array([np.cos(turn), -np.sin(turn), 0])
+    towards = np.array([-np.sin(turn) * np.cos(lift), -np.cos(turn) * np.cos(lift), np.sin(lift)])
+    frame = np.stack([across, np.cross(towards, across), towards])
+    reach = float(np.abs(dwi.q).max() or 1) * 1.15
+    for d, name in enumerate("RAS"):
+        tip = frame @ (np.eye(3)[d] * reach)
+        ax.plot([-tip[0], tip[0]], [-tip[1], tip[1]], color=AXES[d], linewidth=1.1, zorder=1)
+        ax.text(tip[0] * 1.08, tip[1] * 1.08, name, color=AXES[d], ha="center", va="center", weight="bold")
+    seen = dwi.q @ frame.T
+    order = np.argsort(seen[:, 2])
+    # Three sizes stand for depth: one drawn shape each keeps the file small.
+    for part, size in zip(np.array_split(order, 3), (13, 21, 31), strict=True):
+        ax.scatter(seen[part, 0], seen[part, 1], s=size, c=dwi.bvals[part], cmap=B_COLOURS, norm=norm,
+                   edgecolors=PAPER, linewidths=0.4, zorder=2)  # fmt: skip
+    ax.set(xlim=(-reach * 1.2, reach * 1.2), ylim=(-reach * 1.2, reach * 1.2), aspect="equal")
+    ax.set_title("q-space, as acquired")
+    ax.set_axis_off()
+
+
+def _projection(ax: Axes, dwi: DWI, norm: Normalize, across: int, up: int) -> None:
+    """q along one axis; where points hide behind each other, the one of lowest b is shown."""
+    reach = float(np.abs(dwi.q).max() or 1) * 1.15
+    order = np.argsort(dwi.bvals, kind="stable")
+    places = np.round(dwi.q[order][:, [across, up]] / reach * 150)
+    shown = order[np.unique(places, axis=0, return_index=True)[1]]
+    ax.scatter(dwi.q[shown, across], dwi.q[shown, up], s=17, c=dwi.bvals[shown], cmap=B_COLOURS, norm=norm,
+               edgecolors=PAPER, linewidths=0.4)  # fmt: skip
+    ends = ("L ↔ R", "P ↔ A", "I ↔ S")
+    ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel=ends[across], ylabel=ends[up])
+    ax.set(xticks=[0], yticks=[0], xticklabels=[], yticklabels=[])
+    ax.set_title({1: "from above", 2: "from the front" if across == 0 else "from the side"}[up])
+    ax.grid(True)
 
 
 def _b_series(ax: Axes, dwi: DWI, norm: Normalize) -> None:
@@ -231,6 +257,9 @@ def _steps(ax: Axes, groups: list[tuple[int, np.ndarray]]) -> None:
     floor = 1e-4
     ax.semilogy(numbers, [max(s.max(), floor) for _, s in pairs], "o-", color=AXES[0], label="largest", ms=4)
     ax.semilogy(numbers, [max(s.mean(), floor) for _, s in pairs], "o-", color=AXES[2], label="mean", ms=4)
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_locator(NullLocator())
     ax.set(xlabel="round", ylabel="mm", xticks=numbers)
     ax.legend(fontsize=8.5)
     ax.grid(True)

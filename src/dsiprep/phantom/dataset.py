@@ -1,0 +1,287 @@
+"""The phantom as a BIDS dataset, and beside it, where no pipeline looks, the truth."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid
+from dsiprep.errors import OutputError
+from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
+from dsiprep.phantom.interpolate import read
+from dsiprep.phantom.scan import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, Source, add_noise, scan
+from dsiprep.phantom.session import Session, plan_session, to_fsl
+from dsiprep.phantom.settings import PhantomSettings
+from dsiprep.phantom.signal import fibre_image, make_tissue
+
+log = logging.getLogger(__name__)
+
+REPETITION_TIME = 4.2  # s
+MULTIBAND = 2
+T1_WEIGHT = {"csf": 0.16, "wm": 0.9, "fluid": 0.14, "bone": 0.07, "marrow": 0.45, "fat": 0.9, "muscle": 0.42}
+T1_SCALE = 700.0  # intensity of white matter
+T1_FIELD_OF_VIEW = (200.0, 248.0, 240.0)
+
+
+def make_phantom(out: Path, settings: PhantomSettings) -> Path:
+    """Build a subject: `out`/bids for a pipeline, `out`/truth for `dsiprep.score`.
+
+    Parameters
+    ----------
+    out : Path
+        A folder; `bids` and `truth` in it must not exist.
+    settings : PhantomSettings
+
+    Returns
+    -------
+    Path
+        `out`.
+
+    Raises
+    ------
+    OutputError
+        If `out` holds a dataset already.
+    SettingsError, GradientError
+        If the settings cannot work.
+    """
+    settings.check()
+    out = Path(out)
+    bids, truth = out / "bids", out / "truth"
+    for folder in (bids, truth):
+        if folder.exists():
+            raise OutputError(f"{folder} exists; remove it, or choose another folder for the phantom")
+    streams = np.random.default_rng(settings.seed).spawn(4)
+    head = make_head(streams[0])
+    session = plan_session(head, settings, streams[1])
+    for folder in (bids / "sub-01" / "anat", bids / "sub-01" / "dwi", bids / "sub-01" / "fmap", truth):
+        folder.mkdir(parents=True)
+    try:
+        _write_t1w(bids, truth, head, settings, streams[2])
+        _write_scans(bids, truth, head, session, settings, streams[3])
+        _write_geometry(truth, head, session, settings)
+        _write_texts(bids, settings)
+    except BaseException:
+        shutil.rmtree(bids, ignore_errors=True)
+        shutil.rmtree(truth, ignore_errors=True)
+        raise
+    return out
+
+
+def _write_t1w(
+    bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator
+) -> None:
+    grid = head.box(np.asarray(T1_FIELD_OF_VIEW), settings.t1w_resolution)
+    grid.affine[2, 3] -= 22.0  # more neck than air
+    maps = head.maps(grid)
+    image = maps["t1"] * maps["brain"]
+    for name, weight in T1_WEIGHT.items():
+        outside = maps[name] * (1 - maps["brain"])
+        image += np.float32(weight) * outside
+    image *= T1_SCALE * _receive_bias(grid, rng)
+    image = add_noise(image, T1_SCALE / 45, rng)
+    write_image(bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz", np.rint(image).astype(np.int16), grid)
+    _write_json(
+        bids / "sub-01" / "anat" / "sub-01_T1w.json",
+        {"Modality": "MR", "Manufacturer": "Simulated", "MagneticFieldStrength": 3, "RepetitionTime": 2.3,
+         "EchoTime": 0.003, "InversionTime": 0.9, "FlipAngle": 9},
+    )  # fmt: skip
+    brain = maps["brain"] > 0.5
+    write_image(truth / "T1w_brain_mask.nii.gz", brain.astype(np.uint8), grid)
+    tissue = np.argmax(np.stack([maps["gm"], maps["wm"], maps["csf"]]), 0) + 1
+    write_image(truth / "T1w_dseg.nii.gz", (tissue * brain).astype(np.uint8), grid)
+
+
+def _write_scans(
+    bids: Path, truth: Path, head: Head, session: Session, settings: PhantomSettings, rng: np.random.Generator
+) -> None:
+    grid = session.grid
+    tissue = make_tissue(head, head.box(np.asarray(FIELD_OF_VIEW) + 36, settings.resolution / 2))
+    still = PhaseEncoding(session.pe.axis, session.pe.polarity, 0.0)
+
+    def image(
+        bval: float, bvec: np.ndarray, pe: PhaseEncoding, pose: np.ndarray, eddy: np.ndarray | None
+    ) -> np.ndarray:
+        source = Source(
+            tissue.signal(bval, pose[:3, :3].T @ bvec), tissue.grid, session.field, session.field_grid
+        )
+        return scan(source, grid, pe, pose, eddy)
+
+    ideal_b0 = image(0.0, np.zeros(3), still, session.poses[0], None)
+    brain = _brain_in_scanner(head, session)
+    sigma = float(ideal_b0[brain].mean() / settings.snr) if settings.snr else 0.0
+    write_image(truth / "ideal_b0.nii.gz", ideal_b0, grid)
+    write_image(truth / "ideal_brain_mask.nii.gz", brain.astype(np.uint8), grid)
+
+    count = len(session.bvals)
+    series, ideal = (np.zeros((*grid.shape, n), np.int16, order="F") for n in (count, count * settings.ideal))
+    kept_shape = (1, 1, grid.shape[2])
+    for v, (bval, bvec) in enumerate(zip(session.bvals, session.bvecs, strict=True)):
+        seen = image(bval, bvec, session.pe, session.poses[v], session.eddy[v])
+        series[..., v] = np.rint(add_noise(seen * session.kept[v].reshape(kept_shape), sigma, rng))
+        if settings.ideal:
+            ideal[..., v] = np.rint(8 * image(bval, bvec, still, session.poses[0], None))
+        log.debug("volume %d of %d", v + 1, count)
+    epis = [image(0.0, np.zeros(3), session.reversed_pe, pose, None) for pose in session.epi_poses]
+    epi_series = np.stack([np.rint(add_noise(epi, sigma, rng)) for epi in epis], -1).astype(np.int16)
+    _write_runs(bids, session, series, epi_series)
+    if settings.ideal:
+        write_image(truth / "ideal_dwi.nii.gz", ideal, grid, slope=1 / 8)
+
+
+def _brain_in_scanner(head: Head, session: Session) -> np.ndarray:
+    """Brain voxels of the DWI grid for the head as it lay in the first volume, (i, j, k) bool."""
+    to_head = np.linalg.inv(session.poses[0])
+    brain = np.zeros(session.grid.shape, bool)
+    for rows, points in slabs(session.grid):
+        template = head.to_template(points @ to_head[:3, :3].T + to_head[:3, 3])
+        brain[rows] = (read(head.atlas["brain"], head.atlas_grid, template) > 0.5).reshape(brain[rows].shape)
+    return brain
+
+
+def _write_runs(bids: Path, session: Session, series: np.ndarray, epis: np.ndarray) -> None:
+    stem = bids / "sub-01" / "dwi" / "sub-01_dir-PA_dwi"
+    write_image(_with(stem, ".nii.gz"), series, session.grid)
+    np.savetxt(_with(stem, ".bval"), session.bvals[None], fmt="%.1f")
+    np.savetxt(_with(stem, ".bvec"), to_fsl(session.bvecs, session.grid).T, fmt="%.8f")
+    _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.pe), "B0FieldSource": "pepolar"})
+    stem = bids / "sub-01" / "fmap" / "sub-01_dir-AP_epi"
+    write_image(_with(stem, ".nii.gz"), epis, session.grid)
+    target = {"IntendedFor": ["bids::sub-01/dwi/sub-01_dir-PA_dwi.nii.gz"]}
+    _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.reversed_pe), **target})
+
+
+def _sidecar(grid: Grid, pe: PhaseEncoding) -> dict[str, object]:
+    return {
+        "Modality": "MR",
+        "Manufacturer": "Simulated",
+        "MagneticFieldStrength": 3,
+        "RepetitionTime": REPETITION_TIME,
+        "EchoTime": 0.09,
+        "FlipAngle": 90,
+        "PhaseEncodingDirection": pe.direction,
+        "TotalReadoutTime": READOUT_TIME,
+        "EffectiveEchoSpacing": READOUT_TIME / (grid.shape[pe.axis] - 1),
+        "SliceEncodingDirection": "k",
+        "MultibandAccelerationFactor": MULTIBAND,
+        "SliceTiming": slice_timing(grid.shape[2]),
+        "B0FieldIdentifier": "pepolar",
+    }
+
+
+def slice_timing(slices: int) -> list[float]:
+    """Start of each slice in s: interleaved, `MULTIBAND` slices at a time where their number allows it."""
+    shots = slices // MULTIBAND if slices % MULTIBAND == 0 else slices
+    order = [*range(0, shots, 2), *range(1, shots, 2)]
+    starts = np.empty(shots)
+    starts[order] = np.arange(shots) * (REPETITION_TIME / shots)
+    return [round(float(starts[s % shots]), 6) for s in range(slices)]
+
+
+def _write_geometry(truth: Path, head: Head, session: Session, settings: PhantomSettings) -> None:
+    _write_json(truth / "truth.json", _truth_table(head, session, settings))
+    write_image(truth / "field_hz.nii.gz", session.field, session.field_grid)
+    template = head.atlas_grid.at_spacing(4.0)
+    _write_positions(truth / "template_to_head.nii.gz", head.to_head, template)
+    brain = [read(head.atlas["brain"], head.atlas_grid, points) > 0.5 for _, points in slabs(template)]
+    mask = np.concatenate(brain).reshape(template.shape).astype(np.uint8)
+    write_image(truth / "template_brain_mask.nii.gz", mask, template)
+    _write_positions(
+        truth / "head_to_template.nii.gz", head.to_template, head.box(np.array([190, 230, 190]), 4.0)
+    )
+    grid = head.box(np.array([170, 210, 180]), 3.0)
+    fibres, shares = fibre_image(head, grid)
+    write_image(truth / "fibres.nii.gz", fibres.reshape(*grid.shape, 6), grid)
+    write_image(truth / "fibre_shares.nii.gz", shares, grid)
+
+
+def _write_positions(path: Path, mapping: Callable[[np.ndarray], np.ndarray], grid: Grid) -> None:
+    """Where each voxel of `grid` is in the other space: (i, j, k, 3), mm RAS+."""
+    positions = np.concatenate([mapping(points) for _, points in slabs(grid)])
+    write_image(path, positions.reshape(*grid.shape, 3).astype(np.float32), grid)
+
+
+def _truth_table(head: Head, session: Session, settings: PhantomSettings) -> dict[str, object]:
+    size = float(session.grid.voxel_sizes[session.pe.axis])
+    hz = read(session.field, session.field_grid, head.brain_points(3))
+    lost = [[int(v), int(s), float(session.kept[v, s])] for v, s in np.argwhere(session.kept < 1)]
+    return {
+        "template": TEMPLATE,
+        "settings": asdict(settings),
+        "brain_centre": head.centre.tolist(),
+        "bvals": session.bvals.tolist(),
+        "bvecs_scanner": session.bvecs.tolist(),
+        "bvecs_head": session.head_bvecs.tolist(),
+        "head_to_scanner": session.poses.tolist(),
+        "epi_head_to_scanner": session.epi_poses.tolist(),
+        "moved": session.moved.tolist(),
+        "phase_encoding_direction": session.pe.direction,
+        "readout_time_s": READOUT_TIME,
+        "grid_shape": list(session.grid.shape),
+        "grid_affine": session.grid.affine.tolist(),
+        "largest_displacement_mm": float(np.abs(hz).max() * READOUT_TIME * size),
+        "eddy_basis": EDDY_TERMS,
+        "eddy_mm": session.eddy.tolist(),
+        "lost_slices": lost,
+    }
+
+
+def _write_texts(bids: Path, settings: PhantomSettings) -> None:
+    _write_json(
+        bids / "dataset_description.json",
+        {
+            "Name": "A digital subject for diffusion spectrum imaging",
+            "BIDSVersion": "1.9.0",
+            "DatasetType": "raw",
+            "License": "CC0",
+            "Authors": ["dsiprep"],
+            "Acknowledgements": "Brain: ICBM 152 nonlinear symmetric 2009a (McGill University), by nilearn.",
+            "ReferencesAndLinks": ["https://doi.org/10.1016/j.neuroimage.2010.07.033"],
+        },
+    )
+    (bids / "README").write_text(
+        "A digital subject\n=================\n\nA simulated head with known motion, distortion and noise,\n"
+        "written by `dsiprep-tools phantom` to test diffusion preprocessing. Nobody was scanned.\n\nSettings: "
+        + ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
+        + ".\n"
+    )
+    (bids / "participants.tsv").write_text("participant_id\tspecies\nsub-01\tn/a\n")
+    _write_json(
+        bids / "participants.json", {"species": {"Description": "Species; none, as nobody was scanned"}}
+    )
+
+
+def write_image(path: Path, data: np.ndarray, grid: Grid, slope: float | None = None) -> None:
+    """Write (i, j, k[, n]) as NIfTI with both affines set; `slope` turns stored into true values."""
+    image = nib.Nifti1Image(data, grid.affine)
+    image.set_sform(grid.affine, 1)
+    image.set_qform(grid.affine, 1)
+    image.header.set_xyzt_units("mm", "sec")
+    if data.ndim == 4:
+        image.header["pixdim"][4] = REPETITION_TIME
+    if slope is not None:
+        image.header.set_slope_inter(slope, 0)
+    nib.save(image, path)
+
+
+def _receive_bias(grid: Grid, rng: np.random.Generator) -> np.ndarray:
+    """A smooth sensitivity from about 0.75 to 1.25, (i, j, k) float32."""
+    axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in grid.shape]
+    x, y, z = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
+    c = rng.uniform(-0.12, 0.12, 6).astype(np.float32)
+    return 1 + c[0] * x + c[1] * y + c[2] * z + c[3] * x * x + c[4] * y * y + c[5] * x * y
+
+
+def _with(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n")

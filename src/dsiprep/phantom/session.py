@@ -1,0 +1,188 @@
+"""What happens during the session: where the head is, the field around it, eddy currents, slices lost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid
+from dsiprep.errors import SettingsError
+from dsiprep.ops.affine import rigid_matrix, rotate_bvecs
+from dsiprep.phantom.head import Head, slabs
+from dsiprep.phantom.interpolate import read
+from dsiprep.phantom.scan import FIELD_OF_VIEW, READOUT_TIME, eddy_basis, phase_encoding, scanner_grid
+from dsiprep.phantom.schemes import gradient_table, read_fsl_table
+from dsiprep.phantom.settings import DEGREES_PER_MM, PhantomSettings
+
+N_EPIS = 3
+DRIFT = 0.1  # of the largest motion
+# Off-resonance: centre (template mm), width (mm), weight. Above the sinuses and the ear canals, and elsewhere
+SOURCES = (
+    ((0, 58, -18), 17.0, 1.0),
+    ((48, -18, -32), 15.0, 0.7),
+    ((-48, -18, -32), 15.0, 0.65),
+    ((0, 20, 10), 40.0, -0.35),
+    ((20, -60, 60), 30.0, -0.25),
+    ((-25, -90, 0), 28.0, 0.2),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """One diffusion scan of a head.
+
+    Attributes
+    ----------
+    grid : Grid
+        Of the DWI.
+    pe, reversed_pe : PhaseEncoding
+        Of the DWI (PA) and of the b=0 images for the fieldmap (AP).
+    bvals : ndarray, (n,)
+    bvecs : ndarray, (n, 3)
+        World RAS+ of the scanner, as played out.
+    poses, epi_poses : ndarray, (n, 4, 4)
+        Head points to scanner points, per volume.
+    moved : ndarray, (n,) bool
+        Which volumes the head moved in, besides the drift.
+    eddy : ndarray, (n, 9)
+        Displacement along the axis of phase encoding in mm, coefficients of `scan.eddy_basis`.
+    kept : ndarray, (n, slices)
+        What is left of each slice's signal.
+    field : ndarray, (i, j, k)
+        Off-resonance in Hz on `field_grid`, a grid of the head frame.
+    """
+
+    grid: Grid
+    pe: PhaseEncoding
+    reversed_pe: PhaseEncoding
+    bvals: np.ndarray
+    bvecs: np.ndarray
+    poses: np.ndarray
+    epi_poses: np.ndarray
+    moved: np.ndarray
+    eddy: np.ndarray
+    kept: np.ndarray
+    field: np.ndarray
+    field_grid: Grid
+
+    @property
+    def head_bvecs(self) -> np.ndarray:
+        """The gradients as the head saw them, (n, 3), world RAS+ of the head frame."""
+        return rotate_bvecs(self.bvecs, self.poses)
+
+
+def plan_session(head: Head, settings: PhantomSettings, rng: np.random.Generator) -> Session:
+    """Draw everything that happens in a session.
+
+    Raises
+    ------
+    SettingsError
+        If the distortion would fold the image over.
+    GradientError
+        If the files of the scheme cannot be used.
+    """
+    lying = rigid_matrix(_rigid_vectors(rng.uniform(-4, 4, (1, 6)), 1.0)[0], head.centre)
+    grid = scanner_grid(settings.orientation, settings.resolution, head.centre + rng.uniform(-2, 2, 3))
+    pe = phase_encoding(grid, "PA")
+    bvals, bvecs = _gradients(settings.scheme, grid)
+    motion, moved = _motion(len(bvals), settings, rng)
+    epi_motion = DRIFT * (rng.uniform(-1, 1, 6) + rng.uniform(-0.05, 0.05, (N_EPIS, 6))) * settings.max_motion
+    field, field_grid = make_field(head, settings.distortion, float(grid.voxel_sizes[pe.axis]) * READOUT_TIME)
+    points = head.brain_points() @ lying[:3, :3].T + lying[:3, 3]
+    return Session(
+        grid=grid,
+        pe=pe,
+        reversed_pe=phase_encoding(grid, "AP"),
+        bvals=bvals,
+        bvecs=bvecs,
+        poses=rigid_matrix(_rigid_vectors(motion), head.centre) @ lying,
+        epi_poses=rigid_matrix(_rigid_vectors(epi_motion), head.centre) @ lying,
+        moved=moved,
+        eddy=_eddy_currents(bvals, bvecs, points, settings.eddy, rng),
+        kept=_lost_slices(bvals, grid.shape[2], settings.dropout, rng),
+        field=field,
+        field_grid=field_grid,
+    )
+
+
+def make_field(head: Head, largest_mm: float, mm_per_hz: float) -> tuple[np.ndarray, Grid]:
+    """Off-resonance in Hz on a 3 mm grid of the head frame, with zero mean in the brain.
+
+    Parameters
+    ----------
+    largest_mm : float
+        Largest displacement in the brain.
+    mm_per_hz : float
+        Displacement of 1 Hz: voxel size times readout time.
+    """
+    grid = head.box(np.asarray(FIELD_OF_VIEW) + 100, 3.0)
+    field = np.zeros(grid.shape, np.float32)
+    for rows, points in slabs(grid):
+        template = head.to_template(points)
+        values = sum(
+            weight * np.exp(-((template - centre) ** 2).sum(1) / (2 * width**2))
+            for centre, width, weight in SOURCES
+        )
+        field[rows] = values.reshape(-1, *grid.shape[1:])
+    inside = read(field, grid, head.brain_points(3))
+    field = (field - inside.mean()) * (largest_mm / mm_per_hz / np.abs(inside - inside.mean()).max())
+    steepest = mm_per_hz * max(float(np.abs(np.gradient(field, 3.0, axis=a)).max()) for a in range(3))
+    if steepest > 0.9:
+        raise SettingsError(
+            f"--distortion {largest_mm}: the image would fold over; use {0.8 / steepest * largest_mm:.1f}"
+        )
+    return field.astype(np.float32), grid
+
+
+def _rigid_vectors(motion: np.ndarray, degrees_per_mm: float = DEGREES_PER_MM) -> np.ndarray:
+    """Rotation vectors (radians) and translations (mm) from six numbers in mm, three of each."""
+    return np.concatenate([np.deg2rad(degrees_per_mm) * motion[..., :3], motion[..., 3:]], axis=-1)
+
+
+def _gradients(scheme: str, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    if "," not in scheme:
+        return gradient_table(scheme)
+    bvals, bvecs = read_fsl_table(scheme)
+    return bvals, from_fsl(bvecs, grid)
+
+
+def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
+    """World RAS+ b-vectors (n, 3) along the image's axes, the first reversed if those are right-handed: FSL's frame."""
+    along = bvecs @ grid.directions
+    return along * ([-1, 1, 1] if np.linalg.det(grid.affine[:3, :3]) > 0 else [1, 1, 1])
+
+
+def from_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
+    """The inverse of `to_fsl`."""
+    along = bvecs * ([-1, 1, 1] if np.linalg.det(grid.affine[:3, :3]) > 0 else [1, 1, 1])
+    return along @ np.linalg.inv(grid.directions)
+
+
+def _motion(count: int, settings: PhantomSettings, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Six numbers in mm per volume, (n, 6), and which volumes moved. The first volume lies still."""
+    time = np.linspace(0, 1, count)[:, None]
+    slow = sum(rng.normal(size=6) * np.sin(np.pi * k * time / 2) / k for k in (1, 2, 3))
+    slow = DRIFT * settings.max_motion * slow / max(float(np.abs(slow).max()), 1e-9)
+    moved = np.zeros(count, bool)
+    moved[1 + rng.choice(count - 1, round(settings.moved * (count - 1)), replace=False)] = True
+    jumps = rng.uniform(-settings.max_motion, settings.max_motion, (count, 6))
+    return slow + moved[:, None] * jumps, moved
+
+
+def _eddy_currents(
+    bvals: np.ndarray, bvecs: np.ndarray, points: np.ndarray, largest_mm: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Coefficients (n, 9), linear in the gradient; none of the scanner `points` moves by over `largest_mm`."""
+    response = rng.normal(size=(9, 3)) * np.array([0.3, 1, 1, 1, 0.4, 0.4, 0.4, 0.4, 0.2])[:, None]
+    strength = np.sqrt(bvals / max(float(bvals.max()), 1.0))
+    coefficients = (strength[:, None] * bvecs) @ response.T
+    largest = np.abs(eddy_basis(points) @ coefficients.T).max()
+    return coefficients * (largest_mm / max(float(largest), 1e-9))
+
+
+def _lost_slices(bvals: np.ndarray, slices: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """What is left of each slice: 1, or 0.2 to 0.5 where the head jerked; b=0 images keep theirs."""
+    lost = (rng.random((len(bvals), slices)) < fraction) & (bvals[:, None] > 50)
+    return np.where(lost, rng.uniform(0.2, 0.5, lost.shape), 1.0)
