@@ -62,10 +62,14 @@ class Run:
 
 @dataclass(frozen=True)
 class EpiReference:
-    """A reversed phase-encoding EPI of fmap/, one or several b=0 volumes."""
+    """A reversed phase-encoding EPI of fmap/, one or several b=0 volumes.
+
+    `bval` tells which volumes are b=0 where the image is a diffusion series; None takes all volumes.
+    """
 
     image: Path
     pe: PhaseEncoding
+    bval: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,8 @@ class Unit:
     def files(self) -> tuple[Path, ...]:
         """Every file that the diffusion series is made of."""
         series = [path for run in self.runs for path in (run.image, run.bval, run.bvec)]
-        return (*series, *(epi.image for epi in self.epis))
+        references = [path for epi in self.epis for path in (epi.image, epi.bval) if path is not None]
+        return (*series, *references)
 
     def reversed_pairs(self) -> list[str]:
         """The opposite phase encodings among runs and EPI references, such as ["j", "j-"]; empty if there are none."""

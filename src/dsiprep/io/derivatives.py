@@ -205,9 +205,8 @@ def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
 
 def _write_tables(results: UnitResults, folder: Path) -> None:
     name, quality = results.unit.name, results.quality
-    columns = dict(quality.confounds)
-    runs = columns.pop("run")
-    columns["original_file"] = np.array([results.unit.runs[int(run)].image.name for run in runs], dtype=object)
+    files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
+    columns = {**quality.confounds, "original_file": np.array(files, dtype=object)}
     _write_tsv(folder / f"{name}_desc-confounds_timeseries.tsv", columns)
     _write_json(folder / f"{name}_desc-confounds_timeseries.json", {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS})
     _write_tsv(folder / f"{name}_space-ACPC_desc-image_qc.tsv", {k: np.array([v]) for k, v in quality.table.items()})

@@ -1,7 +1,7 @@
 """Transforms as ITK and ANTs read and write them. The only place where LPS appears.
 
-An ITK transform maps points of the output image to points of the input image, as ours do; only the signs of the
-first two axes differ. A composite lists its transforms so that the last one is applied first.
+An ITK transform maps points of the output image to points of the input image, as ours do; only the signs
+of the first two axes differ. A composite lists its transforms so that the last one is applied first.
 """
 
 from __future__ import annotations
@@ -284,10 +284,11 @@ def _matlab(name: str, values: np.ndarray) -> bytes:
 
 def _read_matlab(path: Path, source: str, target: str) -> Affine:
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     try:
         content = loadmat(path)
-    except (OSError, ValueError, NotImplementedError, TypeError) as error:
+    except (OSError, ValueError, NotImplementedError, TypeError, MatReadError) as error:
         raise InputError(f"{path}: not an ANTs .mat transform: {error}") from error
     kinds = [key for key in content if not key.startswith("__") and key != "fixed"]
     if len(kinds) != 1 or "fixed" not in content:

@@ -151,12 +151,13 @@ def barrier(field: torch.Tensor, steepness: float) -> tuple[torch.Tensor, torch.
         Derivatives by the difference of neighbours.
     """
     d = steepness * torch.diff(field, dim=2)
-    left = 1 - d * d
+    square = d * d
+    left = 1 - square
     if field.shape[2] > 1 and float(left.min()) <= 0.02:
         return torch.tensor(float("inf")), d, d
-    slope = (4 * d**3 - 2 * d**5) / left**2
-    curvature = (12 * d**2 - 10 * d**4) / left**2 + 4 * d * (4 * d**3 - 2 * d**5) / left**3
-    return (d**4 / left).sum(), steepness * slope, steepness**2 * curvature
+    slope = 2 * square * d * (2 - square) / (left * left)
+    curvature = square * (12 - 10 * square) / (left * left) + 4 * d * slope / left
+    return (square * square / left).sum(), steepness * slope, steepness**2 * curvature
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,14 +194,21 @@ class Normal:
         """The matrix times a vector."""
         flat = self.coupling.reshape(len(pose), -1)
         if field.device.type == "cpu":
-            tensors = (field, self.level, self.tilt, self.weight, self.curvature)
-            out = torch.from_numpy(
-                _normal_loop(*(t.numpy() for t in tensors), self.spacing, np.asarray(self.stiffness))
-            )
+            out = self._apply_loops(field)
         else:
             out = self._apply_tensors(field)
         out += (pose @ flat).reshape(field.shape)
         return out, flat @ field.reshape(-1) + self.pose @ pose
+
+    def _apply_loops(self, field: torch.Tensor) -> torch.Tensor:
+        weak, stiff = (float(s) for s in self.stiffness)
+        inverse = 1 / np.asarray(self.spacing, float) ** 2
+        force, out = torch.empty_like(field), torch.empty_like(field)
+        _laplacian_loop(field.numpy(), inverse, stiff, -weak, force.numpy())
+        _laplacian_loop(force.numpy(), inverse, 1.0, 0.0, out.numpy())
+        tensors = (field, self.level, self.tilt, self.weight, self.curvature, out)
+        _data_loop(*(t.numpy() for t in tensors))
+        return out
 
     def _apply_tensors(self, field: torch.Tensor) -> torch.Tensor:
         product = self.weight * (self.level * field + self.tilt * along(field, 2))
@@ -465,22 +473,20 @@ def _solid_loop(
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def _laplacian_loop(field: np.ndarray, inverse: np.ndarray) -> np.ndarray:
+def _laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: float, rest: float, out: np.ndarray) -> None:
     na, nb, ny = field.shape
+    scale, add = np.float32(factor), np.float32(rest)
     ha, hb, hy = np.float32(inverse[0]), np.float32(inverse[1]), np.float32(inverse[2])
-    out = np.empty_like(field)
     for a in numba.prange(na):
         below, above = max(a - 1, 0), min(a + 1, na - 1)
         for b in range(nb):
             left, right = max(b - 1, 0), min(b + 1, nb - 1)
             for y in range(ny):
                 f = 2 * field[a, b, y]
-                out[a, b, y] = (
-                    ha * (field[below, b, y] + field[above, b, y] - f)
-                    + hb * (field[a, left, y] + field[a, right, y] - f)
-                    + hy * (field[a, b, max(y - 1, 0)] + field[a, b, min(y + 1, ny - 1)] - f)
-                )
-    return out
+                bend = ha * (field[below, b, y] + field[above, b, y] - f)
+                bend += hb * (field[a, left, y] + field[a, right, y] - f)
+                bend += hy * (field[a, b, max(y - 1, 0)] + field[a, b, min(y + 1, ny - 1)] - f)
+                out[a, b, y] = scale * bend + add * field[a, b, y]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
@@ -505,19 +511,3 @@ def _data_loop(
                 out[a, b, y + 1] += force
                 out[a, b, y] -= force
 
-
-def _normal_loop(
-    field: np.ndarray,
-    level: np.ndarray,
-    tilt: np.ndarray,
-    weight: np.ndarray,
-    curvature: np.ndarray,
-    spacing: np.ndarray,
-    stiffness: np.ndarray,
-) -> np.ndarray:
-    inverse = 1 / np.asarray(spacing, float) ** 2
-    bend = _laplacian_loop(field, inverse)
-    stiff = np.float32(stiffness[1]) * bend - np.float32(stiffness[0]) * field
-    out = _laplacian_loop(stiff, inverse)
-    _data_loop(field, level, tilt, weight, curvature, out)
-    return out

@@ -15,6 +15,8 @@ from dsiprep.ops.sample import pull, sample_linear, voxel_points
 
 __all__ = ["chain_displacement", "chain_points", "compose", "invert", "jacobian_determinant"]
 
+FIXED_POINT_STEPS = 4
+
 
 def compose(first: DisplacementField, second: DisplacementField) -> DisplacementField:
     """One field that does `first` and then `second`, on the grid of `first`.
@@ -28,14 +30,15 @@ def compose(first: DisplacementField, second: DisplacementField) -> Displacement
 def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float = 0.01) -> DisplacementField:
     """The field v on the same grid with v(x) + u(x + v(x)) = 0.
 
-    Newton's method at every voxel at once. Where a step does not bring a voxel nearer, half of it is tried; fields
-    that fold have no inverse, and there the last best guess stands.
+    A few fixed-point steps everywhere, then Newton's method where they have not arrived. Where a step does not
+    bring a voxel nearer, half of it is tried; fields that fold have no inverse, and there the last best guess
+    stands.
 
     Parameters
     ----------
     field : DisplacementField
     iterations : int
-        At most so many steps.
+        At most so many steps of Newton's method.
     tolerance_mm : float
         Stop when no voxel is further than this from its inverse.
 
@@ -43,28 +46,50 @@ def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float =
     -------
     DisplacementField
     """
-    inverse_affine = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=field.data.device)
-    to_voxel = inverse_affine.float()
-    u = torch.einsum("ab,bijk->aijk", to_voxel, field.data.float())  # voxels
-    slopes = gradient(u).reshape(9, *u.shape[1:])  # du_a/dx_b, row-major in (a, b)
-    start = voxel_points(field.grid, field.grid).to(u.device)
-    metric = torch.as_tensor(field.grid.affine[:3, :3], device=u.device).float()
-    best = torch.zeros_like(u)
-    best_size = torch.full(u.shape[1:], torch.inf, device=u.device)
-    step = torch.zeros_like(u)
-    trial = -sample_linear(u, start - u)  # one round of the fixed-point iteration
+    device = field.data.device
+    to_voxel = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=device).float()
+    to_world = torch.as_tensor(field.grid.affine[:3, :3], device=device).float()
+    u = torch.einsum("ab,bijk->aijk", to_voxel, field.data.float())
+    start = voxel_points(field.grid, field.grid).to(device)
+    v = -u
+    for _ in range(FIXED_POINT_STEPS):
+        v = -sample_linear(u, start + v)
+    v = v.reshape(3, -1)
+    residual = v + sample_linear(u, start.reshape(3, -1) + v)
+    left = torch.nonzero((to_world @ residual).norm(dim=0) > tolerance_mm)[:, 0]
+    if len(left):
+        slopes = gradient(u).reshape(9, *u.shape[1:])  # du_a/dx_b, row-major in (a, b)
+        v[:, left] = _newton(u, slopes, start.reshape(3, -1)[:, left], v[:, left], iterations, tolerance_mm, to_world)
+    return DisplacementField((to_world @ v).reshape(u.shape), field.grid)
+
+
+def _newton(
+    u: torch.Tensor,
+    slopes: torch.Tensor,
+    start: torch.Tensor,
+    v: torch.Tensor,
+    iterations: int,
+    tolerance: float,
+    to_world: torch.Tensor,
+) -> torch.Tensor:
+    """Solve v + u(start + v) = 0 in voxels for the points (3, m) of `start`."""
+    best = torch.zeros_like(v)
+    size = torch.full((v.shape[1],), torch.inf, device=v.device)
+    step, trial = torch.zeros_like(v), v.clone()
+    active = torch.arange(v.shape[1], device=v.device)
     for _ in range(iterations):
-        residual = trial + sample_linear(u, start + trial)
-        size = torch.einsum("ab,bijk->aijk", metric, residual).norm(dim=0)
-        better = size < best_size
-        best = torch.where(better, trial, best)
-        best_size = torch.where(better, size, best_size)
-        if float(best_size.max()) <= tolerance_mm:
+        residual = trial[:, active] + sample_linear(u, start[:, active] + trial[:, active])
+        distance = (to_world @ residual).norm(dim=0)
+        better = distance < size[active]
+        ahead = active[better]
+        best[:, ahead], size[ahead] = trial[:, ahead], distance[better]
+        step[:, active[~better]] /= 2
+        step[:, ahead] = _solve(sample_linear(slopes, start[:, ahead] + trial[:, ahead]), residual[:, better])
+        trial[:, active] = best[:, active] - step[:, active]
+        active = active[size[active] > tolerance]
+        if len(active) == 0:
             break
-        newton = _solve(sample_linear(slopes, start + trial), residual)
-        step = torch.where(better, newton, step / 2)
-        trial = best - step
-    return DisplacementField(torch.einsum("ab,bijk->aijk", metric, best), field.grid)
+    return best
 
 
 def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
@@ -148,7 +173,7 @@ def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "c
 
 
 def _solve(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """(I + J)^-1 r at every voxel by Cramer's rule, J row-major (9, i, j, k); near-singular ones take r itself."""
+    """(I + J)^-1 r at every point by Cramer's rule, J row-major (9, m); near-singular ones take r itself."""
     a, b, c, d, e, f, g, h, i = slopes
     a, e, i = a + 1, e + 1, i + 1
     cofactors = [

@@ -78,6 +78,8 @@ def spline_coefficients(volumes: torch.Tensor) -> torch.Tensor:
 
     The recursive filter of Unser et al. 1993 (doi 10.1109/78.193220), mirrored about the outermost voxel centres.
     """
+    if volumes.device.type != "cpu":
+        return _deconvolved(volumes.float())
     filtered = volumes.detach().cpu().numpy().astype(np.float32)
     for axis in (1, 2, 3):
         if filtered.shape[axis] > 1:
@@ -96,6 +98,18 @@ def pull(
     """Volumes (n, i, j, k) on `source`, read at the points of `target`; arguments as in `voxel_points`."""
     points = voxel_points(target, source, matrix, displacement).to(volumes.device)
     return sample_cubic(spline_coefficients(volumes), points) if cubic else sample_linear(volumes, points)
+
+
+def _deconvolved(volumes: torch.Tensor) -> torch.Tensor:
+    """The same coefficients from the inverse of the B-spline's matrix along each axis, without leaving the device."""
+    for axis in (1, 2, 3):
+        size = volumes.shape[axis]
+        if size > 1:
+            matrix = (4 * np.eye(size) + np.eye(size, k=1) + np.eye(size, k=-1)) / 6
+            matrix[0, 1] = matrix[-1, -2] = 1 / 3  # mirrored
+            inverse = torch.as_tensor(np.linalg.inv(matrix), dtype=torch.float32, device=volumes.device)
+            volumes = torch.tensordot(volumes, inverse, dims=([axis], [1])).movedim(-1, axis)
+    return volumes.contiguous()
 
 
 def _sample(volumes: torch.Tensor, points: torch.Tensor, cubic: bool) -> torch.Tensor:

@@ -134,6 +134,7 @@ def _frames_of(u: np.ndarray, v: np.ndarray) -> Iterator[np.ndarray]:
         angles = ends @ start / (np.linalg.norm(ends, axis=1) * np.linalg.norm(start))
         for end in ends[np.abs(angles - u @ v / (norm_u * norm_v)) < 0.06]:
             yield _frame(u, v) @ _frame(start, end).T
+            yield _frame(u, v) * np.array([1, 1, -1]) @ _frame(start, end).T  # mirrored: a lattice too
 
 
 def _points_of(norm: float, folded: bool) -> np.ndarray:

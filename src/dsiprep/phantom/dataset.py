@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,15 +16,14 @@ from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
 from dsiprep.phantom.interpolate import read
-from dsiprep.phantom.scan import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, Source, add_noise, scan
+from dsiprep.phantom.scan import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise
 from dsiprep.phantom.session import Session, plan_session, to_fsl
 from dsiprep.phantom.settings import PhantomSettings
 from dsiprep.phantom.signal import fibre_image, make_tissue
 
-log = logging.getLogger(__name__)
-
 REPETITION_TIME = 4.2  # s
 MULTIBAND = 2
+IDEAL_SLOPE = 1 / 8  # of the ideal DWI, kept as integers
 T1_WEIGHT = {"csf": 0.16, "wm": 0.9, "fluid": 0.14, "bone": 0.07, "marrow": 0.45, "fat": 0.9, "muscle": 0.42}
 T1_SCALE = 700.0  # intensity of white matter
 T1_FIELD_OF_VIEW = (200.0, 248.0, 240.0)
@@ -102,38 +100,24 @@ def _write_t1w(
 def _write_scans(
     bids: Path, truth: Path, head: Head, session: Session, settings: PhantomSettings, rng: np.random.Generator
 ) -> None:
-    grid = session.grid
+    grid, count = session.grid, len(session.bvals)
     tissue = make_tissue(head, head.box(np.asarray(FIELD_OF_VIEW) + 36, settings.resolution / 2))
-    still = PhaseEncoding(session.pe.axis, session.pe.polarity, 0.0)
-
-    def image(
-        bval: float, bvec: np.ndarray, pe: PhaseEncoding, pose: np.ndarray, eddy: np.ndarray | None
-    ) -> np.ndarray:
-        source = Source(
-            tissue.signal(bval, pose[:3, :3].T @ bvec), tissue.grid, session.field, session.field_grid
-        )
-        return scan(source, grid, pe, pose, eddy)
-
-    ideal_b0 = image(0.0, np.zeros(3), still, session.poses[0], None)
+    ideal_b0 = session.ideal(tissue, 0.0, np.zeros(3))
     brain = _brain_in_scanner(head, session)
     sigma = float(ideal_b0[brain].mean() / settings.snr) if settings.snr else 0.0
     write_image(truth / "ideal_b0.nii.gz", ideal_b0, grid)
     write_image(truth / "ideal_brain_mask.nii.gz", brain.astype(np.uint8), grid)
-
-    count = len(session.bvals)
-    series, ideal = (np.zeros((*grid.shape, n), np.int16, order="F") for n in (count, count * settings.ideal))
-    kept_shape = (1, 1, grid.shape[2])
-    for v, (bval, bvec) in enumerate(zip(session.bvals, session.bvecs, strict=True)):
-        seen = image(bval, bvec, session.pe, session.poses[v], session.eddy[v])
-        series[..., v] = np.rint(add_noise(seen * session.kept[v].reshape(kept_shape), sigma, rng))
-        if settings.ideal:
-            ideal[..., v] = np.rint(8 * image(bval, bvec, still, session.poses[0], None))
-        log.debug("volume %d of %d", v + 1, count)
-    epis = [image(0.0, np.zeros(3), session.reversed_pe, pose, None) for pose in session.epi_poses]
-    epi_series = np.stack([np.rint(add_noise(epi, sigma, rng)) for epi in epis], -1).astype(np.int16)
-    _write_runs(bids, session, series, epi_series)
+    series = np.zeros((*grid.shape, count), np.int16, order="F")
+    for v in range(count):
+        series[..., v] = np.rint(add_noise(session.play(tissue, v), sigma, rng))
+    epis = np.zeros((*grid.shape, len(session.epi_poses)), np.int16, order="F")
+    for v, pose in enumerate(session.epi_poses):
+        epis[..., v] = np.rint(add_noise(session.image(tissue, pose, session.reversed_pe), sigma, rng))
+    _write_runs(bids, session, series, epis)
     if settings.ideal:
-        write_image(truth / "ideal_dwi.nii.gz", ideal, grid, slope=1 / 8)
+        for v, (bval, bvec) in enumerate(zip(session.bvals, session.bvecs, strict=True)):
+            series[..., v] = np.rint(session.ideal(tissue, bval, bvec) / IDEAL_SLOPE)
+        write_image(truth / "ideal_dwi.nii.gz", series, grid, slope=IDEAL_SLOPE)
 
 
 def _brain_in_scanner(head: Head, session: Session) -> np.ndarray:
@@ -247,8 +231,9 @@ def _write_texts(bids: Path, settings: PhantomSettings) -> None:
         },
     )
     (bids / "README").write_text(
-        "A digital subject\n=================\n\nA simulated head with known motion, distortion and noise,\n"
-        "written by `dsiprep-tools phantom` to test diffusion preprocessing. Nobody was scanned.\n\nSettings: "
+        "A digital subject\n=================\n\n"
+        "A simulated head with known motion, distortion and noise, written by `dsiprep-tools phantom`\n"
+        "to test diffusion preprocessing. Nobody was scanned.\n\nSettings: "
         + ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
         + ".\n"
     )

@@ -184,8 +184,8 @@ def load_atlas() -> tuple[dict[str, np.ndarray], Grid]:
     gm, wm = brain * gm**2 / total, brain * wm**2 / total
     crisp = 0.28 * (brain - gm - wm) + 0.66 * gm + 0.98 * wm
     maps = {"t1": 0.5 * (t1 * brain + crisp), "gm": gm, "wm": wm, "brain": brain}
-    maps = {name: np.ascontiguousarray(image) for name, image in maps.items()}
-    return maps, Grid(t1.shape, np.asarray(images[0].affine, float))
+    contiguous = {name: np.ascontiguousarray(image, np.float32) for name, image in maps.items()}
+    return contiguous, Grid(t1.shape, np.asarray(images[0].affine, float))
 
 
 def slabs(grid: Grid, points_each: int = 1_000_000) -> Iterator[tuple[slice, np.ndarray]]:

@@ -1,8 +1,8 @@
 """A scanner: a head at a pose, its off-resonance field and eddy currents in, an echo-planar image out.
 
 The head moves, its field moves with it, the phase-encoding axis and the eddy currents stay with the scanner.
-Signal is conserved: what a stretch of a line holds is spread over the stretch that it is moved to. Nothing here is
-shared with the code that corrects.
+Signal is conserved: what a stretch of a line holds is spread over the stretch that it is moved to. Nothing
+here is shared with the code that corrects.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Source:
 
 
 def scanner_grid(orientation: str, resolution: float, centre: np.ndarray) -> Grid:
-    """Isotropic voxels around `centre`; the third axis is the slice axis. Oblique is LAS, tilted by 18 degrees."""
+    """Isotropic voxels around `centre`; the third is the slice axis. Oblique is LAS, tilted by 18 degrees."""
     codes = "LAS" if orientation == "oblique" else orientation
     directions = np.zeros((3, 3))
     extent = np.zeros(3)
@@ -88,7 +88,7 @@ def scan(
     pose : ndarray, (4, 4)
         Head points to scanner points, mm RAS+.
     eddy : ndarray, (9,), optional
-        Displacement in mm towards higher indices along the axis of phase encoding: coefficients of `eddy_basis`.
+        Displacement in mm towards higher indices along the phase-encoding axis: coefficients of `eddy_basis`.
     oversampling : int
         Points per voxel along each axis.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,9 +12,18 @@ from dsiprep.errors import SettingsError
 from dsiprep.ops.affine import rigid_matrix, rotate_bvecs
 from dsiprep.phantom.head import Head, slabs
 from dsiprep.phantom.interpolate import read
-from dsiprep.phantom.scan import FIELD_OF_VIEW, READOUT_TIME, eddy_basis, phase_encoding, scanner_grid
+from dsiprep.phantom.scan import (
+    FIELD_OF_VIEW,
+    READOUT_TIME,
+    Source,
+    eddy_basis,
+    phase_encoding,
+    scan,
+    scanner_grid,
+)
 from dsiprep.phantom.schemes import gradient_table, read_fsl_table
 from dsiprep.phantom.settings import DEGREES_PER_MM, PhantomSettings
+from dsiprep.phantom.signal import Tissue
 
 N_EPIS = 3
 DRIFT = 0.1  # of the largest motion
@@ -71,6 +80,31 @@ class Session:
     def head_bvecs(self) -> np.ndarray:
         """The gradients as the head saw them, (n, 3), world RAS+ of the head frame."""
         return rotate_bvecs(self.bvecs, self.poses)
+
+    def play(self, tissue: Tissue, volume: int) -> np.ndarray:
+        """What the scanner sees in one volume of the DWI before noise, (i, j, k) float32."""
+        seen = self.image(
+            tissue, self.poses[volume], self.pe, self.bvals[volume], self.bvecs[volume], self.eddy[volume]
+        )
+        return seen * self.kept[volume].astype(np.float32)
+
+    def ideal(self, tissue: Tissue, bval: float, bvec: np.ndarray) -> np.ndarray:
+        """The image without distortion of a head that stays as in the first volume, (i, j, k) float32."""
+        return self.image(tissue, self.poses[0], replace(self.pe, readout_time=0.0), bval, bvec)
+
+    def image(
+        self,
+        tissue: Tissue,
+        pose: np.ndarray,
+        pe: PhaseEncoding,
+        bval: float = 0.0,
+        bvec: np.ndarray | None = None,
+        eddy: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """One noise-free image; the gradient is given in the scanner and seen by the head as its pose has it."""
+        gradient = pose[:3, :3].T @ (np.zeros(3) if bvec is None else bvec)
+        source = Source(tissue.signal(bval, gradient), tissue.grid, self.field, self.field_grid)
+        return scan(source, self.grid, pe, pose, eddy)
 
 
 def plan_session(head: Head, settings: PhantomSettings, rng: np.random.Generator) -> Session:
@@ -149,7 +183,7 @@ def _gradients(scheme: str, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
 
 
 def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
-    """World RAS+ b-vectors (n, 3) along the image's axes, the first reversed if those are right-handed: FSL's frame."""
+    """World RAS+ b-vectors (n, 3) in FSL's frame: the image's axes, the first reversed if right-handed."""
     along = bvecs @ grid.directions
     return along * ([-1, 1, 1] if np.linalg.det(grid.affine[:3, :3]) > 0 else [1, 1, 1])
 
@@ -174,7 +208,7 @@ def _motion(count: int, settings: PhantomSettings, rng: np.random.Generator) -> 
 def _eddy_currents(
     bvals: np.ndarray, bvecs: np.ndarray, points: np.ndarray, largest_mm: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Coefficients (n, 9), linear in the gradient; none of the scanner `points` moves by over `largest_mm`."""
+    """Coefficients (n, 9), linear in the gradient; no scanner point moves by over `largest_mm`."""
     response = rng.normal(size=(9, 3)) * np.array([0.3, 1, 1, 1, 0.4, 0.4, 0.4, 0.4, 0.2])[:, None]
     strength = np.sqrt(bvals / max(float(bvals.max()), 1.0))
     coefficients = (strength[:, None] * bvecs) @ response.T

@@ -34,7 +34,7 @@ class PhantomSettings:
     )
     max_motion: float = option(
         5.0,
-        "bound of the motion of a moved volume along each axis in mm; the rotation's bound is 1.8 degrees per mm",
+        "bound of a moved volume's motion along each axis in mm; of its rotation, 1.8 degrees per mm",
         "--max-motion",
         metavar="MM",
     )

@@ -125,7 +125,7 @@ def _template_fibres(t: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fibre_image(head: Head, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Directions (i, j, k, 2, 3) and shares (i, j, k, 2) on a grid of the head frame; zero outside white matter."""
+    """Directions (i, j, k, 2, 3) and shares (i, j, k, 2) on a head-frame grid; zero outside white matter."""
     white = head.maps(grid, ("wm",))["wm"] > 0.5
     directions = np.zeros((*grid.shape, 2, 3), np.float32)
     shares = np.zeros((*grid.shape, 2), np.float32)

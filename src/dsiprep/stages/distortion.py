@@ -42,8 +42,11 @@ METHODS = {
 Fitzpatrick 1992: doi 10.1109/42.158935."""
 
 GRADIENT_STIFFNESS = 0.02
-LAPLACIAN_STIFFNESS = 20.0
+LAPLACIAN_STIFFNESS = 60.0
 BARRIER = 0.5
+CG_TOL = 0.05
+CG_MAX = 40
+STOP = 0.01
 OUTLIER = 3.0  # residuals beyond this many sigmas count as outliers
 COARSEST = 8.0  # mm
 
@@ -287,7 +290,7 @@ def _descend(
         state, compared = accepted, trial_compared
         row = {"level": number, "iteration": iteration, "cost": cost, "noise": sigma, "step": share}
         trace.append({**row, "inner": inner, "change_mm": change, "gain": float(np.exp(state.gain))})
-        if change < 0.01:
+        if change < STOP:
             return state, True
     return state, False
 
@@ -365,7 +368,7 @@ def _step(
     force[..., 1:] += BARRIER * slope
     force[..., :-1] -= BARRIER * slope
     pull = columns.reshape(count, -1) @ weighted.reshape(-1)
-    field, pose, inner = kernels.conjugate_gradients(normal, (-force, -pull), level.inner)
+    field, pose, inner = kernels.conjugate_gradients(normal, (-force, -pull), level.inner, CG_TOL, CG_MAX)
     return field, pose.double().cpu().numpy(), inner
 
 

@@ -1,0 +1,257 @@
+"""The methods section and its references, put together from what was done.
+
+Each stage keeps the text of its methods beside its algorithm (`METHODS`); here the paragraphs that apply are put in
+order, and citation keys (`[@key]`) are resolved in `references.bib`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from dsiprep.data.results import UnitResults
+from dsiprep.report.album import write_atomically
+from dsiprep.stages import anatomy, coregister, denoise, distortion, motion, quality, resample
+
+BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
+KEY = re.compile(r"@([A-Za-z][\w-]*)")
+GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One entry of the bibliography: key, fields by lower-case name, and its BibTeX text."""
+
+    key: str
+    fields: dict[str, str]
+    text: str
+
+    @property
+    def authors(self) -> list[str]:
+        """Family names."""
+        people = re.split(r"\s+and\s+", self.fields.get("author", ""))
+        return [_plain(person.split(",")[0]) for person in people]
+
+    @property
+    def short(self) -> str:
+        """ "Cieslak et al. 2021"."""
+        names = self.authors
+        who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
+        return f"{who} {self.fields.get('year', '')}".strip()
+
+    @property
+    def line(self) -> str:
+        """Authors, year, title, where, DOI: one line of a list of references."""
+        people = [_plain(person) for person in re.split(r"\s+and\s+", self.fields.get("author", ""))]
+        shown = "; ".join(people[:6]) + ("; et al." if len(people) > 6 else "")
+        where = self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
+        number = self.fields.get("volume", "")
+        pages = self.fields.get("pages", "").replace("--", "–")
+        place = where + (f" {number}" if number else "") + (f", {pages}" if pages else "")
+        return ". ".join(
+            part for part in (f"{shown} ({self.fields.get('year', '')})", _plain(self.fields.get("title", "")), _plain(place)) if part
+        ) + "."  # fmt: skip
+
+    @property
+    def link(self) -> str:
+        """Where it is found, or an empty string."""
+        doi = self.fields.get("doi", "")
+        return f"https://doi.org/{doi}" if doi else self.fields.get("url", "")
+
+
+def _plain(text: str) -> str:
+    return text.replace("{", "").replace("}", "").replace("--", "–").strip()
+
+
+@cache
+def bibliography() -> dict[str, Reference]:
+    """All references by key, read from `references.bib`."""
+    found = {}
+    for block in re.split(r"\n(?=@)", BIBLIOGRAPHY.read_text(encoding="utf-8")):
+        head = re.match(r"@\w+\{([^,\s]+),", block)
+        if head:
+            fields = {name.lower(): value for name, value in re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", block, re.M)}
+            found[head[1]] = Reference(head[1], fields, block.strip())
+    return found
+
+
+def cited(text: str) -> list[str]:
+    """Citation keys in order of first appearance."""
+    keys = [key for group in GROUP.findall(text) for key in KEY.findall(group)]
+    return list(dict.fromkeys(keys))
+
+
+def methods_text(results: UnitResults | Sequence[UnitResults]) -> str:
+    """The methods section in Markdown with citation keys.
+
+    Parameters
+    ----------
+    results : UnitResults or sequence of UnitResults
+        Units that were processed alike share one text; otherwise each kind has its own, under the units' names.
+
+    Returns
+    -------
+    str
+        Markdown; references as `[@key]`, all of them in `references.bib`.
+    """
+    units = [results] if isinstance(results, UnitResults) else list(results)
+    texts: dict[str, list[str]] = {}
+    for unit in units:
+        texts.setdefault("\n\n".join(_paragraphs(unit)), []).append(unit.unit.name)
+    if len(texts) == 1:
+        return next(iter(texts)) + "\n"
+    return "\n\n".join(f"## {', '.join(names)}\n\n{text}" for text, names in texts.items()) + "\n"
+
+
+def _paragraphs(results: UnitResults) -> list[str]:
+    """Headings and paragraphs of one unit, in the order of processing."""
+    count = len(results.unit.runs)
+    intro = (
+        f"Results were obtained with *dsiprep* {version('dsiprep')} [@dsiprep], which preprocesses diffusion MRI with "
+        "any sampling of q-space and names its derivatives as QSIPrep does [@cieslak2021]."
+    )
+    series = f"The diffusion-weighted series ({count} run{'s' if count > 1 else ''}) was sampled as follows: "
+    return [
+        "# Methods",
+        intro,
+        "### Structural image",
+        *_anatomy(results),
+        "### Diffusion images",
+        f"{series}{results.acquired.scheme.description}.",
+        *_diffusion(results),
+        "### Software",
+        "Arrays are held by NumPy [@harris2020] and PyTorch [@paszke2019], hot loops are compiled by Numba [@lam2015], "
+        "further algorithms come from SciPy [@virtanen2020], and files are read and written by NiBabel [@brett2024].",
+    ]
+
+
+def _named(methods: dict[str, str], told: str) -> list[str]:
+    """The paragraph whose name occurs in what a result tells of its method."""
+    return [text for name, text in methods.items() if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", told)][:1]
+
+
+def _anatomy(results: UnitResults) -> list[str]:
+    """Structural processing: what applies of bias, brain, tissue, ACPC and template."""
+    found, methods = results.anatomy, anatomy.METHODS
+    if found.modality == "none":
+        return [methods["none"]] if "none" in methods else []
+    left_out = {"none"} | ({"template"} if found.acpc_to_template is None else set())
+    left_out |= {"n4"} if results.settings.anatomy.biascorrect == "none" else set()
+    return [text for name, text in methods.items() if name not in left_out]
+
+
+def _diffusion(results: UnitResults) -> list[str]:
+    """Processing of the diffusion series, stage by stage."""
+    biascorrect = results.settings.denoise.biascorrect
+    corrected = results.distortion
+    models = list(dict.fromkeys(motion.model for motion in results.motions))
+    registered = "none" if results.anatomy.modality == "none" else "mi"
+    return [
+        denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
+        *(text for model in models for text in _named(motion.METHODS, model)),
+        *(_named(distortion.METHODS, corrected.method) if corrected else [results.distortion_reason]),
+        *_named(coregister.METHODS, registered),
+        *_named(resample.METHODS, "resample"),
+        *_named(resample.METHODS, biascorrect),
+        *quality.METHODS.values(),
+    ]
+
+
+def _markup(text: str) -> str:
+    """Inline Markdown (bold, italics, code) of escaped text as HTML."""
+    text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
+    text = re.sub(r"(?<!\*)\*(?!\*)([^*]+)\*", r"<em>\1</em>", text)
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+
+
+def _html_citation(match: re.Match[str]) -> str:
+    links = [
+        f'<a href="#ref-{key}">{html.escape(bibliography()[key].short)}</a>' for key in KEY.findall(match[1])
+    ]
+    return f"({'; '.join(links)})"
+
+
+def methods_html(results: UnitResults | Sequence[UnitResults]) -> str:
+    """The methods section as an HTML fragment: citations link to the list of references at its end."""
+    text = methods_text(results)
+    parts = []
+    for block in text.strip().split("\n\n"):
+        head = re.match(r"(#+) (.*)", block)
+        if head and head[2] == "Methods":
+            continue
+        body = _markup(GROUP.sub(_html_citation, html.escape((head[2] if head else block).strip())))
+        parts.append(f"<h4>{body}</h4>" if head else f"<p>{body}</p>")
+    entries = []
+    for reference in _references(text):
+        line = html.escape(reference.line)
+        if reference.link:
+            line += f' <a href="{html.escape(reference.link)}">{html.escape(reference.link)}</a>'
+        entries.append(f'<li id="ref-{reference.key}">{line}</li>')
+    return "\n".join([*parts, "<h4>References</h4>", "<ol>", *entries, "</ol>"])
+
+
+def _references(text: str) -> list[Reference]:
+    """Entries of the bibliography that a text cites, by first author and year."""
+    return sorted((bibliography()[key] for key in cited(text)), key=lambda reference: reference.short.lower())
+
+
+def _tex(text: str) -> str:
+    """The methods section as LaTeX for natbib."""
+
+    def cite(match: re.Match[str]) -> str:
+        return "\\citep{" + ",".join(KEY.findall(match[1])) + "}"
+
+    blocks = []
+    for block in text.strip().split("\n\n"):
+        head = re.match(r"(#+) (.*)", block)
+        body = re.sub(r"([%&#_$])", r"\\\1", head[2] if head else block)
+        body = re.sub(r"\*([^*]+)\*", r"\\emph{\1}", body)
+        body = re.sub(r"`([^`]+)`", r"\\texttt{\1}", body)
+        body = body.replace("²", "\\textsuperscript{2}").replace("×", "$\\times$")
+        body = GROUP.sub(cite, body.replace("\\_", "_") if GROUP.search(body) and "_" in body else body)
+        level = {1: "section", 2: "subsection"}.get(len(head[1]), "subsubsection") if head else ""
+        blocks.append(f"\\{level}*{{{body}}}" if head else body)
+    preamble = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{natbib}\n\\begin{document}"
+    return "\n\n".join([preamble, *blocks, "\\bibliographystyle{plainnat}\n\\bibliography{CITATION}\n\\end{document}\n"])
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>Methods (dsiprep)</title>
+<style>body{{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}}</style></head>
+<body><h1>Methods</h1>
+{body}
+</body></html>
+"""
+
+
+def write_boilerplate(results: UnitResults | Sequence[UnitResults], out: Path) -> Path:
+    """Write the methods text and its references to `out/logs/CITATION.{md,html,tex,bib}`.
+
+    Parameters
+    ----------
+    results : UnitResults or sequence of UnitResults
+    out : Path
+        Root of the derivatives.
+
+    Returns
+    -------
+    Path
+        CITATION.md.
+    """
+    text = methods_text(results)
+    entries = _references(text)
+    lines = "\n".join(f"- {entry.line}{' ' + entry.link if entry.link else ''}" for entry in entries)
+    files = {
+        "bib": "\n\n".join(entry.text for entry in entries) + "\n",
+        "tex": _tex(text),
+        "html": PAGE.format(body=methods_html(results)),
+        "md": f"{text}\n### References\n\n{lines}\n",
+    }
+    for kind, content in files.items():
+        write_atomically(out / "logs" / f"CITATION.{kind}", content.encode("utf-8"))
+    return out / "logs" / "CITATION.md"

@@ -1,0 +1,173 @@
+"""Derivatives and truth as arrays. SimpleITK reads transforms: it shares no code with what wrote them."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from scipy.ndimage import map_coordinates
+
+from dsiprep.errors import InputError
+
+LPS = np.array([-1.0, -1.0, 1.0])
+
+
+class AbsentError(Exception):
+    """A derivative is not there; what depends on it is left out of the scores, with this as the note."""
+
+
+@dataclass(frozen=True, eq=False)
+class Image:
+    """Voxels (i, j, k[, n]) and their place."""
+
+    data: np.ndarray
+    affine: np.ndarray
+
+    def at(self, points: np.ndarray, order: int = 1) -> np.ndarray:
+        """Values at world points (n, 3) in mm RAS+: (n,) or (n, m); the nearest voxel's outside."""
+        inverse = np.linalg.inv(self.affine)
+        voxels = (points @ inverse[:3, :3].T + inverse[:3, 3]).T
+        if self.data.ndim == 3:
+            return map_coordinates(self.data, voxels, order=order, mode="nearest")
+        channels = [self.data[..., m] for m in range(self.data.shape[3])]
+        return np.stack([map_coordinates(c, voxels, order=order, mode="nearest") for c in channels], -1)
+
+    def covers(self, points: np.ndarray) -> np.ndarray:
+        """Which world points (n, 3) lie within the outermost voxel centres."""
+        inverse = np.linalg.inv(self.affine)
+        voxels = points @ inverse[:3, :3].T + inverse[:3, 3]
+        return np.all((voxels >= 0) & (voxels <= np.array(self.data.shape[:3]) - 1), axis=1)
+
+    def points(self, where: np.ndarray, about: int = 4000) -> np.ndarray:
+        """World points of about that many of the voxels where `where` is true, evenly picked, (n, 3)."""
+        index = np.argwhere(where)
+        index = index[:: max(1, len(index) // about)]
+        return index @ self.affine[:3, :3].T + self.affine[:3, 3]
+
+
+def read_image(path: Path) -> Image:
+    """A NIfTI image as float32."""
+    image = nib.Nifti1Image.from_filename(path)
+    return Image(np.asarray(image.dataobj, np.float32), np.asarray(image.affine, float))
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """The truth folder of a phantom."""
+
+    folder: Path
+    table: dict[str, Any]
+
+    @property
+    def poses(self) -> np.ndarray:
+        """Head points to scanner points, (n, 4, 4)."""
+        return np.asarray(self.table["head_to_scanner"], float)
+
+    @property
+    def bvals(self) -> np.ndarray:
+        """s/mm², (n,)."""
+        return np.asarray(self.table["bvals"], float)
+
+    @property
+    def centre(self) -> np.ndarray:
+        """The middle of the brain in the head frame, mm, (3,)."""
+        return np.asarray(self.table["brain_centre"], float)
+
+    def image(self, name: str) -> Image:
+        """One of the images of the truth."""
+        return read_image(self.folder / f"{name}.nii.gz")
+
+    def brain_points(self) -> np.ndarray:
+        """About 4000 points of the brain in the head frame, (n, 3)."""
+        mask = self.image("T1w_brain_mask")
+        return mask.points(mask.data > 0.5)
+
+    @property
+    def mm_per_hz(self) -> np.ndarray:
+        """What 1 Hz displaces the signal by, mm in world RAS+, (3,)."""
+        direction = self.table["phase_encoding_direction"]
+        column = np.asarray(self.table["grid_affine"], float)[:3, "ijk".index(direction[0])]
+        return column * self.table["readout_time_s"] * (-1 if direction.endswith("-") else 1)
+
+    def distorted(self, points: np.ndarray, field: Image, pose: np.ndarray) -> np.ndarray:
+        """Where head points (n, 3) appear in the scanner for a head at `pose`, without eddy currents."""
+        return apply(pose, points) + field.at(points)[:, None] * self.mm_per_hz
+
+
+def read_truth(folder: Path) -> Truth:
+    """Open the truth of a phantom.
+
+    Raises
+    ------
+    InputError
+        If the folder holds none.
+    """
+    path = Path(folder) / "truth.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no truth.json; give the truth folder that `dsiprep-tools phantom` wrote")
+    return Truth(Path(folder), json.loads(path.read_text()))
+
+
+def find(derivatives: Path, pattern: str) -> Path:
+    """The one file under `derivatives` whose name fits; `AbsentError` if there is none, or more than one."""
+    found = sorted(path for path in Path(derivatives).rglob(pattern) if path.is_file())
+    if len(found) != 1:
+        raise AbsentError(f"not compared: {len(found) or 'no'} {'files' if found else 'file'} {pattern}")
+    return found[0]
+
+
+def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Points (n, 3) through a (4, 4) matrix."""
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def read_mapping(path: Path) -> Callable[[np.ndarray], np.ndarray]:
+    """Any ITK transform as a map of RAS+ points (n, 3)."""
+    import SimpleITK
+
+    transform = SimpleITK.ReadTransform(str(path))
+
+    def mapping(points: np.ndarray) -> np.ndarray:
+        moved = [transform.TransformPoint(point) for point in (np.asarray(points, float) * LPS).tolist()]
+        return np.asarray(moved) * LPS
+
+    return mapping
+
+
+def read_matrix(path: Path) -> np.ndarray:
+    """A linear ITK transform as a (4, 4) matrix on RAS+ points, from where it sends four of them."""
+    return _matrix_of(read_mapping(path))
+
+
+def read_matrices(path: Path) -> np.ndarray:
+    """A text file of several linear ITK transforms, (n, 4, 4) on RAS+ points."""
+    blocks = path.read_text().split("#Transform ")[1:]
+    matrices = []
+    with tempfile.TemporaryDirectory() as folder:
+        one = Path(folder) / "one.txt"
+        for block in blocks:
+            body = block.split("\n", 1)[1]
+            one.write_text(f"#Insight Transform File V1.0\n#Transform 0\n{body}")
+            matrices.append(read_matrix(one))
+    return np.stack(matrices)
+
+
+def linear_part(mapping: Callable[[np.ndarray], np.ndarray], far: float = 1e5) -> np.ndarray:
+    """The matrix (4, 4) that a map follows where its displacement fields have ended, `far` mm away."""
+    return _matrix_of(mapping, np.array([far, far, far]))
+
+
+def _matrix_of(mapping: Callable[[np.ndarray], np.ndarray], origin: np.ndarray | None = None) -> np.ndarray:
+    start = np.zeros(3) if origin is None else origin
+    reach = 100.0
+    sent = mapping(np.concatenate([start[None], start + reach * np.eye(3)]))
+    matrix = np.eye(4)
+    matrix[:3, :3] = (sent[1:] - sent[0]).T / reach
+    matrix[:3, 3] = sent[0] - matrix[:3, :3] @ start
+    return matrix

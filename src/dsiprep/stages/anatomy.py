@@ -1,0 +1,272 @@
+"""The structural image: bias, brain, ACPC pose, tissue, and the way to the template."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.results import Anatomy
+from dsiprep.data.template import Template
+from dsiprep.data.transform import Affine, Chain
+from dsiprep.errors import InputError
+from dsiprep.ops.affine import nearest_rotation
+from dsiprep.ops.bias import n4_bias
+from dsiprep.ops.diffeomorphic import register_diffeomorphic
+from dsiprep.ops.field import chain_displacement
+from dsiprep.ops.linear import register_linear
+from dsiprep.ops.mask import brain_mask_b0, brain_mask_t1w
+from dsiprep.ops.sample import pull
+from dsiprep.ops.tissue import segment_tissue
+from dsiprep.settings import AnatomySettings
+
+VERSION = 1
+METHODS = {
+    "T1w": (
+        "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the mask of the "
+        "template, brought over by an affine registration. The image was brought to ACPC space by the rigid part "
+        "(polar decomposition about the anterior commissure) of an affine registration to the template that "
+        "maximises normalised mutual information [@studholme1999; @mattes2003], with cubic B-splines [@unser1999]."
+    ),
+    "several": (
+        "The T1w images were rigidly aligned to the first one by correlation, scaled to one brightness and averaged."
+    ),
+    "n4": "Intensities of the structural image were corrected for receive bias with N4 [@tustison2010].",
+    "tissue": (
+        "Cerebrospinal fluid, grey matter and white matter were segmented with a Gaussian mixture whose weights "
+        "depend on the tissue priors of the template [@ashburner2005] and on neighbouring voxels through a Markov "
+        "random field [@zhang2001]."
+    ),
+    "normalize": (
+        "The brain was registered to the template with an affine transform and a greedy diffeomorphic one that "
+        "maximises local cross-correlation [@avants2008; @yushkevich2016]."
+    ),
+    "none": (
+        "No structural image was used: the b=0 reference was rigidly registered to the template's brain with "
+        "normalised mutual information [@studholme1999; @mattes2003], which gave it the orientation of ACPC space."
+    ),
+}
+
+__all__ = ["METHODS", "VERSION", "process_anatomy"]
+
+LEAST_VOXEL_MM = 0.8
+SHRINK_MM = 4.0  # distance of the voxels that N4 sees
+MARGIN_MM = 5.0  # around the head, on each side
+AGREE_DICE = 0.9  # below it the two brain masks are worth a look
+TRUST_DICE = 0.6  # below it the network has failed, and the template's mask is taken
+DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
+
+
+def process_anatomy(
+    images: tuple[Volume, ...],
+    dwiref: Volume | None,
+    dwiref_mask: Volume | None,
+    template: Template,
+    settings: AnatomySettings,
+) -> Anatomy:
+    """Bring the structural image to ACPC space and find brain, tissue and template in it.
+
+    Parameters
+    ----------
+    images : tuple of Volume
+        Native T1w images, possibly none; several are averaged in the space of the first.
+    dwiref, dwiref_mask : Volume or None
+        The undistorted b=0 reference and its brain, which stand in where there is no T1w, or `settings.modality` is
+        "none"; the mask is found where it is None.
+    template : Template
+        Its world is ACPC-like, with the anterior commissure at the origin.
+    settings : AnatomySettings
+
+    Returns
+    -------
+    Anatomy
+
+    Raises
+    ------
+    InputError
+        If there is neither a T1w nor a b=0 reference, or an image is empty.
+    """
+    if images and settings.modality != "none":
+        return _from_t1w(images, template, settings)
+    if dwiref is None:
+        raise InputError("no structural image and no b=0 reference: give one of them")
+    return _from_dwiref(dwiref, dwiref_mask or brain_mask_b0(dwiref), template)
+
+
+def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings) -> Anatomy:
+    device = images[0].data.device
+    native, notes = _average(images)
+    to_template = _affine_by_head(native, template)
+    mask, opinion = _brain(native, template, to_template)
+    if settings.biascorrect == "n4":
+        native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
+    brain = Volume(native.data * mask.data, native.grid)
+    to_template = register_linear(
+        brain, template.brain, dof=12, fixed_mask=_rim(template), initial=to_template, search=False
+    ).matrix
+    pose = _rigid_about_origin(to_template)
+    grid = _output_grid(native, pose)
+    image = Volume(pull(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
+    inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
+    brain = Volume(image.data * inside.data, grid)
+    forward, back = _normalise(brain, template, np.linalg.inv(pose) @ to_template, settings.normalize)
+    priors = pull(
+        template.tissue.to(device), template.brain.grid, grid, displacement=chain_displacement(back, grid, device)
+    )
+    return Anatomy(
+        modality="T1w",
+        image=image,
+        mask=inside,
+        tissue=segment_tissue(image, inside, priors),
+        anat_to_acpc=Affine(pose, "anat", "ACPC"),
+        acpc_to_template=forward if settings.normalize else None,
+        template_to_acpc=back if settings.normalize else None,
+        template=template.name,
+        template_image=template.brain if settings.normalize else None,
+        warped=_brought(brain, forward, template.brain.grid) if settings.normalize else None,
+        notes=(*notes, *opinion),
+    )
+
+
+def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
+    """The b=0 reference as its own structural image: a rigid registration to the template gives the pose."""
+    brain = Volume(dwiref.data * (mask.data > 0.5), dwiref.grid)
+    fit = register_linear(brain, template.brain, dof=6, fixed_mask=_rim(template), moving_mask=mask)
+    grid = _output_grid(dwiref, fit.matrix)
+    image = pull(dwiref.data[None].float(), dwiref.grid, grid, fit.matrix, cubic=True)[0].clamp(min=0)
+    inside = (pull(mask.data[None].float(), mask.grid, grid, fit.matrix)[0] > 0.5).float()
+    return Anatomy(
+        modality="none",
+        image=Volume(image, grid),
+        mask=Volume(inside, grid),
+        tissue=None,
+        anat_to_acpc=Affine(fit.matrix, "anat", "ACPC"),
+        acpc_to_template=None,
+        template_to_acpc=None,
+        template=template.name,
+        template_image=None,
+        warped=None,
+        notes=(
+            "No structural image was used. The b=0 reference stands in for it: ACPC is a rigid alignment of the b=0 "
+            f"reference to {template.name}, without tissue segmentation and without normalisation.",
+        ),
+    )
+
+
+def _average(images: tuple[Volume, ...]) -> tuple[Volume, tuple[str, ...]]:
+    """All images in the space of the first, scaled to its brightness, as their mean where they cover it."""
+    first = Volume(torch.nan_to_num(images[0].data.float()), images[0].grid)
+    level = _brightness(first)
+    if len(images) == 1:
+        return first, ()
+    total, weight = first.data.clone(), torch.ones_like(first.data)
+    for other in images[1:]:
+        data = torch.nan_to_num(other.data.float())
+        matrix = register_linear(Volume(data, other.grid), first, dof=6, metric="cc").matrix
+        scale = level / _brightness(Volume(data, other.grid))
+        covered = pull(torch.ones_like(data)[None], other.grid, first.grid, matrix)[0]
+        brought = pull(data[None], other.grid, first.grid, matrix, cubic=True)[0].clamp(min=0)
+        total += scale * brought * (covered > 0.99)
+        weight += covered > 0.99
+    note = f"{len(images)} T1w images were aligned to the first and averaged."
+    return Volume(total / weight, first.grid), (note,)
+
+
+def _brightness(volume: Volume) -> float:
+    data = volume.numpy()
+    bright = data[data > data.mean()]
+    if bright.size == 0:
+        raise InputError("a structural image has the same value everywhere: replace the file or leave it out")
+    return float(np.median(bright))
+
+
+def _affine_by_head(native: Volume, template: Template) -> np.ndarray:
+    """Template to native without a brain mask, as an opinion that does not depend on the network."""
+    return register_linear(native, template.brain, dof=12, fixed_mask=template.mask).matrix
+
+
+def _brain(native: Volume, template: Template, to_template: np.ndarray) -> tuple[Volume, tuple[str, ...]]:
+    """The brain by the network, checked against the template's mask; and what there is to say about it."""
+    inverse = np.linalg.inv(to_template)
+    near = pull(template.mask.data[None].to(native.data.device), template.mask.grid, native.grid, inverse)[0]
+    atlas = Volume((near > 0.5).float(), native.grid)
+    network = brain_mask_t1w(native)
+    overlap = 2 * float((atlas.data * network.data).sum())
+    dice = overlap / max(float(atlas.data.sum() + network.data.sum()), 1.0)
+    if dice < TRUST_DICE:
+        return atlas, (
+            f"The network did not find the brain (Dice {dice:.2f} with the mask of {template.name}): the template's "
+            "mask was taken. Check the outlines in the report.",
+        )
+    if dice < AGREE_DICE:
+        return network, (
+            f"Brain mask: the network and the mask of {template.name} agree only to Dice {dice:.2f}. Check the "
+            "outlines in the report.",
+        )
+    return network, ()
+
+
+def _rim(template: Template) -> Volume:
+    """The template's brain and a few mm around it."""
+    away = ndimage.distance_transform_edt(template.mask.numpy() < 0.5, sampling=template.mask.grid.voxel_sizes)
+    return Volume(torch.from_numpy((away <= DILATION_MM).astype(np.float32)), template.mask.grid)
+
+
+def _shrink(grid: Grid) -> int:
+    return max(1, round(SHRINK_MM / float(grid.voxel_sizes.mean())))
+
+
+def _rigid_about_origin(matrix: np.ndarray) -> np.ndarray:
+    """The rigid part of template-to-native: the origin (AC) goes where the affine sends it."""
+    pose = matrix.copy()
+    pose[:3, :3] = nearest_rotation(matrix[:3, :3])
+    return pose
+
+
+def _output_grid(native: Volume, pose: np.ndarray) -> Grid:
+    """An LPS+ grid around the whole head, with the voxel sizes of the native image along the nearest axes."""
+    turn = pose[:3, :3].T @ native.grid.directions
+    nearest = np.abs(turn).argmax(axis=1)
+    sizes = np.maximum(native.grid.voxel_sizes[nearest], LEAST_VOXEL_MM)
+    inverse = np.linalg.inv(pose)
+    points = native.grid.to_world(_head_voxels(native)) @ inverse[:3, :3].T + inverse[:3, 3]
+    low = np.floor((points.min(0) - MARGIN_MM) / sizes) * sizes
+    high = np.ceil((points.max(0) + MARGIN_MM) / sizes) * sizes
+    i, j, k = (int(n) for n in np.round((high - low) / sizes) + 1)
+    affine = np.diag([-sizes[0], -sizes[1], sizes[2], 1.0])
+    affine[:3, 3] = high[0], high[1], low[2]
+    return Grid((i, j, k), affine)
+
+
+def _head_voxels(native: Volume) -> np.ndarray:
+    """Voxels of the largest piece of what is not air, (m, 3)."""
+    data = native.numpy()
+    smooth = ndimage.gaussian_filter(data, 1.5 / native.grid.voxel_sizes)
+    labels, count = ndimage.label(smooth > 0.08 * np.percentile(smooth, 99))
+    if count == 0:
+        return np.array([[0, 0, 0], np.asarray(data.shape) - 1])
+    voxels = np.argwhere(labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:])))
+    return voxels
+
+
+def _normalise(
+    brain: Volume, template: Template, initial: np.ndarray, diffeomorphic: bool
+) -> tuple[Chain, Chain]:
+    """ACPC to template and back; affine only where the diffeomorphic part is not wanted."""
+    there = Affine(initial, "ACPC", template.name)
+    if not diffeomorphic:
+        return Chain((there,), "ACPC", template.name), Chain((there.inverse(),), template.name, "ACPC")
+    device = brain.data.device
+    fit = register_diffeomorphic(
+        brain, template.brain.to(device), initial, fixed_mask=_rim(template).to(device)
+    )
+    return (
+        Chain((fit.forward, there), "ACPC", template.name),
+        Chain((there.inverse(), fit.inverse), template.name, "ACPC"),
+    )
+
+
+def _brought(brain: Volume, chain: Chain, grid: Grid) -> Volume:
+    displacement = chain_displacement(chain, grid, brain.data.device)
+    return Volume(pull(brain.data[None], brain.grid, grid, displacement=displacement)[0], grid)

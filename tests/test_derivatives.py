@@ -1,0 +1,144 @@
+"""Names of the outputs, and what independent software reads in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
+from report_subject import make_subject
+
+from dsiprep.data.results import UnitResults
+from dsiprep.errors import OutputError
+from dsiprep.io import derivatives
+from dsiprep.ops.sample import sample_linear, voxel_points
+
+# What QSIRecon asks a folder for; it stops when a query matches two files.
+QUERIES = [
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.nii\.gz",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.bval",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.bvec",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.b",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.b_table\.txt",
+    r"dwi/.*_space-ACPC_dwiref\.nii\.gz",
+    r"dwi/.*_space-ACPC_desc-brain_mask\.nii\.gz",
+    r"dwi/.*_desc-confounds_timeseries\.tsv",
+    r"dwi/.*_space-ACPC_desc-image_qc\.tsv",
+    r"dwi/.*_space-ACPC_desc-slice_qc\.json",
+    r"dwi/.*_hmcOptimization\.csv",
+    r"dwi/.*_space-ACPC_stat-tsnr_dwimap\.nii\.gz",
+    r"dwi/.*_space-ACPC_model-[A-Za-z0-9]+_stat-cnr_dwimap\.nii\.gz",
+    r"dwi/.*_from-orig_to-dwiref_mode-image_desc-hmc_xfm\.txt",
+    r"dwi/.*_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm\.txt",
+    r"fmap/.*_desc-preproc_fieldmap\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_desc-preproc_T1w\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_desc-brain_mask\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_dseg\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_label-GM_probseg\.nii\.gz",
+    r"anat/sub-[^_]+_from-ACPC_to-MNI152[A-Za-z0-9]+_mode-image_xfm\.h5",
+    r"anat/sub-[^_]+_from-MNI152[A-Za-z0-9]+_to-ACPC_mode-image_xfm\.h5",
+    r"anat/sub-[^_]+_from-anat_to-ACPC_mode-image_xfm\.mat",
+    r"anat/sub-[^_]+_from-ACPC_to-anat_mode-image_xfm\.mat",
+]
+
+
+@pytest.fixture(scope="module")
+def subject() -> UnitResults:
+    return make_subject()
+
+
+@pytest.fixture(scope="module")
+def written(subject: UnitResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("derivatives")
+    derivatives.write_root(out, "0.0")
+    derivatives.write_unit(subject, out, None)
+    return out
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_every_query_matches_one_file(written: Path, query: str) -> None:
+    names = [path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()]
+    assert len([name for name in names if re.search(f"{query}$", name)]) == 1
+
+
+def test_images_are_lps(written: Path) -> None:
+    images = [path for path in written.rglob("*space-ACPC*.nii.gz") if "/dwi/" in path.as_posix()]
+    assert len(images) >= 4
+    for path in images:
+        assert nib.aff2axcodes(nib.load(path).affine) == ("L", "P", "S"), path.name
+
+
+def test_motion_file_holds_one_transform_per_volume_in_lps(
+    written: Path, subject: UnitResults, tmp_path: Path
+) -> None:
+    text = next(written.rglob("*desc-hmc_xfm.txt")).read_text()
+    head, *blocks = re.split(r"^#Transform \d+\n", text, flags=re.MULTILINE)
+    assert len(blocks) == len(subject.acquired.dwi)
+    flip = np.array([-1.0, -1, 1])
+    point = np.array([10.0, -20, 30])
+    for moved in subject.motions:
+        for matrix, volume in zip(moved.transforms, moved.volumes, strict=True):
+            single = tmp_path / "one.txt"
+            single.write_text(f"{head}#Transform 0\n{blocks[volume]}")
+            read = sitk.ReadTransform(str(single)).TransformPoint((point * flip).tolist())
+            np.testing.assert_allclose(np.array(read) * flip, matrix[:3, :3] @ point + matrix[:3, 3], atol=1e-4)
+
+
+def test_stored_distortion_is_the_pose_and_the_field(written: Path, subject: UnitResults) -> None:
+    """SimpleITK sends grid points where dsiprep reads: P x + u(x)."""
+    corrected = subject.distortion
+    assert corrected is not None
+    path = next(written.rglob("*desc-sdcup_xfm.h5"))
+    transform = sitk.ReadTransform(str(path))
+    up = [blip.name for blip in subject.acquired.blips].index("up")
+    grid, pose = corrected.fields[up].grid, corrected.poses[up]
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(1, np.array(grid.shape) - 1, (40, 3))
+    for voxel in voxels:
+        point = grid.to_world(voxel)
+        u = corrected.fields[up].data[(slice(None), *voxel)].numpy()
+        wanted = pose[:3, :3] @ point + pose[:3, 3] + u
+        read = np.array(transform.TransformPoint((point * [-1, -1, 1]).tolist())) * [-1, -1, 1]
+        np.testing.assert_allclose(read, wanted, atol=2e-3)
+
+
+def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> None:
+    lines = next(written.rglob("*_timeseries.tsv")).read_text().splitlines()
+    assert len(lines) == 1 + len(subject.acquired.dwi)
+    assert {"framewise_displacement", "trans_x", "rot_z", "bval", "original_file"} <= set(lines[0].split("\t"))
+    assert len({line.count("\t") for line in lines}) == 1
+    quality = next(written.rglob("*image_qc.tsv")).read_text().splitlines()
+    assert len(quality) == 2
+    slices = json.loads(next(written.rglob("*slice_qc.json")).read_text())["slice_z"]
+    assert len(slices) == len(subject.acquired.dwi)
+
+
+def test_nothing_is_left_when_writing_fails(
+    subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(derivatives, "_write_tables", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        derivatives.write_unit(subject, tmp_path / "out", None)
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_template_images_follow_the_chain(subject: UnitResults) -> None:
+    """A ramp seen through acpc_to_template is the ramp at the mapped points."""
+    chain, grid = subject.anatomy.acpc_to_template, subject.anatomy.image.grid
+    assert chain is not None and subject.anatomy.template_image is not None
+    target = subject.anatomy.template_image.grid
+    ramp = torch.from_numpy(np.indices(grid.shape).sum(0).astype(np.float32))
+    seen = derivatives._through(chain, ramp, grid, target, discrete=False)
+    displacement = derivatives.chain_displacement(chain, target)
+    wanted = sample_linear(ramp[None], voxel_points(target, grid, None, displacement))[0]
+    torch.testing.assert_close(seen, wanted)
+    labels = derivatives._through(chain, (ramp > ramp.mean()).float() * 2, grid, target, discrete=True)
+    assert set(labels.unique().tolist()) == {0.0, 2.0}
