@@ -30,6 +30,7 @@ from dsiprep.settings import Settings
 AIR, CSF, GREY, WHITE, SCALP = range(5)
 B0 = np.array([0.02, 1.6, 0.9, 0.65, 0.35])
 T1 = np.array([0.01, 0.2, 0.62, 1.0, 0.7])
+PES = (PhaseEncoding(1, -1, 0.05), PhaseEncoding(1, 1, 0.05))
 Labels = Callable[[np.ndarray], np.ndarray]
 
 
@@ -134,7 +135,7 @@ def make_subject(
     n = len(bvals)
     tissue = labels(points)
     hz = off_resonance(points)
-    pe = (PhaseEncoding(1, -1, 0.05), PhaseEncoding(1, 1, 0.05))[:blips]
+    pe = PES[:blips]
     drift = np.cumsum(rng.normal(0, 0.12, (n, 6)), 0) * [1, 1, 1, 0.012, 0.012, 0.012]
     drift[n // 2 :, 3] += 0.02
     transforms = np.stack([rigid(d[3:], d[:3]) for d in drift])
@@ -168,7 +169,7 @@ def make_subject(
         unit=unit,
         settings=Settings(),
         acquired=Acquired(series(noisy), blip_list, scheme, mask, np.ones(blips)),
-        denoised=Denoised(series(clean), volume(sigma, grid), None, "dwidenoise"),
+        denoised=Denoised(series(clean), volume(sigma, grid), None, "MP-PCA in windows of 5x5x5 voxels."),
         motions=motions,
         distortion=_distortion(pe, grid, hz, dwiref, before) if blips == 2 else None,
         distortion_reason="two phase encodings, j- and j" if blips == 2 else "only one phase encoding, no fieldmap",
@@ -192,9 +193,9 @@ def _shift(hz: np.ndarray, pe: PhaseEncoding, grid: Grid) -> np.ndarray:
 def _unit(session: str | None, blips: int) -> Unit:
     name = "sub-01" + (f"_ses-{session}" if session else "") + "_acq-dsi"
     runs = tuple(
-        Run(Path(f"{name}_dir-{d}_dwi.nii.gz"), Path(f"{name}.bval"), Path(f"{name}.bvec"), None, {"dir": d})
-        for d in ("AP", "PA")[:blips]
-    )
+        Run(Path(f"{name}_dir-{d}_dwi.nii.gz"), Path(f"{name}.bval"), Path(f"{name}.bvec"), pe, {"dir": d})
+        for d, pe in zip(("AP", "PA"), PES, strict=True)
+    )[:blips]
     notes = (
         "Runs 1 and 2 go together: same grid, opposite phase encodings (j-, j).",
         "TotalReadoutTime was derived from EffectiveEchoSpacing and ReconMatrixPE.",

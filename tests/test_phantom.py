@@ -13,10 +13,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
-from conftest import make_grid
 from scipy.ndimage import map_coordinates
 from scipy.spatial.transform import Rotation
 
+from conftest import make_grid
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import GradientError, OutputError, SettingsError
@@ -40,7 +40,7 @@ TINY = PhantomSettings(
 )
 
 
-def _blob(field: float | np.ndarray = 0.0, width: float = 7.0) -> Source:
+def _blob(field: float | np.ndarray = 0.0, width: float = 5.0) -> Source:
     """A lopsided blob near the middle of `make_grid`, with a field."""
     grid = Grid((81, 81, 81), np.array([[1.0, 0, 0, -37], [0, 1, 0, -45], [0, 0, 1, -32], [0, 0, 0, 1]]))
     x = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)) - CENTRE
@@ -67,7 +67,7 @@ def test_a_moved_head_moves_the_image(orientation: str) -> None:
 
 
 def test_rotation_agrees_with_simpleitk(orientation: str) -> None:
-    source = _blob(width=9.0)
+    source = _blob(width=8.0)
     grid = make_grid(orientation, (24, 26, 22), (3.0, 2.5, 3.5))
     rotation = Rotation.from_euler("xyz", [9, -5, 14], degrees=True).as_matrix()
     pose = np.eye(4)
@@ -173,10 +173,11 @@ def test_the_gradient_is_fixed_in_the_scanner() -> None:
 def _session(grid: Grid, poses: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> Session:
     n, pe = len(bvals), PhaseEncoding(1, 1, 0.05)
     nothing = np.zeros((2, 2, 2), np.float32)
+    lying, kept = np.zeros(n, bool), np.ones((n, grid.shape[2]))
+    back = replace(pe, polarity=-1)
     return Session(
-        grid, pe, replace(pe, polarity=-1), bvals, bvecs, poses, poses[:1], np.zeros(n, bool), np.zeros((n, 9)),
-        np.ones((n, grid.shape[2])), nothing, grid,
-    )  # fmt: skip
+        grid, pe, back, bvals, bvecs, poses, poses[:1], lying, np.zeros((n, 9)), kept, nothing, grid
+    )
 
 
 def test_schemes_are_what_they_are_called() -> None:
@@ -213,8 +214,10 @@ def test_fsl_vectors_are_read_back_by_the_pipeline(orientation: str, tmp_path: P
     grid = make_grid(orientation, (4, 5, 6), (2.0, 2.0, 3.0))
     bvals, bvecs = gradient_table("hasc55")
     np.testing.assert_allclose(from_fsl(to_fsl(bvecs, grid), grid), bvecs, atol=1e-12)
+    np.savetxt(tmp_path / "x.bval", bvals[None])
     np.savetxt(tmp_path / "x.bvec", to_fsl(bvecs, grid).T)
-    np.testing.assert_allclose(gradients.read_fsl_bvecs(tmp_path / "x.bvec", grid), bvecs, atol=1e-6)
+    found = gradients.read_gradients(tmp_path / "x.bval", tmp_path / "x.bvec", grid, len(bvals))[1]
+    np.testing.assert_allclose(found, bvecs, atol=1e-6)
     las = make_grid("LAS", (4, 5, 6), (2.0, 2.0, 3.0))
     np.testing.assert_allclose(to_fsl(bvecs, las), bvecs * [-1, 1, 1])
 
@@ -262,7 +265,7 @@ def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _table(folder: Path) -> str:
     bvals, bvecs = gradient_table("dsi101")
-    keep = np.r_[0, 1:7, 22, 24]
+    keep = np.r_[0, 1:7, 21, 24]
     np.savetxt(folder / "t.bval", bvals[keep][None])
     np.savetxt(folder / "t.bvec", bvecs[keep].T)
     return f"{folder / 't.bval'},{folder / 't.bvec'}"
@@ -341,10 +344,11 @@ def test_ideal_volumes_are_darkest_along_the_fibres(phantom: Path) -> None:
     squared = (fibres.data[tuple(single.T)][:, :3] @ gradients[weighted].T) ** 2
     correlations = [np.corrcoef(a, c)[0, 1] for a, c in zip(adc, squared, strict=True)]
     assert np.median(correlations) > 0.9
-    shuffled = [np.corrcoef(a, c)[0, 1] for a, c in zip(adc, squared[::-1], strict=True)]
-    assert np.median(correlations) > np.median(shuffled) + 0.2
+    flipped = (fibres.data[tuple(single.T)][:, :3] @ (gradients[weighted] * [-1, 1, 1]).T) ** 2
+    assert np.median([np.corrcoef(a, c)[0, 1] for a, c in zip(adc, flipped, strict=True)]) < 0.8
 
 
+@pytest.mark.slow
 def test_the_seed_decides(phantom: Path, tmp_path: Path) -> None:
     again = make_phantom(tmp_path / "again", replace(TINY, scheme=_table(tmp_path), ideal=False))
     for name in ("bids/sub-01/dwi/sub-01_dir-PA_dwi", "bids/sub-01/anat/sub-01_T1w"):

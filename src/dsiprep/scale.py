@@ -145,7 +145,7 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
         yield Outcome(job.subject, unit.name, time.perf_counter() - start, error, where)
         if error and stop_on_first_crash:
             break
-    if finished:
+    if job.mode != "anat_only":
         _write_reports(finished, failures, job, tell)
     if not failures and not job.keep_work and not job.mode:
         Cache(_work_folder(job)).clear()
@@ -153,7 +153,7 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
 
 def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
     from dsiprep.device import choose
-    from dsiprep.io.derivatives import write_anatomy_of, write_unit
+    from dsiprep.io.derivatives import write_anatomy_of, write_root, write_unit
     from dsiprep.io.templates import load_template
     from dsiprep.pipeline import prepare_anatomy, preprocess
 
@@ -165,6 +165,7 @@ def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
         if not unit.t1w:
             raise DsiprepError(f"{unit.name}: --anat-only, but there is no T1w image; leave the option out")
         anatomy = prepare_anatomy(unit, job.settings, cache, device)
+        write_root(job.out, __version__)
         write_anatomy_of(anatomy.value, unit, job.out, template)
         return None
     results = preprocess(unit, job.settings, cache, device)
@@ -177,11 +178,14 @@ def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
 def _write_reports(
     finished: list[UnitResults], failures: list[tuple[str, str]], job: Job, tell: Tell
 ) -> None:
+    from dsiprep.io.derivatives import write_root
     from dsiprep.report.boilerplate import write_boilerplate
     from dsiprep.report.html import render_report
 
-    tell(finished[-1].unit.name, "report")
-    write_boilerplate(finished, job.out)
+    write_root(job.out, __version__)
+    tell(job.units[-1].name, "report")
+    if finished:
+        write_boilerplate(finished, job.out)
     if job.mode != "boilerplate_only":
         render_report(finished, job.out, __version__, failures, job.command)
 

@@ -1,8 +1,8 @@
 """b-values and b-vectors, in and out. The only place that knows FSL's frame.
 
-Inside, b-vectors are unit vectors in world RAS+. FSL writes them along the voxel axes of the image, with the first one
-turned around where the affine has a positive determinant. MRtrix writes world RAS+; DSI Studio the axes of the image
-turned to L, P, S.
+Inside, b-vectors are unit vectors in world RAS+. FSL writes them along the voxel axes of the image, with the
+first one turned around where the affine has a positive determinant. MRtrix writes world RAS+; DSI Studio the
+axes of the image turned to L, P, S.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def read_gradients(
     if table.shape != (3, n_volumes):
         found = f"{table.shape[0]} rows of {table.shape[1]} numbers"
         raise GradientError(
-            f"{bvec}: {found}, but {n_volumes} volumes need 3 rows of {n_volumes}; check that image and b-vectors "
-            "were made together"
+            f"{bvec}: {found}, but {n_volumes} volumes need 3 rows of {n_volumes}; check that image and "
+            "b-vectors were made together"
         )
     vectors = _unit(table.T, bvals > b0_threshold, Path(bvec), Path(bval))
     if need_b0:
@@ -70,11 +70,13 @@ def read_bvals(bval: Path, n_volumes: int) -> np.ndarray:
     bvals = _numbers(Path(bval)).ravel()
     if len(bvals) != n_volumes:
         raise GradientError(
-            f"{bval}: {len(bvals)} b-values, but the image has {n_volumes} volumes; check that they were made "
-            "together (a trace or ADC volume at the end of the series has no b-value)"
+            f"{bval}: {len(bvals)} b-values, but the image has {n_volumes} volumes; check that they were "
+            "made together (a trace or ADC volume at the end of the series has no b-value)"
         )
     if (bad := np.flatnonzero(~np.isfinite(bvals) | (bvals < 0))).size:
-        raise GradientError(f"{bval}: the b-value of {listed(list(bad))} is negative or not a number; correct it")
+        raise GradientError(
+            f"{bval}: the b-value of {listed(list(bad))} is negative or not a number; correct it"
+        )
     return bvals
 
 
@@ -83,8 +85,8 @@ def require_b0(bvals: np.ndarray, b0_threshold: float, where: str) -> None:
     if not (bvals <= b0_threshold).any():
         lowest = float(bvals.min())
         raise GradientError(
-            f"{where}: no b=0 volume: the lowest b-value is {lowest:g}, above --b0-threshold {b0_threshold:g}; if it "
-            f"was meant as b=0, run with --b0-threshold {int(np.ceil(lowest))}"
+            f"{where}: no b=0 volume: the lowest b-value is {lowest:g}, above --b0-threshold "
+            f"{b0_threshold:g}; if it was meant as b=0, run with --b0-threshold {int(np.ceil(lowest))}"
         )
 
 
@@ -108,8 +110,8 @@ def write_mrtrix_b(path: Path, bvals: np.ndarray, bvecs: np.ndarray) -> None:
 def write_dsi_studio(path: Path, bvals: np.ndarray, bvecs: np.ndarray, grid: Grid) -> None:
     """b-values (n,) and b-vectors (n, 3), world RAS+, as DSI Studio's `b_table.txt` of an image on `grid`.
 
-    DSI Studio turns images to L, P, S when it reads them; its b-vectors lie along those axes: b x y z, one volume per
-    row.
+    DSI Studio turns images to L, P, S when it reads them; its b-vectors lie along those axes: b x y z, one
+    volume per row.
     """
     order, flipped = lps_axes(grid)
     axes = _directions(grid)[:, list(order)] * np.where(flipped, -1.0, 1.0)
@@ -140,8 +142,8 @@ def _numbers(path: Path) -> np.ndarray:
         rows = [[float(word) for word in words] for words in lines if words]
     except OSError as problem:
         raise GradientError(
-            f"{path}: {(problem.strerror or 'cannot be read').lower()}; every diffusion-weighted series needs a .bval "
-            "and a .bvec"
+            f"{path}: {(problem.strerror or 'cannot be read').lower()}; every diffusion-weighted series "
+            "needs a .bval and a .bvec"
         ) from None
     except ValueError as problem:
         raise GradientError(f"{path}: not a table of numbers ({problem}); convert the series again") from None
@@ -152,19 +154,21 @@ def _numbers(path: Path) -> np.ndarray:
 
 
 def _unit(vectors: np.ndarray, weighted: np.ndarray, bvec: Path, bval: Path) -> np.ndarray:
-    """Normalised rows; those of b=0 volumes may be anything finite, and become zero if they are no direction."""
+    """Normalised rows; those of b=0 volumes become zero if they are no direction."""
     if (bad := np.flatnonzero(~np.isfinite(vectors).all(1))).size:
-        raise GradientError(f"{bvec}: the b-vector of {listed(list(bad))} is not a number; write 0 0 0 for b=0")
+        raise GradientError(
+            f"{bvec}: the b-vector of {listed(list(bad))} is not a number; write 0 0 0 for b=0"
+        )
     norm = np.linalg.norm(vectors, axis=1)
     if (bad := np.flatnonzero(weighted & (norm < 1e-6))).size:
         raise GradientError(
-            f"{bvec}: the b-vector of {listed(list(bad))} is zero although {bval.name} says b > 0; correct the table, "
-            "or remove those volumes (trace images have no direction)"
+            f"{bvec}: the b-vector of {listed(list(bad))} is zero although {bval.name} says b > 0; correct "
+            "the table, or remove those volumes (trace images have no direction)"
         )
     off = np.abs(norm - 1) > NORM_TOLERANCE
     if (bad := np.flatnonzero(weighted & off)).size:
         raise GradientError(
-            f"{bvec}: the b-vector of {listed(list(bad))} has length {norm[bad[0]]:.3g}, but 1 is wanted; if the table "
-            "scales b-vectors instead of b-values, write each volume's own b-value"
+            f"{bvec}: the b-vector of {listed(list(bad))} has length {norm[bad[0]]:.3g}, but 1 is wanted; "
+            "if the table scales b-vectors instead of b-values, write each volume's own b-value"
         )
     return np.where(off[:, None], 0.0, vectors / np.where(norm > 0, norm, 1)[:, None])

@@ -1,6 +1,7 @@
 """NIfTI images in and out. Every way in which a file can be bad is told in a sentence.
 
-Files are read whole and decompressed at once, which is faster than through a stream and finds every truncation.
+Files are read whole and decompressed at once, which is faster than through a stream and finds every
+truncation.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
     Raises
     ------
     InputError
-        If the file is missing, unreadable, truncated, not real-valued, not 3-D or 4-D, has values that are not
-        numbers, or does not say where its voxels are.
+        If the file is missing, unreadable, truncated, not real-valued, not 3-D or 4-D, has values that are
+        not numbers, or does not say where its voxels are.
     """
     image = _open(Path(path))
     grid = _grid(image, path)
@@ -52,18 +53,20 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
         for v in range(volumes):
             data[v] = image.dataobj[..., v] if len(shape) == 4 else image.dataobj[...]
     except (OSError, ValueError, EOFError) as problem:
-        raise InputError(f"{path}: the file is truncated ({_short(problem)}); copy or convert it again") from None
+        raise InputError(
+            f"{path}: the file is truncated ({_short(problem)}); copy or convert it again"
+        ) from None
     _check_finite(data, path)
     return (data if len(shape) == 4 else data[0]), grid
 
 
 def read_series(path: Path) -> tuple[np.ndarray, Grid]:
-    """A diffusion-weighted series, (n, i, j, k) float32, and its grid; errors as `read_image`, and for 3-D images."""
+    """A series, (n, i, j, k) float32, and its grid; errors as `read_image`, and for 3-D images."""
     data, grid = read_image(path)
     if data.ndim != 4 or len(data) < 2:
         raise InputError(
-            f"{path}: a single volume of {_times(grid.shape)} voxels, but a diffusion-weighted series (4-D) is "
-            "wanted; convert the whole series, or leave this file out with --bids-filter-file"
+            f"{path}: a single volume of {_times(grid.shape)} voxels, but a diffusion-weighted series (4-D) "
+            "is wanted; convert the whole series, or leave this file out with --bids-filter-file"
         )
     return data, grid
 
@@ -86,7 +89,14 @@ def read_shape(path: Path) -> tuple[int, ...]:
             head = stream.read(540)
         image = _header(head).from_fileobj(_Bytes(head), check=False)
         return tuple(int(n) for n in image.get_data_shape())
-    except (OSError, EOFError, zlib.error, ValueError, struct.error, nib.spatialimages.HeaderDataError) as problem:
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        struct.error,
+        nib.spatialimages.HeaderDataError,
+    ) as problem:
         raise InputError(f"{path}: not readable as NIfTI ({_short(problem)})") from None
 
 
@@ -126,9 +136,11 @@ def write_image(
         with beside.open("wb") as stream:
             for part in parts:
                 stream.write(part)
-        os.replace(beside, path)
+        beside.replace(path)
     except OSError as problem:
-        raise OutputError(f"{path}: {problem.strerror}; make room or check the rights, then run again") from None
+        raise OutputError(
+            f"{path}: {problem.strerror}; make room or check the rights, then run again"
+        ) from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -151,7 +163,8 @@ def to_lps(data: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid]:
     order, flipped = lps_axes(grid)
     leading = data.ndim - 3
     turned = data.transpose(*range(leading), *(leading + a for a in order))
-    turned = turned[(..., *(slice(None, None, -1 if flip else 1) for flip in flipped))]
+    i, j, k = (slice(None, None, -1 if flip else 1) for flip in flipped)
+    turned = turned[..., i, j, k]
     shape = tuple(grid.shape[a] for a in order)
     change = np.zeros((4, 4))
     change[3, 3] = 1
@@ -176,15 +189,20 @@ def _open(path: Path) -> Any:
         if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file; a dangling link? (datalad get fetches annexed files)") from None
+        raise InputError(
+            f"{path}: there is no such file; a dangling link? (datalad get fetches annexed files)"
+        ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise InputError(
-            f"{path}: the compressed file is truncated or damaged ({_short(problem)}); copy or convert it again"
+            f"{path}: the compressed file is truncated or damaged ({_short(problem)}); copy or convert it "
+            "again"
         ) from None
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
     try:
-        image = (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(content)
+        image = (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(
+            content
+        )
     except Exception as problem:  # nibabel raises many kinds
         raise InputError(f"{path}: not readable as NIfTI ({_short(problem)}); convert it again") from None
     return _checked(image, path)
@@ -234,8 +252,8 @@ def _grid(image: Any, path: Path) -> Grid:
     header = image.header
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         raise InputError(
-            f"{path}: the header does not say where the voxels are (sform and qform codes are 0), so left and right "
-            "cannot be told apart; convert the image again from DICOM"
+            f"{path}: the header does not say where the voxels are (sform and qform codes are 0), so left "
+            "and right cannot be told apart; convert the image again from DICOM"
         )
     affine = np.asarray(image.affine, float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
@@ -246,13 +264,16 @@ def _grid(image: Any, path: Path) -> Grid:
 
 def _check_finite(data: np.ndarray, path: Path) -> None:
     volumes = data.reshape(len(data), -1)
-    # one pass: the sum of a volume is finite only if all of its values are (or if it overflows, hence the count)
-    bad = [(v, int((~np.isfinite(volumes[v])).sum())) for v in np.flatnonzero(~np.isfinite(volumes.sum(1)))]
+    # the sum of a volume is finite only if all of its values are (it may also overflow, hence the count)
+    suspects = np.flatnonzero(~np.isfinite(volumes.sum(1)))
+    bad = [(int(v), int((~np.isfinite(volumes[v])).sum())) for v in suspects]
     bad = [(v, count) for v, count in bad if count]
     if bad:
         total = sum(count for _, count in bad)
         where = f" in {listed([v for v, _ in bad])}" if len(data) > 1 else ""
-        raise InputError(f"{path}: {total} values{where} are not numbers (NaN or infinite); convert the image again")
+        raise InputError(
+            f"{path}: {total} values{where} are not numbers (NaN or infinite); convert the image again"
+        )
 
 
 def listed(volumes: list[int]) -> str:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 
 from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit
 from dsiprep.data.raw import RawEpi, RawRun, RawUnit
-from dsiprep.errors import GradientError
+from dsiprep.errors import GradientError, InputError
 from dsiprep.io.gradients import read_bvals, read_gradients, require_b0
 from dsiprep.io.nifti import read_image, read_series, read_volume
 from dsiprep.io.sidecars import slice_times
@@ -37,10 +35,11 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
     GradientError
         If a b-table cannot be used, or no volume of a phase encoding is b=0.
     """
+    require_files(unit)
     threshold = settings.acquisition.b0_threshold
     runs = tuple(_read_run(run, threshold) for run in unit.runs)
-    for pe in {run.pe for run in runs}:
-        same = [run for run in runs if run.pe == pe]
+    for direction in {_direction(run) for run in runs}:
+        same = [run for run in runs if _direction(run) == direction]
         bvals = np.concatenate([run.bvals for run in same])
         require_b0(bvals, threshold, ", ".join(run.name for run in same))
     epis = tuple(_read_epi(epi, threshold) for epi in unit.epis)
@@ -48,6 +47,26 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
         for path in unit.t1w:
             read_volume(path)
     return RawUnit(unit.name, runs, epis)
+
+
+def require_files(unit: Unit) -> None:
+    """Raise an InputError for the first file of the unit that is not there."""
+    for run in unit.runs:
+        for table, what in ((run.bval, "b-values"), (run.bvec, "b-vectors")):
+            if not table.is_file():
+                raise GradientError(
+                    f"{run.image}: no {what}: {table.name} is neither beside it nor inherited; add it, or "
+                    "leave the run out with --bids-filter-file"
+                )
+    for path in (*unit.files(), *unit.t1w):
+        if not path.is_file():
+            raise InputError(
+                f"{path}: there is no such file; is it a dangling link (datalad get fetches it)?"
+            )
+
+
+def _direction(run: RawRun) -> str:
+    return run.pe.direction if run.pe else ""
 
 
 def _read_run(run: Run, b0_threshold: float) -> RawRun:
@@ -68,7 +87,7 @@ def _read_epi(epi: EpiReference, b0_threshold: float) -> RawEpi:
 
 
 def scheme_of(unit: Unit, b0_threshold: float) -> SamplingScheme | None:
-    """The sampling scheme of a unit from its text files alone, without reading an image; None if they cannot be read.
+    """The sampling scheme of a unit from its text files alone; None if they cannot be read.
 
     b-vectors are taken as they stand in the files: a lattice is a lattice in any frame.
     """
@@ -94,8 +113,8 @@ def explain(unit: Unit, scheme: SamplingScheme | None) -> str:
     lines = [unit.name]
     lines += [f"  DWI    {run.image.name}  ({_in_words(run.pe)})" for run in unit.runs]
     lines += [f"  b=0    {epi.image.name}  ({_in_words(epi.pe)})" for epi in unit.epis]
-    lines += [f"  T1w    {_short(path)}" for path in unit.t1w]
-    lines += [f"  T2w    {_short(path)}" for path in unit.t2w]
+    lines += [f"  T1w    {path.name}" for path in unit.t1w]
+    lines += [f"  T2w    {path.name}" for path in unit.t2w]
     if not unit.t1w:
         lines.append("  T1w    none")
     lines.append(f"  scheme {scheme.description if scheme else 'b-values or b-vectors cannot be read'}")
@@ -108,7 +127,3 @@ def _in_words(pe: PhaseEncoding | None) -> str:
         return "phase encoding unknown"
     readout = "unknown" if pe.readout_time is None else f"{pe.readout_time:.5f} s"
     return f"phase encoding {pe.direction}, readout time {readout}"
-
-
-def _short(path: Path) -> str:
-    return path.name

@@ -58,13 +58,14 @@ def phase_encoding(
         axis = metadata.get("PhaseEncodingAxis")
         found = f"PhaseEncodingAxis {axis} without a sign" if axis else "no PhaseEncodingDirection"
         return None, (
-            f"{name}: {found}, so its distortion cannot be corrected; add PhaseEncodingDirection to the sidecar "
-            "(compare the stretched side of the brain with another scan of the protocol to find the sign).",
+            f"{name}: {found}, so its distortion cannot be corrected; add PhaseEncodingDirection to the "
+            "sidecar (compare the stretched side of the brain with another scan of the protocol to find "
+            "the sign).",
         )
     if not isinstance(direction, str) or not DIRECTION.fullmatch(direction):
         raise MetadataError(
-            f"{name}: PhaseEncodingDirection is {direction!r}, but one of i, i-, j, j-, k, k- is wanted; correct the "
-            f"sidecar, or run with {way_out}"
+            f"{name}: PhaseEncodingDirection is {direction!r}, but one of i, i-, j, j-, k, k- is wanted; "
+            f"correct the sidecar, or run with {way_out}"
         )
     readout, note = readout_time(metadata, name, way_out)
     return PhaseEncoding.from_bids(direction, readout), note
@@ -73,7 +74,7 @@ def phase_encoding(
 def readout_time(
     metadata: Mapping[str, Any], name: str, way_out: str
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Total readout time in s, as it stands or derived; None where nothing tells it. Arguments as `phase_encoding`.
+    """Total readout time in s, as it stands or derived, or None. Arguments as `phase_encoding`.
 
     Raises
     ------
@@ -88,8 +89,8 @@ def readout_time(
         if not PLAUSIBLE_S[0] <= seconds <= PLAUSIBLE_S[1]:
             raise MetadataError(
                 f"{name}: {field} gives a total readout time of {value!r} s, but an EPI takes "
-                f"{PLAUSIBLE_S[0]:g} to {PLAUSIBLE_S[1]:g} s (BIDS wants seconds); correct the sidecar, or run with "
-                f"{way_out}"
+                f"{PLAUSIBLE_S[0]:g} to {PLAUSIBLE_S[1]:g} s (BIDS wants seconds); correct the sidecar, or "
+                f"run with {way_out}"
             )
         note = f"{name}: total readout time {seconds:.5f} s {how}."
         return seconds, ((note,) if how else ())
@@ -135,20 +136,20 @@ def check_pair(sources: Mapping[str, PhaseEncoding], way_out: str) -> str | None
     missing = sorted(name for name in sources if name not in known)
     if not known:
         return (
-            "No sidecar tells the readout time. Both phase encodings are taken to have the same, so distortion is "
-            "corrected, but no fieldmap in Hz can be given."
+            "No sidecar tells the readout time. Both phase encodings are taken to have the same, so "
+            "distortion is corrected, but no fieldmap in Hz can be given."
         )
     if missing:
         one = next(iter(sorted(known)))
         raise MetadataError(
-            f"{', '.join(missing)}: no TotalReadoutTime (nor EffectiveEchoSpacing and ReconMatrixPE), but {one}, which "
-            f"it pairs with, has {known[one]:g} s; add it to the sidecar, or run with {way_out}"
+            f"{', '.join(missing)}: no TotalReadoutTime (nor EffectiveEchoSpacing and ReconMatrixPE), but "
+            f"{one}, which it pairs with, has {known[one]:g} s; add it to the sidecar, or run with {way_out}"
         )
     low, high = min(known, key=lambda n: known[n] or 0), max(known, key=lambda n: known[n] or 0)
     if (known[high] or 0) > 3 * (known[low] or 0):
         raise MetadataError(
-            f"{low}: TotalReadoutTime is {known[low]:g} s, but {known[high]:g} s in {high}, which it pairs with; "
-            f"correct the sidecar that is wrong, or run with {way_out}"
+            f"{low}: TotalReadoutTime is {known[low]:g} s, but {known[high]:g} s in {high}, which it pairs "
+            f"with; correct the sidecar that is wrong, or run with {way_out}"
         )
     return None
 

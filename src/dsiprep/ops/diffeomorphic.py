@@ -108,15 +108,16 @@ def _descend(
     score = torch.zeros_like(fixed)
     for iteration in range(iterations):
         warped = sample_linear(moving[None], points + u)
-        score, derivative = local_correlation(fixed, warped[0], weights, WINDOW)
-        force = gaussian(gradient(warped)[0] * derivative, UPDATE_SIGMA, truncate=3.0) * rim
-        longest = float(force.norm(dim=0).max())
-        if longest == 0:
-            break
-        force *= STEP * (1 - 0.5 * iteration / iterations) / longest
+        score, derivative, curvature = local_correlation(fixed, warped[0], weights, WINDOW)
+        force = UPDATE(gradient(warped)[0], derivative, curvature)*rim
         u = force + sample_linear(u, points + force)
         u = gaussian(u, TOTAL_SIGMA, truncate=3.0) * rim
     return u, float((score * weights).sum() / weights.sum().clamp(min=1e-6))
+
+
+def UPDATE(slopes, derivative, curvature):
+    force = gaussian(slopes * derivative, UPDATE_SIGMA, truncate=3.0)
+    return force * (STEP / float(force.norm(dim=0).max()))
 
 
 def _rim(u: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """Marchenko-Pastur PCA denoising: what of a local patch cannot be told from noise is taken out.
 
-One body serves all devices: patches are gathered, decomposed and put back in batches. On the CPU each batch goes to
-a thread of its own, since LAPACK gains nothing from several threads on matrices of this size.
+One body serves all devices: patches are gathered, decomposed and put back in batches. On the CPU each batch
+goes to a thread of its own, since LAPACK gains nothing from several threads on matrices of this size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -28,9 +28,9 @@ def mppca(
     """Denoise a series by thresholding the principal components of overlapping patches.
 
     Each patch (its mean over voxels taken out) keeps the components that stand out of the Marchenko-Pastur
-    distribution of pure noise, shrunk to what they would be without it. Patches lie on a lattice with a step of half their width; where they overlap, those
-    with fewer components weigh more. Voxels that are zero in all volumes are no samples, so that padding does not
-    lower the noise level.
+    distribution of pure noise, shrunk to what they would be without it. Patches lie on a lattice with a step
+    of half their width; where they overlap, those with fewer components weigh more. Voxels that are zero in
+    all volumes are no samples, so that padding does not lower the noise level.
 
     Parameters
     ----------
@@ -53,25 +53,30 @@ def mppca(
     References
     ----------
     Veraart et al. 2016, NeuroImage 142:394, doi 10.1016/j.neuroimage.2016.08.016 (Marchenko-Pastur PCA).
-    Cordero-Grande et al. 2019, NeuroImage 200:391, doi 10.1016/j.neuroimage.2019.06.039 (the unbiased estimator).
-    Gavish & Donoho 2017, IEEE Trans Inf Theory 63:2137, doi 10.1109/TIT.2017.2653801 (shrinkage of components).
-    Manjon et al. 2013, PLoS ONE 8:e73021, doi 10.1371/journal.pone.0073021 (overlapping patches, their weights).
+    Cordero-Grande et al. 2019, NeuroImage 200:391, doi 10.1016/j.neuroimage.2019.06.039 (the unbiased
+        estimator).
+    Gavish & Donoho 2017, IEEE Trans Inf Theory 63:2137, doi 10.1109/TIT.2017.2653801 (shrinkage of
+        components).
+    Manjon et al. 2013, PLoS ONE 8:e73021, doi 10.1371/journal.pone.0073021 (overlapping patches, their
+        weights).
     """
     data = data.float()
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
     widths = [min(width, size) for size in shape]
     starts = [_starts(size, w, max(1, width // 2)) for size, w in zip(shape, widths, strict=True)]
-    inside = torch.ones(shape, dtype=torch.bool, device=data.device) if mask is None else mask.to(data.device) > 0
+    inside = (
+        torch.ones(shape, dtype=torch.bool, device=data.device) if mask is None else mask.to(data.device) > 0
+    )
     needed = _needed(inside.cpu().numpy(), starts, widths)
     denoised = torch.zeros_like(data)
     maps = torch.zeros(3, *shape, device=data.device)  # weight, sigma, rank
-    with _threads(data.device) as run:
+    with _threads(data.device) as pool:
         for row, first in enumerate(starts[0]):
             if needed[row].any():
                 planes = slice(int(first), int(first) + widths[0])
                 index = _patch_index(needed[row], starts, widths, shape).to(data.device)
-                _slab(data[:, planes], index, denoised[:, planes], maps[:, planes], run)
+                _slab(data[:, planes], index, denoised[:, planes], maps[:, planes], pool)
     weight = maps[0].clamp(min=torch.finfo(torch.float32).tiny)
     keep = inside & (maps[0] > 0)
     denoised *= keep / weight
@@ -150,7 +155,7 @@ def _slab(
     index: torch.Tensor,
     denoised: torch.Tensor,
     maps: torch.Tensor,
-    run: Iterable | None,
+    pool: ThreadPoolExecutor | None,
 ) -> None:
     """Denoise the patches of one slab and add them, weighted, to `denoised` and `maps`."""
     n, shape = data.shape[0], data.shape[1:]
@@ -167,7 +172,7 @@ def _slab(
         row = torch.stack([weight, weight * variance.sqrt()[:, None], weight * rank[:, None]], dim=-1)
         sums.index_add_(0, where.reshape(-1), row.reshape(-1, 3))
 
-    for where, found in _estimates(voxels, valid, index, run):
+    for where, found in _estimates(voxels, valid, index, pool):
         add(where, found)
     denoised += total.T.reshape(n, *shape)
     maps += sums.T.reshape(3, *shape)
@@ -219,7 +224,7 @@ def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> 
 def _shrinkage(
     values: torch.Tensor, variance: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
 ) -> torch.Tensor:
-    """What to multiply components by, (b, d), for the least squared error: noise has made each of them larger."""
+    """What to multiply components by, (b, d), for the least squared error: noise has made each larger."""
     aspect = (rows / columns.clamp(min=1)).double()[:, None]
     noise = (variance * columns)[:, None].clamp(min=torch.finfo(torch.float64).tiny)
     squared = (values.double() / noise).clamp(min=torch.finfo(torch.float64).tiny)

@@ -101,7 +101,7 @@ def pull(
 
 
 def _deconvolved(volumes: torch.Tensor) -> torch.Tensor:
-    """The same coefficients from the inverse of the B-spline's matrix along each axis, without leaving the device."""
+    """The same coefficients from the inverse of the B-spline's matrix along each axis, on the device."""
     for axis in (1, 2, 3):
         size = volumes.shape[axis]
         if size > 1:

@@ -1,7 +1,8 @@
-"""What a b-table is: shells, a Cartesian lattice (DSI), part of one, or something else. Told from the table alone.
+"""What a b-table is, told from the table alone: shells, a Cartesian lattice (DSI), part of one, or other.
 
-On a lattice every q-vector, sqrt(b) times the b-vector, is a whole-number combination of three orthogonal steps of one
-length. The lattice may be turned against the world (an oblique field of view), so the turn is searched too.
+On a lattice every q-vector, sqrt(b) times the b-vector, is a whole-number combination of three orthogonal
+steps of one length. The lattice may be turned against the world (an oblique field of view), so the turn is
+searched too.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def lattice_points(q: np.ndarray) -> np.ndarray | None:
 
 
 def _fits(points: np.ndarray) -> bool:
-    """Whether coordinates in steps are near whole numbers, none of them zero, within a radius that is in use."""
+    """Whether coordinates in steps are near whole numbers, none zero, within a radius that is in use."""
     whole = np.round(points)
     radius = np.sqrt((whole**2).sum(1))
     if radius.min() < 0.5 or not MIN_RADIUS <= radius.max() <= MAX_RADIUS:
@@ -85,7 +86,7 @@ def _fits(points: np.ndarray) -> bool:
 
 
 def _candidates(q: np.ndarray) -> Iterator[np.ndarray]:
-    """Matrices that take q to lattice coordinates, (3, 3), coarse lattices first; along the axes before turned."""
+    """Matrices (3, 3) that take q to lattice coordinates: coarse before fine, aligned before turned."""
     steps = _steps(q)
     for step in steps:
         yield np.eye(3) / step
@@ -107,9 +108,7 @@ def _steps(q: np.ndarray) -> np.ndarray:
 
 
 def _turns(points: np.ndarray, pairs: int = 8) -> Iterator[np.ndarray]:
-    """Rotations, (3, 3), that put two short vectors onto lattice points of their lengths and angle, and many others
-    near lattice points.
-    """
+    """Rotations (3, 3) that put two short vectors onto lattice points, and most others near some."""
     norms = np.linalg.norm(points, axis=1)
     order = np.argsort(norms)
     short = points[order[: max(MIN_POINTS, len(points) // 3)]]
@@ -138,7 +137,7 @@ def _frames_of(u: np.ndarray, v: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _points_of(norm: float, folded: bool) -> np.ndarray:
-    """Lattice points of about that length; folded: one of those that only order and signs of coordinates tell apart."""
+    """Lattice points of about that length; folded: up to order and signs of the coordinates."""
     reach = int(np.ceil(norm)) + 1
     grid = np.array(list(product(range(reach + 1) if folded else range(-reach, reach + 1), repeat=3)), float)
     length = np.linalg.norm(grid, axis=1)
@@ -157,7 +156,7 @@ def _frame(u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _refined(q: np.ndarray, axes: np.ndarray, rounds: int = 6) -> np.ndarray:
-    """Scale and turn fitted to the nearest lattice points; short vectors first, since they cannot be miscounted."""
+    """Scale and turn fitted to the nearest lattice points; short vectors first: they cannot be miscounted."""
     radius = np.linalg.norm(q @ axes, axis=1)
     turned = not np.allclose(axes, np.diag(np.diag(axes)))
     for limit in np.linspace(min(2.5, radius.max()), radius.max() + 0.01, rounds):
@@ -198,12 +197,13 @@ def _describe_lattice(points: np.ndarray, b: np.ndarray, n_b0: int) -> SamplingS
     top = round(float(b.max()))
     if full:
         sphere = "half" if half else "full"
-        text = f"Cartesian DSI, {len(chosen)} directions on a lattice of radius {radius} ({sphere} sphere), b to {top}"
+        where = f"on a lattice of radius {radius} ({sphere} sphere)"
+        text = f"Cartesian DSI, {len(chosen)} directions {where}, b to {top}"
     else:
         side = "no antipodes" if half else "both halves of q-space"
         text = (
-            f"Compressed-sensing DSI, {len(chosen)} of the {in_ball} points of a lattice of radius {radius} ({side}), "
-            f"b to {top}"
+            f"Compressed-sensing DSI, {len(chosen)} of the {in_ball} points of a lattice of radius {radius} "
+            f"({side}), b to {top}"
         )
     kind = "DSI" if full else "CS-DSI"
     return SamplingScheme(kind, half, tuple(map(float, rings)), len(chosen), n_b0, float(b.max()), text)

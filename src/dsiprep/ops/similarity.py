@@ -99,7 +99,7 @@ def correlation(fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray) -> t
 
 def local_correlation(
     fixed: torch.Tensor, moving: torch.Tensor, weights: torch.Tensor, radius: int = 2
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Squared correlation in the cube around every voxel, and its derivative by the moving intensities.
 
     Parameters
@@ -117,6 +117,9 @@ def local_correlation(
         Squared correlation in each cube, 0 to 1.
     derivative : Tensor, (i, j, k)
         Of the weighted sum of all scores by each moving intensity; the sum runs over every cube a voxel is in.
+    curvature : Tensor, (i, j, k)
+        How fast the derivative falls as the moving intensity grows, with the cubes' means and scores held: for the
+        length of a step.
 
     References
     ----------
@@ -130,7 +133,7 @@ def local_correlation(
     else:
         score, maps = _correlation_maps(sums, weights, (2 * radius + 1) ** 3)
     back = box_sum(maps, radius)
-    return score, fixed * back[0] - moving * back[1] + back[2]
+    return score, fixed * back[0] - moving * back[1] + back[2], back[1]
 
 
 VARIANCE_FLOOR = 1e-5

@@ -1,7 +1,7 @@
-"""The one interpolation: a volume read with cubic B-splines through an affine and a displacement, with its Jacobian.
+"""The one interpolation: a volume read with cubic B-splines through an affine and a displacement.
 
-On the CPU one Numba loop finds the voxel coordinate, the weights and the intensity; on other devices the same sums
-are made from tensor operations. A test holds both to the same numbers.
+On the CPU one Numba loop finds the voxel coordinate, the weights and the intensity; on other devices the same
+sums are made from tensor operations. A test holds both to the same numbers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def warp_volume(
     distorted: Distorted | None = None,
     linear: np.ndarray | None = None,
 ) -> torch.Tensor:
-    """One volume read at matrix @ x + u(x), times the Jacobian determinant of the displacement, never negative.
+    """One volume read at matrix @ x + u(x), times the Jacobian determinant of u, never negative.
 
     Parameters
     ----------
@@ -80,8 +80,9 @@ def warp_volume(
     distorted : Distorted, optional
         On the points of the target.
     linear : ndarray, (3, 3), optional
-        A, the linear part of the map from the undistorted reference to the source; identity by default. With u
-        along p and slope g, the Jacobian relative to that of A is det(A + p g') / det(A) = 1 + g . inv(A) p.
+        A, the linear part of the map from the undistorted reference to the source; identity by default. With
+        u along p and slope g, the Jacobian relative to that of A is det(A + p g') / det(A) = 1 + g . inv(A)
+        p.
 
     Returns
     -------
@@ -128,7 +129,7 @@ def _gathered(
 
 
 @numba.njit(inline="always", fastmath=True)
-def _weights(f: float, out: np.ndarray) -> None:
+def _weights(f: np.floating, out: np.ndarray) -> None:
     g = np.float32(1) - f
     sixth = np.float32(1 / 6)
     out[0] = g * g * g * sixth
@@ -166,7 +167,9 @@ def _warp_loop(
                 z += to_voxel[2, 0] * u + to_voxel[2, 1] * v + to_voxel[2, 2] * w
                 for a in range(3):
                     jacobian += direction[a] * slope[a, i, j, k]
-            if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
+            if not (
+                x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5
+            ):
                 continue
             i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
             _weights(x - np.float32(i0), wx)
@@ -178,7 +181,9 @@ def _warp_loop(
                     plane = np.float32(0)
                     for b in range(4):
                         line = coefficients[i0 - 1 + a, j0 - 1 + b, k0 - 1 : k0 + 3]
-                        plane += wy[b] * (line[0] * wz[0] + line[1] * wz[1] + line[2] * wz[2] + line[3] * wz[3])
+                        plane += wy[b] * (
+                            line[0] * wz[0] + line[1] * wz[1] + line[2] * wz[2] + line[3] * wz[3]
+                        )
                     value += wx[a] * plane
             else:
                 for a in range(4):

@@ -17,6 +17,7 @@ from dsiprep.errors import OutputError
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
 from dsiprep.phantom.interpolate import read
 from dsiprep.phantom.scan import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise
+from dsiprep.phantom.schemes import load_scheme
 from dsiprep.phantom.session import Session, plan_session, to_fsl
 from dsiprep.phantom.settings import PhantomSettings
 from dsiprep.phantom.signal import fibre_image, make_tissue
@@ -56,9 +57,10 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
     for folder in (bids, truth):
         if folder.exists():
             raise OutputError(f"{folder} exists; remove it, or choose another folder for the phantom")
+    table = load_scheme(settings.scheme)
     streams = np.random.default_rng(settings.seed).spawn(4)
     head = make_head(streams[0])
-    session = plan_session(head, settings, streams[1])
+    session = plan_session(head, table, settings, streams[1])
     for folder in (bids / "sub-01" / "anat", bids / "sub-01" / "dwi", bids / "sub-01" / "fmap", truth):
         folder.mkdir(parents=True)
     try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class Head:
     texture: np.ndarray
     wide_grid: Grid
 
-    @property
+    @cached_property
     def centre(self) -> np.ndarray:
         """Where the middle of the brain is in the head frame, mm, (3,)."""
         return self.to_head(BRAIN_CENTRE[None])[0]

@@ -53,6 +53,19 @@ def gradient_table(scheme: str) -> tuple[np.ndarray, np.ndarray]:
     return with_b0(bvals, q / np.sqrt(squared)[:, None], n_b0)
 
 
+def load_scheme(scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    """b-values (n,) and b-vectors (n, 3): of a name in world RAS+, of files BVAL,BVEC as they stand there.
+
+    Raises
+    ------
+    SettingsError
+        If the name is not known.
+    GradientError
+        If the files cannot be used.
+    """
+    return read_fsl_table(scheme) if "," in scheme else gradient_table(scheme)
+
+
 def half_lattice(squared_radius: int) -> np.ndarray:
     """One of each antipodal pair of integer points within a ball, without the origin, (n, 3) float."""
     reach = int(np.sqrt(squared_radius))

@@ -21,7 +21,6 @@ from dsiprep.phantom.scan import (
     scan,
     scanner_grid,
 )
-from dsiprep.phantom.schemes import gradient_table, read_fsl_table
 from dsiprep.phantom.settings import DEGREES_PER_MM, PhantomSettings
 from dsiprep.phantom.signal import Tissue
 
@@ -101,26 +100,26 @@ class Session:
         bvec: np.ndarray | None = None,
         eddy: np.ndarray | None = None,
     ) -> np.ndarray:
-        """One noise-free image; the gradient is given in the scanner and seen by the head as its pose has it."""
+        """One noise-free image; the gradient is given in the scanner, the head sees it as it is turned."""
         gradient = pose[:3, :3].T @ (np.zeros(3) if bvec is None else bvec)
         source = Source(tissue.signal(bval, gradient), tissue.grid, self.field, self.field_grid)
         return scan(source, self.grid, pe, pose, eddy)
 
 
-def plan_session(head: Head, settings: PhantomSettings, rng: np.random.Generator) -> Session:
-    """Draw everything that happens in a session.
+def plan_session(
+    head: Head, table: tuple[np.ndarray, np.ndarray], settings: PhantomSettings, rng: np.random.Generator
+) -> Session:
+    """Draw everything that happens in a session with a table from `schemes.load_scheme`.
 
     Raises
     ------
     SettingsError
         If the distortion would fold the image over.
-    GradientError
-        If the files of the scheme cannot be used.
     """
     lying = rigid_matrix(_rigid_vectors(rng.uniform(-4, 4, (1, 6)), 1.0)[0], head.centre)
     grid = scanner_grid(settings.orientation, settings.resolution, head.centre + rng.uniform(-2, 2, 3))
     pe = phase_encoding(grid, "PA")
-    bvals, bvecs = _gradients(settings.scheme, grid)
+    bvals, bvecs = table[0], from_fsl(table[1], grid) if "," in settings.scheme else table[1]
     motion, moved = _motion(len(bvals), settings, rng)
     epi_motion = DRIFT * (rng.uniform(-1, 1, 6) + rng.uniform(-0.05, 0.05, (N_EPIS, 6))) * settings.max_motion
     field, field_grid = make_field(head, settings.distortion, float(grid.voxel_sizes[pe.axis]) * READOUT_TIME)
@@ -173,13 +172,6 @@ def make_field(head: Head, largest_mm: float, mm_per_hz: float) -> tuple[np.ndar
 def _rigid_vectors(motion: np.ndarray, degrees_per_mm: float = DEGREES_PER_MM) -> np.ndarray:
     """Rotation vectors (radians) and translations (mm) from six numbers in mm, three of each."""
     return np.concatenate([np.deg2rad(degrees_per_mm) * motion[..., :3], motion[..., 3:]], axis=-1)
-
-
-def _gradients(scheme: str, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    if "," not in scheme:
-        return gradient_table(scheme)
-    bvals, bvecs = read_fsl_table(scheme)
-    return bvals, from_fsl(bvecs, grid)
 
 
 def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:

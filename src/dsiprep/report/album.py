@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Frame:
-    """One image file of a picture: its name for people, where it is relative to the page, and its size in pixels."""
+    """One image file of a picture: its name for people, where it is from the page, and its size in pixels."""
 
     label: str
     href: str
@@ -51,8 +51,8 @@ class Fact:
 class Section:
     """One card of the page.
 
-    `lead` says what is seen and what to look for; `notes` are shown before everything else; `shares` are lengths
-    of a bar (label, value); `tables` are (caption, header, rows).
+    `lead` says what is seen and what to look for; `notes` are shown before everything else; `shares` are
+    lengths of a bar (label, value); `tables` are (caption, header, rows).
     """
 
     key: str
@@ -73,7 +73,7 @@ def write_atomically(path: Path, content: bytes) -> Path:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
         Path(name).chmod(0o666 & ~_umask())
-        os.replace(name, path)
+        Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
@@ -123,7 +123,9 @@ class Album:
         self.written.append(name)
         return Frame(label, f"{self.subject}/figures/{name}", *_size(content))
 
-    def still(self, what: str, content: bytes | None, alt: str, caption: str, hint: str = "") -> tuple[Picture, ...]:
+    def still(
+        self, what: str, content: bytes | None, alt: str, caption: str, hint: str = ""
+    ) -> tuple[Picture, ...]:
         """A picture of one frame; none where there is no content."""
         return () if content is None else (Picture((self.add(what, content),), alt, caption, hint),)
 
@@ -132,7 +134,8 @@ class Album:
     ) -> tuple[Picture, ...]:
         """A picture of several frames, named `what` and the frame's own name."""
         added = tuple(
-            self.add(what + re.sub(r"[^A-Za-z0-9]", "", name.title()), content, name) for name, content in frames
+            self.add(what + re.sub(r"[^A-Za-z0-9]", "", name.title()), content, name)
+            for name, content in frames
         )
         return (Picture(added, alt, caption, hint),)
 

@@ -1,7 +1,7 @@
 """The methods section and its references, put together from what was done.
 
-Each stage keeps the text of its methods beside its algorithm (`METHODS`); here the paragraphs that apply are put in
-order, and citation keys (`[@key]`) are resolved in `references.bib`.
+Each stage keeps the text of its methods beside its algorithm (`METHODS`); here the paragraphs that apply are
+put in order, and citation keys (`[@key]`) are resolved in `references.bib`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dsiprep.report.album import write_atomically
 from dsiprep.stages import anatomy, coregister, denoise, distortion, motion, quality, resample
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
+DASH = "\N{EN DASH}"
 KEY = re.compile(r"@([A-Za-z][\w-]*)")
 GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")
 
@@ -41,21 +42,30 @@ class Reference:
     def short(self) -> str:
         """ "Cieslak et al. 2021"."""
         names = self.authors
-        who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
+        who = (
+            names[0]
+            if len(names) == 1
+            else f"{names[0]} and {names[1]}"
+            if len(names) == 2
+            else f"{names[0]} et al."
+        )
         return f"{who} {self.fields.get('year', '')}".strip()
 
     @property
     def line(self) -> str:
         """Authors, year, title, where, DOI: one line of a list of references."""
         people = [_plain(person) for person in re.split(r"\s+and\s+", self.fields.get("author", ""))]
-        shown = "; ".join(people[:6]) + ("; et al." if len(people) > 6 else "")
-        where = self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
+        shown = "; ".join(people[:6] + (["et al."] if len(people) > 6 else [])).replace(
+            "; others", "; et al."
+        )
+        where = (
+            self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
+        )
         number = self.fields.get("volume", "")
-        pages = self.fields.get("pages", "").replace("--", "–")
+        pages = self.fields.get("pages", "").replace("--", DASH)
         place = where + (f" {number}" if number else "") + (f", {pages}" if pages else "")
-        return ". ".join(
-            part for part in (f"{shown} ({self.fields.get('year', '')})", _plain(self.fields.get("title", "")), _plain(place)) if part
-        ) + "."  # fmt: skip
+        parts = (f"{shown} ({self.fields.get('year', '')})", self.fields.get("title", ""), place)
+        return ". ".join(_plain(part) for part in parts if part) + "."
 
     @property
     def link(self) -> str:
@@ -65,7 +75,7 @@ class Reference:
 
 
 def _plain(text: str) -> str:
-    return text.replace("{", "").replace("}", "").replace("--", "–").strip()
+    return text.replace("{", "").replace("}", "").replace("--", DASH).strip()
 
 
 @cache
@@ -75,7 +85,10 @@ def bibliography() -> dict[str, Reference]:
     for block in re.split(r"\n(?=@)", BIBLIOGRAPHY.read_text(encoding="utf-8")):
         head = re.match(r"@\w+\{([^,\s]+),", block)
         if head:
-            fields = {name.lower(): value for name, value in re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", block, re.M)}
+            fields = {
+                name.lower(): value
+                for name, value in re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", block, re.M)
+            }
             found[head[1]] = Reference(head[1], fields, block.strip())
     return found
 
@@ -92,7 +105,7 @@ def methods_text(results: UnitResults | Sequence[UnitResults]) -> str:
     Parameters
     ----------
     results : UnitResults or sequence of UnitResults
-        Units that were processed alike share one text; otherwise each kind has its own, under the units' names.
+        Units that were processed alike share one text; otherwise each kind has its own.
 
     Returns
     -------
@@ -112,8 +125,9 @@ def _paragraphs(results: UnitResults) -> list[str]:
     """Headings and paragraphs of one unit, in the order of processing."""
     count = len(results.unit.runs)
     intro = (
-        f"Results were obtained with *dsiprep* {version('dsiprep')} [@dsiprep], which preprocesses diffusion MRI with "
-        "any sampling of q-space and names its derivatives as QSIPrep does [@cieslak2021]."
+        f"Results were obtained with *dsiprep* {version('dsiprep')} [@dsiprep], which preprocesses "
+        "diffusion MRI "
+        "with any sampling of q-space and names its derivatives as QSIPrep does [@cieslak2021]."
     )
     series = f"The diffusion-weighted series ({count} run{'s' if count > 1 else ''}) was sampled as follows: "
     return [
@@ -125,14 +139,18 @@ def _paragraphs(results: UnitResults) -> list[str]:
         f"{series}{results.acquired.scheme.description}.",
         *_diffusion(results),
         "### Software",
-        "Arrays are held by NumPy [@harris2020] and PyTorch [@paszke2019], hot loops are compiled by Numba [@lam2015], "
-        "further algorithms come from SciPy [@virtanen2020], and files are read and written by NiBabel [@brett2024].",
+        "Arrays are held by NumPy [@harris2020] and PyTorch [@paszke2019], hot loops are compiled by Numba "
+        "[@lam2015], further algorithms come from SciPy [@virtanen2020], and files are read and written "
+        "by NiBabel "
+        "[@brett2024].",
     ]
 
 
 def _named(methods: dict[str, str], told: str) -> list[str]:
     """The paragraph whose name occurs in what a result tells of its method."""
-    return [text for name, text in methods.items() if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", told)][:1]
+    return [
+        text for name, text in methods.items() if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", told)
+    ][:1]
 
 
 def _anatomy(results: UnitResults) -> list[str]:
@@ -140,9 +158,20 @@ def _anatomy(results: UnitResults) -> list[str]:
     found, methods = results.anatomy, anatomy.METHODS
     if found.modality == "none":
         return [methods["none"]] if "none" in methods else []
-    left_out = {"none"} | ({"template"} if found.acpc_to_template is None else set())
-    left_out |= {"n4"} if results.settings.anatomy.biascorrect == "none" else set()
-    return [text for name, text in methods.items() if name not in left_out]
+    normalised = found.acpc_to_template is not None
+    steps = {
+        "several": len(results.unit.t1w) > 1,
+        "n4": results.settings.anatomy.biascorrect == "n4",
+        found.modality: True,
+        "tissue": found.tissue is not None,
+        "normalize": normalised,
+    }
+    texts = [methods[name] for name, applies in steps.items() if applies and name in methods]
+    if normalised:
+        texts.append(
+            f"The template was {found.template} [@fonov2011], under its name in TemplateFlow [@ciric2022]."
+        )
+    return texts
 
 
 def _diffusion(results: UnitResults) -> list[str]:
@@ -169,10 +198,13 @@ def _markup(text: str) -> str:
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
 
 
+def _short(key: str) -> str:
+    """Author and year; the key itself where the bibliography lacks it, so that a text is never lost."""
+    return bibliography()[key].short if key in bibliography() else key
+
+
 def _html_citation(match: re.Match[str]) -> str:
-    links = [
-        f'<a href="#ref-{key}">{html.escape(bibliography()[key].short)}</a>' for key in KEY.findall(match[1])
-    ]
+    links = [f'<a href="#ref-{key}">{html.escape(_short(key))}</a>' for key in KEY.findall(match[1])]
     return f"({'; '.join(links)})"
 
 
@@ -197,7 +229,10 @@ def methods_html(results: UnitResults | Sequence[UnitResults]) -> str:
 
 def _references(text: str) -> list[Reference]:
     """Entries of the bibliography that a text cites, by first author and year."""
-    return sorted((bibliography()[key] for key in cited(text)), key=lambda reference: reference.short.lower())
+    return sorted(
+        (bibliography()[key] for key in cited(text) if key in bibliography()),
+        key=lambda reference: reference.short.lower(),
+    )
 
 
 def _tex(text: str) -> str:
@@ -212,17 +247,22 @@ def _tex(text: str) -> str:
         body = re.sub(r"([%&#_$])", r"\\\1", head[2] if head else block)
         body = re.sub(r"\*([^*]+)\*", r"\\emph{\1}", body)
         body = re.sub(r"`([^`]+)`", r"\\texttt{\1}", body)
-        body = body.replace("²", "\\textsuperscript{2}").replace("×", "$\\times$")
+        body = body.replace("²", "\\textsuperscript{2}").replace("\N{MULTIPLICATION SIGN}", "$\\times$")
         body = GROUP.sub(cite, body.replace("\\_", "_") if GROUP.search(body) and "_" in body else body)
         level = {1: "section", 2: "subsection"}.get(len(head[1]), "subsubsection") if head else ""
         blocks.append(f"\\{level}*{{{body}}}" if head else body)
-    preamble = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{natbib}\n\\begin{document}"
-    return "\n\n".join([preamble, *blocks, "\\bibliographystyle{plainnat}\n\\bibliography{CITATION}\n\\end{document}\n"])
+    preamble = (
+        "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{natbib}\n\\begin{document}"
+    )
+    return "\n\n".join(
+        [preamble, *blocks, "\\bibliographystyle{plainnat}\n\\bibliography{CITATION}\n\\end{document}\n"]
+    )
 
 
 PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark"><title>Methods (dsiprep)</title>
-<style>body{{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto;padding:0 1rem}}</style></head>
+<html lang="en"><head><meta charset="utf-8"><title>Methods (dsiprep)</title>
+<meta name="color-scheme" content="light dark">
+<style>body{{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto}}</style></head>
 <body><h1>Methods</h1>
 {body}
 </body></html>

@@ -1,13 +1,24 @@
-"""From results to pictures of slices (PNG). Curves are in `plots.py`; what they mean is written in `sections.py`."""
+"""From results to pictures of slices (PNG). Curves are in `plots.py`; what they mean is in `sections.py`."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
-from dsiprep.data.results import Acquired, Anatomy, Coregistration, Denoised, Distortion, Motion, Preprocessed, Quality
+from dsiprep.data.results import (
+    Acquired,
+    Anatomy,
+    Coregistration,
+    Denoised,
+    Distortion,
+    Motion,
+    Preprocessed,
+    Quality,
+)
 from dsiprep.report.paint import BRAIN, GREY, SIGNED, WHITE, Bar, Contour, colour, picture
 from dsiprep.report.planes import ACROSS, Group, Layout, View, sample_at, symmetric, window
 
@@ -16,7 +27,9 @@ TENSOR_B = 1300.0  # s/mm²: Gaussian diffusion holds well enough for a directio
 TENSOR_DIRECTIONS = 12
 
 
-def _grey(layout: Layout, canvas: np.ndarray, inside: np.ndarray | None = None, top: float = 99.5) -> np.ndarray:
+def _grey(
+    layout: Layout, canvas: np.ndarray, inside: np.ndarray | None = None, top: float = 99.5
+) -> np.ndarray:
     """A grey picture, each group windowed for itself."""
     rgb = np.zeros((*canvas.shape, 3), np.uint8)
     for group in layout.groups:
@@ -74,7 +87,7 @@ def noise_level(noise: Volume, mask: Volume) -> bytes:
     layout = Layout.rows(View.of(mask, 6), ("axial",))
     canvas = layout.paint(noise)
     limits = (0.0, window(canvas, layout.paint(mask))[1])
-    return picture(layout, colour(canvas, limits, "magma"), bars=[Bar("magma", limits, "noise σ")])
+    return picture(layout, colour(canvas, limits, "magma"), bars=[Bar("magma", limits, "noise SD")])
 
 
 def reference(motion: Motion) -> bytes:
@@ -86,7 +99,7 @@ def reference(motion: Motion) -> bytes:
 
 
 def realignment(dwi: DWI, motion: Motion) -> list[tuple[str, bytes]]:
-    """Mean diffusion-weighted image over all directions, as acquired and with every volume put onto the dwiref."""
+    """Mean of all diffusion-weighted volumes, as acquired and with every volume put onto the dwiref."""
     layout = Layout.trio(View.of(motion.mask))
     points, places = layout.points()
     weighted = [p for p, v in enumerate(motion.volumes) if not dwi.is_b0[v]]
@@ -148,7 +161,7 @@ def blip_difference(distortion: Distortion, mask: Volume) -> list[tuple[str, byt
 
 
 def field(distortion: Distortion, mask: Volume, axis: np.ndarray) -> tuple[bytes, str]:
-    """The off-resonance in Hz, or, where no readout time is known, the displacement in mm along `axis` (3,)."""
+    """The off-resonance in Hz; where no readout time is known, the displacement in mm along `axis` (3,)."""
     layout = Layout.rows(View.of(mask))
     inside = layout.paint(mask)
     if distortion.fieldmap_hz is not None:
@@ -176,7 +189,7 @@ def structure(anatomy: Anatomy) -> bytes:
 
 
 def normalisation(template: Volume, warped: Volume) -> list[tuple[str, bytes]]:
-    """The template and the subject's brain brought onto it, both under the outline of the template's brain."""
+    """The template and the subject's brain brought onto it, under the outline of the template's brain."""
     mask = Volume((template.data > 0).float(), template.grid)
     layout = Layout.rows(View.of(mask))
     inside = layout.paint(mask)
@@ -205,10 +218,12 @@ def b_bands(bvals: np.ndarray, is_b0: np.ndarray, count: int = 3) -> list[tuple[
     bands = [("b = 0", is_b0)] if is_b0.any() else []
     weighted = np.flatnonzero(~is_b0)
     levels = np.unique(np.round(bvals[weighted], -2))
-    edges = np.unique(np.quantile(bvals[weighted], np.linspace(0, 1, min(count, len(levels)) + 1))) if len(levels) else []
+    if len(levels) == 0:
+        return bands
+    edges = np.unique(np.quantile(bvals[weighted], np.linspace(0, 1, min(count, len(levels)) + 1)))
     if len(edges) == 1:
         edges = np.array([edges[0], edges[0] + 1])
-    for low, high in zip(edges[:-1], edges[1:], strict=True):
+    for low, high in pairwise(edges):
         last = high == edges[-1]
         chosen = ~is_b0 & (bvals >= low) & ((bvals <= high) if last else (bvals < high))
         if chosen.any():
@@ -222,14 +237,16 @@ def means(preprocessed: Preprocessed) -> bytes:
     """Mean image of b=0 and of bands of b, with the brain mask."""
     dwi = preprocessed.dwi
     bands = b_bands(dwi.bvals, dwi.is_b0)
-    layout = Layout.rows(View.of(preprocessed.mask), ("axial",) * len(bands), tuple(name for name, _ in bands))
+    layout = Layout.rows(
+        View.of(preprocessed.mask), ("axial",) * len(bands), tuple(name for name, _ in bands)
+    )
     canvas = layout.paint_groups([_mean(dwi, chosen) for _, chosen in bands])
     inside = layout.paint(preprocessed.mask)
     return picture(layout, _grey(layout, canvas, inside, 99.7), [Contour(inside, BRAIN, 0.9)])
 
 
 def tensor_volumes(bvals: np.ndarray, is_b0: np.ndarray) -> np.ndarray:
-    """The volumes of lowest b that a tensor can be fitted to: b up to 1300 s/mm², more if these are too few."""
+    """The volumes of lowest b that a tensor can be fitted to: up to 1300 s/mm², more if these are too few."""
     weighted = np.sort(bvals[~is_b0])
     if len(weighted) < 6:
         return np.zeros(len(bvals), bool)
@@ -278,7 +295,7 @@ def fit_tensor(signal: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> tupl
 
 
 def _directions(preprocessed: Preprocessed, layout: Layout) -> tuple[np.ndarray, np.ndarray] | None:
-    """FA (h, w) and principal direction (h, w, 3) on a layout, inside the mask; None for too few directions."""
+    """FA (h, w) and principal direction (h, w, 3) inside the mask; None for too few directions."""
     dwi = preprocessed.dwi
     chosen = tensor_volumes(dwi.bvals, dwi.is_b0)
     if not chosen.any() or not dwi.is_b0.any():
@@ -293,11 +310,11 @@ def _directions(preprocessed: Preprocessed, layout: Layout) -> tuple[np.ndarray,
 
 
 def _rgb(fa: np.ndarray, direction: np.ndarray) -> np.ndarray:
-    return np.uint8(255 * np.clip(np.abs(direction) * fa[..., None] * 1.25, 0, 1))  # type: ignore[call-overload]
+    return (255 * np.clip(np.abs(direction) * fa[..., None] * 1.25, 0, 1)).astype(np.uint8)
 
 
 def colour_fa(preprocessed: Preprocessed) -> bytes | None:
-    """FA coloured by principal direction: red R-L, green A-P, blue S-I in the world, whatever the image axes."""
+    """FA coloured by principal direction in the world: red R-L, green A-P, blue S-I."""
     layout = Layout.rows(View.of(preprocessed.mask))
     found = _directions(preprocessed, layout)
     return None if found is None else picture(layout, _rgb(*found))

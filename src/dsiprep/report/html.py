@@ -14,7 +14,8 @@ from markupsafe import Markup
 from dsiprep.data.results import UnitResults
 from dsiprep.report.album import Album, Section, write_atomically
 from dsiprep.report.boilerplate import methods_html
-from dsiprep.report.sections import SECTIONS, duration
+from dsiprep.report.sections import SECTIONS
+from dsiprep.report.words import duration
 
 LOG = logging.getLogger(__name__)
 COLOURS = ("#94a3b8", "#22a7c3", "#3f7fdb", "#7c5cd6", "#c2529c", "#e07b1f", "#d9b310", "#4f9d5d")
@@ -96,9 +97,15 @@ def _page(results: UnitResults, out: Path, subject: str) -> Page:
     for draw in SECTIONS:
         try:
             sections.append(draw(results, album))
-        except Exception as error:  # results are whole and written; a picture must not cost the rest of the page
-            LOG.exception("%s: section '%s' of the report could not be drawn", results.unit.name, draw.__name__)
-            problem = f"This section could not be drawn ({type(error).__name__}: {error}). The results are not affected."
+        except (
+            Exception
+        ) as error:  # results are whole and written; a picture must not cost the rest of the page
+            LOG.exception(
+                "%s: section '%s' of the report could not be drawn", results.unit.name, draw.__name__
+            )
+            problem = (
+                f"This section could not be drawn ({type(error).__name__}: {error}); the results are whole."
+            )
             sections.append(Section(draw.__name__, draw.__name__.capitalize(), "", notes=(problem,)))
     album.sweep()
     return Page(results.unit.name, re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name), tuple(sections))

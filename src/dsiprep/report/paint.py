@@ -1,7 +1,6 @@
 """From a canvas of slices to a PNG: colour maps, contours, orientation letters, colour bars.
 
-Kept apart from what the pictures mean (`figures.py`). Nothing global of matplotlib is touched, so reports can be
-drawn in threads.
+Kept apart from what the pictures mean (`figures.py`).
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, patheffects
@@ -134,7 +134,7 @@ def _outline(ax: Axes, contour: Contour) -> None:
 def _letters(ax: Axes, layout: Layout, scale: float) -> None:
     """Orientation at the ends of each row, the cut of each slice, and what a row shows."""
 
-    def write(x: float, y: float, text: str, size: float, bright: str, **place: str) -> None:
+    def write(x: float, y: float, text: str, size: float, bright: str, **place: Any) -> None:
         ax.text(x, y, text, color=bright, fontsize=size, path_effects=OUTLINE, clip_on=False, **place)
 
     pad = 5 / scale

@@ -1,9 +1,9 @@
 """Slices of volumes of any orientation, laid out as one picture that people read without thinking.
 
-A `View` looks along the axes of a grid that lie nearest to right, anterior and superior, so an LAS, PSR or oblique
-acquisition is shown in its own voxels, only flipped and permuted. Every other volume is sampled at the same points
-(through an affine if it lives in another space), so pictures of one view can be flickered against each other.
-Left of the head is left of the picture (neurological), and every row says so.
+A `View` looks along the axes of a grid that lie nearest to right, anterior and superior, so an LAS, PSR or
+oblique acquisition is shown in its own voxels, only flipped and permuted. Every other volume is sampled at
+the same points (through an affine if it lives in another space), so pictures of one view can be flickered
+against each other. Left of the head is left of the picture (neurological), and every row says so.
 """
 
 from __future__ import annotations
@@ -91,20 +91,12 @@ class View:
         steps = np.abs(axes.T @ grid.directions).argmax(1)
         sizes, first = grid.voxel_sizes[steps], edge.min(0)
         counts = (columns,) * 3 if isinstance(columns, int) else columns
-        positions = tuple(
-            _positions(low[d], high[d], counts[d], first[d], sizes[d]) for d in range(3)
-        )
+        cuts = [_positions(low[d], high[d], counts[d], first[d], sizes[d]) for d in range(3)]
         pixel = float(np.clip(sizes.min(), np.max(high - low) / 200, None))
         first_pixel = np.floor((np.maximum(low - margin, first) - first) / pixel) * pixel + first
-        return cls(axes, first_pixel, np.minimum(high + margin, edge.max(0)), pixel, positions)
-
-    def only(self, plane: str, count: int) -> View:
-        """The same box with another number of slices of one plane, spread over the present ones."""
-        axis = NORMAL[plane]
-        have = self.positions[axis]
-        pick = np.round(np.linspace(0, len(have) - 1, count)).astype(int)
-        positions = tuple(have[pick] if d == axis else p for d, p in enumerate(self.positions))
-        return View(self.axes, self.low, self.high, self.pixel, positions)  # type: ignore[arg-type]
+        return cls(
+            axes, first_pixel, np.minimum(high + margin, edge.max(0)), pixel, (cuts[0], cuts[1], cuts[2])
+        )
 
     def ticks(self, axis: int) -> np.ndarray:
         """Positions of the picture elements along a display axis, mm."""
@@ -126,8 +118,10 @@ def _positions(low: float, high: float, count: int, first: float, size: float) -
     return first + np.round((wanted - first) / size) * size
 
 
-def sample_at(volume: Volume, points: np.ndarray, order: int = 1, via: np.ndarray | None = None) -> np.ndarray:
-    """Values of a volume at world points (..., 3), zero outside; `via` (4, 4) is applied to the points first."""
+def sample_at(
+    volume: Volume, points: np.ndarray, order: int = 1, via: np.ndarray | None = None
+) -> np.ndarray:
+    """Values of a volume at world points (..., 3), zero outside; `via` (4, 4) is applied to points first."""
     if via is not None:
         points = points @ via[:3, :3].T + via[:3, 3]
     # Sampling just on a slice must not fall outside by rounding.
@@ -234,7 +228,7 @@ class Layout:
 
 
 def window(canvas: np.ndarray, inside: np.ndarray | None = None, top: float = 99.5) -> tuple[float, float]:
-    """Black and white of a magnitude image: 0 (or a low percentile) to a high percentile of what is inside."""
+    """Black and white of a magnitude image: 0 or a low percentile, and a high percentile inside."""
     chosen = canvas[inside > 0.5] if inside is not None and (inside > 0.5).any() else canvas[canvas != 0]
     chosen = chosen[np.isfinite(chosen)]
     if chosen.size == 0:

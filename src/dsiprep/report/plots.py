@@ -1,6 +1,6 @@
 """Curves and scatter plots as SVG that turn light on dark with the reader's screen.
 
-Text stays text (selectable, searchable, small). One dictionary of colours is used throughout: R-L red, A-P green,
+Text stays text (selectable, searchable, small). One set of colours is used throughout: R-L red, A-P green,
 S-I blue, as in the colour maps of fibre direction.
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -25,7 +27,7 @@ from dsiprep.data.results import Motion
 INK, SOFT, PAPER = "#1f2530", "#69727f", "#fefefe"
 AXES = ("#e5484d", "#2f9e5b", "#3f7fdb")
 FD = "#b45bd6"
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "dsiprep",
     "font.family": "sans-serif",
@@ -85,7 +87,7 @@ def _b_bar(figure: Figure, ax: Axes | list[Axes], norm: Normalize) -> None:
 
     bar = figure.colorbar(ScalarMappable(norm, B_COLOURS), ax=ax, pad=0.02, fraction=0.025, aspect=28)
     bar.set_label("b (s/mm²)")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
 
 
 def sampling(dwi: DWI, scheme: SamplingScheme) -> bytes:
@@ -120,7 +122,7 @@ def _oblique(ax: Axes, dwi: DWI, norm: Normalize) -> None:
     for part, size in zip(np.array_split(order, 3), (13, 21, 31), strict=True):
         ax.scatter(seen[part, 0], seen[part, 1], s=size, c=dwi.bvals[part], cmap=B_COLOURS, norm=norm,
                    edgecolors=PAPER, linewidths=0.4, zorder=2)  # fmt: skip
-    ax.set(xlim=(-reach * 1.2, reach * 1.2), ylim=(-reach * 1.2, reach * 1.2), aspect="equal")
+    ax.set(xlim=(-reach * 1.05, reach * 1.05), ylim=(-reach * 1.05, reach * 1.05), aspect="equal")
     ax.set_title("q-space, as acquired")
     ax.set_axis_off()
 
@@ -144,11 +146,21 @@ def _b_series(ax: Axes, dwi: DWI, norm: Normalize) -> None:
     """b-value of each volume in order, with the borders of the runs."""
     index = np.arange(len(dwi))
     colours = colormaps[B_COLOURS](norm(dwi.bvals))
-    ax.vlines(index, 0, np.maximum(dwi.bvals, norm.vmax * 0.02), colors=colours, linewidth=min(2.4, 620 / len(index)))
-    ax.scatter(index[dwi.is_b0], np.zeros(int(dwi.is_b0.sum())), marker="^", s=18, color=INK, zorder=3, clip_on=False)
+    ax.vlines(
+        index,
+        0,
+        np.maximum(dwi.bvals, float(dwi.bvals.max()) * 0.02),
+        colors=colours,
+        linewidth=min(2.4, 620 / len(index)),
+    )
+    ax.scatter(
+        index[dwi.is_b0], np.zeros(int(dwi.is_b0.sum())), marker="^", s=18, color=INK, zorder=3, clip_on=False
+    )
     for border in np.flatnonzero(np.diff(dwi.run)):
         ax.axvline(border + 0.5, color=SOFT, linestyle=":", linewidth=1)
-    ax.set(xlim=(-1, len(index)), ylim=(0, None), xlabel="volume (▲ b=0; dotted: a new run)", ylabel="b (s/mm²)")
+    ax.set(
+        xlim=(-1, len(index)), ylim=(0, None), xlabel="volume (▲ b=0; dotted: a new run)", ylabel="b (s/mm²)"
+    )
 
 
 def motion(
@@ -202,7 +214,9 @@ def _strip(ax: Axes, bvals: np.ndarray, is_b0: np.ndarray) -> None:
     norm = _b_norm(bvals)
     boxes = [[(v - 0.5, 0), (v + 0.5, 0), (v + 0.5, 1), (v - 0.5, 1)] for v in range(len(bvals))]
     ax.add_collection(PolyCollection(boxes, facecolors=colormaps[B_COLOURS](norm(bvals)), linewidths=0))
-    ax.scatter(np.flatnonzero(is_b0), np.full(int(is_b0.sum()), -0.35), marker="^", s=14, color=INK, clip_on=False)
+    ax.scatter(
+        np.flatnonzero(is_b0), np.full(int(is_b0.sum()), -0.35), marker="^", s=14, color=INK, clip_on=False
+    )
     ax.set(xlim=(-0.5, len(bvals) - 0.5), ylim=(0, 1), yticks=[])
     ax.set_xlabel(f"volume; colour: b from 0 (dark) to {bvals.max():.0f} s/mm² (bright), ▲ b=0", labelpad=6)
     for spine in ax.spines.values():
@@ -210,7 +224,7 @@ def _strip(ax: Axes, bvals: np.ndarray, is_b0: np.ndarray) -> None:
 
 
 def rounds(trace: Sequence[dict[str, float]]) -> list[tuple[int, np.ndarray]]:
-    """Volumes' pose parameters by round of a motion trace: [(round, (volumes, 6))], shifts in mm then rotations."""
+    """Poses by round of a motion trace, [(round, (volumes, 6))]: shifts in mm, then rotations."""
     names = ("shiftX", "shiftY", "shiftZ", "rotateX", "rotateY", "rotateZ")
     rows = [row for row in trace if "iter_num" in row and all(name in row for name in names)]
     numbers = sorted({int(row["iter_num"]) for row in rows})
@@ -246,7 +260,7 @@ def _steps(ax: Axes, groups: list[tuple[int, np.ndarray]]) -> None:
     ax.set_title("Change of pose between rounds")
     pairs = [
         (b, np.abs(after - before) @ np.array([1, 1, 1, 50, 50, 50.0]))
-        for (_, before), (b, after) in zip(groups, groups[1:], strict=False)
+        for (_, before), (b, after) in pairwise(groups)
         if before.shape == after.shape
     ]
     if not pairs:
@@ -276,10 +290,10 @@ def slices(slice_z: np.ndarray, threshold: float, bvals: np.ndarray, is_b0: np.n
         volume, cut = np.nonzero(np.abs(np.nan_to_num(slice_z)) > threshold)
         ax.scatter(volume, cut, marker="s", s=16, facecolors="none", edgecolors=INK, linewidths=0.8)
         ax.set(ylabel=f"slice along {axis}")
-        ax.set_title(f"{len(volume)} slices beyond |z| = {threshold:g}")
+        ax.set_title(f"Slices beyond |z| = {threshold:g}: {len(volume)}")
         bar = figure.colorbar(shown, ax=[ax, strip], pad=0.01, fraction=0.02, aspect=30)
         bar.set_label("z of the residual")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        bar.outline.set_visible(False)
         _strip(strip, bvals, is_b0)
         return svg(figure)
 
@@ -297,8 +311,15 @@ def descent(trace: Sequence[dict[str, float]]) -> bytes | None:
         names = list(dict.fromkeys(levels.tolist()))
         for number, level in enumerate(names):
             at = np.flatnonzero(levels == level)
-            ax.plot(at, cost[at], color=colormaps["plasma"](0.15 + 0.7 * number / max(len(names) - 1, 1)), marker=".")
-            ax.annotate(f"level {level:g}", (at[0], cost[at[0]]), (4, 6), textcoords="offset points", color=INK)
+            ax.plot(
+                at,
+                cost[at],
+                color=colormaps["plasma"](0.15 + 0.7 * number / max(len(names) - 1, 1)),
+                marker=".",
+            )
+            ax.annotate(
+                f"level {level:g}", (at[0], cost[at[0]]), (7, 2), textcoords="offset points", color=INK
+            )
         ax.set(xlabel="iteration", ylabel="cost")
         ax.set_title("Cost, coarse to fine")
         ax.grid(True)

@@ -17,8 +17,8 @@ METHODS = {
     "dwidenoise": (
         "Noise was estimated and removed with Marchenko-Pastur principal component analysis (MP-PCA) "
         "[@veraart2016; @corderogrande2019] of overlapping patches [@manjon2013], each run on its own. "
-        "Components within the Marchenko-Pastur distribution were removed; the others were shrunk to minimise "
-        "the squared error [@gavish2017]."
+        "Components within the Marchenko-Pastur distribution were removed; the others were shrunk for the "
+        "least squared error [@gavish2017]."
     ),
     "none": "The data were not denoised.",
 }

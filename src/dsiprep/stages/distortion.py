@@ -42,11 +42,11 @@ METHODS = {
 Fitzpatrick 1992: doi 10.1109/42.158935."""
 
 GRADIENT_STIFFNESS = 0.02
-LAPLACIAN_STIFFNESS = 60.0
+LAPLACIAN_STIFFNESS = 50.0
 BARRIER = 0.5
-CG_TOL = 0.05
+CG_TOL = 0.1
 CG_MAX = 40
-STOP = 0.01
+STOP = 0.04
 OUTLIER = 3.0  # residuals beyond this many sigmas count as outliers
 COARSEST = 8.0  # mm
 

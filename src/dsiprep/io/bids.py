@@ -1,0 +1,395 @@
+"""Which files of a BIDS dataset are processed together, and why.
+
+The grouping is qsiplan's, the one that QSIPrep itself uses; here it becomes `Unit`s, with reasons in
+sentences.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from qsiplan import (
+    Bids2TableCatalog,
+    DWIGrouping,
+    FileRecord,
+    PreprocUnit,
+    build_grouping,
+    concatenation_scheme,
+    index_subject,
+    selection_for_config,
+    to_preproc_units,
+)
+from qsiplan.models import READOUT_TOLERANCE
+from qsiplan.validation import GroupingIssue
+
+from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, Unit
+from dsiprep.errors import DsiprepError, InputError, MetadataError, SettingsError
+from dsiprep.io.filters import Filters, apply_filters, check_filters, entities
+from dsiprep.io.nifti import read_shape
+from dsiprep.io.raw import explain, read_unit, require_files, scheme_of
+from dsiprep.io.sidecars import check_pair, kept_fields, phase_encoding
+from dsiprep.settings import Settings
+
+__all__ = ["explain", "find_units", "read_unit", "require_files", "scheme_of"]
+
+log = logging.getLogger("dsiprep")
+IGNORABLE = ("fieldmaps", "t2w", "phase", "sdc", "pepolar-dwis", "shims", "fov")
+SHORT_SERIES = 16
+
+
+@dataclass(frozen=True)
+class _Options:
+    ignore: frozenset[str]
+    separate_all_dwis: bool
+    merge: str
+    b0_threshold: float
+
+
+def find_units(
+    bids_dir: Path,
+    settings: Settings,
+    *,
+    participants: Sequence[str] | None = None,
+    sessions: Sequence[str] | None = None,
+    filters: Filters | None = None,
+    ignore: frozenset[str] = frozenset(),
+    separate_all_dwis: bool = False,
+    distortion_group_merge: str = "concat",
+    failed: dict[str, DsiprepError] | None = None,
+) -> list[Unit]:
+    """The units of a dataset.
+
+    Parameters
+    ----------
+    bids_dir : Path
+        Root of the dataset.
+    settings : Settings
+        `acquisition.b0_threshold` matters.
+    participants, sessions : sequence of str, optional
+        Labels, with or without `sub-` and `ses-`; all by default.
+    filters : dict, optional
+        PyBIDS entities by kind of file ("dwi", "fmap", "t1w", "t2w"), as in a `--bids-filter-file`.
+    ignore : frozenset of str
+        Any of `IGNORABLE`.
+    separate_all_dwis : bool
+        Every run is a unit of its own; it may still borrow b=0 images from its opposite.
+    distortion_group_merge : str
+        QSIPrep's option. Groups of different distortion stay separate here, whatever it says; a note tells.
+    failed : dict, optional
+        Takes the errors of subjects by label, so that the others go on; by default the first error is raised.
+
+    Returns
+    -------
+    list of Unit
+        In order of subject and name.
+
+    Raises
+    ------
+    InputError
+        If there is no dataset, no such participant or session, or nothing to process.
+    MetadataError
+        If a sidecar lacks what is needed, or contradicts another.
+    """
+    check_filters(filters or {})
+    if unknown := ignore - set(IGNORABLE):
+        raise SettingsError(
+            f"--ignore {' '.join(sorted(unknown))}: only {', '.join(IGNORABLE)} can be ignored"
+        )
+    root = Path(bids_dir)
+    if not root.is_dir():
+        raise InputError(f"{root}: there is no such folder; the root of a BIDS dataset is wanted")
+    catalog = Bids2TableCatalog(root)
+    labels = _labels(catalog, participants)
+    chosen = [session.removeprefix("ses-") for session in sessions] if sessions else None
+    options = _Options(
+        frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold
+    )
+    units: list[Unit] = []
+    for label in labels:
+        try:
+            units += _units_of_subject(catalog, label, chosen, filters, options)
+        except DsiprepError as problem:
+            if failed is None:
+                raise
+            failed[label] = problem
+    if not units and not failed:
+        raise InputError(_nothing_found(catalog, labels, chosen, filters))
+    return units
+
+
+def _labels(catalog: Bids2TableCatalog, participants: Sequence[str] | None) -> list[str]:
+    there = catalog.subjects()
+    if not there:
+        raise InputError(f"{catalog.root}: no sub-* folders; the root of a BIDS dataset is wanted")
+    if not participants:
+        return there
+    wanted = list(dict.fromkeys(label.removeprefix("sub-") for label in participants))
+    unknown = [label for label in wanted if label not in there]
+    if unknown:
+        shown = ", ".join(there[:20]) + (f", ... ({len(there)} in all)" if len(there) > 20 else "")
+        raise InputError(f"--participant-label {' '.join(unknown)}: not in {catalog.root}; there are {shown}")
+    return wanted
+
+
+def _nothing_found(
+    catalog: Bids2TableCatalog, labels: list[str], sessions: list[str] | None, filters: Filters | None
+) -> str:
+    of = f"sub-{labels[0]}" if len(labels) == 1 else f"any of {len(labels)} subjects"
+    message = f"{catalog.root}: no diffusion-weighted series (dwi/*_dwi.nii.gz) of {of}"
+    if sessions:
+        there = sorted({session for label in labels for session in catalog.sessions(label)})
+        found = f"there are {', '.join(there)}" if there else "there are no sessions"
+        return f"{message} in --session-label {' '.join(sessions)}; {found}"
+    if filters:
+        return f"{message} passes --bids-filter-file; check its entities"
+    return f"{message}; check that the dataset is BIDS"
+
+
+def _units_of_subject(
+    catalog: Bids2TableCatalog,
+    label: str,
+    sessions: list[str] | None,
+    filters: Filters | None,
+    options: _Options,
+) -> list[Unit]:
+    data = apply_filters(catalog.subject_data(label, sessions), filters)
+    if not data["dwi"]:
+        log.warning("sub-%s has no diffusion-weighted series, or none that was asked for", label)
+        return []
+    no_fieldmaps = bool(options.ignore & {"fieldmaps", "sdc"})
+    try:
+        found, issues = index_subject(
+            catalog, data, no_fieldmaps, "t2w" in options.ignore, b0_threshold=options.b0_threshold
+        )
+    except (ValueError, TypeError) as problem:
+        raise MetadataError(f"sub-{label}: {problem}") from None
+    subject = _Subject(label, found, options)
+    units: list[Unit] = []
+    for grouping, split in _groupings(subject, issues):
+        units += _units_of_grouping(subject, grouping, split)
+    return _named_apart(units)
+
+
+class _Subject:
+    """The files of one subject and their phase encodings, readout times derived where they have to be."""
+
+    def __init__(self, label: str, records: list[FileRecord], options: _Options) -> None:
+        self.label = label
+        self.options = options
+        self.encodings: dict[str, PhaseEncoding | None] = {}
+        self.notes: dict[str, tuple[str, ...]] = {}
+        self.records = [self._with_encoding(record) for record in records]
+
+    def _with_encoding(self, record: FileRecord) -> FileRecord:
+        if not record.is_epi_like:
+            return record
+        way_out = "--ignore fieldmaps" if record.datatype == "fmap" else "--ignore sdc"
+        try:
+            pe, notes = phase_encoding(record.metadata, record.filename, way_out)
+        except MetadataError:
+            if "sdc" not in self.options.ignore:
+                raise
+            pe, notes = None, ()
+        self.encodings[record.path], self.notes[record.path] = pe, notes
+        if pe is None or pe.readout_time is None:
+            return replace(record, signature=replace(record.signature, readout_time=None))
+        rounded = round(pe.readout_time / READOUT_TOLERANCE) * READOUT_TOLERANCE
+        return replace(record, signature=replace(record.signature, readout_time=rounded))
+
+    def anatomy(self, session: str | None, suffix: str) -> tuple[tuple[Path, ...], str | None]:
+        """Structural images of a session and those that all sessions share; a note if they were borrowed."""
+        images = [record for record in self.records if record.is_anat and record.suffix == suffix]
+        own = [record for record in images if session is None or record.session in (session, None)]
+        if own or not images or suffix != "T1w":
+            return tuple(Path(record.path) for record in own), None
+        nearest = [record for record in images if record.session == images[0].session]
+        note = f"ses-{session} has no {suffix}; that of ses-{images[0].session} is taken."
+        return tuple(Path(record.path) for record in nearest), note
+
+
+def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWIGrouping, bool]]:
+    """qsiplan's grouping; where it would stack series of different grids, one grouping per grid."""
+    whole = _group(subject, subject.records, issues)
+    differing = {
+        path
+        for issue in whole.errors
+        if issue.code in ("fov-oblique", "fov-grid-mismatch")
+        for path in issue.files
+    }
+    if not differing:
+        return [(whole, False)]
+    series = [record for record in subject.records if record.is_dwi]
+    others = [record for record in subject.records if not record.is_dwi]
+    parts = [[record for record in series if record.path not in differing]]
+    for record in series:
+        if record.path in differing:
+            _beside_its_like(record, parts)
+    groupings = [(_group(subject, part + others, issues), True) for part in parts if part]
+    for grouping, _ in groupings:
+        _raise_errors(grouping)
+    return groupings
+
+
+def _beside_its_like(record: FileRecord, parts: list[list[FileRecord]]) -> None:
+    """Put a series into the part of its session and grid; `parts[0]` is not looked at."""
+    for part in parts[1:]:
+        first = part[0]
+        known = record.session == first.session and record.grid and first.grid
+        if known and first.grid.compare(record.grid) == "match":
+            part.append(record)
+            return
+    parts.append([record])
+
+
+def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIssue]) -> DWIGrouping:
+    ignore = subject.options.ignore
+    grouping = build_grouping(
+        records,
+        subject.label,
+        separate_all_dwis=subject.options.separate_all_dwis,
+        ignore_fieldmaps=bool(ignore & {"fieldmaps", "sdc"}),
+        ignore_pepolar_dwis="pepolar-dwis" in ignore,
+        ignore_t2w="t2w" in ignore,
+        ignore_shims="shims" in ignore,
+        ignore_fov="fov" in ignore,
+        ignore_sdc="sdc" in ignore,
+        distortion_group_merge=subject.options.merge,
+        extra_issues=issues,
+    )
+    _raise_errors(grouping, except_for=("fov-oblique", "fov-grid-mismatch"))
+    return grouping
+
+
+def _raise_errors(grouping: DWIGrouping, except_for: tuple[str, ...] = ()) -> None:
+    for issue in grouping.errors:
+        if issue.code not in except_for:
+            raise MetadataError(f"sub-{grouping.subject_id}: {issue.message}")
+
+
+def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) -> list[Unit]:
+    selection = selection_for_config("shoreline", "drbuddi")
+    scheme = concatenation_scheme(grouping, selection)
+    finals = list(scheme.values())
+    units = []
+    for planned in to_preproc_units(grouping, selection):
+        final = scheme[planned.output_name]
+        alone = finals.count(final) == 1
+        units.append(_as_unit(subject, planned, final if alone else planned.output_name, split, alone))
+    return units
+
+
+def _as_unit(subject: _Subject, planned: PreprocUnit, name: str, split: bool, alone: bool) -> Unit:
+    from dsiprep.io.reasons import reasons
+
+    session = planned.dwi_records[0].session
+    runs, epis, short = _runs_and_references(subject, planned)
+    _require_directions(subject, planned)
+    notes = reasons(planned, subject.options.ignore, short, split, alone)
+    if planned.is_pepolar:
+        pair = {Path(r).name: pe for r in planned.estimation.sources if (pe := subject.encodings.get(r))}
+        way_out = (
+            "--ignore pepolar-dwis"
+            if not any(_is_fmap(planned, e.image) for e in epis)
+            else "--ignore fieldmaps"
+        )
+        notes += [note] if (note := check_pair(pair, way_out)) else []
+    members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
+    notes += [
+        note
+        for path in members
+        for note in subject.notes.get(path, ())
+        if "sdc" not in subject.options.ignore
+    ]
+    t1w, borrowed = subject.anatomy(session, "T1w")
+    notes += [borrowed] if borrowed else []
+    t2w, _ = subject.anatomy(session, "T2w")
+    return Unit(subject.label, session, name, runs, epis, t1w, t2w, tuple(dict.fromkeys(notes)))
+
+
+def _is_fmap(planned: PreprocUnit, path: Path) -> bool:
+    return bool(planned.grouping.files[str(path)].datatype == "fmap")
+
+
+def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:
+    """A fieldmap EPI that was linked to these series has to tell its direction."""
+    for path in planned.dwi_files:
+        linked = planned.grouping.application.get(path)
+        for source in planned.grouping.estimations[linked].sources if linked else ():
+            record = planned.grouping.files[source]
+            if record.is_epi_like and not record.is_dwi and subject.encodings.get(source) is None:
+                raise MetadataError(
+                    f"{source}: no PhaseEncodingDirection in its sidecar, but it is linked to "
+                    f"{Path(path).name} as a fieldmap; add it, or run with --ignore fieldmaps"
+                )
+
+
+def _runs_and_references(
+    subject: _Subject, planned: PreprocUnit
+) -> tuple[tuple[Run, ...], tuple[EpiReference, ...], list[str]]:
+    """The runs to process, the b=0 images that only show the distortion, and the short series among those."""
+    lengths = {path: _volumes(path) for path in planned.dwi_files}
+    short = [path for path in planned.dwi_files if _serves_as_reference(subject, path, lengths)]
+    runs = tuple(_run(subject, planned, path) for path in planned.dwi_files if path not in short)
+    directions = {run.pe.direction for run in runs if run.pe}
+    epis = []
+    for path in (*short, *planned.extra_b0):
+        record, pe = planned.grouping.files[path], subject.encodings.get(path)
+        if pe is None or (record.is_dwi and pe.direction in directions):
+            continue
+        bval = Path(record.bval_file) if record.is_dwi and record.bval_file else None
+        epis.append(EpiReference(Path(path), pe, bval))
+    return runs, tuple(epis), [Path(path).name for path in short]
+
+
+def _serves_as_reference(subject: _Subject, path: str, lengths: dict[str, int]) -> bool:
+    """QSIPrep takes a series under 16 volumes for a fieldmap; here only one that reverses a longer series."""
+    pe = subject.encodings.get(path)
+    if pe is None or lengths[path] >= SHORT_SERIES:
+        return False
+    opposite = [
+        lengths[other]
+        for other in lengths
+        if (one := subject.encodings.get(other)) and one.axis == pe.axis and one.polarity != pe.polarity
+    ]
+    return any(length >= 2 * lengths[path] for length in opposite)
+
+
+def _volumes(path: str) -> int:
+    """How many volumes the header tells; many if it cannot be read, which is told when the file is read."""
+    try:
+        shape = read_shape(Path(path))
+    except InputError:
+        return SHORT_SERIES
+    return shape[3] if len(shape) > 3 else 1
+
+
+def _run(subject: _Subject, planned: PreprocUnit, path: str) -> Run:
+    record, image = planned.grouping.files[path], Path(path)
+    stem = image.name.removesuffix(".gz").removesuffix(".nii")
+    tables = [
+        Path(found) if found else image.with_name(f"{stem}.{kind}")
+        for kind, found in (("bval", record.bval_file), ("bvec", record.bvec_file))
+    ]
+    names = {key: value for key, value in entities(path).items() if key != "suffix"}
+    return Run(image, tables[0], tables[1], subject.encodings.get(path), names, kept_fields(record.metadata))
+
+
+def _named_apart(units: list[Unit]) -> list[Unit]:
+    """No two units may write the same files."""
+    units = sorted(units, key=lambda unit: unit.name)
+    seen: dict[str, int] = {}
+    for index, unit in enumerate(units):
+        count = seen[unit.name] = seen.get(unit.name, 0) + 1
+        if count > 1:
+            head = f"sub-{unit.subject}" + (f"_ses-{unit.session}" if unit.session else "")
+            rest = [
+                part
+                for part in unit.name.removeprefix(head).split("_")
+                if part and not part.startswith("acq-")
+            ]
+            acq = unit.runs[0].entities.get("acq", "")
+            units[index] = replace(unit, name="_".join([head, f"acq-{acq}grid{count}", *rest]))
+    return units

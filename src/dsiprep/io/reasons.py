@@ -1,0 +1,132 @@
+"""Why the files of a unit go together, and what is not used, in sentences."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qsiplan import PreprocUnit, Provenance
+from qsiplan.validation import GroupingIssue
+
+# told here in other words, or about what dsiprep does not do
+OWN_WORDS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs"})
+GRE_SUFFIXES = ("phasediff", "phase1", "fieldmap")
+
+
+def reasons(
+    planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, alone: bool
+) -> list[str]:
+    """Sentences on one of qsiplan's units.
+
+    Parameters
+    ----------
+    planned : PreprocUnit
+    ignore : frozenset of str
+        What was to be ignored.
+    short : list of str
+        Series that only serve as b=0 references.
+    split : bool
+        Whether series of the session were taken apart because their grids differ.
+    alone : bool
+        Whether QSIPrep would not merge the unit with another after correction.
+    """
+    notes = [_why_together(planned, ignore)]
+    if short:
+        notes.append(
+            f"{', '.join(short)}: under 16 volumes and reversed to a longer series, so only its b=0 volumes "
+            "are used, to see the distortion."
+        )
+    if split:
+        notes.append(
+            "The series of this session differ in slice orientation, position or voxel grid, so each grid "
+            "is processed by itself."
+        )
+    if not alone:
+        notes.append(
+            "QSIPrep would merge this output with others of the session after correction; dsiprep does not."
+        )
+    notes += _shifted(planned) + _unpaired(planned) + _unused_fieldmaps(planned, ignore)
+    phases = [Path(path).name for path in planned.dwi_phase_files.values()]
+    if phases and "phase" not in ignore:
+        notes.append(f"{', '.join(phases)}: phase images are not used (--ignore phase silences this).")
+    return notes + [_in_our_words(issue) for issue in planned.grouping.warnings if _concerns(issue, planned)]
+
+
+def _why_together(planned: PreprocUnit, ignore: frozenset[str]) -> str:
+    count = len(planned.dwi_files)
+    series = "One run" if count == 1 else f"{count} runs"
+    if "sdc" in ignore:
+        return f"{series}; distortion is not looked at (--ignore sdc)."
+    if not planned.is_pepolar:
+        return f"{series}." if count == 1 else f"{series} of the same phase encoding, processed together."
+    how = {
+        Provenance.CURATED: "linked by B0FieldIdentifier and B0FieldSource",
+        Provenance.TRANSLATED: "linked by IntendedFor",
+    }.get(planned.estimation.provenance, "found by their PhaseEncodingDirection in the same session")
+    axes = " and ".join(sorted({planned.grouping.files[path].signature.pe_dir for path in _encoded(planned)}))
+    return f"{series} with images of phase encodings {axes}, {how}: together they show the distortion."
+
+
+def _encoded(planned: PreprocUnit) -> list[str]:
+    paths = {*planned.dwi_files, *planned.estimation.sources}
+    return [path for path in paths if planned.grouping.files[path].signature.pe_dir]
+
+
+def _shifted(planned: PreprocUnit) -> list[str]:
+    grids = [record.grid for record in planned.dwi_records if record.grid]
+    if all(grids[0].compare(grid) == "match" for grid in grids[1:]):
+        return []
+    shift = max(grids[0].shift_mm(grid) for grid in grids[1:])
+    return [
+        f"The runs' fields of view differ by up to {shift:.1f} mm; all are resampled onto the first run's "
+        "grid."
+    ]
+
+
+def _unpaired(planned: PreprocUnit) -> list[str]:
+    linked = [planned.grouping.application.get(path) for path in planned.dwi_files]
+    if planned.estimation is not None or not any(linked):
+        return []
+    return [
+        "Images of other phase encodings are there, but none with the same axis, readout time and shim and "
+        "the opposite sign, so distortion is not corrected."
+    ]
+
+
+def _unused_fieldmaps(planned: PreprocUnit, ignore: frozenset[str]) -> list[str]:
+    if ignore & {"fieldmaps", "sdc"}:
+        return []
+    session = planned.dwi_records[0].session
+    unused = [
+        record.filename
+        for record in planned.grouping.files.values()
+        if record.datatype == "fmap" and record.suffix in GRE_SUFFIXES and record.session in (session, None)
+    ]
+    if not unused:
+        return []
+    instead = "" if planned.is_pepolar else ", so distortion is not corrected"
+    return [
+        f"{', '.join(sorted(unused))}: GRE fieldmaps are not used{instead} (--ignore fieldmaps silences "
+        "this)."
+    ]
+
+
+def _concerns(issue: GroupingIssue, planned: PreprocUnit) -> bool:
+    if issue.code in OWN_WORDS:
+        return False
+    files = planned.grouping.files
+    named = [files[path] for path in issue.files if path in files]
+    series = {record.path for record in named if record.is_dwi}
+    if series:
+        return bool(series & set(planned.dwi_files))
+    session = planned.dwi_records[0].session
+    return not named or any(record.session in (session, None) for record in named)
+
+
+def _in_our_words(issue: GroupingIssue) -> str:
+    if issue.code == "reverse-pe-not-inferred":
+        names = ", ".join(Path(path).name for path in issue.files)
+        return (
+            f"{names}: other series of this subject are linked to fieldmaps, so no pairs are guessed for "
+            "this one; add B0FieldIdentifier and B0FieldSource, or IntendedFor, to pair it."
+        )
+    return str(issue.message).replace("QSIPrep", "dsiprep").replace("qsiprep", "dsiprep")

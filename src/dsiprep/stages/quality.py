@@ -1,0 +1,305 @@
+"""Numbers about the result: motion, likeness of neighbouring volumes, contrast over noise, bad slices."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Volume
+from dsiprep.data.results import (
+    Acquired,
+    Anatomy,
+    Coregistration,
+    Denoised,
+    Distortion,
+    Motion,
+    Preprocessed,
+    Quality,
+)
+from dsiprep.ops.affine import rigid_parameters
+from dsiprep.ops.sample import pull
+from dsiprep.ops.series import (
+    CHUNK,
+    contrast_to_noise,
+    outlier_slices,
+    shore_projection,
+    tensor_fit,
+    tensor_predict,
+    tensor_shape,
+)
+
+VERSION = 1
+
+METHODS = {
+    "quality": (
+        "Framewise displacement was computed from translations, and rotations on a sphere of 50 mm "
+        "[@power2012]. Neighbouring DWI correlation [@yeh2019], DWI contrast, slices out of line and the "
+        "coherence of fibre directions were measured as cs_dmri defines them, before and after "
+        "preprocessing. The contrast-to-noise ratio is the standard deviation of the model's signal over "
+        "that of its residual; temporal SNR was taken over b=0 volumes."
+    ),
+}
+
+SPHERE_MM = 50.0
+TENSOR_LIMIT = 3000.0  # s/mm²; beyond, signals are not Gaussian enough for a tensor to give directions
+
+Row = dict[str, float | str | None]
+
+
+def measure_quality(
+    unit_name: str,
+    acquired: Acquired,
+    denoised: Denoised,
+    motions: tuple[Motion, ...],
+    distortion: Distortion | None,
+    coregistration: Coregistration,
+    anatomy: Anatomy,
+    preprocessed: Preprocessed,
+) -> Quality:
+    """Measure one unit before and after preprocessing.
+
+    Parameters
+    ----------
+    unit_name : str
+        Prefix of the outputs; entities are read from it.
+
+    Returns
+    -------
+    Quality
+        `table` has the columns of image_qc.tsv, None where there is nothing to measure; `confounds` the
+        columns of the confounds table with `run` (index into the unit's runs) for `original_file`.
+        Translations in mm, rotation vectors about the image centre in radians, RAS+; FD is NaN in the first
+        volume of a run.
+    """
+    dwi = preprocessed.dwi.to("cpu")
+    inside = preprocessed.mask.numpy() > 0.5
+    confounds = _confounds(acquired, denoised, motions, dwi)
+    cnr, tsnr = _cnr(dwi, preprocessed.mask, motions[0].model), _tsnr(dwi, preprocessed.mask)
+    raw = acquired.dwi.to("cpu")
+    table: Row = _series("raw_", raw, acquired.mask.numpy() > 0.5, motions[0].slice_axis)
+    table |= _series("t1_", dwi, inside, 2)
+    table |= _motion_summary(confounds, raw.run)
+    table |= _overlaps(anatomy, preprocessed)
+    if cnr is not None:
+        table |= {
+            f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in SHORT
+        }
+    if distortion is not None and distortion.fieldmap_hz is not None:
+        table |= _fieldmap(distortion.fieldmap_hz, motions[0].mask)
+    table["coregistration_score"] = float(coregistration.score_after)
+    table |= _names(unit_name)
+    slices = _slice_z(motions, len(raw))
+    return Quality(table, confounds, slices, cnr, tsnr, _notes(motions, raw, distortion, cnr))
+
+
+def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """Sum of the absolute steps of translations and, on a sphere of 50 mm, of rotations.
+
+    Parameters
+    ----------
+    parameters : ndarray, (n, 6)
+        Translations in mm, rotations in radians.
+    run : ndarray, (n,), int
+
+    Returns
+    -------
+    ndarray, (n,)
+        mm; NaN where there is no volume of the same run before.
+
+    References
+    ----------
+    Power et al. 2012, doi 10.1016/j.neuroimage.2011.10.018.
+    """
+    steps = np.abs(np.diff(parameters, axis=0)) * np.array([1, 1, 1, SPHERE_MM, SPHERE_MM, SPHERE_MM])
+    steps[run[1:] != run[:-1]] = np.nan
+    return np.append(np.nan, steps.sum(1))
+
+
+def _confounds(
+    acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI
+) -> dict[str, np.ndarray]:
+    parameters, r2, xcorr = np.zeros((len(dwi), 6)), np.full(len(dwi), np.nan), np.full(len(dwi), np.nan)
+    for motion in motions:
+        turned = rigid_parameters(motion.transforms, motion.dwiref.grid.centre)
+        parameters[motion.volumes] = turned[:, [3, 4, 5, 0, 1, 2]]
+        r2[motion.volumes], xcorr[motion.volumes] = motion.r2, motion.xcorr
+    columns = {"framewise_displacement": framewise_displacement(parameters, acquired.dwi.run)}
+    names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
+    columns |= dict(zip(names, parameters.T, strict=True))
+    columns |= {"hmc_r2": r2, "hmc_xcorr": xcorr, "run": acquired.dwi.run.astype(int)}
+    columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs.T, strict=True))
+    columns["bval"] = dwi.bvals
+    return columns | _denoising(acquired, denoised)
+
+
+def _denoising(acquired: Acquired, denoised: Denoised) -> dict[str, np.ndarray]:
+    """Mean intensity in the brain before and after, and the mean change over the mean before, per volume."""
+    if denoised.noise is None:
+        return {}
+    inside = acquired.mask.data > 0.5
+    rows = []
+    for before, after in zip(acquired.dwi.data, denoised.dwi.data, strict=True):
+        a, b = before[inside.to(before.device)], after[inside.to(after.device)].to(before.device)
+        rows.append(
+            [float(a.mean()), float(b.mean()), float((b - a).abs().mean() / a.mean().clamp(min=1e-12))]
+        )
+    return dict(zip(("denoise_pre", "denoise_post", "denoise_change"), np.array(rows).T, strict=True))
+
+
+def _series(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) -> Row:
+    """The measures of one series, under the names that DSI Studio and QSIPrep have for them."""
+    from cs_dmri import GradientTable, qc
+
+    data = dwi.data.numpy()
+    last = np.ascontiguousarray(np.moveaxis(data, 0, -1))
+    table = GradientTable(dwi.bvals, dwi.bvecs, b0_threshold=dwi.b0_threshold)
+    row: Row = {f"dimension_{axis}": n for axis, n in zip("xyz", dwi.grid.shape, strict=True)}
+    row |= {f"voxel_size_{axis}": float(s) for axis, s in zip("xyz", dwi.grid.voxel_sizes, strict=True)}
+    row["max_b"] = float(dwi.bvals.max())
+    row["neighbor_corr"] = qc.neighboring_dwi_correlation(last, table)
+    row["masked_neighbor_corr"] = qc.neighboring_dwi_correlation(last, table, inside)
+    row["dwi_contrast"] = qc.dwi_contrast_ratio(last, table, inside)
+    row["num_bad_slices"] = int(outlier_slices(data, inside, slice_axis).sum())
+    row["num_directions"] = int((~dwi.is_b0).sum())
+    row["coherence_index"] = _coherence(dwi, inside)
+    return {prefix + name: value for name, value in row.items()}
+
+
+def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
+    """Share of voxels, weighted by FA, whose fibre direction goes on in the next voxel along it."""
+    from cs_dmri import qc
+
+    low = dwi.bvals <= TENSOR_LIMIT
+    used = low if (low & ~dwi.is_b0).sum() >= 12 else np.ones(len(dwi), bool)
+    if (used & ~dwi.is_b0).sum() < 6 or not inside.any():
+        return None
+    signals = dwi.data.numpy()[used][:, inside]
+    fa, direction = tensor_shape(tensor_fit(signals, dwi.bvals[used], dwi.bvecs[used]))
+    maps = np.zeros((*inside.shape, 4), np.float32)
+    maps[inside] = np.column_stack([fa, direction])
+    found = qc.fixel_coherence(maps[..., 1:], maps[..., 0], inside, dwi.grid.affine, world_directions=True)
+    return found["coherence"]
+
+
+def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
+    """Contrast over noise of the diffusion-weighted volumes under the model that motion was found with."""
+    use = ~dwi.is_b0
+    inside = mask.numpy() > 0.5
+    shore = "tensor" not in model
+    if use.sum() < (14 if shore else 12):
+        return None
+    matrix, freedom = shore_projection(dwi.q) if shore else (np.empty(0), float(use.sum() - 7))
+    matrix32 = matrix.astype(np.float32)
+    data, values = dwi.data.numpy().reshape(len(dwi), -1), []
+    where = np.flatnonzero(inside)
+    for start in range(0, len(where), CHUNK):
+        signals = data[:, where[start : start + CHUNK]]
+        if shore:
+            fitted = matrix32 @ signals
+        else:
+            fitted = tensor_predict(tensor_fit(signals, dwi.bvals, dwi.bvecs), dwi.bvals, dwi.bvecs)
+        values.append(
+            contrast_to_noise(signals[use], fitted[use], freedom * use.mean() if shore else freedom)
+        )
+    cnr = np.zeros(inside.shape, np.float32)
+    cnr[inside] = np.concatenate(values) if values else 0
+    return Volume(torch.from_numpy(cnr), dwi.grid)
+
+
+def _tsnr(dwi: DWI, mask: Volume) -> Volume | None:
+    """Mean over standard deviation of the b=0 volumes in the brain; None with fewer than two."""
+    b0 = dwi.data[torch.as_tensor(np.flatnonzero(dwi.is_b0))]
+    if len(b0) < 2:
+        return None
+    deviation = b0.std(0)
+    ratio = torch.where(deviation > 0, b0.mean(0) / deviation.clamp(min=1e-12), 0.0)
+    return Volume(ratio * (mask.data.cpu() > 0.5), dwi.grid)
+
+
+def _motion_summary(confounds: dict[str, np.ndarray], run: np.ndarray) -> Row:
+    moved = np.stack([confounds[f"trans_{axis}"] for axis in "xyz"])
+    turned = np.stack([confounds[f"rot_{axis}"] for axis in "xyz"])
+    fd, same = confounds["framewise_displacement"], run[1:] == run[:-1]
+    fd = fd[np.isfinite(fd)]
+    return {
+        "mean_fd": float(fd.mean()) if len(fd) else None,
+        "max_fd": float(fd.max()) if len(fd) else None,
+        "max_rotation": float(np.abs(turned).max()),
+        "max_translation": float(np.abs(moved).max()),
+        "max_rel_rotation": float(np.abs(np.diff(turned))[:, same].max(initial=0)),
+        "max_rel_translation": float(np.abs(np.diff(moved))[:, same].max(initial=0)),
+    }
+
+
+def _overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
+    """Dice overlaps, under the names that QSIPrep gives them: 1 is perfect."""
+    row: Row = {"t1_dice_distance": None, "mni_dice_distance": None}
+    if anatomy.modality != "none":
+        there = pull(anatomy.mask.data[None].float().cpu(), anatomy.mask.grid, preprocessed.mask.grid)[0]
+        row["t1_dice_distance"] = _dice(there.numpy() > 0.5, preprocessed.mask.numpy() > 0.5)
+    template, warped = anatomy.template_image, anatomy.warped
+    if template is not None and warped is not None and template.grid.matches(warped.grid):
+        row["mni_dice_distance"] = _dice(template.numpy() > 0, warped.numpy() > 0)
+    return row
+
+
+def _dice(first: np.ndarray, second: np.ndarray) -> float:
+    return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
+
+
+SHORT = ("mean", "median", "standard_deviation")
+
+
+def _summary(values: np.ndarray) -> dict[str, float | None]:
+    if not values.size:
+        return dict.fromkeys(("median", "minimum", "maximum", "mean", "standard_deviation"))
+    return {
+        "median": float(np.median(values)),
+        "minimum": float(values.min()),
+        "maximum": float(values.max()),
+        "mean": float(values.mean(dtype=float)),
+        "standard_deviation": float(values.std(dtype=float)),
+    }
+
+
+def _fieldmap(fieldmap: Volume, mask: Volume) -> Row:
+    """Off-resonance in the brain; over the whole map where the mask is on another grid."""
+    values = fieldmap.numpy()
+    if fieldmap.grid.matches(mask.grid) and (mask.numpy() > 0.5).any():
+        values = values[mask.numpy() > 0.5]
+    return {f"fieldmap_hz_{name}": value for name, value in _summary(values.ravel()).items()}
+
+
+def _slice_z(motions: tuple[Motion, ...], count: int) -> np.ndarray:
+    """Slices of all volumes; NaN where no motion was estimated or slices are fewer."""
+    slices = np.full((count, max(motion.slice_z.shape[1] for motion in motions)), np.nan)
+    for motion in motions:
+        slices[motion.volumes, : motion.slice_z.shape[1]] = motion.slice_z
+    return slices
+
+
+def _names(unit_name: str) -> Row:
+    """`file_name` and the entities in it."""
+    found = dict(part.split("-", 1) for part in unit_name.split("_") if "-" in part)
+    columns = {"subject_id": "sub", "session_id": "ses", "task_id": "task", "dir_id": "dir", "acq_id": "acq"}
+    row: Row = {"file_name": f"{unit_name}_space-ACPC_desc-preproc_dwi.nii.gz"}
+    row |= {column: found.get(entity) for column, entity in columns.items()}
+    return row | {"space_id": "ACPC", "rec_id": found.get("rec"), "run_id": found.get("run")}
+
+
+def _notes(
+    motions: tuple[Motion, ...], raw: DWI, distortion: Distortion | None, cnr: Volume | None
+) -> tuple[str, ...]:
+    notes = []
+    if len(motions) > 1:
+        notes.append(
+            "Motion is given against the reference of each phase encoding; FD starts anew with every run."
+        )
+    if raw.is_b0.sum() < 2:
+        notes.append("There are fewer than two b=0 volumes, so temporal SNR cannot be measured.")
+    if cnr is None:
+        notes.append("There are too few diffusion-weighted volumes for a contrast-to-noise map.")
+    if distortion is not None and distortion.fieldmap_hz is None:
+        notes.append("No readout time is known, so the field cannot be given in Hz.")
+    return tuple(notes)

@@ -1,0 +1,185 @@
+"""The whole app on a small phantom: outputs, truth, resume, independent readers, one bad subject among good ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dsiprep import cli
+from dsiprep.phantom import PhantomSettings, make_phantom
+from dsiprep.score import score
+
+SMALL = PhantomSettings(scheme="hasc55", resolution=5.0, t1w_resolution=2.5, moved=0.2, ideal=False, seed=3)
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_phantom(tmp_path_factory.mktemp("phantom"), SMALL)
+
+
+def command(phantom: Path, out: Path, *extra: str) -> list[str]:
+    return [str(phantom / "bids"), str(out), "participant", "--output-resolution", "5", "--sloppy",
+            "-w", str(out.parent / "work"), "--device", "cpu", *extra]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run") / "out"
+    assert cli.main(command(phantom, out, "--keep-work")) == 0
+    return out
+
+
+def fingerprint(out: Path) -> dict[str, str]:
+    """Contents of all images, transforms and tables; times and dates of reports are left aside."""
+    kinds = (".nii.gz", ".tsv", ".bvec", ".bval", ".b", ".txt", ".csv", ".mat", ".h5")
+    files = [path for path in out.rglob("*") if path.name.endswith(kinds) and "logs" not in path.parts]
+    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_errors_against_the_truth_are_small(finished: Path, phantom: Path) -> None:
+    """Bounds for 5 mm voxels and the cheapest settings; the demo and the benchmarks hold the real ones."""
+    found = {entry.name: entry.value for entry in score(finished, phantom / "truth")}
+    assert found["motion, point displacement"] < 1.0
+    assert found["b-vectors"] < 3.0
+
+
+def test_report_and_methods_are_there(finished: Path) -> None:
+    page = (finished / "sub-01.html").read_text()
+    assert "3dSHORE" in page and "could not be drawn" not in page
+    for name in ("CITATION.md", "CITATION.html", "CITATION.tex", "CITATION.bib"):
+        assert (finished / "logs" / name).stat().st_size > 200
+    assert json.loads((finished / "dataset_description.json").read_text())["DatasetType"] == "derivative"
+
+
+def test_dipy_finds_the_fibres_of_the_phantom(finished: Path, phantom: Path) -> None:
+    """The tensor that dipy fits to .bval and .bvec points along the known fibres, in the world of the T1w."""
+    from dipy.core.gradients import gradient_table
+    from dipy.io import read_bvals_bvecs
+    from dipy.reconst.dti import TensorModel
+    from scipy.ndimage import map_coordinates
+
+    from dsiprep.io.itk import read_affine
+
+    stem = next((finished / "sub-01" / "dwi").glob("*desc-preproc_dwi.bval"))
+    image = nib.load(stem.with_suffix(".nii.gz"))
+    bvals, bvecs = read_bvals_bvecs(str(stem), str(stem.with_suffix(".bvec")))
+    low = bvals < 2500
+    table = gradient_table(bvals[low], bvecs=bvecs[low], b0_threshold=100)
+    fitted = TensorModel(table).fit(np.asarray(image.dataobj)[..., low])
+    fa, peak = np.nan_to_num(fitted.fa), fitted.evecs[..., 0]
+    axes = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
+    flip = np.diag([-1.0 if np.linalg.det(axes) > 0 else 1.0, 1, 1])
+    to_anat = read_affine(next(finished.rglob("*from-anat_to-ACPC*.mat"))).matrix
+    peak = peak @ (to_anat[:3, :3] @ axes @ flip).T
+    fibres, shares = (nib.load(phantom / "truth" / f"{name}.nii.gz") for name in ("fibres", "fibre_shares"))
+    voxels = np.argwhere(fa > 0.35)
+    world = voxels @ image.affine[:3, :3].T + image.affine[:3, 3]
+    head = world @ to_anat[:3, :3].T + to_anat[:3, 3]
+    where = np.rint((head - fibres.affine[:3, 3]) @ np.linalg.inv(fibres.affine[:3, :3]).T).astype(int)
+    inside = ((where >= 0) & (where < fibres.shape[:3])).all(1)
+    where, voxels = where[inside], voxels[inside]
+    share = np.asarray(shares.dataobj)[tuple(where.T)]
+    single = share.max(-1) > 0.6
+    assert single.sum() > 50
+    direction = np.asarray(fibres.dataobj)[tuple(where.T)].reshape(-1, 2, 3)[np.arange(len(where)), share.argmax(-1)]
+    cosine = np.abs((peak[tuple(voxels.T)] * direction).sum(-1))[single]
+    assert np.degrees(np.arccos(np.clip(np.median(cosine), 0, 1))) < 15
+    assert map_coordinates(fa, voxels.T, order=0).min() > 0.35
+
+
+def test_derivatives_are_valid_bids(finished: Path) -> None:
+    program = Path(sys.executable).with_name("bids-validator-deno")
+    done = subprocess.run([program, finished, "--format", "json"], capture_output=True, text=True, check=False)
+    issues = json.loads(done.stdout)["issues"]["issues"]
+    errors = [f"{i['code']} {i.get('location')}" for i in issues if i["severity"] == "error"]
+    assert not errors
+
+
+def test_a_run_that_was_stopped_goes_on_with_identical_outputs(finished: Path, phantom: Path, tmp_path: Path) -> None:
+    """Every stage after motion is taken away, as if the run had been killed there; then once more from nothing."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    shutil.copytree(finished.parent / "work", work)
+    kept = ("acquisition", "denoise", "motion")
+    for folder in (work / "sub-01").iterdir():
+        if not folder.name.startswith(kept):
+            shutil.rmtree(folder)
+    before = {path.name: path.stat().st_mtime_ns for path in (work / "sub-01").iterdir()}
+    assert cli.main(command(phantom, out, "--keep-work")) == 0
+    after = {path.name: path.stat().st_mtime_ns for path in (work / "sub-01").iterdir()}
+    assert {name: after[name] for name in before} == before
+    assert fingerprint(out) == fingerprint(finished)
+
+
+def test_finished_work_is_removed_and_another_motion_setting_reruns_motion_only(
+    finished: Path, phantom: Path, tmp_path: Path
+) -> None:
+    work, out = tmp_path / "work", tmp_path / "out"
+    shutil.copytree(finished.parent / "work", work)
+    names = {path.name for path in (work / "sub-01").iterdir()}
+    assert cli.main(command(phantom, out, "--keep-work", "--hmc-transform", "Affine")) == 0
+    new = {path.name.split("-")[0] for path in (work / "sub-01").iterdir() if path.name not in names}
+    assert "motion" in new and "resample" in new
+    assert not new & {"acquisition", "denoise", "anatomy"}
+    assert cli.main(command(phantom, out)) == 0
+    assert not (work / "sub-01").exists()
+
+
+def test_reports_only_computes_nothing(finished: Path, phantom: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = fingerprint(finished)
+    (finished / "sub-01.html").unlink()
+    assert cli.main(command(phantom, finished, "--reports-only")) == 0
+    assert (finished / "sub-01.html").exists() and fingerprint(finished) == before
+    assert cli.main(command(phantom, finished, "--reports-only", "--shoreline-iters", "2", "--hmc-tolerance", "1")) == 1
+    assert "--keep-work" in capsys.readouterr().err
+
+
+def test_dry_run_says_what_would_be_done(phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(phantom, tmp_path / "out", "--dry-run")) == 0
+    said = capsys.readouterr().out
+    assert "sub-01_dir-PA_dwi.nii.gz" in said and "sub-01_dir-AP_epi.nii.gz" in said
+    assert "CS-DSI" in said and "3dSHORE" in said and "drbuddi" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [("--hmc-method", "eddy"), ("--sdc-method", "topup"), ("--pepolar-method", "TOPUP")])
+def test_shell_tools_are_refused_on_a_lattice(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, str]
+) -> None:
+    assert cli.main(command(phantom, tmp_path / "out", *words)) == 2
+    said = capsys.readouterr().err
+    assert "suit shelled data" in said and "--hmc-method shoreline --sdc-method drbuddi" in said
+
+
+def test_one_bad_subject_does_not_stop_the_others(
+    phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bids = tmp_path / "bids"
+    shutil.copytree(phantom / "bids", bids)
+    shutil.copytree(bids / "sub-01", bids / "sub-00")
+    for path in sorted((bids / "sub-00").rglob("sub-01*")):
+        path.rename(path.with_name(path.name.replace("sub-01", "sub-00")))
+    image = next((bids / "sub-00" / "dwi").glob("*.nii.gz"))
+    image.write_bytes(image.read_bytes()[:20000])
+    words = command(phantom, tmp_path / "out", "--hmc-method", "none", "--ignore", "fieldmaps", "--anat-modality", "none")
+    assert cli.main([str(bids), *words[1:]]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "failed" in said and "done" in said and "Traceback" not in said
+    assert "Traceback" in (next((tmp_path / "out" / "logs").glob("sub-00*.log"))).read_text()
+    assert list((tmp_path / "out" / "sub-01" / "dwi").glob("*desc-preproc_dwi.nii.gz"))
+    assert not (tmp_path / "out" / "sub-00" / "dwi").exists()
+
+
+def test_input_is_never_touched(finished: Path, phantom: Path) -> None:
+    assert finished.exists()
+    names = sorted(path.relative_to(phantom / "bids").as_posix() for path in (phantom / "bids").rglob("*"))
+    assert not [name for name in names if "derivatives" in name or "work" in name]
+
+
