@@ -42,8 +42,12 @@ def ellipsoids(points: np.ndarray) -> np.ndarray:
 
     labels = np.full(points.shape[:-1], AIR)
     for radii, tissue in (
-        ((78, 96, 84), SCALP), ((70, 88, 74), CSF), ((67, 84, 70), GREY), ((55, 70, 56), WHITE), ((14, 26, 12), CSF),
-    ):  # fmt: skip
+        ((78, 96, 84), SCALP),
+        ((70, 88, 74), CSF),
+        ((67, 84, 70), GREY),
+        ((55, 70, 56), WHITE),
+        ((14, 26, 12), CSF),
+    ):
         labels[inside(*radii)] = tissue
     return labels
 
@@ -143,7 +147,9 @@ def make_subject(
     blip_of = np.where(np.arange(n) % 2 == 0, 0, blips - 1) if blips == 2 else np.zeros(n, int)
     blip_of = np.sort(blip_of)
     acpc_bvecs = rotate_bvecs(bvecs, transforms) @ acpc_from_dwi[:3, :3].T
-    clean = np.stack([signal(distorted[blip_of[v]], points, bvals[v], acpc_bvecs[v]) for v in range(n)]) * 1000
+    clean = (
+        np.stack([signal(distorted[blip_of[v]], points, bvals[v], acpc_bvecs[v]) for v in range(n)]) * 1000
+    )
     sigma = 18 + 14 * np.exp(-np.square(points / 60).sum(-1))
     noisy = np.hypot(clean + sigma * rng.normal(size=clean.shape), sigma * rng.normal(size=clean.shape))
     noisy[n // 3, :, :, grid.shape[2] // 2] *= 0.4
@@ -153,9 +159,14 @@ def make_subject(
 
     mask = volume((tissue != AIR) & (tissue != SCALP), grid)
     scheme = SamplingScheme(
-        "DSI", False, tuple(np.unique(bvals[bvals > 0])), int((bvals > 0).sum()), int((bvals == 0).sum()), 4000.0,
-        f"Cartesian DSI, {int((bvals > 0).sum())} directions on a lattice of radius {radius} (full sphere), b to 4000",
-    )  # fmt: skip
+        "DSI",
+        False,
+        tuple(np.unique(bvals[bvals > 0])),
+        int((bvals > 0).sum()),
+        int((bvals == 0).sum()),
+        4000.0,
+        f"Cartesian DSI, {int((bvals > 0).sum())} directions, radius {radius} (full sphere), b to 4000",
+    )
     names = ("up", "down") if blips == 2 else ("only",)
     empty = torch.zeros((0, *grid.shape))
     blip_list = tuple(Blip(name, e, empty) for name, e in zip(names, pe, strict=True))
@@ -172,17 +183,24 @@ def make_subject(
         denoised=Denoised(series(clean), volume(sigma, grid), None, "MP-PCA in windows of 5x5x5 voxels."),
         motions=motions,
         distortion=_distortion(pe, grid, hz, dwiref, before) if blips == 2 else None,
-        distortion_reason="two phase encodings, j- and j" if blips == 2 else "only one phase encoding, no fieldmap",
+        distortion_reason="two phase encodings, j- and j" if blips == 2 else "only one phase encoding",
         anatomy=_anatomy(labels, anat_spacing, rng),
         coregistration=Coregistration(dwiref_to_acpc, 0.21, 0.38, "mutual information"),
         preprocessed=_preprocessed(labels, out, bvals, acpc_bvecs, blip_of, rng),
         quality=_quality(drift, bvals, acpc_bvecs, z, out, labels, unit),
         seconds={
-            "acquisition": 3.1, "denoise": 41.0, "motion-up": 88.0, "motion-down": 61.0, "distortion": 35.5,
-            "anatomy": 74.0, "coregister": 6.2, "resample": 19.0, "quality": 9.3,
+            "acquisition": 3.1,
+            "denoise": 41.0,
+            "motion-up": 88.0,
+            "motion-down": 61.0,
+            "distortion": 35.5,
+            "anatomy": 74.0,
+            "coregister": 6.2,
+            "resample": 19.0,
+            "quality": 9.3,
         },
         device="cpu",
-    )  # fmt: skip
+    )
 
 
 def _shift(hz: np.ndarray, pe: PhaseEncoding, grid: Grid) -> np.ndarray:
@@ -205,9 +223,14 @@ def _unit(session: str | None, blips: int) -> Unit:
 
 
 def _motion(
-    b: int, blip_of: np.ndarray, transforms: np.ndarray, dwiref: Volume, mask: Volume, bvals: np.ndarray,
+    b: int,
+    blip_of: np.ndarray,
+    transforms: np.ndarray,
+    dwiref: Volume,
+    mask: Volume,
+    bvals: np.ndarray,
     rng: np.random.Generator,
-) -> Motion:  # fmt: skip
+) -> Motion:
     chosen = np.flatnonzero(blip_of == b)
     m = len(chosen)
     z = rng.normal(0, 1, (m, dwiref.grid.shape[2]))
@@ -215,16 +238,31 @@ def _motion(
     r2 = 0.97 - bvals[chosen] / 30000 - rng.uniform(0, 0.08, m)
     trace = [
         {
-            "iter_num": float(k), "volume": float(v),
-            "shiftX": transforms[v][0, 3] * (1 - 0.3**k), "shiftY": transforms[v][1, 3] * (1 - 0.3**k),
-            "shiftZ": transforms[v][2, 3] * (1 - 0.3**k), "rotateX": 0.0, "rotateY": 0.0, "rotateZ": 0.0,
+            "iter_num": float(k),
+            "volume": float(v),
+            "shiftX": transforms[v][0, 3] * (1 - 0.3**k),
+            "shiftY": transforms[v][1, 3] * (1 - 0.3**k),
+            "shiftZ": transforms[v][2, 3] * (1 - 0.3**k),
+            "rotateX": 0.0,
+            "rotateY": 0.0,
+            "rotateZ": 0.0,
         }
         for k in range(1, 5)
         for v in chosen
-    ]  # fmt: skip
+    ]
     notes = ("Volume 12 did not settle in four rounds (last change 0.06 mm).",) if b == 0 else ()
     return Motion(
-        transforms[chosen], chosen, dwiref, mask, r2, np.sqrt(r2), z.astype(np.float32), 2, trace, "3dSHORE", notes
+        transforms[chosen],
+        chosen,
+        dwiref,
+        mask,
+        r2,
+        np.sqrt(r2),
+        z.astype(np.float32),
+        2,
+        trace,
+        "3dSHORE",
+        notes,
     )
 
 
@@ -235,11 +273,21 @@ def _distortion(
         DisplacementField(torch.as_tensor(np.moveaxis(_shift(hz, e, grid), -1, 0).astype(np.float32)), grid)
         for e in pe
     )
-    trace = [{"level": float(s), "cost": np.exp(-i / 9) + 0.1 * s, "step": 1.0} for s in (4, 2, 1) for i in range(20)]
+    trace = [
+        {"level": float(s), "cost": np.exp(-i / 9) + 0.1 * s, "step": 1.0}
+        for s in (4, 2, 1)
+        for i in range(20)
+    ]
     return Distortion(
-        np.stack([np.eye(4)] * len(pe)), fields, volume(hz, grid), dwiref, tuple(before),
-        (dwiref, dwiref), trace, "drbuddi",
-    )  # fmt: skip
+        np.stack([np.eye(4)] * len(pe)),
+        fields,
+        volume(hz, grid),
+        dwiref,
+        tuple(before),
+        (dwiref, dwiref),
+        trace,
+        "drbuddi",
+    )
 
 
 def _anatomy(labels: Labels, spacing: float, rng: np.random.Generator) -> Anatomy:
@@ -251,13 +299,26 @@ def _anatomy(labels: Labels, spacing: float, rng: np.random.Generator) -> Anatom
     brain = Volume(image.data * mask.data, grid)
     to = Chain((Affine(np.eye(4), "ACPC", "MNI"),), "ACPC", "MNI")
     return Anatomy(
-        "T1w", image, mask, probability, Affine(np.eye(4), "anat", "ACPC"), to, to, "MNI152NLin2009cAsym", brain,
+        "T1w",
+        image,
+        mask,
+        probability,
+        Affine(np.eye(4), "anat", "ACPC"),
+        to,
+        to,
+        "MNI152NLin2009cAsym",
+        brain,
         volume(np.roll(brain.numpy(), 1, 1), grid),
-    )  # fmt: skip
+    )
 
 
 def _preprocessed(
-    labels: Labels, grid: Grid, bvals: np.ndarray, bvecs: np.ndarray, blip: np.ndarray, rng: np.random.Generator
+    labels: Labels,
+    grid: Grid,
+    bvals: np.ndarray,
+    bvecs: np.ndarray,
+    blip: np.ndarray,
+    rng: np.random.Generator,
 ) -> Preprocessed:
     points = voxels(grid)
     tissue = labels(points)
@@ -269,7 +330,13 @@ def _preprocessed(
 
 
 def _quality(
-    drift: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray, z: np.ndarray, grid: Grid, labels: Labels, unit: Unit
+    drift: np.ndarray,
+    bvals: np.ndarray,
+    bvecs: np.ndarray,
+    z: np.ndarray,
+    grid: Grid,
+    labels: Labels,
+    unit: Unit,
 ) -> Quality:
     step = np.abs(np.diff(drift, axis=0)) @ np.array([1, 1, 1, 50, 50, 50.0])
     fd = np.concatenate([[np.nan], step])
@@ -278,14 +345,34 @@ def _quality(
         confounds[f"trans_{axis}"], confounds[f"rot_{axis}"] = drift[:, d], drift[:, 3 + d]
         confounds[f"grad_{axis}"] = bvecs[:, d]
     table: dict[str, float | str | None] = {
-        "file_name": unit.name, "subject_id": unit.subject, "raw_neighbor_corr": 0.71, "t1_neighbor_corr": 0.83,
-        "raw_masked_neighbor_corr": 0.74, "raw_num_bad_slices": 2.0, "raw_coherence_index": 0.87,
-        "raw_dwi_contrast": 1.13, "t1_dwi_contrast": 1.25, "t1_coherence_index": 0.90, "raw_max_b": 4000.0,
-        "raw_dimension_x": 24.0, "raw_voxel_size_x": 8.0, "mean_fd": float(np.nanmean(fd)),
-        "max_fd": float(np.nanmax(fd)), "max_rotation": 0.03, "max_translation": 1.9, "t1_dice_distance": 0.94,
-        "mni_dice_distance": 0.96, "CNR1_mean": 1.9, "CNR1_median": 1.7, "fieldmap_hz_median": -7.0,
-        "fieldmap_hz_minimum": -8.1, "fieldmap_hz_maximum": 101.0, "session_id": None,
-    }  # fmt: skip
+        "file_name": unit.name,
+        "subject_id": unit.subject,
+        "raw_neighbor_corr": 0.71,
+        "t1_neighbor_corr": 0.83,
+        "raw_masked_neighbor_corr": 0.74,
+        "raw_num_bad_slices": 2.0,
+        "raw_coherence_index": 0.87,
+        "raw_dwi_contrast": 1.13,
+        "t1_dwi_contrast": 1.25,
+        "t1_coherence_index": 0.90,
+        "raw_max_b": 4000.0,
+        "raw_dimension_x": 24.0,
+        "raw_voxel_size_x": 8.0,
+        "mean_fd": float(np.nanmean(fd)),
+        "max_fd": float(np.nanmax(fd)),
+        "max_rotation": 0.03,
+        "max_translation": 1.9,
+        "t1_dice_distance": 0.94,
+        "mni_dice_distance": 0.96,
+        "CNR1_mean": 1.9,
+        "CNR1_median": 1.7,
+        "fieldmap_hz_median": -7.0,
+        "fieldmap_hz_minimum": -8.1,
+        "fieldmap_hz_maximum": 101.0,
+        "session_id": None,
+    }
     tissue = labels(voxels(grid))
     inside = (tissue != AIR) & (tissue != SCALP)
-    return Quality(table, confounds, z, volume(inside * 1.8, grid), volume(inside * 22.0, grid), ("No DSI Studio.",))
+    return Quality(
+        table, confounds, z, volume(inside * 1.8, grid), volume(inside * 22.0, grid), ("No DSI Studio.",)
+    )

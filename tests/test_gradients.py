@@ -22,7 +22,16 @@ from dsiprep.io.gradients import (
 from dsiprep.io.nifti import to_lps
 
 # voxel axes, and the frame that FSL's convention gives for them: the first one turned where det > 0
-FRAMES = {"RAS": "LAS", "LAS": "LAS", "LPS": "RPS", "RPS": "RPS", "PSR": "PSR", "ASR": "PSR", "SPL": "IPL"}
+FRAMES = {
+    "RAS": "LAS",
+    "LAS": "LAS",
+    "LPS": "RPS",
+    "RPS": "RPS",
+    "PSR": "PSR",
+    "ASR": "PSR",
+    "SPL": "SPL",
+    "SPR": "IPR",
+}
 WORLD = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
@@ -93,7 +102,9 @@ def test_three_formats_agree(codes: str, oblique: bool, tmp_path: Path) -> None:
 
 
 def test_b_table_is_as_dsi_studio_prints_it(tmp_path: Path) -> None:
-    write_dsi_studio(tmp_path / "t", np.array([0.0, 994.9999]), np.array([[0, 0, 0], [1.0, 0, 0]]), grid_of("LPS"))
+    write_dsi_studio(
+        tmp_path / "t", np.array([0.0, 994.9999]), np.array([[0, 0, 0], [1.0, 0, 0]]), grid_of("LPS")
+    )
     assert (tmp_path / "t").read_text() == "0 0.000000 0.000000 0.000000\n995 -1.000000 0.000000 0.000000\n"
 
 

@@ -70,7 +70,8 @@ class Subject:
         turned = np.einsum("nji,nj->ni", self.poses[:, :3, :3], self.bvecs)
         table = {
             "template": "MNI152NLin2009aSym", "brain_centre": CENTRE.tolist(), "bvals": self.bvals.tolist(),
-            "bvecs_scanner": self.bvecs.tolist(), "bvecs_head": turned.tolist(), "moved": [False] * 6 + [True] * 6,
+            "bvecs_scanner": self.bvecs.tolist(), "bvecs_head": turned.tolist(),
+            "moved": [False] * 6 + [True] * 6,
             "head_to_scanner": self.poses.tolist(), "phase_encoding_direction": "j-", "readout_time_s": 0.05,
             "grid_affine": RAW.tolist(),
         }  # fmt: skip
@@ -232,9 +233,8 @@ def test_wrong_places_are_measured(subject: Subject) -> None:
     assert found["coregistration: error"] == pytest.approx(1.5, abs=1e-3)
     assert found["all together"] == pytest.approx(1.5, abs=0.1)
     assert found["template: error"] == pytest.approx(2.0, abs=0.02)
-    assert found["brain mask: T1w"] == pytest.approx(
-        1 - 1.5 * 6 / 90, abs=0.02
-    )  # of balls shifted by 6 of 90 mm
+    # Dice of two balls of 90 mm, 6 mm apart
+    assert found["brain mask: T1w"] == pytest.approx(1 - 1.5 * 6 / 90, abs=0.02)
     assert found["tissue: WM"] < 0.9 and found["b=0 reference"] < 0.95
 
 
@@ -243,7 +243,10 @@ def test_wrong_vectors_are_measured(subject: Subject) -> None:
     found = _values(subject.write(turn=turn))
     world = subject.bvecs[1:]
     assert found["b-vectors: .bvec"] == pytest.approx(found["b-vectors: .b"], abs=1e-4)
-    assert 2.0 < found["b-vectors: .b"] < 5.0 and len(world) == N - 1
+    acpc = np.einsum("nji,nj->ni", subject.poses[1:, :3, :3], world) @ subject.acpc_to_head[:3, :3]
+    off_axis = np.sqrt(1 - acpc[:, 2] ** 2)  # a vector at angle t to the axis turns by 2 asin(sin t sin 2.5)
+    wanted = np.rad2deg(2 * np.arcsin(off_axis * np.sin(np.deg2rad(2.5))))
+    assert found["b-vectors: .b"] == pytest.approx(wanted.mean(), rel=1e-4)
 
 
 def test_what_is_absent_is_said(subject: Subject, tmp_path: Path) -> None:

@@ -330,7 +330,7 @@ def refuse_shell_tools(chosen: settings.Settings, units: Sequence[Unit]) -> None
     from dsiprep.io.bids import scheme_of
 
     for unit in units:
-        scheme = scheme_of(unit, chosen.acquisition)
+        scheme = scheme_of(unit, chosen.acquisition.b0_threshold)
         if not scheme.shelled:
             flag, value = wrong[0]
             raise SettingsError(f"{flag} {value}: {unit.name} is {scheme.description}. {SHELLS_ONLY}")
@@ -361,6 +361,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
     from dsiprep.io.bids import find_units
     from dsiprep.show import print_plan, run_and_show
 
+    failed: dict[str, DsiprepError] = {}
     units = find_units(
         options.bids_dir.resolve(),
         chosen,
@@ -370,14 +371,20 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         ignore=frozenset(options.ignore),
         separate_all_dwis=options.separate_all_dwis,
         distortion_group_merge=options.distortion_group_merge,
+        failed=failed,
     )
     refuse_shell_tools(chosen, units)
+    for subject, error in failed.items():
+        print(f"dsiprep: sub-{subject}: {error}", file=sys.stderr)
     if options.dry_run:
         print_plan(units, chosen)
-        return 0
+        return 1 if failed else 0
+    if not units or (failed and options.stop_on_first_crash):
+        return 1
     jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(words))
     processes = _processes(options, jobs)
-    return run_and_show(jobs, processes, options.stop_on_first_crash)
+    code = run_and_show(jobs, processes, options.stop_on_first_crash)
+    return 1 if failed else code
 
 
 def _read_filters(path: Path | None) -> dict[str, Any] | None:

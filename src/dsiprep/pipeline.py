@@ -25,7 +25,7 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
-from dsiprep.io.bids import read_unit
+from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.ops.mask import brain_mask_b0
@@ -70,6 +70,7 @@ def preprocess(
     """
     cache = cache or Cache(None)
     on = torch.device(device)
+    require_files(unit)
     raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
     acquired = cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)

@@ -20,7 +20,7 @@ def print_plan(units: Sequence[Unit], settings: Settings) -> None:
 
     console = Console(highlight=False, soft_wrap=True)
     for unit in units:
-        scheme = scheme_of(unit, settings.acquisition)
+        scheme = scheme_of(unit, settings.acquisition.b0_threshold)
         console.print(explain(unit, scheme), markup=False)
         console.print("  Stages:")
         for stage, method in plan_stages(unit, scheme, settings).items():

@@ -138,7 +138,7 @@ class SamplingScheme:
     max_b : float
         s/mm².
     description : str
-        One line for people: "Cartesian DSI, 257 directions on a lattice of radius 5 (full sphere), b to 7000".
+        One line for people: "Cartesian DSI, 257 directions on a lattice of radius 5 (half sphere), b to 7000".
     """
 
     kind: str

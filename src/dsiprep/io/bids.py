@@ -28,8 +28,9 @@ from qsiplan.validation import GroupingIssue
 from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, Unit
 from dsiprep.errors import DsiprepError, InputError, MetadataError, SettingsError
 from dsiprep.io.filters import Filters, apply_filters, check_filters, entities
-from dsiprep.io.nifti import read_shape
+from dsiprep.io.nifti import count_volumes
 from dsiprep.io.raw import explain, read_unit, require_files, scheme_of
+from dsiprep.io.reasons import reasons
 from dsiprep.io.sidecars import check_pair, kept_fields, phase_encoding
 from dsiprep.settings import Settings
 
@@ -265,11 +266,31 @@ def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIs
 
 def _raise_errors(grouping: DWIGrouping, except_for: tuple[str, ...] = ()) -> None:
     for issue in grouping.errors:
-        if issue.code not in except_for:
+        # nothing is read from the sidecars of structural images, so they may be ambiguous
+        structural = issue.files and all(
+            grouping.files[path].is_anat for path in issue.files if path in grouping.files
+        )
+        if issue.code not in except_for and not (structural and "json" in issue.code):
             raise MetadataError(f"sub-{grouping.subject_id}: {issue.message}")
 
 
+def _check_pairs(subject: _Subject, grouping: DWIGrouping) -> dict[str, str]:
+    """Raise a MetadataError for readout times that cannot go together; a note for each field without any."""
+    notes: dict[str, str] = {}
+    for name in {found for found in grouping.application.values() if found}:
+        estimation = grouping.estimations[name]
+        known = {path: pe for path in estimation.sources if (pe := subject.encodings.get(path))}
+        fmap = any(grouping.files[path].datatype == "fmap" for path in estimation.sources)
+        way_out = "--ignore fieldmaps" if fmap else "--ignore pepolar-dwis"
+        for axis in {pe.axis for pe in known.values()}:
+            along = {Path(path).name: pe for path, pe in known.items() if pe.axis == axis}
+            if len({pe.polarity for pe in along.values()}) > 1 and (note := check_pair(along, way_out)):
+                notes[name] = note
+    return notes
+
+
 def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) -> list[Unit]:
+    pair_notes = _check_pairs(subject, grouping)
     selection = selection_for_config("shoreline", "drbuddi")
     scheme = concatenation_scheme(grouping, selection)
     finals = list(scheme.values())
@@ -277,40 +298,26 @@ def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) ->
     for planned in to_preproc_units(grouping, selection):
         final = scheme[planned.output_name]
         alone = finals.count(final) == 1
-        units.append(_as_unit(subject, planned, final if alone else planned.output_name, split, alone))
+        unit = _as_unit(subject, planned, split, alone)
+        if planned.is_pepolar and planned.estimation.b0field_id in pair_notes:
+            unit = replace(unit, notes=(*unit.notes, pair_notes[planned.estimation.b0field_id]))
+        units.append(replace(unit, name=final) if alone else unit)
     return units
 
 
-def _as_unit(subject: _Subject, planned: PreprocUnit, name: str, split: bool, alone: bool) -> Unit:
-    from dsiprep.io.reasons import reasons
-
+def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool, alone: bool) -> Unit:
     session = planned.dwi_records[0].session
-    runs, epis, short = _runs_and_references(subject, planned)
     _require_directions(subject, planned)
+    runs, epis, short = _runs_and_references(subject, planned)
     notes = reasons(planned, subject.options.ignore, short, split, alone)
-    if planned.is_pepolar:
-        pair = {Path(r).name: pe for r in planned.estimation.sources if (pe := subject.encodings.get(r))}
-        way_out = (
-            "--ignore pepolar-dwis"
-            if not any(_is_fmap(planned, e.image) for e in epis)
-            else "--ignore fieldmaps"
-        )
-        notes += [note] if (note := check_pair(pair, way_out)) else []
-    members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
-    notes += [
-        note
-        for path in members
-        for note in subject.notes.get(path, ())
-        if "sdc" not in subject.options.ignore
-    ]
+    if "sdc" not in subject.options.ignore:
+        members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
+        notes += [note for path in members for note in subject.notes.get(path, ())]
     t1w, borrowed = subject.anatomy(session, "T1w")
-    notes += [borrowed] if borrowed else []
     t2w, _ = subject.anatomy(session, "T2w")
+    notes += [borrowed] if borrowed else []
+    name = planned.output_name
     return Unit(subject.label, session, name, runs, epis, t1w, t2w, tuple(dict.fromkeys(notes)))
-
-
-def _is_fmap(planned: PreprocUnit, path: Path) -> bool:
-    return bool(planned.grouping.files[str(path)].datatype == "fmap")
 
 
 def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:
@@ -330,7 +337,7 @@ def _runs_and_references(
     subject: _Subject, planned: PreprocUnit
 ) -> tuple[tuple[Run, ...], tuple[EpiReference, ...], list[str]]:
     """The runs to process, the b=0 images that only show the distortion, and the short series among those."""
-    lengths = {path: _volumes(path) for path in planned.dwi_files}
+    lengths = {path: count_volumes(Path(path), SHORT_SERIES) for path in planned.dwi_files}
     short = [path for path in planned.dwi_files if _serves_as_reference(subject, path, lengths)]
     runs = tuple(_run(subject, planned, path) for path in planned.dwi_files if path not in short)
     directions = {run.pe.direction for run in runs if run.pe}
@@ -355,15 +362,6 @@ def _serves_as_reference(subject: _Subject, path: str, lengths: dict[str, int]) 
         if (one := subject.encodings.get(other)) and one.axis == pe.axis and one.polarity != pe.polarity
     ]
     return any(length >= 2 * lengths[path] for length in opposite)
-
-
-def _volumes(path: str) -> int:
-    """How many volumes the header tells; many if it cannot be read, which is told when the file is read."""
-    try:
-        shape = read_shape(Path(path))
-    except InputError:
-        return SHORT_SERIES
-    return shape[3] if len(shape) > 3 else 1
 
 
 def _run(subject: _Subject, planned: PreprocUnit, path: str) -> Run:

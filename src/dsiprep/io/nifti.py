@@ -100,6 +100,15 @@ def read_shape(path: Path) -> tuple[int, ...]:
         raise InputError(f"{path}: not readable as NIfTI ({_short(problem)})") from None
 
 
+def count_volumes(path: Path, unreadable: int) -> int:
+    """How many volumes the header tells, or `unreadable`: what is wrong is told when the file is read."""
+    try:
+        shape = read_shape(path)
+    except InputError:
+        return unreadable
+    return shape[3] if len(shape) > 3 else 1
+
+
 def write_image(
     path: Path, data: np.ndarray | torch.Tensor, grid: Grid, discrete: bool = False, level: int = 1
 ) -> None:

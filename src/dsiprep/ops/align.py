@@ -16,38 +16,31 @@ import torch
 from scipy.linalg import expm
 
 from dsiprep.data.grid import Grid
+from dsiprep.ops.affine import rigid_parameters
+from dsiprep.ops.points import PointSet, target_gradients
 
-__all__ = ["Aligned", "PointSet", "align", "normal_equations", "point_set", "read", "target_gradients"]
+__all__ = ["Aligned", "Rest", "align", "normal_equations", "read"]
 
+DONE = 0.005  # mm that a last step moves points, root mean square
 FREEDOM = 4.0  # degrees of freedom of the Student t distribution of residuals
 
 
 @dataclass(frozen=True, eq=False)
-class PointSet:
-    """The voxels of a reference grid where target and volumes are compared.
+class Rest:
+    """Where volumes are expected: a pull towards `poses` that fades for volumes that are clearly elsewhere.
+
+    The distance d of a pose from where it is expected follows a Student t distribution of scale `jitter`.
 
     Attributes
     ----------
-    grid : Grid
-        The reference grid.
-    voxels : ndarray, (m, 3), float32
-        Voxel coordinates.
-    world : ndarray, (m, 3), float32
-        World RAS+ mm, less `centre`.
-    centre : ndarray, (3,)
-        Mean position of the points in mm; rotations are about it.
-    neighbours : ndarray, (m, 6), int32
-        Where in the point set the neighbours along -i, +i, -j, +j, -k, +k are; the point itself at the rim.
+    poses : ndarray, (n, 4, 4)
+        Points of the reference to points of each volume, RAS+ mm.
+    jitter : float
+        mm, per axis, of points at the root mean square distance from the centre.
     """
 
-    grid: Grid
-    voxels: np.ndarray
-    world: np.ndarray
-    centre: np.ndarray
-    neighbours: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.voxels)
+    poses: np.ndarray
+    jitter: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,9 +54,7 @@ class Aligned:
     gain : ndarray, (n,)
         Intensity of the volume over that of its target.
     rms : ndarray, (n,)
-        Scale of the residual (Student t), in the unit of the volumes.
-    cost : ndarray, (n,)
-        Mean robust cost, log(1 + r² / (nu s²)) with s the scale given or estimated: lower is better.
+        Scale of the residual (Student t), in the unit of the volumes: the smaller, the better the fit.
     """
 
     transforms: np.ndarray
@@ -71,49 +62,9 @@ class Aligned:
     rms: np.ndarray
 
 
-def point_set(mask: torch.Tensor, grid: Grid) -> PointSet:
-    """The voxels of `grid` where `mask` (i, j, k) is above one half."""
-    inside = np.pad(mask.detach().cpu().numpy() > 0.5, 1)
-    number = np.full(inside.shape, -1, np.int64)
-    where = np.argwhere(inside)
-    number[inside] = np.arange(len(where))
-    columns = []
-    for axis in range(3):
-        for step in (-1, 1):
-            beside = where.copy()
-            beside[:, axis] += step
-            found = number[tuple(beside.T)]
-            columns.append(np.where(found < 0, np.arange(len(where)), found))
-    voxels = where - 1
-    world = grid.to_world(voxels)
-    centre = world.mean(axis=0)
-    return PointSet(
-        grid,
-        voxels.astype(np.float32),
-        (world - centre).astype(np.float32),
-        centre,
-        np.stack(columns, axis=1).astype(np.int32),
-    )
-
-
-def target_gradients(targets: torch.Tensor, points: PointSet) -> torch.Tensor:
-    """World gradients of (n, m) targets by central differences (one-sided at the rim), (n, m, 3), per mm."""
-    near = torch.as_tensor(points.neighbours, device=targets.device).long()
-    own = torch.arange(len(points), device=targets.device)
-    # voxel index = inverse @ world, so the world gradient is inverse' @ the gradient per voxel
-    inverse = torch.as_tensor(
-        np.linalg.inv(points.grid.affine[:3, :3]), dtype=torch.float32, device=targets.device
-    )
-    out = torch.zeros(*targets.shape, 3, device=targets.device)
-    for axis in range(3):
-        low, high = near[:, 2 * axis], near[:, 2 * axis + 1]
-        steps = (low != own).float() + (high != own).float()
-        slope = (targets[:, high] - targets[:, low]) / steps.clamp(min=1)
-        out += slope[..., None] * inverse[axis]
-    return out
-
-
-def read(volumes: torch.Tensor, grid: Grid, points: PointSet, transforms: np.ndarray, fill: torch.Tensor) -> torch.Tensor:
+def read(
+    volumes: torch.Tensor, grid: Grid, points: PointSet, transforms: np.ndarray, fill: torch.Tensor
+) -> torch.Tensor:
     """Each volume at the transformed points, (n, m); where that is outside the volume, `fill` (n, m)."""
     maps = _voxel_maps(grid, points, transforms)
     if volumes.device.type == "cpu":
@@ -186,7 +137,7 @@ def align(
     starts: np.ndarray,
     affine: bool = False,
     steps: int = 10,
-    tolerance: float = 0.005,
+    rest: Rest | None = None,
 ) -> Aligned:
     """Move each volume until it fits its target.
 
@@ -203,9 +154,14 @@ def align(
     affine : bool
         12 degrees of freedom instead of 6.
     steps : int
-        Upper bound on Gauss-Newton steps.
-    tolerance : float
-        A volume is done when a step moves its points by less than this (mm, root mean square).
+        Upper bound on Gauss-Newton steps; a volume is done before when a step moves its points by less than
+        0.005 mm (root mean square).
+    rest : Rest, optional
+        Where the volumes are expected; nowhere in particular by default.
+
+    References
+    ----------
+    Baker & Matthews 2004, doi 10.1023/B:VISI.0000011205.11775.fd.
     """
     count = len(volumes)
     transforms = np.array(starts, float)
@@ -213,23 +169,63 @@ def align(
     gain, scale = np.ones(count), np.full(count, np.inf)
     active = np.arange(count)
     spread = np.sqrt((points.world.astype(float) ** 2).mean(axis=0))
-    for step in range(steps + 2):
+    for step in range(steps):
         some = torch.as_tensor(active, device=volumes.device)
         hessian, slope, sums = normal_equations(
-            _take(volumes, some), grid, points, transforms[active], _take(targets, some), _take(gradients, some),
-            gain[active], scale[active], affine,
+            _take(volumes, some),
+            grid,
+            points,
+            transforms[active],
+            _take(targets, some),
+            _take(gradients, some),
+            gain[active],
+            scale[active],
+            affine,
         )
         scale[active] = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1)) + 1e-12
+        if rest is not None and step > 0:
+            away = _away(transforms[active], rest.poses[active], points.centre, affine)
+            _pull(hessian, slope, away, rest.jitter, spread, scale[active])
         delta = _solve(hessian, slope)
         gain[active] += delta[:, -1]
-        if step < 2 and False:
-            continue
         move, size = _increments(delta[:, :-1], points.centre, spread)
         transforms[active] = transforms[active] @ np.linalg.inv(move)
-        active = active[(size > tolerance) | (step < 1)]
+        active = active[(size > DONE) | (step < 2)]
         if not len(active):
             break
     return Aligned(transforms, gain, scale)
+
+
+def _away(transforms: np.ndarray, poses: np.ndarray, centre: np.ndarray, affine: bool) -> np.ndarray:
+    """The step that leads from each transform back to its pose, in the parameters of a step, (n, 6 or 12)."""
+    difference = np.linalg.inv(poses) @ transforms
+    if not affine:
+        return rigid_parameters(difference, centre)
+    linear = difference[:, :3, :3] - np.eye(3)
+    shift = difference[:, :3, 3] + linear @ centre
+    return np.concatenate([linear.reshape(-1, 9), shift], axis=1)
+
+
+def _pull(
+    hessian: np.ndarray,
+    slope: np.ndarray,
+    away: np.ndarray,
+    jitter: float,
+    spread: np.ndarray,
+    scale: np.ndarray,
+) -> None:
+    """Add the expectation of rest to normal equations, in units of the residual's variance."""
+    lengths = np.ones(away.shape[1])
+    if away.shape[1] == 6:
+        lengths[:3] = np.sqrt((spread**2).sum() - spread**2)
+    else:
+        lengths[:9] = np.tile(spread, 3)
+    distance = ((away * lengths) ** 2).sum(axis=1) / jitter**2
+    trust = (FREEDOM + 6) / (FREEDOM + distance) * scale**2
+    weights = trust[:, None] * (lengths / jitter) ** 2
+    index = np.arange(away.shape[1])
+    hessian[:, index, index] += weights
+    slope[:, :-1] += weights * away
 
 
 def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -350,3 +346,56 @@ def _equations_loop(
         hessian[v], slope[v] = h, s
         sums[v, 0], sums[v, 1], sums[v, 2] = cost, total, count
     return hessian, slope, sums
+
+
+def _gather(volumes: torch.Tensor, points: PointSet, maps: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_read_loop` reads, (n, m), and which points are inside the volume."""
+    device = volumes.device
+    where = torch.as_tensor(points.voxels, device=device)
+    map_ = torch.as_tensor(maps, device=device)
+    at = torch.einsum("nab,mb->nam", map_[:, :, :3], where) + map_[:, :, 3:]
+    size = torch.tensor(volumes.shape[1:], device=device)[None, :, None]
+    inside = ((at >= 0) & (at <= size - 1)).all(1)
+    base = torch.minimum(torch.nan_to_num(at).clamp(min=0).floor(), size - 2)
+    part = at - base
+    base = base.long()
+    flat = volumes.reshape(len(volumes), -1)
+    out = torch.zeros_like(at[:, 0])
+    for i in (0, 1):
+        for j in (0, 1):
+            for k in (0, 1):
+                index = ((base[:, 0] + i) * size[0, 1] + base[:, 1] + j) * size[0, 2] + base[:, 2] + k
+                weight = (part if i else 1 - part)[:, 0] * (part if j else 1 - part)[:, 1]
+                out += weight * (part if k else 1 - part)[:, 2] * torch.gather(flat, 1, index)
+    return out, inside
+
+
+def _equations_torch(
+    volumes: torch.Tensor,
+    points: PointSet,
+    maps: np.ndarray,
+    targets: torch.Tensor,
+    gradients: torch.Tensor,
+    gain: np.ndarray,
+    scale: np.ndarray,
+    affine: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sums of `_equations_loop` with tensor operations."""
+    device = volumes.device
+    values, inside = _gather(volumes, points, maps)
+    gains = torch.as_tensor(gain, dtype=torch.float32, device=device)[:, None]
+    inverse = torch.as_tensor(1 / scale**2, dtype=torch.float32, device=device)[:, None]
+    residual = values - gains * targets
+    weight = (FREEDOM + 1) / (FREEDOM + residual**2 * inverse) * inside
+    world = torch.as_tensor(points.world, device=device).expand(len(volumes), -1, 3)
+    slopes = gains[..., None] * gradients
+    if affine:
+        moves = (slopes[..., :, None] * world[..., None, :]).flatten(2)
+    else:
+        moves = torch.linalg.cross(world, slopes)
+    rows = torch.cat([moves, slopes, targets[..., None]], dim=2)
+    weighted = rows * weight[..., None]
+    hessian = torch.bmm(weighted.transpose(1, 2), rows)
+    slope = torch.bmm(weighted.transpose(1, 2), residual[..., None])[..., 0]
+    sums = torch.stack([(weight * residual**2).sum(1), weight.sum(1), inside.sum(1)], dim=1)
+    return tuple(x.cpu().numpy().astype(np.float64) for x in (hessian, slope, sums))  # type: ignore[return-value]

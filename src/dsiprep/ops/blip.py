@@ -188,7 +188,7 @@ class Normal:
     coupling: torch.Tensor
     pose: torch.Tensor
     spacing: np.ndarray
-    stiffness: tuple[float, float]
+    stiffness: tuple[float, torch.Tensor]
 
     def apply(self, field: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrix times a vector."""
@@ -201,11 +201,11 @@ class Normal:
         return out, flat @ field.reshape(-1) + self.pose @ pose
 
     def _apply_loops(self, field: torch.Tensor) -> torch.Tensor:
-        weak, stiff = (float(s) for s in self.stiffness)
+        weak, stiff = self.stiffness
         inverse = 1 / np.asarray(self.spacing, float) ** 2
         force, out = torch.empty_like(field), torch.empty_like(field)
-        _laplacian_loop(field.numpy(), inverse, stiff, -weak, force.numpy())
-        _laplacian_loop(force.numpy(), inverse, 1.0, 0.0, out.numpy())
+        _laplacian_loop(field.numpy(), inverse, stiff.numpy(), -weak, force.numpy())
+        _laplacian_loop(force.numpy(), inverse, np.ones((1, 1, 1), np.float32), 0.0, out.numpy())
         tensors = (field, self.level, self.tilt, self.weight, self.curvature, out)
         _data_loop(*(t.numpy() for t in tensors))
         return out
@@ -214,7 +214,7 @@ class Normal:
         product = self.weight * (self.level * field + self.tilt * along(field, 2))
         bend = laplacian(field, self.spacing)
         out = self.level * product + transposed_along(self.tilt * product)
-        out += self.stiffness[1] * laplacian(bend, self.spacing) - self.stiffness[0] * bend
+        out += laplacian(self.stiffness[1] * bend, self.spacing) - self.stiffness[0] * bend
         force = self.curvature * torch.diff(field, dim=2)
         out[..., 1:] += force
         out[..., :-1] -= force
@@ -263,7 +263,7 @@ def smooth_inverse(normal: Normal, inner: torch.Tensor) -> Callable[[torch.Tenso
     mean_level = float((normal.weight * normal.level**2)[inner].mean())
     mean_tilt = float((normal.weight * normal.tilt**2)[inner].mean())
     sine = torch.sin(torch.pi * torch.arange(shape[2], device=total.device) / shape[2]) ** 2
-    diagonal = mean_level + mean_tilt * sine + normal.stiffness[0] * total + normal.stiffness[1] * total**2
+    diagonal = mean_level + mean_tilt * sine + normal.stiffness[0] * total + float(normal.stiffness[1].mean()) * total**2
     inverse = 1 / diagonal.clamp(min=1e-12)
 
     def solve(residual: torch.Tensor) -> torch.Tensor:
@@ -473,9 +473,9 @@ def _solid_loop(
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def _laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: float, rest: float, out: np.ndarray) -> None:
+def _laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: np.ndarray, rest: float, out: np.ndarray) -> None:
     na, nb, ny = field.shape
-    scale, add = np.float32(factor), np.float32(rest)
+    add, varies = np.float32(rest), factor.size > 1
     ha, hb, hy = np.float32(inverse[0]), np.float32(inverse[1]), np.float32(inverse[2])
     for a in numba.prange(na):
         below, above = max(a - 1, 0), min(a + 1, na - 1)
@@ -486,7 +486,9 @@ def _laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: float, rest:
                 bend = ha * (field[below, b, y] + field[above, b, y] - f)
                 bend += hb * (field[a, left, y] + field[a, right, y] - f)
                 bend += hy * (field[a, b, max(y - 1, 0)] + field[a, b, min(y + 1, ny - 1)] - f)
-                out[a, b, y] = scale * bend + add * field[a, b, y]
+                if varies:
+                    bend *= factor[a, b, y]
+                out[a, b, y] = bend + add * field[a, b, y]
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)

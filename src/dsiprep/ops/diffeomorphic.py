@@ -1,7 +1,7 @@
 """Nonlinear registration of two volumes: greedy diffeomorphic, driven by local cross-correlation.
 
-At every step the force is smoothed, scaled to a fraction of a voxel, composed with what was found so far, and the
-whole is smoothed a little: small smooth maps composed do not fold. One body serves CPU and GPU.
+At every step the force is smoothed, scaled to a fraction of a voxel, composed with what was found so far, and
+the whole is smoothed a little: small smooth maps composed do not fold. One body serves CPU and GPU.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from dsiprep.ops.similarity import local_correlation
 
 __all__ = ["DiffeomorphicFit", "register_diffeomorphic"]
 
-LEVELS = ((4.0, 60), (2.0, 40), (1.0, 25))  # voxel size over the finest, iterations
+LEVELS = ((4.0, 50), (2.0, 35), (1.0, 20))  # voxel size over the finest, iterations
 WINDOW = 2  # half-width of the correlation's cube, voxels
 UPDATE_SIGMA = 1.732  # of the force, voxels
-TOTAL_SIGMA = 0.707  # of the whole displacement, voxels, at every iteration
+TOTAL_SIGMA = 0.5  # of the whole displacement, voxels, at every iteration
 STEP = 0.6  # longest displacement of an update, voxels
 MARGIN_MM = 12.0  # around the mask, for forces at its edge and smoothing beyond
 
@@ -37,8 +37,8 @@ class DiffeomorphicFit:
     forward : DisplacementField
         A point y of the fixed image lies at initial @ (y + u(y)) in the moving one.
     inverse : DisplacementField
-        Undoes `forward`: z -> z + v(z) with v(z) + u(z + v(z)) = 0. A point m of the moving image lies at z + v(z)
-        in the fixed one, where z = inverse(initial) @ m.
+        Undoes `forward`: z -> z + v(z) with v(z) + u(z + v(z)) = 0. A point m of the moving image lies at
+        z + v(z) in the fixed one, where z = inverse(initial) @ m.
     similarity : float
         Mean squared local correlation in the mask, 0 to 1.
     """
@@ -76,7 +76,8 @@ def register_diffeomorphic(
 
     References
     ----------
-    Avants et al. 2008 (doi 10.1016/j.media.2007.06.004); Joshi et al. 2004 (doi 10.1016/j.neuroimage.2004.07.068);
+    Avants et al. 2008 (doi 10.1016/j.media.2007.06.004);
+    Joshi et al. 2004 (doi 10.1016/j.neuroimage.2004.07.068);
     Yushkevich et al. 2016 (doi 10.1016/j.jalz.2016.06.205).
     """
     whole = fixed.grid.at_spacing(finest_mm)
@@ -108,16 +109,15 @@ def _descend(
     score = torch.zeros_like(fixed)
     for iteration in range(iterations):
         warped = sample_linear(moving[None], points + u)
-        score, derivative, curvature = local_correlation(fixed, warped[0], weights, WINDOW)
-        force = UPDATE(gradient(warped)[0], derivative, curvature)*rim
+        score, derivative = local_correlation(fixed, warped[0], weights, WINDOW)
+        force = gaussian(gradient(warped)[0] * derivative, UPDATE_SIGMA, truncate=3.0) * rim
+        longest = float(force.norm(dim=0).max())
+        if longest == 0:
+            break
+        force *= STEP * (1 - 0.5 * iteration / iterations) / longest
         u = force + sample_linear(u, points + force)
         u = gaussian(u, TOTAL_SIGMA, truncate=3.0) * rim
     return u, float((score * weights).sum() / weights.sum().clamp(min=1e-6))
-
-
-def UPDATE(slopes, derivative, curvature):
-    force = gaussian(slopes * derivative, UPDATE_SIGMA, truncate=3.0)
-    return force * (STEP / float(force.norm(dim=0).max()))
 
 
 def _rim(u: torch.Tensor) -> torch.Tensor:

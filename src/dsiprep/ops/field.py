@@ -1,4 +1,4 @@
-"""Displacement fields: composition, inversion, Jacobian determinant; and what a chain of transforms does to points.
+"""Displacement fields: composition, inversion, Jacobian determinant; what a chain of transforms does to points.
 
 One body in tensor operations serves every device; the interpolation below it is chosen in `ops.sample`.
 """
@@ -59,7 +59,8 @@ def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float =
     left = torch.nonzero((to_world @ residual).norm(dim=0) > tolerance_mm)[:, 0]
     if len(left):
         slopes = gradient(u).reshape(9, *u.shape[1:])  # du_a/dx_b, row-major in (a, b)
-        v[:, left] = _newton(u, slopes, start.reshape(3, -1)[:, left], v[:, left], iterations, tolerance_mm, to_world)
+        begin = start.reshape(3, -1)[:, left]
+        v[:, left] = _newton(u, slopes, begin, v[:, left], iterations, tolerance_mm, to_world)
     return DisplacementField((to_world @ v).reshape(u.shape), field.grid)
 
 
@@ -143,8 +144,8 @@ def chain_points(chain: Chain, points: np.ndarray) -> np.ndarray:
 def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "cpu") -> torch.Tensor:
     """The whole chain as one displacement at every voxel of a grid of its target.
 
-    `pull(volumes, source, grid, displacement=chain_displacement(chain, grid))` brings images of the chain's source
-    onto `grid`. Linear parts are included.
+    `pull(volumes, source, grid, displacement=chain_displacement(chain, grid))` brings images of the chain's
+    source onto `grid`. Linear parts are included.
 
     Parameters
     ----------
@@ -173,7 +174,7 @@ def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "c
 
 
 def _solve(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """(I + J)^-1 r at every point by Cramer's rule, J row-major (9, m); near-singular ones take r itself."""
+    """(I + J)^-1 r at every point by Cramer's rule, J row-major (9, m); near-singular ones take r."""
     a, b, c, d, e, f, g, h, i = slopes
     a, e, i = a + 1, e + 1, i + 1
     cofactors = [

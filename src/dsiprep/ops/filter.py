@@ -1,7 +1,7 @@
 """Smoothing, box sums and derivatives of volumes, and resampling to another voxel size without aliasing.
 
-On the CPU separable passes run in Numba, line by line and without temporaries; on other devices the same sums are
-tensor operations. A test holds both to the same numbers.
+On the CPU separable passes run in Numba, line by line and without temporaries; on other devices the same sums
+are tensor operations. A test holds both to the same numbers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional
 from dsiprep.data.grid import Volume
 from dsiprep.ops.sample import pull
 
-__all__ = ["box_sum", "gaussian", "gradient", "resample_to_spacing"]
+__all__ = ["FWHM", "box_sum", "gaussian", "gradient", "resample_to_spacing"]
 
 FWHM = 2.3548200450309493  # full width at half maximum of a Gaussian of sigma 1
 
@@ -131,9 +131,9 @@ def _along(volumes: torch.Tensor, axis: int, kernel: np.ndarray) -> torch.Tensor
     radius = len(kernel) // 2
     pad = [0, 0, 0, 0, 0, 0]
     pad[2 * (3 - axis)] = pad[2 * (3 - axis) + 1] = radius
-    shape = [1, 1, 1, 1, 1]
-    shape[axis + 1] = len(kernel)
-    weight = torch.as_tensor(kernel, device=volumes.device).reshape(shape)
+    size = [1, 1, 1, 1, 1]
+    size[axis + 1] = len(kernel)
+    weight = torch.as_tensor(kernel, device=volumes.device).reshape(size)
     return functional.conv3d(functional.pad(volumes[:, None], pad, mode="replicate"), weight)[:, 0]
 
 

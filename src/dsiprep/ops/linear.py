@@ -1,7 +1,7 @@
 """Rigid and affine registration of two volumes, of the same or of different contrasts.
 
-Coarse to fine, with analytic gradients and no random numbers: the same images give the same matrix. The sampling
-runs on the CPU, where a whole pair takes seconds.
+Coarse to fine, with analytic gradients and no random numbers: the same images give the same matrix. The
+sampling runs on the CPU, where a whole pair takes seconds.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from scipy.spatial.transform import Rotation
 
 from dsiprep.data.grid import Volume
 from dsiprep.ops.affine import rigid_matrix
-from dsiprep.ops.filter import resample_to_spacing
+from dsiprep.ops.filter import FWHM, gaussian, resample_to_spacing
+from dsiprep.ops.sample import pull
 from dsiprep.ops.similarity import correlation, mutual_information, to_bins
 
 __all__ = ["LinearFit", "register_linear"]
 
-LEVELS_MM = (8.0, 4.0, 2.0)
+LEVELS = ((8.0, 4.0, 16), (4.0, 3.0, 24), (2.0, 2.0, 32))  # width of the smoothing and voxels in mm, bins
 MOST_POINTS = 250_000
 TURN_DEGREES = 25.0  # between the starts of the search; each finds its optimum from about 20 degrees off
 LEAST_OVERLAP = 0.3  # of the fixed points inside the moving image, below which a pose is no candidate
@@ -59,6 +60,7 @@ class _Level:
     moving: np.ndarray
     to_voxel: np.ndarray
     limits: tuple[float, float]
+    count: int
     metric: str
 
 
@@ -107,14 +109,19 @@ def register_linear(
     if dof not in (6, 12) or metric not in ("mi", "cc"):
         raise ValueError(f"dof {dof} and metric {metric!r}: dof is 6 or 12, metric is mi or cc")
     start = np.eye(4) if initial is None else np.asarray(initial, float)
-    levels = [_level(moving, fixed, fixed_mask, moving_mask, mm, metric) for mm in LEVELS_MM]
+    finest = LEVELS[-1][1]
+    masks = (fixed_mask, moving_mask)
+    base_fixed, base_moving = _at(fixed, finest), _at(moving, finest)
+    levels = [_level(base_moving, base_fixed, masks, parameters, metric) for parameters in LEVELS]
     candidates = [start]
     if search:
-        candidates = _searched(levels[0], start, _centre(moving, moving_mask))
+        candidates = _searched(levels[0], start, _centre(base_moving, moving_mask))
     for number, level in enumerate(levels):
         fits = [_optimise(level, base, 6 if number == 0 else dof) for base in candidates]
         fits.sort(key=lambda fit: -fit[0])
         candidates = [fit[1] for fit in fits[: 2 if number == 0 else 1]]
+        if number == 0:
+            candidates.append(start)  # where the coarse images mislead, the header may still be right
     before, after = _evaluate(levels[-1], start)[0], fits[0][0]
     return LinearFit(candidates[0], before, after, metric)
 
@@ -122,35 +129,37 @@ def register_linear(
 def _level(
     moving: Volume,
     fixed: Volume,
-    fixed_mask: Volume | None,
-    moving_mask: Volume | None,
-    mm: float,
+    masks: tuple[Volume | None, Volume | None],
+    parameters: tuple[float, float, int],
     metric: str,
 ) -> _Level:
-    coarse_fixed, coarse_moving = _at(fixed, mm), _at(moving, mm)
+    """Fixed points stand denser than the smoothing needs: a histogram is only as good as it is full."""
+    width, spacing, bins = parameters
+    coarse_fixed, coarse_moving = (_at(_smoothed(v, width), spacing) for v in (fixed, moving))
     inside = np.ones(coarse_fixed.grid.shape, bool)
-    if fixed_mask is not None:
-        inside = _on_grid(fixed_mask, coarse_fixed) > 0.5
+    if masks[0] is not None:
+        inside = _on_grid(masks[0], coarse_fixed) > 0.5
     voxels = np.argwhere(inside)
     step = -(-len(voxels) // MOST_POINTS)
-    voxels = voxels[::step]
+    voxels = voxels[:: max(step, 1)]
     world = coarse_fixed.grid.to_world(voxels)
     values = coarse_fixed.numpy()[tuple(voxels.T)].astype(np.float32)
     data = np.ascontiguousarray(coarse_moving.numpy(), np.float32)
-    sample = data if moving_mask is None else data[_on_grid(moving_mask, coarse_moving) > 0.5]
+    sample = data if masks[1] is None else data[_on_grid(masks[1], coarse_moving) > 0.5]
     low, high = np.percentile(values, (0.5, 99.5))
     limits = np.percentile(sample if sample.size else data, (0.5, 99.5))
-    if moving_mask is not None:
+    if masks[1] is not None:
         limits[0] = min(limits[0], float(np.percentile(data, 0.5)))  # what surrounds the brain counts too
     centre = world.mean(axis=0)
     return _Level(
         points=np.ascontiguousarray((world - centre).T, np.float32),
         fixed=values,
-        bins=to_bins(values, float(low), float(high)),
+        bins=to_bins(values, float(low), float(high), bins),
         centre=centre,
         moving=data,
         to_voxel=np.linalg.inv(coarse_moving.grid.affine),
         limits=(float(limits[0]), float(limits[1])),
+        count=bins,
         metric=metric,
     )
 
@@ -161,9 +170,13 @@ def _at(volume: Volume, mm: float) -> Volume:
     return resample_to_spacing(volume.to("cpu"), (i, j, k))
 
 
-def _on_grid(mask: Volume, target: Volume) -> np.ndarray:
-    from dsiprep.ops.sample import pull
+def _smoothed(volume: Volume, width: float) -> Volume:
+    """Smoothed to a full width at half maximum of `width` mm, counting what a voxel smooths already."""
+    sigma = np.sqrt(np.maximum((width / volume.grid.voxel_sizes) ** 2 - 1, 0)) / FWHM
+    return Volume(gaussian(volume.data[None], sigma.tolist(), truncate=3.0)[0], volume.grid)
 
+
+def _on_grid(mask: Volume, target: Volume) -> np.ndarray:
     return pull(mask.data[None].float().cpu(), mask.grid, target.grid)[0].numpy()
 
 
@@ -213,7 +226,7 @@ def _optimise(level: _Level, base: np.ndarray, dof: int, steps: int = 60) -> tup
     def cost(parameters: np.ndarray) -> tuple[float, np.ndarray]:
         score, by_matrix = _evaluate(level, base @ _small_map(parameters, level.centre))
         nudges = np.concatenate([parameters + h * np.eye(dof) for h in (1e-3, -1e-3)])
-        matrices = np.stack([_small_map(p, level.centre) for p in nudges])[:, :, :]
+        matrices = np.stack([_small_map(p, level.centre) for p in nudges])
         slope = (base @ (matrices[:dof] - matrices[dof:]) / 2e-3)[:, :3]
         return -score, -np.einsum("ab,pab->p", by_matrix, slope)
 
@@ -223,7 +236,7 @@ def _optimise(level: _Level, base: np.ndarray, dof: int, steps: int = 60) -> tup
 
 
 def _small_map(parameters: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """A map near the identity about `centre`; parameters in mm: rigid (6,), or matrix entries and shift (12,)."""
+    """A map near the identity about `centre`; parameters in mm: rigid (6,), or matrix and shift (12,)."""
     if len(parameters) == 6:
         return rigid_matrix(np.concatenate([parameters[:3] / RADIUS_MM, parameters[3:]]), centre)
     matrix = np.eye(4)
@@ -240,7 +253,7 @@ def _evaluate(level: _Level, matrix: np.ndarray) -> tuple[float, np.ndarray]:
     if weights.mean(dtype=float) < LEAST_OVERLAP:
         return 0.0, np.zeros((3, 4))
     if level.metric == "mi":
-        score, force = mutual_information(level.bins, values, weights, *level.limits)
+        score, force = mutual_information(level.bins, values, weights, *level.limits, level.count)
     else:
         score, force = correlation(level.fixed, values, weights)
     pushed = slopes * force

@@ -10,14 +10,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from dsiprep.ops.shore import shore_basis, shore_regulariser, shore_size
 
-__all__ = [
-    "contrast_to_noise",
-    "outlier_slices",
-    "shore_projection",
-    "tensor_fit",
-    "tensor_predict",
-    "tensor_shape",
-]
+__all__ = ["contrast_to_noise", "main_directions", "outlier_slices", "shore_projection", "tensor_projection"]
 
 CHUNK = 20_000  # voxels at a time
 
@@ -70,13 +63,13 @@ def shore_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
     -------
     matrix : ndarray, (n, n)
     freedom : float
-        Degrees of freedom of the residual: n less the trace of the matrix.
+        Degrees of freedom of the residual: its expected square, for noise of variance 1.
     """
     order = next((order for order in (6, 4, 2) if 2 * shore_size(order) <= len(q)), 0)
     basis = shore_basis(q, order)
     normal = basis.T @ basis + np.diag(shore_regulariser(order))
     matrix = basis @ np.linalg.solve(normal, basis.T)
-    return matrix, float(len(q) - np.trace(matrix))
+    return matrix, float(((np.eye(len(q)) - matrix) ** 2).sum())
 
 
 def contrast_to_noise(signals: np.ndarray, fitted: np.ndarray, freedom: float) -> np.ndarray:
@@ -101,50 +94,36 @@ def contrast_to_noise(signals: np.ndarray, fitted: np.ndarray, freedom: float) -
     return np.divide(fitted.std(0), noise, out=np.zeros_like(noise), where=noise > 0)
 
 
-def tensor_fit(signals: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
-    """Diffusion tensors by weighted least squares on the logarithm, with the squared signal as weight.
+def tensor_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
+    """As `shore_projection`, for the logarithms of the signals and the diffusion tensor."""
+    scaled, _ = _scaled_design(q)
+    return scaled @ np.linalg.pinv(scaled), float(len(q) - 7)
+
+
+def main_directions(signals: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where tensors point, by least squares of the logarithms with the squared signals as weights.
 
     Parameters
     ----------
     signals : ndarray, (n, voxels)
-    bvals : ndarray, (n,)
-        s/mm².
-    bvecs : ndarray, (n, 3)
+    q : ndarray, (n, 3)
+        Root of the b-value (s/mm²) times the b-vector.
 
     Returns
     -------
-    ndarray, (7, voxels), float64
-        Dxx, Dyy, Dzz, Dxy, Dxz, Dyz in um²/ms, logarithm of the signal without diffusion weighting.
+    fa : ndarray, (voxels,)
+        Fractional anisotropy, 0 to 1; eigenvalues below zero count as zero.
+    direction : ndarray, (voxels, 3)
+        Unit eigenvectors of the largest eigenvalue, in the frame of `q`.
 
     References
     ----------
     Salvador et al. 2005, doi 10.1002/hbm.20076.
     """
-    design = _tensor_design(bvals, bvecs)
-    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), 49)
-    out = np.empty((7, signals.shape[1]))
+    tensors = np.empty((signals.shape[1], 3, 3))
     for start in range(0, signals.shape[1], CHUNK):
-        part = slice(start, start + CHUNK)
-        positive = np.maximum(signals[:, part], 1e-3 * np.maximum(signals[:, part].max(0), 1e-6)).astype(
-            float
-        )
-        weights = (positive / positive.mean(0)) ** 2
-        normal = (products.T @ weights).T.reshape(-1, 7, 7) + 1e-9 * len(design) * np.eye(7)
-        right = (design.T @ (weights * np.log(positive))).T
-        out[:, part] = np.linalg.solve(normal, right[..., None])[..., 0].T
-    return out
-
-
-def tensor_predict(tensors: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
-    """Signals (n, voxels) of `tensor_fit`'s tensors (7, voxels)."""
-    return np.exp(np.minimum(_tensor_design(bvals, bvecs) @ tensors, 80.0))
-
-
-def tensor_shape(tensors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fractional anisotropy (voxels,), 0 to 1, and main directions (voxels, 3) of tensors (7, voxels)."""
-    xx, yy, zz, xy, xz, yz = tensors[:6]
-    matrices = np.stack([xx, xy, xz, xy, yy, yz, xz, yz, zz], axis=-1).reshape(-1, 3, 3)
-    values, vectors = np.linalg.eigh(matrices)
+        tensors[start : start + CHUNK] = _tensors(signals[:, start : start + CHUNK], q)
+    values, vectors = np.linalg.eigh(tensors)
     values = np.maximum(values, 0)
     spread = ((values - values.mean(1, keepdims=True)) ** 2).sum(1)
     size = (values**2).sum(1)
@@ -152,9 +131,22 @@ def tensor_shape(tensors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(fa, 1.0), vectors[:, :, 2]
 
 
-def _tensor_design(bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
-    b = np.asarray(bvals, float)[:, None] / 1000
-    x, y, z = np.asarray(bvecs, float).T[:, :, None]
-    return np.hstack(
-        [-b * x * x, -b * y * y, -b * z * z, -2 * b * x * y, -2 * b * x * z, -2 * b * y * z, b * 0 + 1]
-    )
+def _tensors(signals: np.ndarray, q: np.ndarray) -> np.ndarray:
+    """Tensors (voxels, 3, 3) in mm²/s of (n, voxels) signals."""
+    design, scale = _scaled_design(q)
+    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), 49)
+    positive = np.maximum(signals, 1e-3 * np.maximum(signals.max(0), 1e-6)).astype(float)
+    weights = (positive / positive.mean(0)) ** 2
+    normal = (products.T @ weights).T.reshape(-1, 7, 7) + 1e-9 * len(design) * np.eye(7)
+    right = (design.T @ (weights * np.log(positive))).T
+    d = np.linalg.solve(normal, right[..., None])[..., 0] / scale
+    return d[:, [1, 4, 5, 4, 2, 6, 5, 6, 3]].reshape(-1, 3, 3)
+
+
+def _scaled_design(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of log S: 1, then -(xx, yy, zz, 2xy, 2xz, 2yz), over their largest values; and these."""
+    x, y, z = np.asarray(q, float).T
+    columns = [np.ones_like(x), -x * x, -y * y, -z * z, -2 * x * y, -2 * x * z, -2 * y * z]
+    design = np.stack(columns, axis=1)
+    scale = np.maximum(np.abs(design).max(0), 1e-12)
+    return design / scale, scale

@@ -11,7 +11,14 @@ from math import factorial
 import numpy as np
 from scipy.special import eval_genlaguerre, gamma, lpmv
 
-__all__ = ["leave_one_out", "near_neighbours", "shore_basis", "shore_regulariser", "shore_size"]
+__all__ = [
+    "leave_one_out",
+    "near_neighbours",
+    "shore_basis",
+    "shore_prior",
+    "shore_regulariser",
+    "shore_size",
+]
 
 ZETA = 700.0  # scale of the basis in s/mm², for tau = 1 / (4 pi²), where q is the root of b
 
@@ -61,6 +68,51 @@ def shore_regulariser(radial_order: int, radial: float = 1e-8, angular: float = 
     for ell, n in _orders(radial_order):
         diagonal += [radial * (n * (n + 1)) ** 2 + angular * (ell * (ell + 1)) ** 2] * (2 * ell + 1)
     return np.array(diagonal)
+
+
+def shore_prior(
+    second_moment: np.ndarray, basis: np.ndarray, radial_order: int, weights: np.ndarray, iterations: int = 40
+) -> np.ndarray:
+    """The regulariser that the data themselves call for, in place of fixed lambdas.
+
+    The coefficients of a voxel are taken as drawn from a normal distribution without a preferred direction: any
+    covariance between radial orders of the same l, none between different l or m. This prior and the noise are
+    estimated by expectation maximisation from all voxels at once, through their second moment alone.
+
+    Parameters
+    ----------
+    second_moment : ndarray, (n, n)
+        Mean over voxels of samples times samples.
+    basis : ndarray, (n, shore_size(radial_order))
+    weights : ndarray, (n,)
+        Trust in each sample: its noise variance is sigma² / weight.
+    iterations : int
+
+    Returns
+    -------
+    ndarray, (c, c)
+        sigma² times the inverse of the prior covariance: the penalty of `leave_one_out` with the same weights.
+
+    References
+    ----------
+    Dempster et al. 1977, doi 10.1111/j.2517-6161.1977.tb01600.x.
+    """
+    n, c = basis.shape
+    noise = 0.01 * np.trace(second_moment) / n
+    prior = np.eye(c) * np.trace(second_moment) / np.sum(basis**2)
+    weighted = basis * weights[:, None]
+    gram = basis.T @ weighted
+    blocks = _blocks(radial_order)
+    for _ in range(iterations):
+        spread = np.linalg.inv(gram / noise + np.linalg.inv(prior))
+        gather = spread @ weighted.T / noise
+        passed = gather @ second_moment
+        moment = passed @ gather.T + spread
+        fitted = np.einsum("nc,cn->n", basis, passed)
+        residual = np.diag(second_moment) - 2 * fitted + np.einsum("nc,cd,nd->n", basis, moment, basis)
+        noise = max(float(np.sum(weights * residual)) / n, 1e-12)
+        prior = _without_direction(moment, blocks)
+    return noise * np.linalg.inv(prior)
 
 
 def near_neighbours(q: np.ndarray, fraction: float = 0.02) -> np.ndarray:
@@ -124,6 +176,27 @@ def _orders(radial_order: int) -> list[tuple[int, int]]:
     for ell in range(0, radial_order + 1, 2):
         pairs += [(ell, n) for n in range(ell, (radial_order + ell) // 2 + 1)]
     return pairs
+
+
+def _blocks(radial_order: int) -> list[np.ndarray]:
+    """For each l, the columns of the basis as (radial orders, 2 l + 1)."""
+    blocks, first = [], 0
+    for ell in range(0, radial_order + 1, 2):
+        shape = ((radial_order + ell) // 2 + 1 - ell, 2 * ell + 1)
+        blocks.append(np.arange(first, first + shape[0] * shape[1]).reshape(shape))
+        first += shape[0] * shape[1]
+    return blocks
+
+
+def _without_direction(moment: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
+    """The nearest covariance that is the same in all directions: averaged over m, zero between l and between m."""
+    out = np.zeros_like(moment)
+    for block in blocks:
+        mean = np.mean([moment[np.ix_(column, column)] for column in block.T], axis=0)
+        mean += 1e-9 * np.trace(mean) * np.eye(len(mean))
+        for column in block.T:
+            out[np.ix_(column, column)] = mean
+    return out
 
 
 def _harmonic(ell: int, m: int, cosine: np.ndarray, azimuth: np.ndarray) -> np.ndarray:

@@ -1,8 +1,8 @@
 """How alike two images are, and how that changes with the intensities of the moving one.
 
 `mutual_information` and `correlation` compare samples at points and serve the linear registration;
-`local_correlation` compares volumes and serves the diffeomorphic one. Each gives a score, larger is better, and its
-derivative by every moving intensity, so that any transform's gradient follows by the chain rule.
+`local_correlation` compares volumes and serves the diffeomorphic one. Each gives a score, larger is better, and
+its derivative by every moving intensity, so that any transform's gradient follows by the chain rule.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def to_bins(values: np.ndarray, low: float, high: float, bins: int = BINS) -> np
 def mutual_information(
     fixed_bins: np.ndarray, moving: np.ndarray, weights: np.ndarray, low: float, high: float, bins: int = BINS
 ) -> tuple[float, np.ndarray]:
-    """Normalised mutual information (H(f) + H(m)) / H(f, m), with a cubic B-spline Parzen window on the moving side.
+    """Normalised mutual information (H(f) + H(m)) / H(f, m); cubic B-spline Parzen window on the moving side.
 
     Parameters
     ----------
@@ -53,7 +53,8 @@ def mutual_information(
 
     References
     ----------
-    Mattes et al. 2003 (doi 10.1109/TMI.2003.809072); Studholme et al. 1999 (doi 10.1016/S0031-3203(98)00091-0).
+    Mattes et al. 2003 (doi 10.1109/TMI.2003.809072);
+    Studholme et al. 1999 (doi 10.1016/S0031-3203(98)00091-0).
     """
     scale = (bins - 3) / max(high - low, EPSILON)
     joint = _histogram_loop(fixed_bins, moving, weights, low, scale, bins)
@@ -99,7 +100,7 @@ def correlation(fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray) -> t
 
 def local_correlation(
     fixed: torch.Tensor, moving: torch.Tensor, weights: torch.Tensor, radius: int = 2
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Squared correlation in the cube around every voxel, and its derivative by the moving intensities.
 
     Parameters
@@ -116,10 +117,7 @@ def local_correlation(
     score : Tensor, (i, j, k)
         Squared correlation in each cube, 0 to 1.
     derivative : Tensor, (i, j, k)
-        Of the weighted sum of all scores by each moving intensity; the sum runs over every cube a voxel is in.
-    curvature : Tensor, (i, j, k)
-        How fast the derivative falls as the moving intensity grows, with the cubes' means and scores held: for the
-        length of a step.
+        Of the weighted sum of all scores by each moving intensity, over every cube that a voxel is in.
 
     References
     ----------
@@ -133,7 +131,7 @@ def local_correlation(
     else:
         score, maps = _correlation_maps(sums, weights, (2 * radius + 1) ** 3)
     back = box_sum(maps, radius)
-    return score, fixed * back[0] - moving * back[1] + back[2], back[1]
+    return score, fixed * back[0] - moving * back[1] + back[2]
 
 
 VARIANCE_FLOOR = 1e-5

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dsiprep.data.results import UnitResults
 from dsiprep.report.album import write_atomically
-from dsiprep.stages import anatomy, coregister, denoise, distortion, motion, quality, resample
+from dsiprep.stages import acquisition, anatomy, coregister, denoise, distortion, motion, quality, resample
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
 DASH = "\N{EN DASH}"
@@ -174,6 +174,17 @@ def _anatomy(results: UnitResults) -> list[str]:
     return texts
 
 
+def _reading(results: UnitResults) -> list[str]:
+    """How runs were put together, where there were several, and how the scheme was recognised."""
+    several = len(results.unit.runs) > 1
+    steps = {
+        "scheme": results.acquired.scheme.kind in ("DSI", "CS-DSI"),
+        "conform": several,
+        "harmonize_b0": several and results.settings.acquisition.harmonize_b0,
+    }
+    return [acquisition.METHODS[name] for name, applies in steps.items() if applies]
+
+
 def _diffusion(results: UnitResults) -> list[str]:
     """Processing of the diffusion series, stage by stage."""
     biascorrect = results.settings.denoise.biascorrect
@@ -181,6 +192,7 @@ def _diffusion(results: UnitResults) -> list[str]:
     models = list(dict.fromkeys(motion.model for motion in results.motions))
     registered = "none" if results.anatomy.modality == "none" else "mi"
     return [
+        *_reading(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
         *(text for model in models for text in _named(motion.METHODS, model)),
         *(_named(distortion.METHODS, corrected.method) if corrected else [results.distortion_reason]),

@@ -7,7 +7,17 @@ import numpy as np
 from dsiprep.data.results import UnitResults
 from dsiprep.report import plots
 from dsiprep.report.album import Album, Fact, Section
-from dsiprep.report.words import BLIPS, METHODS, OUTLIER_Z, STAGES, duration, encoding, in_words, number
+from dsiprep.report.words import (
+    BLIPS,
+    METHODS,
+    MODELS,
+    OUTLIER_Z,
+    STAGES,
+    duration,
+    encoding,
+    in_words,
+    number,
+)
 
 
 def _stages(seconds: dict[str, float]) -> tuple[tuple[str, float], ...]:
@@ -28,7 +38,7 @@ def summary(results: UnitResults, album: Album) -> Section:
         "Anatomy": list(results.anatomy.notes),
         "Quality": list(results.quality.notes),
     }
-    models = " and ".join(dict.fromkeys(motion.model.split(":")[0] for motion in results.motions))
+    models = dict.fromkeys(motion.model for motion in results.motions)
     corrected = (
         METHODS.get(results.distortion.method, results.distortion.method)
         if results.distortion
@@ -47,7 +57,7 @@ def summary(results: UnitResults, album: Album) -> Section:
             for blip in acquired.blips
         ),
         Fact("Denoising", results.denoised.method),
-        Fact("Head motion", METHODS.get(models, models)),
+        Fact("Head motion", " and ".join(MODELS.get(model, model) for model in models)),
         Fact("Distortion", corrected),
         Fact("Structural image", results.anatomy.modality),
         Fact("Template", results.anatomy.template if results.anatomy.acpc_to_template else "not normalised"),
@@ -55,7 +65,7 @@ def summary(results: UnitResults, album: Album) -> Section:
             "Output grid",
             f"{in_words(out.dwi.grid)}, ACPC space, LPS+",
         ),
-        Fact("Interpolation", f"{out.interpolation}, once"),
+        Fact("Interpolation", out.interpolation),
         Fact("Computed on", results.device),
         Fact("Wall time", duration(seconds)),
     )

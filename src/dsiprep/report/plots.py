@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -65,7 +65,10 @@ DARK = (
     f'[style*="fill: {PAPER}"]{{fill:#161b22!important}}'
     "}</style>"
 )
-B_COLOURS = "viridis"
+# Neither end is lost on white paper or on a dark screen, as viridis' would be.
+B_COLOURS = LinearSegmentedColormap.from_list(
+    "b", ["#6d4fc4", "#3f7fdb", "#22a08c", "#7fb23a", "#e6a117", "#e0601c"]
+)
 
 
 def svg(figure: Figure) -> bytes:
@@ -145,7 +148,7 @@ def _projection(ax: Axes, dwi: DWI, norm: Normalize, across: int, up: int) -> No
 def _b_series(ax: Axes, dwi: DWI, norm: Normalize) -> None:
     """b-value of each volume in order, with the borders of the runs."""
     index = np.arange(len(dwi))
-    colours = colormaps[B_COLOURS](norm(dwi.bvals))
+    colours = B_COLOURS(norm(dwi.bvals))
     ax.vlines(
         index,
         0,
@@ -213,12 +216,12 @@ def _strip(ax: Axes, bvals: np.ndarray, is_b0: np.ndarray) -> None:
 
     norm = _b_norm(bvals)
     boxes = [[(v - 0.5, 0), (v + 0.5, 0), (v + 0.5, 1), (v - 0.5, 1)] for v in range(len(bvals))]
-    ax.add_collection(PolyCollection(boxes, facecolors=colormaps[B_COLOURS](norm(bvals)), linewidths=0))
+    ax.add_collection(PolyCollection(boxes, facecolors=B_COLOURS(norm(bvals)), linewidths=0))
     ax.scatter(
         np.flatnonzero(is_b0), np.full(int(is_b0.sum()), -0.35), marker="^", s=14, color=INK, clip_on=False
     )
     ax.set(xlim=(-0.5, len(bvals) - 0.5), ylim=(0, 1), yticks=[])
-    ax.set_xlabel(f"volume; colour: b from 0 (dark) to {bvals.max():.0f} s/mm² (bright), ▲ b=0", labelpad=6)
+    ax.set_xlabel(f"volume; colour: b from 0 (violet) to {bvals.max():.0f} s/mm² (orange), ▲ b=0", labelpad=6)
     for spine in ax.spines.values():
         spine.set_visible(False)
 

@@ -98,11 +98,14 @@ def motion(results: UnitResults, album: Album) -> Section:
         Fact("Largest rotation", f"{np.nanmax(np.linalg.norm(parameters[:, 3:], axis=1)):.2f}°"),
         Fact("Volumes with outlier slices", f"{int((outliers > 0).sum())}"),
     )
-    models = " ".join(dict.fromkeys(result.model for result in results.motions))
-    lead = (
-        f"Each volume is predicted from all others and registered to its prediction, and this is repeated "
-        f"(model: {models}). Look at the mean image before and after: edges should become sharp."
-    )
+    models = {result.model for result in results.motions}
+    lead = "Where the head was in every volume, and how well volumes agree once they are put back."
+    if not models & {"none", "off"}:
+        lead = (
+            f"Each volume is predicted from all others ({' and '.join(sorted(models))} model), registered to "
+            "its prediction, and this is repeated. Look at the mean image before and after: edges should "
+            "become sharp."
+        )
     notes = tuple(note for result in results.motions for note in result.notes)
     return Section("motion", "Head motion", lead, pictures, facts, notes)
 
@@ -121,7 +124,8 @@ def _one_motion(results: UnitResults, result: Motion, album: Album) -> tuple[Pic
             figures.realignment(results.denoised.dwi, result),
             "Mean of all diffusion-weighted volumes before and after realignment, three planes.",
             f"Mean of all diffusion-weighted volumes{of}, as acquired and realigned (still distorted).",
-            "Grey and white matter should separate more clearly after; a doubled or blurred rim is motion left.",
+            "Grey and white matter should separate more clearly after; a doubled or blurred rim is motion "
+            "left.",
         )
     pictures += album.still(
         f"dwiref{tail}",
@@ -319,7 +323,7 @@ def output(results: UnitResults, album: Album) -> Section:
     facts = (
         Fact("Grid", in_words(found.dwi.grid)),
         Fact("Volumes", str(len(found.dwi))),
-        Fact("Interpolation", found.interpolation, "all transforms at once"),
+        Fact("Interpolation", found.interpolation),
     )
     lead = (
         "The preprocessed series in ACPC space. The two pictures of fibre direction check what no number "

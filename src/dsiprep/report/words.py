@@ -19,12 +19,12 @@ STAGES = {
     "resample": "Resampling",
     "quality": "Quality",
 }
-METHODS = {
-    "dwidenoise": "MP-PCA",
-    "none": "none",
-    "drbuddi": "blip-up/blip-down (DRBUDDI model)",
+METHODS = {"drbuddi": "blip-up/blip-down (DRBUDDI model)"}
+MODELS = {
     "3dSHORE": "SHORELine, 3dSHORE model",
     "tensor": "SHORELine, tensor model",
+    "none": "from the b=0 volumes",
+    "off": "not corrected",
 }
 
 

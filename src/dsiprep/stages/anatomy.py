@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from scipy import ndimage
+from torch.nn import functional
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy
@@ -54,7 +55,8 @@ LEAST_VOXEL_MM = 0.8
 SHRINK_MM = 4.0  # distance of the voxels that N4 sees
 MARGIN_MM = 5.0  # around the head, on each side
 AGREE_DICE = 0.9  # below it the two brain masks are worth a look
-TRUST_DICE = 0.6  # below it the network has failed, and the template's mask is taken
+LEAST_BRAIN_ML, MOST_BRAIN_ML = 300.0, 2500.0  # no human brain outside of it
+FINEST_MM = 1.5  # voxels of the last level of the normalisation
 DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
 
 
@@ -97,20 +99,19 @@ def process_anatomy(
 def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings) -> Anatomy:
     device = images[0].data.device
     native, notes = _average(images)
-    to_template = _affine_by_head(native, template)
-    mask, opinion = _brain(native, template, to_template)
+    mask, doubt = _brain(native)
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
     brain = Volume(native.data * mask.data, native.grid)
-    to_template = register_linear(
-        brain, template.brain, dof=12, fixed_mask=_rim(template), initial=to_template, search=False
-    ).matrix
+    rim = _rim(template)
+    to_template = register_linear(brain, template.brain, dof=12, fixed_mask=rim, moving_mask=mask).matrix
+    opinion = _second_opinion(native, mask, template, to_template)
     pose = _rigid_about_origin(to_template)
     grid = _output_grid(native, pose)
     image = Volume(pull(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
     inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
     brain = Volume(image.data * inside.data, grid)
-    forward, back = _normalise(brain, template, np.linalg.inv(pose) @ to_template, settings.normalize)
+    forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings.normalize)
     priors = pull(
         template.tissue.to(device), template.brain.grid, grid, displacement=chain_displacement(back, grid, device)
     )
@@ -125,7 +126,7 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
         template=template.name,
         template_image=template.brain if settings.normalize else None,
         warped=_brought(brain, forward, template.brain.grid) if settings.normalize else None,
-        notes=(*notes, *opinion),
+        notes=(*notes, *doubt, *opinion),
     )
 
 
@@ -181,36 +182,43 @@ def _brightness(volume: Volume) -> float:
     return float(np.median(bright))
 
 
-def _affine_by_head(native: Volume, template: Template) -> np.ndarray:
-    """Template to native without a brain mask, as an opinion that does not depend on the network."""
-    return register_linear(native, template.brain, dof=12, fixed_mask=template.mask).matrix
+def _brain(native: Volume) -> tuple[Volume, tuple[str, ...]]:
+    """The brain by the network; where it finds nothing of a brain's size, by brightness, and a note."""
+    mask = brain_mask_t1w(native)
+    millilitres = float(mask.data.sum()) * float(np.prod(native.grid.voxel_sizes)) / 1000
+    if LEAST_BRAIN_ML <= millilitres <= MOST_BRAIN_ML:
+        return mask, ()
+    return brain_mask_b0(native), (
+        f"The network found no brain in the T1w image ({millilitres:.0f} ml): the mask is a rough one by brightness. "
+        "Check the outlines in the report.",
+    )
 
 
-def _brain(native: Volume, template: Template, to_template: np.ndarray) -> tuple[Volume, tuple[str, ...]]:
-    """The brain by the network, checked against the template's mask; and what there is to say about it."""
-    inverse = np.linalg.inv(to_template)
-    near = pull(template.mask.data[None].to(native.data.device), template.mask.grid, native.grid, inverse)[0]
-    atlas = Volume((near > 0.5).float(), native.grid)
-    network = brain_mask_t1w(native)
-    overlap = 2 * float((atlas.data * network.data).sum())
-    dice = overlap / max(float(atlas.data.sum() + network.data.sum()), 1.0)
-    if dice < TRUST_DICE:
-        return atlas, (
-            f"The network did not find the brain (Dice {dice:.2f} with the mask of {template.name}): the template's "
-            "mask was taken. Check the outlines in the report.",
-        )
-    if dice < AGREE_DICE:
-        return network, (
-            f"Brain mask: the network and the mask of {template.name} agree only to Dice {dice:.2f}. Check the "
-            "outlines in the report.",
-        )
-    return network, ()
+def _second_opinion(native: Volume, mask: Volume, template: Template, to_template: np.ndarray) -> tuple[str, ...]:
+    """A note where the template's mask, fitted to the whole head, disagrees with the mask."""
+    fit = register_linear(
+        native, template.brain, dof=12, fixed_mask=template.mask, initial=to_template, search=False
+    )
+    inverse = np.linalg.inv(fit.matrix)
+    near = pull(template.mask.data[None].to(mask.data.device), template.mask.grid, native.grid, inverse)[0] > 0.5
+    both = float((mask.data * near).sum())
+    dice = 2 * both / max(float(mask.data.sum() + near.sum()), 1.0)
+    if dice >= AGREE_DICE:
+        return ()
+    return (
+        f"Brain mask: the network and the mask of {template.name} agree only to Dice {dice:.2f}. Check the outlines "
+        "in the report.",
+    )
 
 
 def _rim(template: Template) -> Volume:
     """The template's brain and a few mm around it."""
-    away = ndimage.distance_transform_edt(template.mask.numpy() < 0.5, sampling=template.mask.grid.voxel_sizes)
-    return Volume(torch.from_numpy((away <= DILATION_MM).astype(np.float32)), template.mask.grid)
+    data = template.mask.data[None, None]
+    for axis, size in enumerate(template.mask.grid.voxel_sizes):
+        reach = [0, 0, 0]
+        reach[axis] = round(DILATION_MM / float(size))
+        data = functional.max_pool3d(data, [2 * r + 1 for r in reach], stride=1, padding=reach)
+    return Volume(data[0, 0], template.mask.grid)
 
 
 def _shrink(grid: Grid) -> int:
@@ -251,15 +259,16 @@ def _head_voxels(native: Volume) -> np.ndarray:
 
 
 def _normalise(
-    brain: Volume, template: Template, initial: np.ndarray, diffeomorphic: bool
+    brain: Volume, template: Template, rim: Volume, initial: np.ndarray, diffeomorphic: bool
 ) -> tuple[Chain, Chain]:
     """ACPC to template and back; affine only where the diffeomorphic part is not wanted."""
     there = Affine(initial, "ACPC", template.name)
     if not diffeomorphic:
         return Chain((there,), "ACPC", template.name), Chain((there.inverse(),), template.name, "ACPC")
     device = brain.data.device
+    finest = max(FINEST_MM, float(template.brain.grid.voxel_sizes.max()))
     fit = register_diffeomorphic(
-        brain, template.brain.to(device), initial, fixed_mask=_rim(template).to(device)
+        brain, template.brain.to(device), initial, fixed_mask=rim.to(device), finest_mm=finest
     )
     return (
         Chain((fit.forward, there), "ACPC", template.name),

@@ -13,13 +13,13 @@ from dsiprep.settings import CoregisterSettings
 VERSION = 1
 METHODS = {
     "mi": (
-        "The undistorted b=0 reference was registered to the structural image with a rigid (or, where asked for, an "
-        "affine) transform that maximises normalised mutual information [@studholme1999; @mattes2003] inside the "
-        "brain and a margin around it, from 8 to 2 mm voxels. The search started from the scanner's coordinates and "
-        "from aligned centres of mass, each in 27 orientations, and took the best."
+        "The undistorted b=0 reference was registered to the structural image with a rigid (or, where asked "
+        "for, an affine) transform that maximises normalised mutual information [@studholme1999; @mattes2003] "
+        "inside the brain, from 8 to 2 mm voxels. The search started from the scanner's coordinates and from "
+        "aligned centres of mass, each in 27 orientations, and took the best."
     ),
     "none": (
-        "No structural image was used: the b=0 reference was itself brought to ACPC space, so that this rigid "
+        "No structural image was used: the b=0 reference was itself brought to ACPC space, and that rigid "
         "transform serves as the coregistration."
     ),
 }

@@ -47,7 +47,9 @@ BARRIER = 0.5
 CG_TOL = 0.1
 CG_MAX = 40
 STOP = 0.04
-OUTLIER = 3.0  # residuals beyond this many sigmas count as outliers
+OUTLIER = 3.0  # residuals beyond this many standard deviations count as outliers
+MISFIT = 0.02
+KINK = 0.02
 COARSEST = 8.0  # mm
 
 
@@ -61,6 +63,8 @@ class _Level:
     grid: Grid
     scales: tuple[float, float]
     centre: np.ndarray
+    noise: float
+    unit: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +137,7 @@ def correct_distortion(
     levels = _pyramid(images, turned, inner, scales)
     state, trace, notes = _estimate(levels)
     compared = _compare(levels[-1], state)
-    after = [v * j for v, j in zip(compared.values, compared.jacobians, strict=True)]
+    after = [levels[-1].unit * v * j for v, j in zip(compared.values, compared.jacobians, strict=True)]
     reference = (after[0] + float(np.exp(state.gain)) * after[1]) / 2
     back = np.argsort(order).tolist()
 
@@ -217,7 +221,8 @@ def _pyramid(
         lines = _line_coefficients(blurred[0])
         solid = spline_coefficients(blurred[1][None])[0]
         small = _reduced(inner.float(), grid, coarse) > 0.5
-        levels.append(_Level(lines, solid, small if small.any() else small | True, coarse, scales, centre))
+        small = small if bool(small.any()) else small | True
+        levels.append(_Level(lines, solid, small, coarse, scales, centre, _noise(blurred, small), unit))
     return levels
 
 
@@ -270,17 +275,15 @@ def _descend(
 ) -> tuple[_State, bool]:
     """Gauss-Newton steps at one level, until nothing moves."""
     compared = _compare(level, state)
-    sigma = _noise(level, compared)
     for iteration in range(iterations):
-        if number == 0:
-            sigma = _noise(level, compared)
-        cost = _cost(level, state, compared, sigma)
-        field, pose, inner = _step(level, state, compared, sigma)
+        outlier = _outlier(level, compared)
+        cost = _cost(level, state, compared, outlier)
+        field, pose, inner = _step(level, state, compared, outlier)
         share, accepted = 1.0, None
         while share > 0.02 and accepted is None:
             trial = _moved(level, state, share * field, share * pose)
             trial_compared = _compare(level, trial)
-            if _cost(level, trial, trial_compared, sigma) < cost:
+            if _cost(level, trial, trial_compared, outlier) < cost:
                 accepted = trial
             else:
                 share /= 2
@@ -288,7 +291,7 @@ def _descend(
             return state, True
         change = _change(level, share * field, state.pose, accepted.pose)
         state, compared = accepted, trial_compared
-        row = {"level": number, "iteration": iteration, "cost": cost, "noise": sigma, "step": share}
+        row = {"level": number, "iteration": iteration, "cost": cost, "outlier": outlier, "step": share}
         trace.append({**row, "inner": inner, "change_mm": change, "gain": float(np.exp(state.gain))})
         if change < STOP:
             return state, True
@@ -311,17 +314,35 @@ def _compare(level: _Level, state: _State) -> _Comparison:
     return _Comparison((v0, v1), (g0, g1), (j0, j1), in0 * in1, residual)
 
 
-def _noise(level: _Level, compared: _Comparison) -> float:
-    """Robust standard deviation of the residual in the brain; never below what interpolation leaves."""
+def _noise(images: list[torch.Tensor], inner: torch.Tensor) -> float:
+    """Standard deviation of the difference of two images where nothing but noise tells them apart.
+
+    Differences along all three axes at once leave little of the anatomy. Interpolation and the like never let images
+    agree better than MISFIT of the brain's intensity.
+    """
+    total = MISFIT**2
+    for image in images:
+        rough, where = image, inner
+        for axis in range(3):
+            if image.shape[axis] > 1:
+                rough = torch.diff(rough, dim=axis) / 2**0.5
+                where = where.narrow(axis, 1, image.shape[axis] - 1)
+        if bool(where.any()):
+            local = gaussian((rough * rough)[None].contiguous(), 1.5)[0][where]
+            total += float(local.kthvalue(int(0.1 * len(local)) + 1).values)
+    return float(total**0.5)
+
+
+def _outlier(level: _Level, compared: _Comparison) -> float:
+    """Residuals beyond this count less and less: wide while the images are still apart."""
     inside = compared.residual[level.inner & (compared.inside > 0)]
-    if inside.numel() == 0:
-        return 1.0
-    return max(float(1.4826 * inside.abs().median()), 0.02)
+    spread = float(1.4826 * inside.abs().median()) if inside.numel() else 0.0
+    return OUTLIER * max(spread, level.noise)
 
 
-def _robust(level: _Level, compared: _Comparison, sigma: float) -> torch.Tensor:
-    z = compared.residual / (sigma * OUTLIER)
-    return 0.5 * OUTLIER**2 * (compared.inside * torch.log1p(z * z)).sum()
+def _robust(level: _Level, compared: _Comparison, outlier: float) -> torch.Tensor:
+    z = compared.residual / outlier
+    return 0.5 * (outlier / level.noise) ** 2 * (compared.inside * torch.log1p(z * z)).sum()
 
 
 def _stiffness(level: _Level) -> tuple[float, float]:
@@ -329,27 +350,27 @@ def _stiffness(level: _Level) -> tuple[float, float]:
     return GRADIENT_STIFFNESS * volume, LAPLACIAN_STIFFNESS * volume
 
 
-def _cost(level: _Level, state: _State, compared: _Comparison, sigma: float) -> float:
+def _cost(level: _Level, state: _State, compared: _Comparison, outlier: float) -> float:
     steep = max(abs(s) for s in level.scales) / float(level.grid.voxel_sizes[2])
     wall = kernels.barrier(state.field, steep)[0]
     if not torch.isfinite(wall) or not bool((compared.jacobians[1] > 0).all()):
         return float("inf")
     weak, stiff = _stiffness(level)
     bend = kernels.laplacian(state.field, level.grid.voxel_sizes)
-    smooth = 0.5 * stiff * (bend * bend).sum() - 0.5 * weak * (bend * state.field).sum()
-    return float(_robust(level, compared, sigma) + smooth + BARRIER * wall)
+    smooth = stiff * KINK**2 * (torch.sqrt(1 + (bend / KINK) ** 2) - 1).sum() - 0.5 * weak * (bend * state.field).sum()
+    return float(_robust(level, compared, outlier) + smooth + BARRIER * wall)
 
 
 def _step(
-    level: _Level, state: _State, compared: _Comparison, sigma: float
+    level: _Level, state: _State, compared: _Comparison, outlier: float
 ) -> tuple[torch.Tensor, np.ndarray, int]:
     """The Gauss-Newton step of field and pose, and how many inner iterations it took."""
     h, (s0, s1), gain = float(level.grid.voxel_sizes[2]), level.scales, float(np.exp(state.gain))
     (v0, v1), (g0, g1), (j0, j1) = compared.values, compared.gradients, compared.jacobians
     level_of = s0 / h * g0 * j0 - gain * s1 / h * g1[2] * j1
     tilt = s0 / h * v0 - gain * s1 / h * v1
-    z = compared.residual / (sigma * OUTLIER)
-    weight = compared.inside / (sigma**2 * (1 + z * z))
+    z = compared.residual / outlier
+    weight = compared.inside / (level.noise**2 * (1 + z * z))
     columns = _pose_columns(level, state, compared)
     weighted = weight * compared.residual
     spread = weight * columns
@@ -358,11 +379,12 @@ def _step(
     inner_pose = columns.reshape(count, -1) @ spread.reshape(count, -1).T
     inner_pose += torch.diag(torch.tensor([100.0, 100.0, 100.0, 0.01, 0.01, 1.0], device=weight.device))
     wall, slope, curvature = kernels.barrier(state.field, max(abs(s0), abs(s1)) / h)
-    stiffness = _stiffness(level)
+    bend = kernels.laplacian(state.field, level.grid.voxel_sizes)
+    weak, stiff = _stiffness(level)
+    stiffness = (weak, stiff / torch.sqrt(1 + (bend / KINK) ** 2))
     normal = kernels.Normal(
         level_of, tilt, weight, BARRIER * curvature, coupling, inner_pose, level.grid.voxel_sizes, stiffness
     )
-    bend = kernels.laplacian(state.field, level.grid.voxel_sizes)
     force = level_of * weighted + kernels.transposed_along(tilt * weighted)
     force += kernels.laplacian(stiffness[1] * bend - stiffness[0] * state.field, level.grid.voxel_sizes)
     force[..., 1:] += BARRIER * slope

@@ -22,11 +22,10 @@ from dsiprep.ops.sample import pull
 from dsiprep.ops.series import (
     CHUNK,
     contrast_to_noise,
+    main_directions,
     outlier_slices,
     shore_projection,
-    tensor_fit,
-    tensor_predict,
-    tensor_shape,
+    tensor_projection,
 )
 
 VERSION = 1
@@ -137,14 +136,12 @@ def _denoising(acquired: Acquired, denoised: Denoised) -> dict[str, np.ndarray]:
     """Mean intensity in the brain before and after, and the mean change over the mean before, per volume."""
     if denoised.noise is None:
         return {}
-    inside = acquired.mask.data > 0.5
+    where = np.flatnonzero(acquired.mask.numpy() > 0.5)
     rows = []
-    for before, after in zip(acquired.dwi.data, denoised.dwi.data, strict=True):
-        a, b = before[inside.to(before.device)], after[inside.to(after.device)].to(before.device)
-        rows.append(
-            [float(a.mean()), float(b.mean()), float((b - a).abs().mean() / a.mean().clamp(min=1e-12))]
-        )
-    return dict(zip(("denoise_pre", "denoise_post", "denoise_change"), np.array(rows).T, strict=True))
+    for before, after in zip(acquired.dwi.data.cpu().numpy(), denoised.dwi.data.cpu().numpy(), strict=True):
+        a, b = before.ravel()[where], after.ravel()[where]
+        rows.append([a.mean(), b.mean(), np.abs(b - a).mean() / max(a.mean(), 1e-12)])
+    return dict(zip(("denoise_pre", "denoise_post", "denoise_change"), np.array(rows, float).T, strict=True))
 
 
 def _series(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) -> Row:
@@ -158,8 +155,9 @@ def _series(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) -> Row:
     row |= {f"voxel_size_{axis}": float(s) for axis, s in zip("xyz", dwi.grid.voxel_sizes, strict=True)}
     row["max_b"] = float(dwi.bvals.max())
     row["neighbor_corr"] = qc.neighboring_dwi_correlation(last, table)
-    row["masked_neighbor_corr"] = qc.neighboring_dwi_correlation(last, table, inside)
-    row["dwi_contrast"] = qc.dwi_contrast_ratio(last, table, inside)
+    brain = np.ascontiguousarray(last[inside])[:, None, None]  # cs_dmri's masks cost more than leaving out
+    row["masked_neighbor_corr"] = qc.neighboring_dwi_correlation(brain, table)
+    row["dwi_contrast"] = qc.dwi_contrast_ratio(brain, table)
     row["num_bad_slices"] = int(outlier_slices(data, inside, slice_axis).sum())
     row["num_directions"] = int((~dwi.is_b0).sum())
     row["coherence_index"] = _coherence(dwi, inside)
@@ -175,7 +173,7 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
     if (used & ~dwi.is_b0).sum() < 6 or not inside.any():
         return None
     signals = dwi.data.numpy()[used][:, inside]
-    fa, direction = tensor_shape(tensor_fit(signals, dwi.bvals[used], dwi.bvecs[used]))
+    fa, direction = main_directions(signals, dwi.q[used])
     maps = np.zeros((*inside.shape, 4), np.float32)
     maps[inside] = np.column_stack([fa, direction])
     found = qc.fixel_coherence(maps[..., 1:], maps[..., 0], inside, dwi.grid.affine, world_directions=True)
@@ -184,27 +182,24 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
 
 def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
     """Contrast over noise of the diffusion-weighted volumes under the model that motion was found with."""
-    use = ~dwi.is_b0
-    inside = mask.numpy() > 0.5
-    shore = "tensor" not in model
-    if use.sum() < (14 if shore else 12):
+    use, tensor = ~dwi.is_b0, "tensor" in model
+    if use.sum() < 14:
         return None
-    matrix, freedom = shore_projection(dwi.q) if shore else (np.empty(0), float(use.sum() - 7))
-    matrix32 = matrix.astype(np.float32)
-    data, values = dwi.data.numpy().reshape(len(dwi), -1), []
+    matrix, freedom = tensor_projection(dwi.q) if tensor else shore_projection(dwi.q)
+    matrix = matrix.astype(np.float32)
+    inside = mask.numpy() > 0.5
     where = np.flatnonzero(inside)
+    data, cnr = dwi.data.numpy().reshape(len(dwi), -1), np.zeros(inside.size, np.float32)
     for start in range(0, len(where), CHUNK):
-        signals = data[:, where[start : start + CHUNK]]
-        if shore:
-            fitted = matrix32 @ signals
+        part = where[start : start + CHUNK]
+        signals = data[:, part]
+        if tensor:
+            top = np.maximum(signals.max(0), 1e-6)
+            fitted = np.exp(np.minimum(matrix @ np.log(np.maximum(signals / top, 1e-3)), 1.0)) * top
         else:
-            fitted = tensor_predict(tensor_fit(signals, dwi.bvals, dwi.bvecs), dwi.bvals, dwi.bvecs)
-        values.append(
-            contrast_to_noise(signals[use], fitted[use], freedom * use.mean() if shore else freedom)
-        )
-    cnr = np.zeros(inside.shape, np.float32)
-    cnr[inside] = np.concatenate(values) if values else 0
-    return Volume(torch.from_numpy(cnr), dwi.grid)
+            fitted = matrix @ signals
+        cnr[part] = contrast_to_noise(signals[use], fitted[use], freedom * use.mean())
+    return Volume(torch.from_numpy(cnr.reshape(inside.shape)), dwi.grid)
 
 
 def _tsnr(dwi: DWI, mask: Volume) -> Volume | None:

@@ -1,0 +1,105 @@
+"""How well volumes agree with what was predicted of them: over the brain, and slice by slice."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dsiprep.data.grid import Grid
+from dsiprep.ops.points import PointSet
+
+__all__ = ["agreement", "slice_scores", "trust"]
+
+LIKE = 15  # volumes of most similar b-value that a volume's residual is compared with
+
+
+def agreement(seen: torch.Tensor, predicted: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """R² and correlation of volumes with their predictions.
+
+    Parameters
+    ----------
+    seen, predicted : Tensor, (n, m)
+        m voxels of n volumes.
+
+    Returns
+    -------
+    r2, xcorr : ndarray, (n,), float64
+        R² is 1 less the variance of the difference over that of the volume.
+    """
+    one = seen - seen.mean(1, keepdim=True)
+    two = predicted - predicted.mean(1, keepdim=True)
+    total = one.square().sum(1).clamp(min=1e-12)
+    r2 = 1 - (one - two).square().sum(1) / total
+    xcorr = (one * two).sum(1) / (total * two.square().sum(1).clamp(min=1e-12)).sqrt()
+    return r2.cpu().numpy().astype(float), xcorr.cpu().numpy().astype(float)
+
+
+def trust(seen: torch.Tensor, predicted: torch.Tensor, bvals: np.ndarray) -> np.ndarray:
+    """How far each volume is to be believed: (residual usual for its b-value over its own)², at most 1.
+
+    Parameters
+    ----------
+    seen, predicted : Tensor, (n, m)
+    bvals : ndarray, (n,)
+        s/mm².
+
+    Returns
+    -------
+    ndarray, (n,)
+    """
+    rms = (seen - predicted).square().mean(1).sqrt().cpu().numpy().astype(float)
+    order = np.argsort(bvals, kind="stable")
+    usual = np.empty(len(rms))
+    for place, volume in enumerate(order):
+        first = max(0, min(place - LIKE // 2, len(rms) - LIKE))
+        usual[volume] = np.median(rms[order[first : first + LIKE]])
+    return np.clip((usual / np.maximum(rms, 1e-12)) ** 2, 1e-3, 1)
+
+
+def slice_scores(
+    residual: torch.Tensor, points: PointSet, grid: Grid, transforms: np.ndarray, axis: int
+) -> np.ndarray:
+    """Robust z-scores of the mean residual of every slice of every volume; signal loss is negative.
+
+    A slice is one of the volume's own: residuals are gathered where the points of the reference lie in the volume.
+
+    Parameters
+    ----------
+    residual : Tensor, (n, m)
+        Volume less prediction at `points`.
+    points : PointSet
+        In the reference.
+    grid : Grid
+        Of the volumes.
+    transforms : ndarray, (n, 4, 4)
+        Points of the reference to points of each volume, world RAS+ mm.
+    axis : int
+        Voxel axis across slices.
+
+    Returns
+    -------
+    ndarray, (n, slices)
+        Zero for slices with fewer than 30 voxels of brain.
+    """
+    count = grid.shape[axis]
+    world = points.world.astype(float) + points.centre
+    rows = (np.linalg.inv(grid.affine) @ transforms)[:, axis]
+    values = residual.cpu().numpy()
+    scaled = np.full((len(rows), count), np.nan)
+    for volume, row in enumerate(rows):
+        where = np.rint(world @ row[:3] + row[3]).astype(int)
+        inside = (where >= 0) & (where < count)
+        number = np.bincount(where[inside], minlength=count)
+        total = np.bincount(where[inside], values[volume][inside], minlength=count)
+        # the mean of many voxels is quieter: the root of their number puts slices of all sizes on one scale
+        scaled[volume] = np.where(number >= 30, total / np.sqrt(np.maximum(number, 1)), np.nan)
+    known = np.isfinite(scaled)
+    usual = np.array(
+        [np.median(column[k]) if k.any() else 0.0 for column, k in zip(scaled.T, known.T, strict=True)]
+    )
+    away = scaled - usual
+    spread = np.array(
+        [np.median(np.abs(line[k])) if k.any() else 0.0 for line, k in zip(away, known, strict=True)]
+    )
+    floor = 0.5 * np.median(spread[spread > 0]) if (spread > 0).any() else 1.0
+    return np.nan_to_num(away / (1.4826 * np.maximum(spread, floor)[:, None]))

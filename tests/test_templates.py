@@ -1,0 +1,127 @@
+"""Templates: their names, their geometry, and that nothing is fetched unasked."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from dsiprep.errors import InputError
+from dsiprep.io import templates
+from dsiprep.io.templates import load_template
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """An empty TemplateFlow folder, and sockets that refuse."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("a connection was opened")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("TEMPLATEFLOW_HOME", str(tmp_path / "templateflow"))
+    return tmp_path / "templateflow"
+
+
+def _write_cache(home: Path, name: str, resolution: str = "01") -> np.ndarray:
+    affine = np.diag([-1.0, 2, 3, 1])
+    folder = home / f"tpl-{name}"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    mask = np.zeros((6, 7, 8), np.uint8)
+    mask[2:5, 2:5, 2:5] = 1
+    values = {"T1w": rng.uniform(50, 100, mask.shape), "desc-brain_mask": mask}
+    values |= {f"label-{t}_probseg": np.full(mask.shape, p) for t, p in (("CSF", 0.2), ("GM", 0.5), ("WM", 0.3))}
+    for ending, data in values.items():
+        image = nib.Nifti1Image(np.asarray(data, np.float32), affine)
+        nib.save(image, folder / f"tpl-{name}_res-{resolution}_{ending}.nii.gz")
+    return affine
+
+
+def test_packaged_template_has_its_true_name_and_mni_geometry(no_network):
+    template = load_template()
+    assert template.name == "MNI152NLin2009aSym"
+    assert template.origin == "nilearn"
+    assert not no_network.exists()
+    assert np.allclose(template.brain.grid.affine[:3, 3], [-98, -134, -72])
+    assert np.allclose(template.brain.grid.voxel_sizes, 1)
+    inside = template.mask.numpy() > 0.5
+    assert 1.5e6 < inside.sum() < 2.2e6
+    assert float(template.brain.data[~(template.mask.data > 0.5)].abs().max()) == 0
+    total = template.tissue.sum(0).numpy()
+    assert np.allclose(total[inside], 1, atol=0.05)
+    assert np.all(total[~inside] == 0)
+
+
+def test_packaged_template_is_symmetric_about_the_world_plane(no_network):
+    template = load_template("MNI152NLin2009aSym")
+    voxels = template.brain.grid.to_voxels([[0.0, 0, 0]])[0]
+    middle = int(voxels[0])
+    data = template.brain.numpy()
+    right, left = data[middle + 1 : middle + 60], data[middle - 1 : middle - 60 : -1]
+    assert np.corrcoef(right.ravel(), left.ravel())[0, 1] > 0.999
+
+
+def test_packaged_tissue_lies_where_anatomy_says(no_network):
+    template = load_template()
+    points = {0: (6, -8, 22), 1: (12, 12, 8), 2: (26, -20, 32)}  # lateral ventricle, caudate, corona radiata
+    for tissue, point in points.items():
+        i, j, k = np.round(template.brain.grid.to_voxels(np.array(point, float))).astype(int)
+        assert int(template.tissue[:, i, j, k].argmax()) == tissue
+
+
+@pytest.mark.parametrize("resolution", ["01", "1"])
+def test_files_of_templateflow_win_where_they_are(no_network, resolution):
+    affine = _write_cache(no_network, "MNI152NLin2009cAsym", resolution)
+    template = load_template()
+    assert (template.name, template.origin) == ("MNI152NLin2009cAsym", "TemplateFlow")
+    assert np.allclose(template.brain.grid.affine, affine)
+    assert np.count_nonzero(template.brain.numpy()) == 27
+    assert np.allclose(template.tissue.amax((1, 2, 3)).numpy(), [0.2, 0.5, 0.3], atol=1e-6)
+
+
+def test_empty_stubs_of_templateflow_do_not_count(no_network):
+    _write_cache(no_network, "MNI152NLin2009cAsym")
+    next((no_network / "tpl-MNI152NLin2009cAsym").glob("*GM*")).write_bytes(b"")
+    assert load_template().origin == "nilearn"
+
+
+def test_a_truncated_file_is_told(no_network):
+    _write_cache(no_network, "MNI152NLin2009cAsym")
+    file = next((no_network / "tpl-MNI152NLin2009cAsym").glob("*_T1w*"))
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(InputError, match="T1w"):
+        load_template()
+
+
+def test_a_template_that_is_not_there_is_told(no_network):
+    with pytest.raises(InputError, match="MNI152NLin6Asym"):
+        load_template("MNI152NLin6Asym")
+
+
+def test_the_network_is_asked_only_on_request(no_network, monkeypatch):
+    asked = []
+
+    def download(name: str) -> None:
+        asked.append(name)
+        _write_cache(no_network, name)
+
+    monkeypatch.setattr(templates, "_download", download)
+    assert load_template().origin == "nilearn"
+    assert not asked
+    assert load_template(allow_network=True).origin == "TemplateFlow"
+    assert asked == ["MNI152NLin2009cAsym"]
+
+
+def test_loading_imports_neither_nilearn_nor_templateflow(tmp_path):
+    code = (
+        "import sys; from dsiprep.io.templates import load_template; load_template(); "
+        "assert not {'nilearn', 'templateflow'} & set(sys.modules)"
+    )
+    environment = {"TEMPLATEFLOW_HOME": str(tmp_path / "none"), "PATH": "", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
