@@ -153,7 +153,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--version", action="version", version=f"dsiprep {__version__}")
 
 
-def add_setting(group: argparse._ArgumentGroup, prefix: str, entry: dataclasses.Field[Any]) -> None:
+def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclasses.Field[Any]) -> None:
     """One option drawn from a settings field; its value lands under `prefix.name`."""
     flags, choices = entry.metadata["flags"], entry.metadata["choices"]
     place: dict[str, Any] = {"dest": f"{prefix}.{entry.name}" if prefix else entry.name, "default": entry.default}
@@ -331,7 +331,7 @@ def refuse_shell_tools(chosen: settings.Settings, units: Sequence[Unit]) -> None
 
     for unit in units:
         scheme = scheme_of(unit, chosen.acquisition.b0_threshold)
-        if not scheme.shelled:
+        if scheme is not None and not scheme.shelled:
             flag, value = wrong[0]
             raise SettingsError(f"{flag} {value}: {unit.name} is {scheme.description}. {SHELLS_ONLY}")
     raise SettingsError(f"{wrong[0][0]} {wrong[0][1]}: {NOT_BUILT[wrong[0]]}")

@@ -75,7 +75,7 @@ def preprocess(
     acquired = cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
     motions = tuple(
-        cache.run(motion, f"motion-{blip.name}", partial(_motion, on), acquired, denoised, b, settings.motion)
+        cache.run(motion, f"motion-{blip.name}", partial(_motion, on), acquired, b, settings.motion)
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
@@ -149,14 +149,13 @@ def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings
     )
 
 
-def _motion(
-    device: torch.device, acquired: Acquired, denoised: Denoised, blip: int, settings: MotionSettings
-) -> Motion:
-    chosen = denoised.dwi.blip == blip
+def _motion(device: torch.device, acquired: Acquired, blip: int, settings: MotionSettings) -> Motion:
+    """Motion is found in the series as acquired: denoising before it carries anatomy from volume to volume."""
+    chosen = acquired.dwi.blip == blip
     moved = with_cpu_fallback(
         lambda dwi, mask: motion.estimate_motion(dwi, mask, settings),
         device,
-        (denoised.dwi.select(chosen), acquired.mask),
+        (acquired.dwi.select(chosen), acquired.mask),
     )
     return replace(moved, volumes=np.flatnonzero(chosen))
 
@@ -195,7 +194,7 @@ def _anatomy_from_b0(
 ) -> Anatomy:
     dwiref, mask = reference_image(*reference)
     return with_cpu_fallback(
-        lambda *moved: anatomy.process_anatomy((), *moved, template, settings), device, (dwiref, mask)
+        lambda image, brain: anatomy.process_anatomy((), image, brain, template, settings), device, (dwiref, mask)
     )
 
 
@@ -224,7 +223,7 @@ def _resample(
     )
 
 
-def plan_stages(unit: Unit, scheme: SamplingScheme, settings: Settings) -> dict[str, str]:
+def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> dict[str, str]:
     """What each stage would do for a unit, and why; nothing is computed."""
     has_t1w = bool(unit.t1w) and settings.anatomy.modality == "T1w"
     if settings.distortion.method == "none":
@@ -235,7 +234,7 @@ def plan_stages(unit: Unit, scheme: SamplingScheme, settings: Settings) -> dict[
         susceptibility = "none: no opposite phase encodings (see the notes)"
     return {
         "denoise": f"{settings.denoise.method}, unringing {settings.denoise.unringing}",
-        "motion": motion.explain_model(scheme, settings.motion),
+        "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": susceptibility,
         "anatomy": (
             f"{len(unit.t1w)} T1w image{'s' if len(unit.t1w) > 1 else ''}: N4, brain mask, ACPC, "

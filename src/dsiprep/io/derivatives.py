@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -275,7 +275,7 @@ def _with(stem: Path, extension: str) -> Path:
     return stem.parent / (stem.name + extension)
 
 
-def _write_json(path: Path, content: dict[str, object] | dict[str, dict[str, str]]) -> None:
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Displacement fields: composition, inversion, Jacobian determinant; what a chain of transforms does to points.
+"""Displacement fields: composition, inversion, Jacobian determinant; what a chain of maps does to points.
 
 One body in tensor operations serves every device; the interpolation below it is chosen in `ops.sample`.
 """
@@ -30,9 +30,9 @@ def compose(first: DisplacementField, second: DisplacementField) -> Displacement
 def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float = 0.01) -> DisplacementField:
     """The field v on the same grid with v(x) + u(x + v(x)) = 0.
 
-    A few fixed-point steps everywhere, then Newton's method where they have not arrived. Where a step does not
-    bring a voxel nearer, half of it is tried; fields that fold have no inverse, and there the last best guess
-    stands.
+    A few fixed-point steps everywhere, then Newton's method where they have not arrived. Where a step does
+    not bring a voxel nearer, half of it is tried; fields that fold have no inverse, and there the last best
+    guess stands.
 
     Parameters
     ----------

@@ -57,7 +57,7 @@ def gradient(volumes: torch.Tensor) -> torch.Tensor:
         As `numpy.gradient`; zero along an axis of one voxel.
     """
     volumes = volumes.detach().float()
-    if volumes.device.type == "cpu":
+    if _fused(volumes):
         return torch.from_numpy(_gradient_loop(np.ascontiguousarray(volumes.numpy())))
     out = torch.zeros(volumes.shape[0], 3, *volumes.shape[1:], device=volumes.device)
     for axis in range(3):
@@ -80,7 +80,7 @@ def box_sum(volumes: torch.Tensor, radius: int) -> torch.Tensor:
     Tensor, (n, i, j, k), float32
     """
     volumes = volumes.detach().float()
-    if volumes.device.type == "cpu":
+    if _fused(volumes):
         array = np.ascontiguousarray(volumes.numpy())
         return torch.from_numpy(_box_loop(array, radius))
     result = volumes
@@ -115,6 +115,11 @@ def resample_to_spacing(volume: Volume, spacing_mm: float | tuple[float, float, 
     return Volume(pull(smooth, volume.grid, target)[0], target)
 
 
+def _fused(tensor: torch.Tensor) -> bool:
+    """Whether the Numba loops serve this tensor."""
+    return tensor.device.type == "cpu"
+
+
 def _kernel(sigma: float, truncate: float) -> np.ndarray:
     radius = int(truncate * sigma + 0.5)
     x = np.arange(-radius, radius + 1)
@@ -123,7 +128,7 @@ def _kernel(sigma: float, truncate: float) -> np.ndarray:
 
 
 def _along(volumes: torch.Tensor, axis: int, kernel: np.ndarray) -> torch.Tensor:
-    if volumes.device.type == "cpu":
+    if _fused(volumes):
         shape = volumes.shape
         lines = np.ascontiguousarray(volumes.numpy()).reshape(int(np.prod(shape[:axis])), shape[axis], -1)
         loop = _last_loop if axis == 3 else _lines_loop

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsiprep.ops.affine import rigid_matrix, rigid_parameters
+from dsiprep.ops.affine import nearest_rotation, rigid_matrix, rigid_parameters
 
-__all__ = ["decompose", "interpolate_poses", "jitter", "median_pose", "resting_poses"]
+__all__ = ["decompose", "extrapolate", "interpolate_poses", "jitter", "median_pose", "resting_poses", "without_trend"]
 
+FEW = 30  # volumes below which poses are not asked for a trend with direction
 STILL = 0.05  # mm: heads are not expected to rest more quietly than this
 
 
@@ -42,12 +43,11 @@ def resting_poses(
         Rigid.
     """
     points = rigid_parameters(matrices, centre) * _lengths(radius)
-    time = np.arange(len(points))
-    rest = np.empty_like(points)
-    for v in time:
-        weights = np.clip(1 - np.abs(time - v) / (width + 1), 0, None)
-        used = weights > 0
-        rest[v] = _geometric_median(points[used], weights[used])
+    width = min(width, len(points) - 1)
+    near = np.arange(len(points))[:, None] + np.arange(-width, width + 1)
+    weights = 1 - np.abs(np.arange(-width, width + 1)) / (width + 1)
+    weights = weights * ((near >= 0) & (near < len(points)))
+    rest = _geometric_median(points[near.clip(0, len(points) - 1)], weights)
     return rigid_matrix(rest / _lengths(radius), centre)
 
 
@@ -65,6 +65,101 @@ def interpolate_poses(matrices: np.ndarray, known: np.ndarray, centre: np.ndarra
     time = np.arange(len(matrices))
     columns = [np.interp(time, time[known], parameters[known, c]) for c in range(6)]
     return rigid_matrix(np.stack(columns, axis=1), centre)
+
+
+def extrapolate(
+    before: list[np.ndarray], after: list[np.ndarray], centre: np.ndarray, affine: bool, radius: float = 60.0
+) -> np.ndarray:
+    """Where rounds of "predict and register" lead to, from what the last rounds did (Anderson mixing).
+
+    Errors that all volumes of similar contrast share fade slowly from round to round, for each is predicted from the
+    others. The combination of the last rounds after which the least movement is left takes many rounds at once.
+
+    Parameters
+    ----------
+    before, after : list of ndarray, (n, 4, 4)
+        Poses that went into each round, and that came out of it; the last round last.
+    centre : ndarray, (3,)
+        mm.
+    affine : bool
+        False brings the result back to rigid transforms.
+
+    Returns
+    -------
+    ndarray, (n, 4, 4)
+
+    References
+    ----------
+    Walker & Ni 2011, doi 10.1137/10078356X.
+    """
+    lengths = np.array([radius, radius, radius, 1.0])
+    there, back = np.eye(4), np.eye(4)
+    there[:3, 3], back[:3, 3] = -centre, centre
+    points = [(there @ matrices @ back)[:, :3] * lengths for matrices in before]
+    images = [(there @ matrices @ back)[:, :3] * lengths for matrices in after]
+    moves = np.stack([image - point for image, point in zip(images, points, strict=True)])
+    size = np.linalg.norm(moves[-1], axis=(1, 2))
+    calm = 1 / np.maximum(size, 3 * np.median(size) + 1e-9)  # volumes on their way back do not set the pace
+    columns = ((moves[1:] - moves[:-1]) * calm[:, None, None]).reshape(len(moves) - 1, -1).T
+    goal = (moves[-1] * calm[:, None, None]).ravel()
+    gram = columns.T @ columns
+    mix = np.linalg.solve(gram + 1e-4 * np.trace(gram) * np.eye(len(gram)), columns.T @ goal)
+    step = np.tensordot(mix, np.diff(np.stack(images), axis=0), axes=1)
+    reach = np.linalg.norm(step, axis=(1, 2))
+    step *= np.minimum(1, 10 * np.maximum(np.median(size), 1e-6) / np.maximum(reach, 1e-9))[:, None, None]
+    result = np.tile(np.eye(4), (len(step), 1, 1))
+    result[:, :3] = (images[-1] - step) / lengths
+    if not affine:
+        result[:, :3, :3] = nearest_rotation(result[:, :3, :3])
+    return back @ result @ there
+
+
+def without_trend(
+    matrices: np.ndarray, q: np.ndarray, run: np.ndarray, centre: np.ndarray, radius: float = 60.0
+) -> np.ndarray:
+    """Poses (n, 4, 4) without what they have in common as a function of the gradient.
+
+    A head does not know the gradient. Volumes of similar contrast are predicted from each other, so an error that they
+    share is seen by none of them. Here it shows: poses are explained by a slow drift (a cubic in time and a step
+    between runs) and a trend with |q| and with the quadratic form of q, which vanishes at b=0, with heavy tails
+    (Cauchy), so that volumes that the head moved in do not count. The trend is taken away. It is even in q: eddy
+    currents are odd.
+
+    Parameters
+    ----------
+    matrices : ndarray, (n, 4, 4)
+        All volumes in order of acquisition, those of b=0 among them.
+    q : ndarray, (n, 3)
+        Root of b times the b-vector; zero at b=0.
+    run : ndarray, (n,)
+    centre : ndarray, (3,)
+        mm.
+    """
+    poses = rigid_parameters(matrices, centre) * _lengths(radius)
+    drift = np.polynomial.legendre.legvander(np.linspace(-1, 1, len(poses)), 3)[:, 1:]
+    trend = _even_terms(q)
+    design = np.hstack([np.eye(run.max() + 1)[run], drift, trend])
+    weights = np.ones(len(poses))
+    for turn in range(60):
+        weighted = design * weights[:, None]
+        found = np.linalg.lstsq(weighted.T @ design, weighted.T @ poses, rcond=1e-6)[0]
+        distance = np.linalg.norm(poses - design @ found, axis=1)
+        if turn < 20:  # least sum of distances first: from there the tails find the crowd
+            weights = 1 / (distance + STILL)
+        else:
+            weights = 1 / (1 + (distance / max(STILL, float(np.median(distance)) / 2)) ** 2)
+    shared = rigid_matrix(trend @ found[-trend.shape[1] :] / _lengths(radius), centre)
+    return matrices @ np.linalg.inv(shared)
+
+
+def _even_terms(q: np.ndarray) -> np.ndarray:
+    """|q| and the six products of q, largest |q| 1; only |q| and its square where volumes are few, (n, 7 or 2)."""
+    q = q / np.linalg.norm(q, axis=1).max()
+    length = np.linalg.norm(q, axis=1)[:, None]
+    if len(q) < FEW:
+        return np.hstack([length, length**2])
+    x, y, z = q.T
+    return np.hstack([length, np.stack([x * x, y * y, z * z, x * y, x * z, y * z], axis=1)])
 
 
 def decompose(matrix: np.ndarray, centre: np.ndarray) -> dict[str, float]:
@@ -94,8 +189,11 @@ def _lengths(radius: float) -> np.ndarray:
 
 
 def _geometric_median(points: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    middle = np.median(points[weights >= 0.5 * weights.max()], axis=0)
-    for _ in range(30):
-        pull = weights / (np.linalg.norm(points - middle, axis=1) + 0.02)
-        middle = (pull[:, None] * points).sum(axis=0) / pull.sum()
+    """Of (..., k, 6) points with weights (..., k), by Weiszfeld's iteration: (..., 6)."""
+    total = weights.sum(axis=-1)[..., None]
+    middle = (weights[..., None] * points).sum(axis=-2) / total
+    for iteration in range(60):
+        distance = np.linalg.norm(points - middle[..., None, :], axis=-1)
+        pull = weights / (distance + max(0.02, 2 * 0.8**iteration))
+        middle = (pull[..., None] * points).sum(axis=-2) / pull.sum(axis=-1)[..., None]
     return middle

@@ -1,8 +1,8 @@
 """How alike two images are, and how that changes with the intensities of the moving one.
 
 `mutual_information` and `correlation` compare samples at points and serve the linear registration;
-`local_correlation` compares volumes and serves the diffeomorphic one. Each gives a score, larger is better, and
-its derivative by every moving intensity, so that any transform's gradient follows by the chain rule.
+`local_correlation` compares volumes and serves the diffeomorphic one. Each gives a score, larger is better,
+and its derivative by every moving intensity, so that any transform's gradient follows by the chain rule.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+from scipy import ndimage
 
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Anatomy, Coregistration
@@ -14,15 +16,17 @@ VERSION = 1
 METHODS = {
     "mi": (
         "The undistorted b=0 reference was registered to the structural image with a rigid (or, where asked "
-        "for, an affine) transform that maximises normalised mutual information [@studholme1999; @mattes2003] "
-        "inside the brain, from 8 to 2 mm voxels. The search started from the scanner's coordinates and from "
-        "aligned centres of mass, each in 27 orientations, and took the best."
+        "for, an affine) transform that maximises normalised mutual information [@studholme1999; "
+        "@mattes2003] in the brain and 6 mm around it, from 8 to 2 mm resolution. The search started from the "
+        "scanner's coordinates and from aligned centres of mass, each in 27 orientations, and took the best."
     ),
     "none": (
         "No structural image was used: the b=0 reference was itself brought to ACPC space, and that rigid "
         "transform serves as the coregistration."
     ),
 }
+
+MARGIN_MM = 6.0  # the edge of the brain tells more than its inside, where b=0 and T1w are both grey
 
 __all__ = ["METHODS", "VERSION", "coregister"]
 
@@ -45,8 +49,8 @@ def coregister(
     Returns
     -------
     Coregistration
-        `dwiref_to_acpc` maps points of ACPC to points of the dwiref. A `score_after` that is hardly above
-        `score_before` and near 1 means that the images do not agree.
+        `dwiref_to_acpc` maps points of ACPC to points of the dwiref. The scores are normalised mutual
+        information, 1 (the images tell nothing of each other) to 2.
     """
     start = np.asarray(anatomy.anat_to_acpc.matrix, float)
     if anatomy.modality == "none":
@@ -56,9 +60,18 @@ def coregister(
         anatomy.image,
         dof=settings.dof,
         metric="mi",
-        fixed_mask=anatomy.mask,
+        fixed_mask=_with_margin(anatomy.mask),
         moving_mask=dwiref_mask,
         initial=start,
         search=True,
     )
     return Coregistration(Affine(fit.matrix, "dwiref", "ACPC"), fit.score_before, fit.score_after, fit.metric)
+
+
+def _with_margin(mask: Volume) -> Volume:
+    """The mask and `MARGIN_MM` around it."""
+    outside = mask.numpy() < 0.5
+    if outside.all():
+        return Volume(torch.ones_like(mask.data), mask.grid)
+    near = ndimage.distance_transform_edt(outside, sampling=mask.grid.voxel_sizes) <= MARGIN_MM
+    return Volume(torch.from_numpy(near.astype(np.float32)), mask.grid)

@@ -42,14 +42,14 @@ METHODS = {
 Fitzpatrick 1992: doi 10.1109/42.158935."""
 
 GRADIENT_STIFFNESS = 0.02
-LAPLACIAN_STIFFNESS = 50.0
+LAPLACIAN_STIFFNESS = 100.0
 BARRIER = 0.5
 CG_TOL = 0.1
 CG_MAX = 40
 STOP = 0.04
 OUTLIER = 3.0  # residuals beyond this many standard deviations count as outliers
 MISFIT = 0.02
-KINK = 0.02
+KINK = 0.01
 COARSEST = 8.0  # mm
 
 
@@ -211,7 +211,9 @@ def _pyramid(
 ) -> list[_Level]:
     """The pair from coarse to fine, in intensities of the brain's median."""
     unit = float(torch.stack(images)[:, inner].median().clamp(min=1e-20))
-    spacings = [s for s in (COARSEST, COARSEST / 2) if s > 1.4 * float(grid.voxel_sizes.min())]
+    finest = float(np.prod(grid.voxel_sizes) ** (1 / 3))
+    steps = max(0, round(float(np.log2(COARSEST / finest))))
+    spacings = [float(s) for s in np.geomspace(COARSEST, finest, steps + 1)[:-1]]
     where = np.argwhere(inner.cpu().numpy())
     centre = grid.to_world(where.mean(0))
     levels = []

@@ -18,7 +18,7 @@ from dsiprep.ops.agreement import agreement, slice_scores, trust
 from dsiprep.ops.align import Rest, align, read
 from dsiprep.ops.mask import brain_mask_b0
 from dsiprep.ops.points import PointSet, average_blocks, point_set
-from dsiprep.ops.pose import decompose, interpolate_poses, jitter, median_pose, resting_poses
+from dsiprep.ops.pose import decompose, extrapolate, interpolate_poses, jitter, median_pose, resting_poses, without_trend
 from dsiprep.ops.sample import pull
 from dsiprep.ops.shore import leave_one_out, near_neighbours, shore_basis, shore_prior, shore_size
 from dsiprep.ops.tensor import tensor_basis, tensor_prediction
@@ -29,7 +29,8 @@ _ROUNDS = (
     "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors turned "
     "with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds were "
     "repeated until no volume moved. Poses were expected near those that the head rested in around the same time, with "
-    "heavy tails, so that clear movements are left as they are."
+    "heavy tails, so that clear movements are left as they are; what poses had in common as an even function of the gradient "
+    "was taken away, since a head does not know the gradient."
 )
 METHODS = {
     "3dSHORE": (
@@ -263,6 +264,7 @@ def _rounds(
     reference = level.read(np.flatnonzero(dwi.is_b0), out).mean(0, keepdim=True)
     weights, fill = np.ones(len(index)), None
     trace: list[dict[str, float]] = []
+    steps: list[tuple[np.ndarray, np.ndarray]] = []
     done, allowed = count
     for number in range(done + 1, done + allowed + 1):
         seen = level.read(index, out, fill)
@@ -274,12 +276,23 @@ def _rounds(
         before = out[index]
         rest = None if number <= 2 else _rest(dwi, level, out)
         out[index] = _register(level, index, predicted, before, settings.transform == "Affine", rest)
+        if number > done + 1 and dwi.is_b0.sum() > 2:  # with fewer, a trend and a drift cannot be told apart
+            out = without_trend(out, np.where(dwi.is_b0[:, None], 0, dwi.q), dwi.run, level.points.centre)
         fill = predicted
+        steps.append((before, out[index]))
         trace += _rows(out, level, number)
         moved = point_displacement(before, out[index], level.few()).mean(1)
         log.info("motion: round %d (%s voxels), moved %.3f mm at most", number, level.name, moved.max())
         if moved.max() < settings.tolerance:
             break
+        if len(steps) > 2 and number < done + allowed:
+            history = steps[-4:]
+            out[index] = extrapolate(
+                [b for b, _ in history],
+                [a for _, a in history],
+                level.points.centre,
+                settings.transform == "Affine",
+            )
     return out, trace
 
 
