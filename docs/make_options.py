@@ -17,8 +17,8 @@ Drawn from the settings by `python docs/make_options.py`; do not edit by hand.
     dsiprep BIDS_DIR OUTPUT_DIR participant --output-resolution MM [options]
 
 Names are QSIPrep's wherever both programs have the thing. Older names of QSIPrep are taken too:
-`--hmc-model`, `--shoreline-iters`, `--hmc-transform`, `--pepolar-method`, `--b0-to-anat-transform`, `--shoreline-config`,
-`--b1-biascorrect-stage`, `--dwi-denoise-window`, `--participant_label`, `--session-id`.
+`--hmc-model`, `--shoreline-iters`, `--hmc-transform`, `--pepolar-method`, `--b0-to-anat-transform`,
+`--shoreline-config`, `--b1-biascorrect-stage`, `--dwi-denoise-window`, `--participant_label`, `--session-id`.
 """
 
 

@@ -147,9 +147,7 @@ def make_subject(
     blip_of = np.where(np.arange(n) % 2 == 0, 0, blips - 1) if blips == 2 else np.zeros(n, int)
     blip_of = np.sort(blip_of)
     acpc_bvecs = rotate_bvecs(bvecs, transforms) @ acpc_from_dwi[:3, :3].T
-    clean = (
-        np.stack([signal(distorted[blip_of[v]], points, bvals[v], acpc_bvecs[v]) for v in range(n)]) * 1000
-    )
+    clean = np.stack([signal(distorted[blip_of[v]], points, bvals[v], acpc_bvecs[v]) for v in range(n)]) * 1000
     sigma = 18 + 14 * np.exp(-np.square(points / 60).sum(-1))
     noisy = np.hypot(clean + sigma * rng.normal(size=clean.shape), sigma * rng.normal(size=clean.shape))
     noisy[n // 3, :, :, grid.shape[2] // 2] *= 0.4
@@ -270,14 +268,9 @@ def _distortion(
     pe: tuple[PhaseEncoding, ...], grid: Grid, hz: np.ndarray, dwiref: Volume, before: list[Volume]
 ) -> Distortion:
     fields = tuple(
-        DisplacementField(torch.as_tensor(np.moveaxis(_shift(hz, e, grid), -1, 0).astype(np.float32)), grid)
-        for e in pe
+        DisplacementField(torch.as_tensor(np.moveaxis(_shift(hz, e, grid), -1, 0).astype(np.float32)), grid) for e in pe
     )
-    trace = [
-        {"level": float(s), "cost": np.exp(-i / 9) + 0.1 * s, "step": 1.0}
-        for s in (4, 2, 1)
-        for i in range(20)
-    ]
+    trace = [{"level": float(s), "cost": np.exp(-i / 9) + 0.1 * s, "step": 1.0} for s in (4, 2, 1) for i in range(20)]
     return Distortion(
         np.stack([np.eye(4)] * len(pe)),
         fields,
@@ -373,6 +366,4 @@ def _quality(
     }
     tissue = labels(voxels(grid))
     inside = (tissue != AIR) & (tissue != SCALP)
-    return Quality(
-        table, confounds, z, volume(inside * 1.8, grid), volume(inside * 22.0, grid), ("No DSI Studio.",)
-    )
+    return Quality(table, confounds, z, volume(inside * 1.8, grid), volume(inside * 22.0, grid), ("No DSI Studio.",))

@@ -52,7 +52,7 @@ def _scanner_grid(mm: float, axes: str) -> Grid:
 
 
 def _to_person(points: np.ndarray) -> np.ndarray:
-    """Points of the person in ACPC space to points of the template: smaller by 4 %, and bent by up to 4 mm."""
+    """Points of the person in ACPC space to points of the template: 4 % smaller, and bent by up to 4 mm."""
     bend = 4 * np.sin(points[..., [1, 2, 0]] / 25.0) * np.exp(-((points / 55.0) ** 2).sum(-1, keepdims=True))
     return points * 1.04 + bend
 

@@ -37,9 +37,7 @@ class Dataset:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(content))
 
-    def image(
-        self, name: str, volumes: int, sidecar: dict[str, Any] | None, affine: np.ndarray = LAS
-    ) -> Path:
+    def image(self, name: str, volumes: int, sidecar: dict[str, Any] | None, affine: np.ndarray = LAS) -> Path:
         parts = name.split("_")
         kind = {"dwi": "dwi", "T1w": "anat", "T2w": "anat"}.get(parts[-1], "fmap")
         folder = self.root.joinpath(*[p for p in parts if p.startswith(("sub-", "ses-"))], kind)

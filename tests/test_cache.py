@@ -46,8 +46,9 @@ def source(tmp_path: Path, text: str = "input") -> Kept[str]:
 
 
 def test_a_stage_runs_once_and_comes_back_the_same(tmp_path: Path) -> None:
-    stage, run = Counted(), lambda: Cache(tmp_path / "work").run(
-        stage_module(), "denoise", stage, source(tmp_path), DenoiseSettings()
+    stage, run = (
+        Counted(),
+        lambda: Cache(tmp_path / "work").run(stage_module(), "denoise", stage, source(tmp_path), DenoiseSettings()),
     )
     first, second = run().value, run().value
     assert stage.calls == 1
@@ -94,7 +95,7 @@ def test_a_run_killed_while_writing_leaves_nothing_that_counts(tmp_path: Path, m
 
     stage = Counted()
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("dsiprep.cache.os.rename", killed)
+        patched.setattr("dsiprep.cache.Path.rename", killed)
         Cache(tmp_path / "work").run(stage_module(), "denoise", stage, DenoiseSettings())
     assert not list((tmp_path / "work").iterdir())
     Cache(tmp_path / "work").run(stage_module(), "denoise", stage, DenoiseSettings())

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
-from report_subject import make_subject
 
 from dsiprep.data.results import UnitResults
 from dsiprep.errors import OutputError
 from dsiprep.io import derivatives
 from dsiprep.ops.sample import sample_linear, voxel_points
+from report_subject import make_subject
 
 # What QSIRecon asks a folder for; it stops when a query matches two files.
 QUERIES = [
@@ -73,9 +73,7 @@ def test_images_are_lps(written: Path) -> None:
         assert nib.aff2axcodes(nib.load(path).affine) == ("L", "P", "S"), path.name
 
 
-def test_motion_file_holds_one_transform_per_volume_in_lps(
-    written: Path, subject: UnitResults, tmp_path: Path
-) -> None:
+def test_motion_file_holds_one_transform_per_volume_in_lps(written: Path, subject: UnitResults, tmp_path: Path) -> None:
     text = next(written.rglob("*desc-hmc_xfm.txt")).read_text()
     head, *blocks = re.split(r"^#Transform \d+\n", text, flags=re.MULTILINE)
     assert len(blocks) == len(subject.acquired.dwi)

@@ -102,9 +102,7 @@ def test_three_formats_agree(codes: str, oblique: bool, tmp_path: Path) -> None:
 
 
 def test_b_table_is_as_dsi_studio_prints_it(tmp_path: Path) -> None:
-    write_dsi_studio(
-        tmp_path / "t", np.array([0.0, 994.9999]), np.array([[0, 0, 0], [1.0, 0, 0]]), grid_of("LPS")
-    )
+    write_dsi_studio(tmp_path / "t", np.array([0.0, 994.9999]), np.array([[0, 0, 0], [1.0, 0, 0]]), grid_of("LPS"))
     assert (tmp_path / "t").read_text() == "0 0.000000 0.000000 0.000000\n995 -1.000000 0.000000 0.000000\n"
 
 

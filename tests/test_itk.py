@@ -108,9 +108,7 @@ def test_itk_composites_are_read(tmp_path: Path) -> None:
     path = tmp_path / "itk.h5"
     sitk.WriteTransform(composite, str(path))
     points = rng.uniform(-8, 8, (50, 3))
-    np.testing.assert_allclose(
-        chain_points(read_composite_h5(path), points), itk_points(path, points), atol=1e-3
-    )
+    np.testing.assert_allclose(chain_points(read_composite_h5(path), points), itk_points(path, points), atol=1e-3)
 
 
 def test_old_spelling_is_read(tmp_path: Path) -> None:
@@ -129,9 +127,7 @@ def test_single_fields_mean_the_same_to_itk(tmp_path: Path) -> None:
     path = tmp_path / "field.h5"
     write_displacement_h5(path, field)
     points = points_inside(rng, field.grid)
-    np.testing.assert_allclose(
-        itk_points(path, points), chain_points(Chain((field,), "a", "b"), points), atol=1e-3
-    )
+    np.testing.assert_allclose(itk_points(path, points), chain_points(Chain((field,), "a", "b"), points), atol=1e-3)
     again = read_composite_h5(path).steps[0]
     assert isinstance(again, DisplacementField) and again.grid.matches(field.grid)
     assert torch.equal(again.data, field.data)

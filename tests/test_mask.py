@@ -24,15 +24,13 @@ def _grid(mm: float, axes: str = "RAS", lowest: float = -60.0) -> Grid:
     affine = np.diag([mm, mm, mm, 1.0])
     affine[:3, 3] = -80, -100, lowest
     image = nib.Nifti1Image(np.zeros(shape, np.uint8), affine)
-    turn = nib.orientations.ornt_transform(
-        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
-    )
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
     turned = image.as_reoriented(turn)
     return Grid(turned.shape, turned.affine)
 
 
 def _head(grid: Grid, centre_dark: float = 0.0) -> tuple[Volume, np.ndarray]:
-    """A b=0-like head: brain with ventricles, skull, thin scalp, bright eyes and a neck; and the true brain."""
+    """A b=0-like head: brain with ventricles, skull, thin scalp, bright eyes and a neck; the true brain."""
     index = np.moveaxis(np.indices(grid.shape), 0, -1)
     world = grid.to_world(index)
 
@@ -114,7 +112,7 @@ def test_b0_mask_does_not_depend_on_scale_or_run():
 
 
 def test_otsu_as_simpleitk():
-    import SimpleITK as sitk
+    import SimpleITK as sitk  # noqa: N813
 
     rng = np.random.default_rng(0)
     values = np.concatenate([rng.normal(10, 4, 5000), rng.normal(60, 12, 3000)])

@@ -91,9 +91,7 @@ def test_mask_and_padding() -> None:
     denoised, sigma, _ = mppca(noisy, mask)
     assert float(denoised[:, mask == 0].abs().max()) == 0
     assert float(sigma[mask == 0].abs().max()) == 0
-    assert rmse(denoised[:, mask > 0], truth[:, mask > 0]) < 1.1 * rmse(
-        whole[0][:, mask > 0], truth[:, mask > 0]
-    )
+    assert rmse(denoised[:, mask > 0], truth[:, mask > 0]) < 1.1 * rmse(whole[0][:, mask > 0], truth[:, mask > 0])
     padded = torch.nn.functional.pad(noisy, (5, 5, 5, 5, 5, 5))
     _, sigma_padded, _ = mppca(padded)
     assert abs(float(sigma_padded[5:-5, 5:-5, 5:-5].mean()) / 10 - 1) < 0.05
@@ -123,9 +121,7 @@ def test_threshold_against_the_definition() -> None:
         size=(rank, columns)
     )
     values = np.linalg.eigvalsh(matrix @ matrix.T)
-    noise, variance = marchenko_pastur(
-        torch.from_numpy(values)[None], torch.tensor([rows]), torch.tensor([columns])
-    )
+    noise, variance = marchenko_pastur(torch.from_numpy(values)[None], torch.tensor([rows]), torch.tensor([columns]))
     expected, best = 0, 0.0
     for p in range(1, rows + 1):
         width = (values[p - 1] - values[0]) / 4 / np.sqrt(p * (columns - rows + p))

@@ -44,9 +44,7 @@ def _blob(field: float | np.ndarray = 0.0, width: float = 5.0) -> Source:
     """A lopsided blob near the middle of `make_grid`, with a field."""
     grid = Grid((81, 81, 81), np.array([[1.0, 0, 0, -37], [0, 1, 0, -45], [0, 0, 1, -32], [0, 0, 0, 1]]))
     x = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)) - CENTRE
-    image = np.exp(-(x**2 @ [1.0, 0.7, 1.4]) / (2 * width**2)) + 0.6 * np.exp(
-        -((x - [9, 4, -6]) ** 2).sum(-1) / 40
-    )
+    image = np.exp(-(x**2 @ [1.0, 0.7, 1.4]) / (2 * width**2)) + 0.6 * np.exp(-((x - [9, 4, -6]) ** 2).sum(-1) / 40)
     return Source(image.astype(np.float32), grid, np.zeros(grid.shape, np.float32) + np.float32(field), grid)
 
 
@@ -127,9 +125,7 @@ def test_a_linear_field_stretches_and_dims() -> None:
 def test_signal_is_conserved_where_it_is_piled_up(polarity: int) -> None:
     grid = make_grid("oblique", (32, 40, 32), (2.5, 2.5, 2.5))
     still = scan(_blob(), grid, PhaseEncoding(1, polarity, 0.0), np.eye(4))
-    seen = scan(
-        _blob(_field_along(np.array([0, 1.0, 0.5]))), grid, PhaseEncoding(1, polarity, 0.05), np.eye(4)
-    )
+    seen = scan(_blob(_field_along(np.array([0, 1.0, 0.5]))), grid, PhaseEncoding(1, polarity, 0.05), np.eye(4))
     assert np.abs(seen - still).max() > 0.2 * still.max()
     np.testing.assert_allclose(seen.sum(1), still.sum(1), rtol=1e-3, atol=1e-3)
 
@@ -175,9 +171,7 @@ def _session(grid: Grid, poses: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray
     nothing = np.zeros((2, 2, 2), np.float32)
     lying, kept = np.zeros(n, bool), np.ones((n, grid.shape[2]))
     back = replace(pe, polarity=-1)
-    return Session(
-        grid, pe, back, bvals, bvecs, poses, poses[:1], lying, np.zeros((n, 9)), kept, nothing, grid
-    )
+    return Session(grid, pe, back, bvals, bvecs, poses, poses[:1], lying, np.zeros((n, 9)), kept, nothing, grid)
 
 
 def test_schemes_are_what_they_are_called() -> None:
@@ -195,15 +189,11 @@ def test_schemes_are_what_they_are_called() -> None:
         assert (weighted.sum(), (~weighted).sum(), bvals[0]) == (directions, n_b0, 0)
         assert bvals.max() <= top + 1e-6
         np.testing.assert_allclose(np.linalg.norm(bvecs[weighted], axis=1), 1)
-        opposite = np.abs(bvecs[weighted] @ bvecs[weighted].T) * np.isclose(
-            bvals[weighted], bvals[weighted][:, None]
-        )
+        opposite = np.abs(bvecs[weighted] @ bvecs[weighted].T) * np.isclose(bvals[weighted], bvals[weighted][:, None])
         assert (opposite > 1 - 1e-9).sum() == directions  # nothing twice, no antipodes
         if scheme != "multishell":
             q = bvecs * np.sqrt(bvals / top * (13 if scheme == "dsi101" else 25))[:, None]
-            scale = (
-                1 if scheme != "hasc55" else np.abs(q[weighted]).max() / np.round(np.abs(q[weighted]).max())
-            )
+            scale = 1 if scheme != "hasc55" else np.abs(q[weighted]).max() / np.round(np.abs(q[weighted]).max())
             np.testing.assert_allclose(q / scale, np.round(q / scale), atol=1e-6)
     with pytest.raises(SettingsError):
         gradient_table("dsi999")
@@ -277,9 +267,7 @@ def test_the_dataset_is_valid_bids(phantom: Path) -> None:
     )
     if program is None:
         pytest.skip("bids-validator-deno is not installed")
-    done = subprocess.run(
-        [program, str(phantom / "bids"), "--format", "json"], capture_output=True, text=True
-    )
+    done = subprocess.run([program, str(phantom / "bids"), "--format", "json"], capture_output=True, text=True)
     report = json.loads(done.stdout)
     errors = [issue for issue in report["issues"]["issues"] if issue["severity"] == "error"]
     assert errors == [] and report["summary"]["totalFiles"] >= 12

@@ -168,7 +168,9 @@ def test_one_bad_subject_does_not_stop_the_others(
         path.rename(path.with_name(path.name.replace("sub-01", "sub-00")))
     image = next((bids / "sub-00" / "dwi").glob("*.nii.gz"))
     image.write_bytes(image.read_bytes()[:20000])
-    words = command(phantom, tmp_path / "out", "--hmc-method", "none", "--ignore", "fieldmaps", "--anat-modality", "none")
+    words = command(
+        phantom, tmp_path / "out", "--hmc-method", "none", "--ignore", "fieldmaps", "--anat-modality", "none"
+    )
     assert cli.main([str(bids), *words[1:]]) == 1
     said = " ".join(capsys.readouterr().err.split())
     assert "failed" in said and "done" in said and "Traceback" not in said
@@ -181,5 +183,3 @@ def test_input_is_never_touched(finished: Path, phantom: Path) -> None:
     assert finished.exists()
     names = sorted(path.relative_to(phantom / "bids").as_posix() for path in (phantom / "bids").rglob("*"))
     assert not [name for name in names if "derivatives" in name or "work" in name]
-
-

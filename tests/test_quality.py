@@ -42,20 +42,14 @@ def lattice() -> tuple[np.ndarray, np.ndarray]:
 def phantom(grid: Grid, sigma: float, seed: int = 0) -> tuple[DWI, np.ndarray, np.ndarray]:
     """Fibres that turn from slice to slice about S, in an ellipsoid; the series, its truth and the mask."""
     bvals, bvecs = lattice()
-    points = (
-        grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1))
-        - grid.centre
-    )
+    points = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)) - grid.centre
     inside = np.linalg.norm(points / (grid.voxel_sizes * grid.shape).max() / 0.42, axis=-1) < 1
     turn = 0.3 * points[..., 2]
     fibre = np.stack([-np.sin(turn), np.cos(turn), np.zeros_like(turn)], axis=-1)
     rng = np.random.default_rng(seed)
     texture = 1 + 0.2 * gaussian_filter(rng.normal(size=grid.shape), 1.5) / 0.05
     truth = np.stack(
-        [
-            800 * texture * np.exp(-b * (2e-4 + 1.3e-3 * (fibre @ g) ** 2))
-            for b, g in zip(bvals, bvecs, strict=True)
-        ]
+        [800 * texture * np.exp(-b * (2e-4 + 1.3e-3 * (fibre @ g) ** 2)) for b, g in zip(bvals, bvecs, strict=True)]
     )
     truth *= inside
     data = (truth + rng.normal(scale=sigma, size=truth.shape)).astype(np.float32)
@@ -157,9 +151,7 @@ def whole(grid: Grid, moved: np.ndarray, denoise: bool = True, field: bool = Tru
     denoised = Denoised(clean, mask if denoise else None, None, "")
     z = np.random.default_rng(0).normal(size=(n, slices))
     ones = np.ones(n)
-    motion = Motion(
-        rigid_matrix(moved, grid.centre), np.arange(n), mask, mask, ones, ones, z, 2, [], "3dSHORE"
-    )
+    motion = Motion(rigid_matrix(moved, grid.centre), np.arange(n), mask, mask, ones, ones, z, 2, [], "3dSHORE")
     fields = (DisplacementField(torch.zeros(3, *grid.shape), grid),)
     hertz = Volume(torch.full(grid.shape, 12.5), grid)
     distortion = Distortion(np.eye(4)[None], fields, hertz, empty, (empty,), (empty,), [], "drbuddi")

@@ -163,9 +163,7 @@ def test_colours_follow_fibres_in_the_world(subject: UnitResults) -> None:
 
 def test_sticks_lie_along_the_fibres(subject: UnitResults, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = {}
-    monkeypatch.setattr(
-        figures, "picture", lambda layout, rgb, **more: drawn.update(more, layout=layout) or b""
-    )
+    monkeypatch.setattr(figures, "picture", lambda layout, rgb, **more: drawn.update(more, layout=layout) or b"")
     figures.fibre_sticks(subject.preprocessed)
     segments, layout = drawn["sticks"][0], drawn["layout"]
     tile = next(t for t in layout.tiles if t.plane == "coronal")
@@ -338,9 +336,7 @@ def test_without_structural_image_or_second_blip(tmp_path: Path) -> None:
         template_image=None, warped=None,
     )  # fmt: skip
     quality = replace(subject.quality, cnr=None, tsnr=None, confounds={})
-    denoised = replace(
-        subject.denoised, dwi=subject.acquired.dwi, noise=None, method="The data were not denoised."
-    )
+    denoised = replace(subject.denoised, dwi=subject.acquired.dwi, noise=None, method="The data were not denoised.")
     subject = replace(subject, anatomy=bare, quality=quality, denoised=denoised)
     text = render_report([subject], tmp_path, "1").read_text(encoding="utf-8")
     assert "could not be drawn" not in text
@@ -348,9 +344,7 @@ def test_without_structural_image_or_second_blip(tmp_path: Path) -> None:
     assert "The data were not denoised." in text
 
 
-def test_two_sessions_on_one_page(
-    subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_sessions_on_one_page(subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(html, "SECTIONS", (sections.summary, sections.coregistration))
     second = replace(subject, unit=replace(subject.unit, session="2", name="sub-01_ses-2_acq-dsi"))
     page = render_report([subject, second], tmp_path, "1")
@@ -399,18 +393,14 @@ def test_every_citation_of_every_stage_is_in_the_bibliography() -> None:
         methods = importlib.import_module(f"dsiprep.stages.{module.name}").METHODS
         for text in methods.values():
             found = cited(text)
-            assert len(found) == len(set(re.findall(r"@([A-Za-z][\w-]*)", text))), (
-                f"{module.name}: malformed citation"
-            )
+            assert len(found) == len(set(re.findall(r"@([A-Za-z][\w-]*)", text))), f"{module.name}: malformed citation"
             keys |= set(found)
     assert keys
     assert keys <= set(bibliography()), f"missing: {sorted(keys - set(bibliography()))}"
 
 
 def test_references_are_whole() -> None:
-    assert len(bibliography()) == (
-        Path(html.__file__).with_name("references.bib").read_text().count("\n@") + 1
-    )
+    assert len(bibliography()) == (Path(html.__file__).with_name("references.bib").read_text().count("\n@") + 1)
     for reference in bibliography().values():
         assert reference.fields.get("title")
         assert re.fullmatch(r"\d{4}", reference.fields["year"])

@@ -67,9 +67,7 @@ def test_against_simpleitk(orientation: str) -> None:
     field = to_sitk((moved - points) @ LPS, target, vector=True)
     transform = sitk.DisplacementFieldTransform(sitk.Cast(field, sitk.sitkVectorFloat64))
     image = to_sitk(volume, source)
-    reference = sitk.Resample(
-        image, to_sitk(found, target), transform, sitk.sitkBSpline3, 0.0, sitk.sitkFloat32
-    )
+    reference = sitk.Resample(image, to_sitk(found, target), transform, sitk.sitkBSpline3, 0.0, sitk.sitkFloat32)
     expected = sitk.GetArrayFromImage(reference).transpose(2, 1, 0)
     voxels = source.to_voxels(moved)
     inside = ((voxels > 2) & (voxels < np.array(source.shape) - 3)).all(-1)
@@ -116,9 +114,7 @@ def test_jacobian_is_that_of_the_point_map(orientation: str) -> None:
 def blob(points: np.ndarray) -> np.ndarray:
     """A smooth head of about 22 by 27 by 20 mm around (0, 0, 0), with structure inside."""
     radius = np.linalg.norm(points / np.array([22.0, 27, 20]), axis=-1)
-    wave = (
-        1 + 0.2 * np.sin(points[..., 0] / 5) * np.cos(points[..., 1] / 6) + 0.1 * np.sin(points[..., 2] / 5)
-    )
+    wave = 1 + 0.2 * np.sin(points[..., 0] / 5) * np.cos(points[..., 1] / 6) + 0.1 * np.sin(points[..., 2] / 5)
     return 1000 * wave / (1 + np.exp((radius - 1) * 12))
 
 
@@ -133,18 +129,14 @@ def one_motion(grid: Grid, transforms: np.ndarray, volumes: np.ndarray) -> Motio
     mask = torch.from_numpy((blob(points_of(grid)) > 300).astype(np.float32))
     zero = np.zeros(len(volumes))
     slices = np.zeros((len(volumes), grid.shape[2]))
-    return Motion(
-        transforms, volumes, Volume(mask, grid), Volume(mask, grid), zero, zero, slices, 2, [], "3dSHORE"
-    )
+    return Motion(transforms, volumes, Volume(mask, grid), Volume(mask, grid), zero, zero, slices, 2, [], "3dSHORE")
 
 
 def coregistration(matrix: np.ndarray) -> Coregistration:
     return Coregistration(Affine(matrix, "dwiref", "ACPC"), 0.0, 0.0, "none")
 
 
-def scanned(
-    grid: Grid, transforms: np.ndarray, to_dwiref: np.ndarray, fibre: np.ndarray
-) -> tuple[DWI, np.ndarray]:
+def scanned(grid: Grid, transforms: np.ndarray, to_dwiref: np.ndarray, fibre: np.ndarray) -> tuple[DWI, np.ndarray]:
     """A head with one fibre direction everywhere, scanned in so many poses; and the b-values."""
     n = len(transforms)
     rng = np.random.default_rng(4)
@@ -175,9 +167,7 @@ def test_b_vectors_follow_fibres(orientation: str) -> None:
     fibre = np.array([0.8, 0.36, 0.48])
     dwi, bvals = scanned(grid, transforms, TILT, fibre)
     motion = one_motion(grid, transforms, np.arange(24))
-    out = resample(
-        dwi, (motion,), None, coregistration(TILT), anatomy(), ResampleSettings(resolution=2.5), "none"
-    )
+    out = resample(dwi, (motion,), None, coregistration(TILT), anatomy(), ResampleSettings(resolution=2.5), "none")
     points = points_of(out.dwi.grid)
     middle = np.linalg.norm(points / np.array([22.0, 27, 20]), axis=-1) < 0.7
     signals = out.dwi.data.numpy()[:, middle]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
-from conftest import make_grid
 from scipy.ndimage import map_coordinates
 
+from conftest import make_grid
 from dsiprep.data.grid import Grid
 from dsiprep.ops import sample
 from dsiprep.ops.affine import rigid_matrix
@@ -68,11 +68,18 @@ def test_pull_agrees_with_simpleitk(orientation: str) -> None:
     transform.SetMatrix(in_lps[:3, :3].ravel().tolist())
     transform.SetTranslation(in_lps[:3, 3].tolist())
     image = sitk_image(data[0].numpy(), source)
-    theirs = sitk.Resample(image, sitk_image(np.zeros(target.shape, np.float32), target), transform, sitk.sitkLinear, 0.0)
-    inside = sitk.Resample(sitk_image(np.ones(source.shape, np.float32), source), theirs, transform, sitk.sitkLinear, 0.0)
+    theirs = sitk.Resample(
+        image, sitk_image(np.zeros(target.shape, np.float32), target), transform, sitk.sitkLinear, 0.0
+    )
+    inside = sitk.Resample(
+        sitk_image(np.ones(source.shape, np.float32), source), theirs, transform, sitk.sitkLinear, 0.0
+    )
     where = sitk.GetArrayFromImage(inside).T == 1
     assert where.sum() > 300
-    edge = sample.sample_linear(torch.ones(1, *source.shape), sample.voxel_points(target, source, matrix))[0].numpy() > 0.999
+    edge = (
+        sample.sample_linear(torch.ones(1, *source.shape), sample.voxel_points(target, source, matrix))[0].numpy()
+        > 0.999
+    )
     both = where & edge
     np.testing.assert_allclose(ours[both], sitk.GetArrayFromImage(theirs).T[both], atol=1e-3)
 

@@ -27,9 +27,7 @@ def half(points: np.ndarray) -> np.ndarray:
     return points[points @ np.array([1, 0.01, 0.0001]) > 0]
 
 
-def as_table(
-    points: np.ndarray, top: float, seed: int = 0, noise: float = 0.0
-) -> tuple[np.ndarray, np.ndarray]:
+def as_table(points: np.ndarray, top: float, seed: int = 0, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """b-values rounded to 5 and b-vectors to 4 digits, randomly turned; `noise` is relative."""
     rng = np.random.default_rng(seed)
     squared = (points**2).sum(1)
@@ -162,9 +160,7 @@ def test_tables_of_dipy() -> None:
         for vectors in (rows[:, 1:], turned(rows[:, 1:], 1)):
             scheme = recognise(rows[:, 0], vectors)
             assert scheme.kind == "DSI" and scheme.n_directions == count
-            assert (
-                f"{count} directions on a lattice of radius {radius} ({sphere} sphere)" in scheme.description
-            )
+            assert f"{count} directions on a lattice of radius {radius} ({sphere} sphere)" in scheme.description
     _, bval, bvec = get_fnames(name="small_101D")
     bvals, bvecs = np.loadtxt(bval), np.loadtxt(bvec)
     scheme = recognise(bvals, bvecs.T if bvecs.shape[0] == 3 else bvecs)

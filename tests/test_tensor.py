@@ -32,9 +32,7 @@ def test_a_tensor_signal_is_predicted_exactly() -> None:
     d = tensors(50, np.random.default_rng(0))
     signals = 900 * np.exp(-bvals[:, None] * np.einsum("na,mab,nb->nm", bvecs, d, bvecs))
     near = near_neighbours(np.sqrt(bvals)[:, None] * bvecs)
-    found = tensor_prediction(
-        torch.from_numpy(signals).float(), tensor_basis(bvals, bvecs), near, np.ones(len(bvals))
-    )
+    found = tensor_prediction(torch.from_numpy(signals).float(), tensor_basis(bvals, bvecs), near, np.ones(len(bvals)))
     # the b=0 is extrapolated; the rest within the small ridge
     np.testing.assert_allclose(found.numpy()[:-1], signals[:-1], rtol=2e-3)
 

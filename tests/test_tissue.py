@@ -22,7 +22,7 @@ def _dice(first: np.ndarray, second: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def brain():
-    """A T1w at 2 mm with noise from the packaged tissue maps, and their hard truth: (image, mask, truth, priors)."""
+    """A noisy T1w at 2 mm from the packaged tissue maps, and their truth: (image, mask, truth, priors)."""
     template = load_template("MNI152NLin2009aSym")
     grid = template.brain.grid.at_spacing(2.0)
     priors = torch.stack([resample_to_spacing(Volume(t, template.brain.grid), 2.0).data for t in template.tissue])

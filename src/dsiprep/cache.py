@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -165,7 +164,7 @@ def _store(target: Path, value: object, about: dict[str, Any]) -> None:
         about |= {"threads": torch.get_num_threads()}
         (beside / "result.json").write_text(json.dumps({"about": about, "result": tree}, indent=1))
         try:
-            os.rename(beside, target)
+            beside.rename(target)
         except OSError:  # another process was first with the same lineage, hence the same numbers
             if not (target / "result.json").exists():
                 raise
@@ -183,9 +182,7 @@ def _encode(item: object, folder: Path, name: str) -> object:
         np.save(folder / f"{name}.npy", item)
         return {"npy": f"{name}.npy"}
     if dataclasses.is_dataclass(item) and not isinstance(item, type):
-        parts = {
-            f.name: _encode(getattr(item, f.name), folder, f"{name}.{f.name}") for f in dataclasses.fields(item)
-        }
+        parts = {f.name: _encode(getattr(item, f.name), folder, f"{name}.{f.name}") for f in dataclasses.fields(item)}
         return {"type": type(item).__name__, "fields": parts}
     if isinstance(item, tuple):
         return {"tuple": [_encode(part, folder, f"{name}.{i}") for i, part in enumerate(item)]}

@@ -56,8 +56,7 @@ NOT_HERE = {
 
 # Values that upstream takes for options that dsiprep has, and why they are refused.
 SHELLS_ONLY = (
-    "eddy and TOPUP suit shelled data; DSI takes 3dSHORE and DRBUDDI: "
-    "use --hmc-method shoreline --sdc-method drbuddi"
+    "eddy and TOPUP suit shelled data; DSI takes 3dSHORE and DRBUDDI: use --hmc-method shoreline --sdc-method drbuddi"
 )
 NOT_BUILT = {
     ("--hmc-method", "eddy"): "dsiprep has no FSL eddy: use --hmc-method shoreline, which serves shells too",
@@ -135,14 +134,21 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
 def _add_running(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("-w", "--work-dir", type=Path, default=Path("work"), metavar="DIR",
-        help="results of stages, from which a second try goes on; removed per finished subject (default: ./work)")  # fmt: skip
+        help="results of stages, from which a second try goes on; removed when done (default: ./work)")  # fmt: skip
     add("--keep-work", action="store_true", help="keep the work folder; --reports-only needs it")
     add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N", help="where to compute (default: a GPU if any)")
     add("--nprocs", "--nthreads", "--n-cpus", type=int, default=os.cpu_count() or 1, metavar="N",
         help="cores in all (default: all)")  # fmt: skip
     add("--omp-nthreads", type=int, default=0, metavar="N",
         help="cores per subject; subjects run side by side when it is below --nprocs")  # fmt: skip
-    add("--mem", "--mem-mb", type=_megabytes, default=0, metavar="MB", help="memory in all, limits how many subjects run at once")
+    add(
+        "--mem",
+        "--mem-mb",
+        type=_megabytes,
+        default=0,
+        metavar="MB",
+        help="memory in all, limits how many subjects run at once",
+    )
     add("--dry-run", action="store_true", help="say what would be done with which files, and stop")
     add("--anat-only", action="store_true", help="only the structural image")
     add("--reports-only", action="store_true", help="draw reports again from kept work, compute nothing")
@@ -284,7 +290,9 @@ def _shoreline_config(path: Path) -> dict[str, Any]:
         raise SettingsError(f"--shoreline-config {path} cannot be read as JSON: {error}") from error
     unknown = sorted(set(content) - set(known))
     if unknown:
-        raise SettingsError(f"--shoreline-config {path}: no such entry: {', '.join(unknown)}; there are {', '.join(known)}")
+        raise SettingsError(
+            f"--shoreline-config {path}: no such entry: {', '.join(unknown)}; there are {', '.join(known)}"
+        )
     if "model" in content:
         content["model"] = {"3dshore": "3dSHORE"}.get(str(content["model"]).lower(), content["model"])
     return {known[key]: value for key, value in content.items()}

@@ -41,7 +41,7 @@ def use_threads(count: int) -> None:
     """Let torch and Numba use `count` threads each."""
     count = max(1, min(count, os.cpu_count() or 1))
     torch.set_num_threads(count)
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -175,9 +175,7 @@ def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
     return results
 
 
-def _write_reports(
-    finished: list[UnitResults], failures: list[tuple[str, str]], job: Job, tell: Tell
-) -> None:
+def _write_reports(finished: list[UnitResults], failures: list[tuple[str, str]], job: Job, tell: Tell) -> None:
     from dsiprep.io.derivatives import write_root
     from dsiprep.report.boilerplate import write_boilerplate
     from dsiprep.report.html import render_report

@@ -1,4 +1,4 @@
-"""Every setting: its default, unit and meaning. The command line, the docs page and the cache keys are drawn from here."""
+"""Every setting: its default, unit and meaning. Command line, docs page and cache keys are drawn from here."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ def option(default: Any, help: str, *flags: str, choices: tuple[Any, ...] = (), 
 class AcquisitionSettings:
     """Which volumes count as b=0, and how runs are put together."""
 
-    b0_threshold: float = option(
-        100.0, "b-values at or below this (s/mm²) count as b=0", "--b0-threshold", metavar="B"
-    )
+    b0_threshold: float = option(100.0, "b-values at or below this (s/mm²) count as b=0", "--b0-threshold", metavar="B")
     harmonize_b0: bool = option(
         True, "do not scale runs so that their mean b=0 intensities agree", "--no-b0-harmonization"
     )
@@ -41,9 +39,7 @@ class DenoiseSettings:
         "--dwi-denoise-window",
         metavar="VOXELS",
     )
-    unringing: str = option(
-        "none", "Gibbs-ringing removal", "--unringing-method", choices=("none",)
-    )
+    unringing: str = option("none", "Gibbs-ringing removal", "--unringing-method", choices=("none",))
     biascorrect: str = option(
         "n4",
         "N4 bias correction of the DWI, estimated on the b=0 reference",
@@ -56,9 +52,7 @@ class DenoiseSettings:
 class MotionSettings:
     """SHORELine: predict each volume from the others, register, repeat."""
 
-    method: str = option(
-        "shoreline", "head-motion correction", "--hmc-method", choices=("shoreline", "none")
-    )
+    method: str = option("shoreline", "head-motion correction", "--hmc-method", choices=("shoreline", "none"))
     model: str = option(
         "auto",
         "signal model that predicts each volume; auto takes 3dSHORE where there are at least three b-values, "
@@ -66,12 +60,8 @@ class MotionSettings:
         "--hmc-model",
         choices=("auto", "3dSHORE", "tensor", "none"),
     )
-    iters: int = option(
-        4, "upper bound on rounds of prediction and registration", "--shoreline-iters", metavar="N"
-    )
-    transform: str = option(
-        "Rigid", "motion of each volume", "--hmc-transform", choices=("Rigid", "Affine")
-    )
+    iters: int = option(4, "upper bound on rounds of prediction and registration", "--shoreline-iters", metavar="N")
+    transform: str = option("Rigid", "motion of each volume", "--hmc-transform", choices=("Rigid", "Affine"))
     tolerance: float = option(
         0.02, "stop when no volume moved more than this (mm) between rounds", "--hmc-tolerance", metavar="MM"
     )
@@ -118,9 +108,7 @@ class CoregisterSettings:
 class ResampleSettings:
     """The one interpolation."""
 
-    resolution: float = option(
-        0.0, "voxel size of the output in mm (required)", "--output-resolution", metavar="MM"
-    )
+    resolution: float = option(0.0, "voxel size of the output in mm (required)", "--output-resolution", metavar="MM")
 
 
 @dataclass(frozen=True)

@@ -109,12 +109,8 @@ class Unit:
 
     def reversed_pairs(self) -> list[str]:
         """The opposite phase encodings among runs and EPI references, such as ["j", "j-"]; empty if there are none."""
-        directions = {run.pe.direction for run in self.runs if run.pe} | {
-            epi.pe.direction for epi in self.epis
-        }
-        return sorted(
-            d for d in directions if (d.rstrip("-") in directions and d.rstrip("-") + "-" in directions)
-        )
+        directions = {run.pe.direction for run in self.runs if run.pe} | {epi.pe.direction for epi in self.epis}
+        return sorted(d for d in directions if (d.rstrip("-") in directions and d.rstrip("-") + "-" in directions))
 
     def facts(self) -> list[object]:
         """What the sidecars say of those files: phase encodings and acquisition fields."""

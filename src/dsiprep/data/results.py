@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -102,7 +103,7 @@ class Motion:
     xcorr: np.ndarray
     slice_z: np.ndarray
     slice_axis: int
-    trace: list[dict[str, float]]
+    trace: list[dict[str, Any]]
     model: str
     notes: tuple[str, ...] = ()
 

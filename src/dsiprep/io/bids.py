@@ -96,18 +96,14 @@ def find_units(
     """
     check_filters(filters or {})
     if unknown := ignore - set(IGNORABLE):
-        raise SettingsError(
-            f"--ignore {' '.join(sorted(unknown))}: only {', '.join(IGNORABLE)} can be ignored"
-        )
+        raise SettingsError(f"--ignore {' '.join(sorted(unknown))}: only {', '.join(IGNORABLE)} can be ignored")
     root = Path(bids_dir)
     if not root.is_dir():
         raise InputError(f"{root}: there is no such folder; the root of a BIDS dataset is wanted")
     catalog = Bids2TableCatalog(root)
     labels = _labels(catalog, participants)
     chosen = [session.removeprefix("ses-") for session in sessions] if sessions else None
-    options = _Options(
-        frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold
-    )
+    options = _Options(frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold)
     units: list[Unit] = []
     for label in labels:
         try:
@@ -215,10 +211,7 @@ def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWI
     """qsiplan's grouping; where it would stack series of different grids, one grouping per grid."""
     whole = _group(subject, subject.records, issues)
     differing = {
-        path
-        for issue in whole.errors
-        if issue.code in ("fov-oblique", "fov-grid-mismatch")
-        for path in issue.files
+        path for issue in whole.errors if issue.code in ("fov-oblique", "fov-grid-mismatch") for path in issue.files
     }
     if not differing:
         return [(whole, False)]
@@ -267,9 +260,7 @@ def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIs
 def _raise_errors(grouping: DWIGrouping, except_for: tuple[str, ...] = ()) -> None:
     for issue in grouping.errors:
         # nothing is read from the sidecars of structural images, so they may be ambiguous
-        structural = issue.files and all(
-            grouping.files[path].is_anat for path in issue.files if path in grouping.files
-        )
+        structural = issue.files and all(grouping.files[path].is_anat for path in issue.files if path in grouping.files)
         if issue.code not in except_for and not (structural and "json" in issue.code):
             raise MetadataError(f"sub-{grouping.subject_id}: {issue.message}")
 
@@ -383,11 +374,7 @@ def _named_apart(units: list[Unit]) -> list[Unit]:
         count = seen[unit.name] = seen.get(unit.name, 0) + 1
         if count > 1:
             head = f"sub-{unit.subject}" + (f"_ses-{unit.session}" if unit.session else "")
-            rest = [
-                part
-                for part in unit.name.removeprefix(head).split("_")
-                if part and not part.startswith("acq-")
-            ]
+            rest = [part for part in unit.name.removeprefix(head).split("_") if part and not part.startswith("acq-")]
             acq = unit.runs[0].entities.get("acq", "")
             units[index] = replace(unit, name="_".join([head, f"acq-{acq}grid{count}", *rest]))
     return units

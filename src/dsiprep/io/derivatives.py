@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -126,12 +125,8 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
     if anatomy.acpc_to_template is None or anatomy.template_to_acpc is None:
         return
     space = anatomy.template
-    itk.write_composite_h5(
-        folder / f"{name}_from-ACPC_to-{space}_mode-image_xfm.h5", anatomy.acpc_to_template
-    )
-    itk.write_composite_h5(
-        folder / f"{name}_from-{space}_to-ACPC_mode-image_xfm.h5", anatomy.template_to_acpc
-    )
+    itk.write_composite_h5(folder / f"{name}_from-ACPC_to-{space}_mode-image_xfm.h5", anatomy.acpc_to_template)
+    itk.write_composite_h5(folder / f"{name}_from-{space}_to-ACPC_mode-image_xfm.h5", anatomy.template_to_acpc)
     if template is not None:
         grid = template.brain.grid
         for suffix, (data, discrete) in images.items():
@@ -306,10 +301,8 @@ def _staged(out: Path) -> Iterator[Path]:
             if path.is_file():
                 target = out / path.relative_to(stage)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
+                path.replace(target)
     except OSError as error:
         raise OutputError(f"{out}: {error.strerror}; make room or choose another output folder") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-

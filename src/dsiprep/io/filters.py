@@ -43,21 +43,16 @@ def check_filters(filters: Filters) -> None:
         if kind not in KINDS + OTHER_KINDS:
             raise SettingsError(f"--bids-filter-file: {kind!r} is no kind of file; use {', '.join(KINDS)}")
         if not isinstance(query, Mapping):
-            raise SettingsError(
-                f"--bids-filter-file: {kind!r} needs entities, as in {{'acquisition': 'dsi'}}"
-            )
+            raise SettingsError(f"--bids-filter-file: {kind!r} needs entities, as in {{'acquisition': 'dsi'}}")
         for key, wanted in query.items():
             if not isinstance(wanted, str | int | float | bool | list | tuple | type(None)):
-                raise SettingsError(
-                    f"--bids-filter-file: {kind}: {key} is {wanted!r}; a value or a list is wanted"
-                )
+                raise SettingsError(f"--bids-filter-file: {kind}: {key} is {wanted!r}; a value or a list is wanted")
 
 
 def apply_filters(data: Mapping[str, Sequence[str]], filters: Filters | None) -> dict[str, list[str]]:
     """The files of each kind (`KINDS`) that meet its query."""
     return {
-        kind: [path for path in paths if meets(path, (filters or {}).get(kind, {}))]
-        for kind, paths in data.items()
+        kind: [path for path in paths if meets(path, (filters or {}).get(kind, {}))] for kind, paths in data.items()
     }
 
 

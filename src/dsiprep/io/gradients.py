@@ -74,9 +74,7 @@ def read_bvals(bval: Path, n_volumes: int) -> np.ndarray:
             "made together (a trace or ADC volume at the end of the series has no b-value)"
         )
     if (bad := np.flatnonzero(~np.isfinite(bvals) | (bvals < 0))).size:
-        raise GradientError(
-            f"{bval}: the b-value of {listed(list(bad))} is negative or not a number; correct it"
-        )
+        raise GradientError(f"{bval}: the b-value of {listed(list(bad))} is negative or not a number; correct it")
     return bvals
 
 
@@ -156,9 +154,7 @@ def _numbers(path: Path) -> np.ndarray:
 def _unit(vectors: np.ndarray, weighted: np.ndarray, bvec: Path, bval: Path) -> np.ndarray:
     """Normalised rows; those of b=0 volumes become zero if they are no direction."""
     if (bad := np.flatnonzero(~np.isfinite(vectors).all(1))).size:
-        raise GradientError(
-            f"{bvec}: the b-vector of {listed(list(bad))} is not a number; write 0 0 0 for b=0"
-        )
+        raise GradientError(f"{bvec}: the b-vector of {listed(list(bad))} is not a number; write 0 0 0 for b=0")
     norm = np.linalg.norm(vectors, axis=1)
     if (bad := np.flatnonzero(weighted & (norm < 1e-6))).size:
         raise GradientError(

@@ -228,9 +228,7 @@ def _field_parameters(field: DisplacementField) -> tuple[np.ndarray, np.ndarray]
 def _field(parameters: np.ndarray, fixed: np.ndarray, path: Path) -> DisplacementField:
     i, j, k = (int(n) for n in fixed[:3])
     if len(parameters) != 3 * i * j * k:
-        raise InputError(
-            f"{path}: {len(parameters)} values for a displacement field of {i} x {j} x {k} voxels"
-        )
+        raise InputError(f"{path}: {len(parameters)} values for a displacement field of {i} x {j} x {k} voxels")
     lps = np.eye(4)
     lps[:3, :3] = fixed[9:18].reshape(3, 3) * fixed[6:9]
     lps[:3, 3] = fixed[3:6]
@@ -256,9 +254,7 @@ def _write_group(
     entry.create_dataset("TransformType", data=[kind.encode()], dtype=h5py.string_dtype("ascii"))
     if parameters is not None and fixed is not None:
         large = parameters.size > 1000
-        packing = (
-            {"chunks": True, "compression": "gzip", "compression_opts": 1, "shuffle": True} if large else {}
-        )
+        packing = {"chunks": True, "compression": "gzip", "compression_opts": 1, "shuffle": True} if large else {}
         entry.create_dataset("TransformParameters", data=parameters, **packing)
         entry.create_dataset("TransformFixedParameters", data=fixed.astype(np.float64))
 

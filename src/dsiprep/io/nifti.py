@@ -53,9 +53,7 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
         for v in range(volumes):
             data[v] = image.dataobj[..., v] if len(shape) == 4 else image.dataobj[...]
     except (OSError, ValueError, EOFError) as problem:
-        raise InputError(
-            f"{path}: the file is truncated ({_short(problem)}); copy or convert it again"
-        ) from None
+        raise InputError(f"{path}: the file is truncated ({_short(problem)}); copy or convert it again") from None
     _check_finite(data, path)
     return (data if len(shape) == 4 else data[0]), grid
 
@@ -147,9 +145,7 @@ def write_image(
                 stream.write(part)
         beside.replace(path)
     except OSError as problem:
-        raise OutputError(
-            f"{path}: {problem.strerror}; make room or check the rights, then run again"
-        ) from None
+        raise OutputError(f"{path}: {problem.strerror}; make room or check the rights, then run again") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -203,15 +199,12 @@ def _open(path: Path) -> Any:
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
         raise InputError(
-            f"{path}: the compressed file is truncated or damaged ({_short(problem)}); copy or convert it "
-            "again"
+            f"{path}: the compressed file is truncated or damaged ({_short(problem)}); copy or convert it again"
         ) from None
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
     try:
-        image = (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(
-            content
-        )
+        image = (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(content)
     except Exception as problem:  # nibabel raises many kinds
         raise InputError(f"{path}: not readable as NIfTI ({_short(problem)}); convert it again") from None
     return _checked(image, path)
@@ -280,9 +273,7 @@ def _check_finite(data: np.ndarray, path: Path) -> None:
     if bad:
         total = sum(count for _, count in bad)
         where = f" in {listed([v for v, _ in bad])}" if len(data) > 1 else ""
-        raise InputError(
-            f"{path}: {total} values{where} are not numbers (NaN or infinite); convert the image again"
-        )
+        raise InputError(f"{path}: {total} values{where} are not numbers (NaN or infinite); convert the image again")
 
 
 def listed(volumes: list[int]) -> str:

@@ -60,9 +60,7 @@ def require_files(unit: Unit) -> None:
                 )
     for path in (*unit.files(), *unit.t1w):
         if not path.is_file():
-            raise InputError(
-                f"{path}: there is no such file; is it a dangling link (datalad get fetches it)?"
-            )
+            raise InputError(f"{path}: there is no such file; is it a dangling link (datalad get fetches it)?")
 
 
 def _direction(run: RawRun) -> str:

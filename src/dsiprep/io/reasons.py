@@ -12,9 +12,7 @@ OWN_WORDS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "est
 GRE_SUFFIXES = ("phasediff", "phase1", "fieldmap")
 
 
-def reasons(
-    planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, alone: bool
-) -> list[str]:
+def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, alone: bool) -> list[str]:
     """Sentences on one of qsiplan's units.
 
     Parameters
@@ -41,9 +39,7 @@ def reasons(
             "is processed by itself."
         )
     if not alone:
-        notes.append(
-            "QSIPrep would merge this output with others of the session after correction; dsiprep does not."
-        )
+        notes.append("QSIPrep would merge this output with others of the session after correction; dsiprep does not.")
     notes += _shifted(planned) + _unpaired(planned) + _unused_fieldmaps(planned, ignore)
     phases = [Path(path).name for path in planned.dwi_phase_files.values()]
     if phases and "phase" not in ignore:
@@ -76,10 +72,7 @@ def _shifted(planned: PreprocUnit) -> list[str]:
     if all(grids[0].compare(grid) == "match" for grid in grids[1:]):
         return []
     shift = max(grids[0].shift_mm(grid) for grid in grids[1:])
-    return [
-        f"The runs' fields of view differ by up to {shift:.1f} mm; all are resampled onto the first run's "
-        "grid."
-    ]
+    return [f"The runs' fields of view differ by up to {shift:.1f} mm; all are resampled onto the first run's grid."]
 
 
 def _unpaired(planned: PreprocUnit) -> list[str]:
@@ -104,10 +97,7 @@ def _unused_fieldmaps(planned: PreprocUnit, ignore: frozenset[str]) -> list[str]
     if not unused:
         return []
     instead = "" if planned.is_pepolar else ", so distortion is not corrected"
-    return [
-        f"{', '.join(sorted(unused))}: GRE fieldmaps are not used{instead} (--ignore fieldmaps silences "
-        "this)."
-    ]
+    return [f"{', '.join(sorted(unused))}: GRE fieldmaps are not used{instead} (--ignore fieldmaps silences this)."]
 
 
 def _concerns(issue: GroupingIssue, planned: PreprocUnit) -> bool:

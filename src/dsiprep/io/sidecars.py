@@ -71,9 +71,7 @@ def phase_encoding(
     return PhaseEncoding.from_bids(direction, readout), note
 
 
-def readout_time(
-    metadata: Mapping[str, Any], name: str, way_out: str
-) -> tuple[float | None, tuple[str, ...]]:
+def readout_time(metadata: Mapping[str, Any], name: str, way_out: str) -> tuple[float | None, tuple[str, ...]]:
     """Total readout time in s, as it stands or derived, or None. Arguments as `phase_encoding`.
 
     Raises

@@ -1,4 +1,4 @@
-"""Standard templates: from TemplateFlow's folder where they are already there, otherwise the one that nilearn ships.
+"""Standard templates: from TemplateFlow's folder where they are there, otherwise the one that nilearn ships.
 
 Nothing is fetched unless it is asked for, so a machine without a network gives the same results every time.
 """
@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def load_template(name: str = DEFAULT, allow_network: bool = False) -> Template:
     Parameters
     ----------
     name : str
-        TemplateFlow's name. The default gives way to MNI152NLin2009aSym, under that name, where it is not at hand.
+        TemplateFlow's name. Where the default is not at hand, MNI152NLin2009aSym is given, under that name.
     allow_network : bool
         Let TemplateFlow download what is missing.
 
@@ -63,7 +64,7 @@ def load_template(name: str = DEFAULT, allow_network: bool = False) -> Template:
 
 
 def _home() -> Path:
-    """TemplateFlow's folder, found as TemplateFlow finds it; importing TemplateFlow could create it and fetch."""
+    """TemplateFlow's folder, found as TemplateFlow does; importing TemplateFlow could create it and fetch."""
     named = os.environ.get("TEMPLATEFLOW_HOME")
     if named:
         return Path(named)
@@ -135,7 +136,7 @@ def _read(path: Path) -> Volume:
     import nibabel as nib
 
     try:
-        image = nib.load(path)
+        image: Any = nib.load(path)
         data = np.asarray(image.dataobj, dtype=np.float32)
     except (OSError, EOFError, nib.filebasedimages.ImageFileError) as error:
         raise InputError(f"{path}: not a whole image ({error}); delete it so that it is fetched anew") from error

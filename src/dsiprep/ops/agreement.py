@@ -56,9 +56,7 @@ def trust(seen: torch.Tensor, predicted: torch.Tensor, bvals: np.ndarray) -> np.
     return np.clip((usual / np.maximum(rms, 1e-12)) ** 2, 1e-3, 1)
 
 
-def slice_scores(
-    residual: torch.Tensor, points: PointSet, grid: Grid, transforms: np.ndarray, axis: int
-) -> np.ndarray:
+def slice_scores(residual: torch.Tensor, points: PointSet, grid: Grid, transforms: np.ndarray, axis: int) -> np.ndarray:
     """Robust z-scores of the mean residual of every slice of every volume; signal loss is negative.
 
     A slice is one of the volume's own: residuals are gathered where the points of the reference lie in the volume.
@@ -94,12 +92,8 @@ def slice_scores(
         # the mean of many voxels is quieter: the root of their number puts slices of all sizes on one scale
         scaled[volume] = np.where(number >= 30, total / np.sqrt(np.maximum(number, 1)), np.nan)
     known = np.isfinite(scaled)
-    usual = np.array(
-        [np.median(column[k]) if k.any() else 0.0 for column, k in zip(scaled.T, known.T, strict=True)]
-    )
+    usual = np.array([np.median(column[k]) if k.any() else 0.0 for column, k in zip(scaled.T, known.T, strict=True)])
     away = scaled - usual
-    spread = np.array(
-        [np.median(np.abs(line[k])) if k.any() else 0.0 for line, k in zip(away, known, strict=True)]
-    )
+    spread = np.array([np.median(np.abs(line[k])) if k.any() else 0.0 for line, k in zip(away, known, strict=True)])
     floor = 0.5 * np.median(spread[spread > 0]) if (spread > 0).any() else 1.0
     return np.nan_to_num(away / (1.4826 * np.maximum(spread, floor)[:, None]))

@@ -314,7 +314,7 @@ def _equations_loop(
         s = np.zeros(width, np.float64)
         g = np.float32(gain[v])
         inverse = np.float32(1 / scale[v] ** 2)
-        cost, total, count = 0.0, 0.0, 0
+        cost, total, count = np.float64(0), np.float64(0), 0
         for p in range(voxels.shape[0]):
             i, j, k = voxels[p, 0], voxels[p, 1], voxels[p, 2]
             x = a[0, 0] * i + a[0, 1] * j + a[0, 2] * k + a[0, 3]
@@ -389,10 +389,7 @@ def _equations_torch(
     weight = (FREEDOM + 1) / (FREEDOM + residual**2 * inverse) * inside
     world = torch.as_tensor(points.world, device=device).expand(len(volumes), -1, 3)
     slopes = gains[..., None] * gradients
-    if affine:
-        moves = (slopes[..., :, None] * world[..., None, :]).flatten(2)
-    else:
-        moves = torch.linalg.cross(world, slopes)
+    moves = (slopes[..., :, None] * world[..., None, :]).flatten(2) if affine else torch.linalg.cross(world, slopes)
     rows = torch.cat([moves, slopes, targets[..., None]], dim=2)
     weighted = rows * weight[..., None]
     hessian = torch.bmm(weighted.transpose(1, 2), rows)

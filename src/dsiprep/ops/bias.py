@@ -31,7 +31,7 @@ def n4_bias(volume: Volume, mask: Volume | None = None, shrink: int = 4) -> Volu
     Returns
     -------
     Volume
-        The field on the grid of `volume`, float32, mean 1 in the mask, all ones where there is nothing to fit.
+        The field on the grid of `volume`, float32, mean 1 in the mask; all ones where nothing can be fitted.
 
     References
     ----------
@@ -56,7 +56,7 @@ def _inside(data: np.ndarray, mask: Volume | None) -> np.ndarray:
 
 def _log_field(data: np.ndarray, inside: np.ndarray, sizes: np.ndarray, steps: list[int]) -> np.ndarray:
     """The logarithm of the field, at full resolution, from an estimate on the shrunk image."""
-    import SimpleITK as sitk
+    import SimpleITK as sitk  # noqa: N813
 
     def image(array: np.ndarray) -> sitk.Image:
         made = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
@@ -67,7 +67,9 @@ def _log_field(data: np.ndarray, inside: np.ndarray, sizes: np.ndarray, steps: l
     correction = sitk.N4BiasFieldCorrectionImageFilter()
     correction.SetMaximumNumberOfIterations(list(ITERATIONS))
     correction.SetConvergenceThreshold(TOLERANCE)
-    correction.SetNumberOfControlPoints([int(np.ceil(n * s / SPLINE_MM)) + 3 for n, s in zip(data.shape, sizes, strict=True)])
+    correction.SetNumberOfControlPoints(
+        [int(np.ceil(n * s / SPLINE_MM)) + 3 for n, s in zip(data.shape, sizes, strict=True)]
+    )
     correction.SetNumberOfThreads(torch.get_num_threads())
     correction.Execute(sitk.Shrink(full, steps), sitk.Shrink(within, steps))
     return sitk.GetArrayFromImage(correction.GetLogBiasFieldAsImage(full)).T

@@ -59,9 +59,7 @@ def sample_lines(coefficients: torch.Tensor, shift: torch.Tensor) -> tuple[torch
     return value * inside, slope * inside, inside
 
 
-def sample_solid(
-    coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
+def sample_solid(coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A volume read at matrix @ x + shift along its last axis.
 
     Parameters
@@ -85,25 +83,23 @@ def sample_solid(
         return tuple(torch.from_numpy(r) for r in results)
     axes = [torch.arange(n, device=shift.device, dtype=torch.float32) for n in shift.shape]
     rows = [[float(m) for m in row] for row in np.asarray(matrix)[:3]]
-    where = [
-        r[0] * axes[0][:, None, None] + r[1] * axes[1][:, None] + r[2] * axes[2] + r[3] for r in rows
-    ]
+    where = [r[0] * axes[0][:, None, None] + r[1] * axes[1][:, None] + r[2] * axes[2] + r[3] for r in rows]
     where[2] = where[2] + shift
     sizes = coefficients.shape
     inside = torch.ones_like(shift)
-    for w, n in zip(where, sizes, strict=True):
-        inside *= (w >= -0.5) & (w <= n - 0.5)
-    base = [torch.floor(w) for w in where]
-    taps = [_taps(w - b) for w, b in zip(where, base, strict=True)]
+    for x, n in zip(where, sizes, strict=True):
+        inside *= (x >= -0.5) & (x <= n - 0.5)
+    base = [torch.floor(x) for x in where]
+    taps = [_taps(x - b) for x, b in zip(where, base, strict=True)]
     total = torch.zeros((4, *shift.shape), device=shift.device)
     for i in range(4):
         for j in range(4):
             for k in range(4):
-                at = [_mirror(b.long() - 1 + t, n) for b, t, n in zip(base, (i, j, k), sizes, strict=True)]
-                taken = coefficients.reshape(-1)[(at[0] * sizes[1] + at[1]) * sizes[2] + at[2]]
+                near = [_mirror(b.long() - 1 + t, n) for b, t, n in zip(base, (i, j, k), sizes, strict=True)]
+                taken = coefficients.reshape(-1)[(near[0] * sizes[1] + near[1]) * sizes[2] + near[2]]
                 for d in range(4):
-                    w = [taps[axis][1 if d == axis + 1 else 0][t] for axis, t in enumerate((i, j, k))]
-                    total[d] += w[0] * w[1] * w[2] * taken
+                    u, v, w = (taps[axis][1 if d == axis + 1 else 0][t] for axis, t in enumerate((i, j, k)))
+                    total[d] += u * v * w * taken
     total *= inside
     return total[0], total[1:], inside
 
@@ -193,10 +189,7 @@ class Normal:
     def apply(self, field: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrix times a vector."""
         flat = self.coupling.reshape(len(pose), -1)
-        if field.device.type == "cpu":
-            out = self._apply_loops(field)
-        else:
-            out = self._apply_tensors(field)
+        out = self._apply_loops(field) if field.device.type == "cpu" else self._apply_tensors(field)
         out += (pose @ flat).reshape(field.shape)
         return out, flat @ field.reshape(-1) + self.pose @ pose
 
@@ -263,7 +256,9 @@ def smooth_inverse(normal: Normal, inner: torch.Tensor) -> Callable[[torch.Tenso
     mean_level = float((normal.weight * normal.level**2)[inner].mean())
     mean_tilt = float((normal.weight * normal.tilt**2)[inner].mean())
     sine = torch.sin(torch.pi * torch.arange(shape[2], device=total.device) / shape[2]) ** 2
-    diagonal = mean_level + mean_tilt * sine + normal.stiffness[0] * total + float(normal.stiffness[1].mean()) * total**2
+    diagonal = (
+        mean_level + mean_tilt * sine + normal.stiffness[0] * total + float(normal.stiffness[1].mean()) * total**2
+    )
     inverse = 1 / diagonal.clamp(min=1e-12)
 
     def solve(residual: torch.Tensor) -> torch.Tensor:
@@ -512,4 +507,3 @@ def _data_loop(
                 force = curvature[a, b, y] * (field[a, b, y + 1] - field[a, b, y])
                 out[a, b, y + 1] += force
                 out[a, b, y] -= force
-

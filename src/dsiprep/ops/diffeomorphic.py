@@ -140,9 +140,7 @@ def _box_around(mask: Volume, whole: Grid) -> tuple[tuple[int, int, int], Grid]:
     affine = whole.affine.copy()
     affine[:3, 3] = whole.to_world(low)
     shape = high - low + 1
-    return (int(low[0]), int(low[1]), int(low[2])), Grid(
-        (int(shape[0]), int(shape[1]), int(shape[2])), affine
-    )
+    return (int(low[0]), int(low[1]), int(low[2])), Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
 
 
 def _onto(volume: Volume, box: Grid, matrix: np.ndarray) -> Volume:

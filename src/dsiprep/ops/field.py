@@ -185,7 +185,5 @@ def _solve(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     determinant = a * cofactors[0][0] + b * cofactors[1][0] + c * cofactors[2][0]
     safe = determinant.abs() > 0.05
     divisor = torch.where(safe, determinant, 1.0)
-    rows = [
-        (row[0] * residual[0] + row[1] * residual[1] + row[2] * residual[2]) / divisor for row in cofactors
-    ]
+    rows = [(row[0] * residual[0] + row[1] * residual[1] + row[2] * residual[2]) / divisor for row in cofactors]
     return torch.where(safe, torch.stack(rows), residual)

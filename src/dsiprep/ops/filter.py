@@ -41,7 +41,7 @@ def gaussian(volumes: torch.Tensor, sigma: float | Sequence[float], truncate: fl
     for axis, width in enumerate(np.broadcast_to(np.asarray(sigma, float), 3), start=1):
         if width > 0 and result.shape[axis] > 1:
             result = _along(result, axis, _kernel(float(width), truncate))
-    return result.clone() if result is volumes else result
+    return result.clone() if result.data_ptr() == volumes.data_ptr() else result
 
 
 def gradient(volumes: torch.Tensor) -> torch.Tensor:

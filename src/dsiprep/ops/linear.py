@@ -195,9 +195,7 @@ def _searched(level: _Level, start: np.ndarray, moving_centre: np.ndarray) -> li
     fixed_centre = level.centre + level.points[:, bright].mean(axis=1)
     centred = start.copy()
     centred[:3, 3] = moving_centre - start[:3, :3] @ fixed_centre
-    rough = replace(
-        level, points=level.points[:, ::2].copy(), fixed=level.fixed[::2], bins=level.bins[::2].copy()
-    )
+    rough = replace(level, points=level.points[:, ::2].copy(), fixed=level.fixed[::2], bins=level.bins[::2].copy())
     angles = np.radians((-TURN_DEGREES, 0.0, TURN_DEGREES))
     fits = []
     for base, turn in itertools.product((start, centred), itertools.product(angles, repeat=3)):

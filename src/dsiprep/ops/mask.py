@@ -21,7 +21,8 @@ __all__ = ["brain_mask_b0", "brain_mask_t1w"]
 WORKING_MM = 3.0
 SMOOTH_MM = 1.5
 NECK_MM = 7.0
-MARGIN_MM = 2.0
+MARGIN_MM = 3.0
+GENEROUS = 0.3  # of the mask smoothed by MARGIN_MM: 1.5 mm outside of where 0.5 is
 CLOSE_MM = 6.0
 WISP_MM = 4.0
 BIAS_MM = 25.0
@@ -33,7 +34,7 @@ def brain_mask_b0(volume: Volume) -> Volume:
     Parameters
     ----------
     volume : Volume
-        Mean b=0: T2*-weighted echo-planar image, distorted, any voxel size and orientation, partial heads too.
+        Mean b=0: T2*-weighted EPI, distorted, any voxel size and orientation, partial heads too.
 
     Returns
     -------
@@ -45,8 +46,9 @@ def brain_mask_b0(volume: Volume) -> Volume:
     found = _brain(smooth, working.grid) if smooth.max() > smooth.min() else None
     if found is None or not found.any():
         return Volume(torch.ones_like(volume.data, dtype=torch.float32), volume.grid)
-    back = pull(torch.from_numpy(found.astype(np.float32))[None], working.grid, volume.grid)[0]
-    return Volume((back > 0.5).float().to(volume.data.device), volume.grid)
+    soft = ndimage.gaussian_filter(found.astype(np.float32), MARGIN_MM / working.grid.voxel_sizes, mode="nearest")
+    back = pull(torch.from_numpy(soft)[None], working.grid, volume.grid)[0]
+    return Volume((back > GENEROUS).float().to(volume.data.device), volume.grid)
 
 
 def _working_volume(volume: Volume) -> Volume:
@@ -75,7 +77,7 @@ def _brain(smooth: np.ndarray, grid: Grid) -> np.ndarray | None:
 
 
 def _brightness(smooth: np.ndarray, brain: np.ndarray, grid: Grid) -> np.ndarray:
-    """Local mean inside the brain, carried on outside it: the bias of a head coil that is dark in the middle."""
+    """Local mean inside the brain, carried on outside it: a head coil can be dark in the middle."""
     sigma = BIAS_MM / grid.voxel_sizes
     weight = ndimage.gaussian_filter(brain.astype(np.float32), sigma, mode="constant")
     local = ndimage.gaussian_filter(smooth * brain, sigma, mode="constant")
@@ -92,7 +94,7 @@ def _cut_out(smooth: np.ndarray, grid: Grid) -> np.ndarray | None:
         return None
     reach = min(NECK_MM, 0.5 * float(depth.max())) + MARGIN_MM
     grown = ndimage.distance_transform_edt(~core, sampling=grid.voxel_sizes) <= reach
-    return _without_wisps(_fill(ndimage.binary_dilation(bright) & grown, grid), grid)
+    return _without_wisps(_fill(bright & grown, grid), grid)
 
 
 def _threshold(smooth: np.ndarray) -> float:
@@ -127,7 +129,7 @@ def _largest(mask: np.ndarray) -> np.ndarray | None:
 
 
 def _without_wisps(mask: np.ndarray, grid: Grid) -> np.ndarray:
-    """Opened by `WISP_MM`: strands of scalp, nerve and vessel go; the edge of the field of view is no surface."""
+    """Opened by `WISP_MM`: strands of scalp and vessel go; the edge of the field of view is no surface."""
     core = _largest(ndimage.distance_transform_edt(mask, sampling=grid.voxel_sizes) > WISP_MM)
     if core is None:
         return mask

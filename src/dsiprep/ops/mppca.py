@@ -65,9 +65,7 @@ def mppca(
     width = window or default_window(n)
     widths = [min(width, size) for size in shape]
     starts = [_starts(size, w, max(1, width // 2)) for size, w in zip(shape, widths, strict=True)]
-    inside = (
-        torch.ones(shape, dtype=torch.bool, device=data.device) if mask is None else mask.to(data.device) > 0
-    )
+    inside = torch.ones(shape, dtype=torch.bool, device=data.device) if mask is None else mask.to(data.device) > 0
     needed = _needed(inside.cpu().numpy(), starts, widths)
     denoised = torch.zeros_like(data)
     maps = torch.zeros(3, *shape, device=data.device)  # weight, sigma, rank
@@ -221,9 +219,7 @@ def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> 
     return patches + mean, variance.float(), (kept + 1).float()
 
 
-def _shrinkage(
-    values: torch.Tensor, variance: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor
-) -> torch.Tensor:
+def _shrinkage(values: torch.Tensor, variance: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """What to multiply components by, (b, d), for the least squared error: noise has made each larger."""
     aspect = (rows / columns.clamp(min=1)).double()[:, None]
     noise = (variance * columns)[:, None].clamp(min=torch.finfo(torch.float64).tiny)

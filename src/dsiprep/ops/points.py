@@ -70,9 +70,7 @@ def target_gradients(targets: torch.Tensor, points: PointSet) -> torch.Tensor:
     near = torch.as_tensor(points.neighbours, device=targets.device).long()
     own = torch.arange(len(points), device=targets.device)
     # voxel index = inverse @ world, so the world gradient is inverse' @ the gradient per voxel
-    inverse = torch.as_tensor(
-        np.linalg.inv(points.grid.affine[:3, :3]), dtype=torch.float32, device=targets.device
-    )
+    inverse = torch.as_tensor(np.linalg.inv(points.grid.affine[:3, :3]), dtype=torch.float32, device=targets.device)
     out = torch.zeros(*targets.shape, 3, device=targets.device)
     for axis in range(3):
         low, high = near[:, 2 * axis], near[:, 2 * axis + 1]
@@ -105,9 +103,7 @@ def average_blocks(volumes: torch.Tensor, grid: Grid, spacing: float) -> tuple[t
         return volumes, grid
     shape = full // factor
     i, j, k = shape * factor
-    parts = volumes[:, :i, :j, :k].reshape(
-        len(volumes), shape[0], factor[0], shape[1], factor[1], shape[2], factor[2]
-    )
+    parts = volumes[:, :i, :j, :k].reshape(len(volumes), shape[0], factor[0], shape[1], factor[1], shape[2], factor[2])
     affine = grid.affine.copy()
     affine[:3, :3] = affine[:3, :3] * factor
     affine[:3, 3] = grid.to_world((factor - 1) / 2)

@@ -21,9 +21,7 @@ def median_pose(matrices: np.ndarray, centre: np.ndarray, radius: float = 60.0) 
     return rigid_matrix(_geometric_median(points, np.ones(len(points))) / _lengths(radius), centre)
 
 
-def resting_poses(
-    matrices: np.ndarray, centre: np.ndarray, width: int = 12, radius: float = 60.0
-) -> np.ndarray:
+def resting_poses(matrices: np.ndarray, centre: np.ndarray, width: int = 12, radius: float = 60.0) -> np.ndarray:
     """The pose that the head rests in around each volume: a running geometric median over time.
 
     Parameters

@@ -43,9 +43,7 @@ def outlier_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, threshold:
         smooth = gaussian_filter1d(smooth, 2, axis=2)
         for s in judged:
             before, here, after = (smooth[s + step][inside[s]] for step in (-1, 0, 1))
-            row[s] = (
-                np.abs(here - (before + after) / 2).mean() > threshold * np.abs(before - after).mean() / 2
-            )
+            row[s] = np.abs(here - (before + after) / 2).mean() > threshold * np.abs(before - after).mean() / 2
     return found
 
 

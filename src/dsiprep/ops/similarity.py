@@ -137,9 +137,7 @@ def local_correlation(
 VARIANCE_FLOOR = 1e-5
 
 
-def _correlation_maps(
-    sums: torch.Tensor, weights: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _correlation_maps(sums: torch.Tensor, weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     mean_f, mean_m = sums[0] / count, sums[1] / count
     ff = sums[2] / count - mean_f**2
     mm = sums[3] / count - mean_m**2

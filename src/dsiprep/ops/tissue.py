@@ -19,8 +19,8 @@ TOLERANCE = 2e-4
 def segment_tissue(volume: Volume, mask: Volume, priors: torch.Tensor | None = None) -> torch.Tensor:
     """Probabilities of CSF, GM and WM in a T1w without bias.
 
-    Expectation-maximisation: one Gaussian per tissue, whose expected neighbours (6, mean field) and atlas prior
-    weigh each voxel; how much of each tissue the prior promises is fitted too.
+    Expectation-maximisation: one Gaussian per tissue; each voxel is weighed by its six expected neighbours
+    (mean field) and the atlas prior. How much of each tissue there is, against the prior, is fitted too.
 
     Parameters
     ----------
@@ -38,7 +38,7 @@ def segment_tissue(volume: Volume, mask: Volume, priors: torch.Tensor | None = N
 
     References
     ----------
-    Zhang et al. 2001, doi 10.1109/42.906424; Ashburner and Friston 2005, doi 10.1016/j.neuroimage.2005.02.018.
+    Zhang et al. 2001, doi 10.1109/42.906424; Ashburner & Friston 2005, doi 10.1016/j.neuroimage.2005.02.018.
     """
     inside = mask.numpy() > 0.5
     result = np.zeros((3, *inside.shape), np.float32)
@@ -58,7 +58,7 @@ def _box(inside: np.ndarray) -> tuple[slice, ...]:
 
 
 def _prepared(prior: np.ndarray | None, inside: np.ndarray) -> np.ndarray:
-    """Priors as (i, j, k, 3) that sum to one and never forbid; where the atlas has no tissue, there is CSF."""
+    """Priors as (i, j, k, 3) that sum to one and never forbid; where the atlas has no tissue, it is CSF."""
     if prior is None:
         return np.full((*inside.shape, 3), 1 / 3, np.float32)
     made = np.moveaxis(np.clip(prior, 0, 1), 0, -1).astype(np.float32)
@@ -128,39 +128,20 @@ def _round(
     voxels = np.zeros(ni)
     for i in numba.prange(ni):
         p = np.zeros(3)
-        near = np.zeros(3)
         for j in range(nj):
             for k in range(nk):
                 if not inside[i, j, k]:
                     continue
-                for c in range(3):
-                    near[c] = 0.0
-                    if i > 0:
-                        near[c] += bonds[0] * before[i - 1, j, k, c]
-                    if i < ni - 1:
-                        near[c] += bonds[0] * before[i + 1, j, k, c]
-                    if j > 0:
-                        near[c] += bonds[1] * before[i, j - 1, k, c]
-                    if j < nj - 1:
-                        near[c] += bonds[1] * before[i, j + 1, k, c]
-                    if k > 0:
-                        near[c] += bonds[2] * before[i, j, k - 1, c]
-                    if k < nk - 1:
-                        near[c] += bonds[2] * before[i, j, k + 1, c]
                 x = image[i, j, k]
                 mixed = 0.0
                 for c in range(3):
                     mixed += prior[i, j, k, c] * model[2, c]
-                largest = -1e30
-                for c in range(3):
-                    away = x - model[0, c]
-                    p[c] = np.log(prior[i, j, k, c] * model[2, c]) + near[c]
-                    p[c] -= 0.5 * (away * away / model[1, c] + np.log(model[1, c]))
-                    largest = max(largest, p[c])
-                total = 0.0
+                    p[c] = _neighbours(before, i, j, k, c, bonds) + np.log(prior[i, j, k, c] * model[2, c])
+                    p[c] -= 0.5 * ((x - model[0, c]) ** 2 / model[1, c] + np.log(model[1, c]))
+                largest = max(p[0], p[1], p[2])
                 for c in range(3):
                     p[c] = np.exp(p[c] - largest)
-                    total += p[c]
+                total = p[0] + p[1] + p[2]
                 voxels[i] += 1
                 for c in range(3):
                     w = p[c] / total
@@ -171,3 +152,23 @@ def _round(
                     by_slab[i, c, 2] += w * x * x
                     by_slab[i, c, 3] += prior[i, j, k, c] / mixed
     return after, by_slab.sum(0), changed.sum() / max(voxels.sum(), 1.0)
+
+
+@numba.njit(inline="always", fastmath=True)
+def _neighbours(p: np.ndarray, i: int, j: int, k: int, c: int, bonds: np.ndarray) -> float:
+    """Probability of tissue `c` in the six neighbours, weighted by their bonds; nothing beyond the edges."""
+    ni, nj, nk, _ = p.shape
+    total = 0.0
+    if i > 0:
+        total += bonds[0] * p[i - 1, j, k, c]
+    if i < ni - 1:
+        total += bonds[0] * p[i + 1, j, k, c]
+    if j > 0:
+        total += bonds[1] * p[i, j - 1, k, c]
+    if j < nj - 1:
+        total += bonds[1] * p[i, j + 1, k, c]
+    if k > 0:
+        total += bonds[2] * p[i, j, k - 1, c]
+    if k < nk - 1:
+        total += bonds[2] * p[i, j, k + 1, c]
+    return total

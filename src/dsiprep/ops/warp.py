@@ -167,9 +167,7 @@ def _warp_loop(
                 z += to_voxel[2, 0] * u + to_voxel[2, 1] * v + to_voxel[2, 2] * w
                 for a in range(3):
                     jacobian += direction[a] * slope[a, i, j, k]
-            if not (
-                x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5
-            ):
+            if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
                 continue
             i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
             _weights(x - np.float32(i0), wx)
@@ -181,9 +179,7 @@ def _warp_loop(
                     plane = np.float32(0)
                     for b in range(4):
                         line = coefficients[i0 - 1 + a, j0 - 1 + b, k0 - 1 : k0 + 3]
-                        plane += wy[b] * (
-                            line[0] * wz[0] + line[1] * wz[1] + line[2] * wz[2] + line[3] * wz[3]
-                        )
+                        plane += wy[b] * (line[0] * wz[0] + line[1] * wz[1] + line[2] * wz[2] + line[3] * wz[3])
                     value += wx[a] * plane
             else:
                 for a in range(4):

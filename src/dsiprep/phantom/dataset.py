@@ -75,9 +75,7 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
     return out
 
 
-def _write_t1w(
-    bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator
-) -> None:
+def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator) -> None:
     grid = head.box(np.asarray(T1_FIELD_OF_VIEW), settings.t1w_resolution)
     grid.affine[2, 3] -= 22.0  # more neck than air
     maps = head.maps(grid)
@@ -179,9 +177,7 @@ def _write_geometry(truth: Path, head: Head, session: Session, settings: Phantom
     brain = [read(head.atlas["brain"], head.atlas_grid, points) > 0.5 for _, points in slabs(template)]
     mask = np.concatenate(brain).reshape(template.shape).astype(np.uint8)
     write_image(truth / "template_brain_mask.nii.gz", mask, template)
-    _write_positions(
-        truth / "head_to_template.nii.gz", head.to_template, head.box(np.array([190, 230, 190]), 4.0)
-    )
+    _write_positions(truth / "head_to_template.nii.gz", head.to_template, head.box(np.array([190, 230, 190]), 4.0))
     grid = head.box(np.array([170, 210, 180]), 3.0)
     fibres, shares = fibre_image(head, grid)
     write_image(truth / "fibres.nii.gz", fibres.reshape(*grid.shape, 6), grid)
@@ -240,9 +236,7 @@ def _write_texts(bids: Path, settings: PhantomSettings) -> None:
         + ".\n"
     )
     (bids / "participants.tsv").write_text("participant_id\tspecies\nsub-01\tn/a\n")
-    _write_json(
-        bids / "participants.json", {"species": {"Description": "Species; none, as nobody was scanned"}}
-    )
+    _write_json(bids / "participants.json", {"species": {"Description": "Species; none, as nobody was scanned"}})
 
 
 def write_image(path: Path, data: np.ndarray, grid: Grid, slope: float | None = None) -> None:

@@ -113,9 +113,7 @@ class Head:
         return out
 
     def _bend_at(self, points: np.ndarray) -> np.ndarray:
-        return np.stack(
-            [read(component, self.bend_grid, points, nearest=True) for component in self.bend], -1
-        )
+        return np.stack([read(component, self.bend_grid, points, nearest=True) for component in self.bend], -1)
 
     def _fractions(self, t: np.ndarray) -> dict[str, np.ndarray]:
         """All maps at template points (n, 3). What is named first has the right of way."""
@@ -154,9 +152,7 @@ def make_head(rng: np.random.Generator, bend: float = 4.0) -> Head:
     The pose has up to 6 degrees about, and 12 mm along each axis, and scales from 0.95 to 1.05.
     """
     atlas, grid = load_atlas()
-    wide = Grid(
-        (124, 142, 136), np.array([[2.0, 0, 0, -123], [0, 2, 0, -150], [0, 0, 2, -140], [0, 0, 0, 1]])
-    )
+    wide = Grid((124, 142, 136), np.array([[2.0, 0, 0, -123], [0, 2, 0, -150], [0, 0, 2, -140], [0, 0, 0, 1]]))
     coarse = wide.at_spacing(4.0)
     field = np.stack([_smooth_noise(rng, coarse, 22.0) for _ in range(3)])
     distance = _skull_distance(atlas["brain"], grid, wide)
@@ -222,9 +218,7 @@ def _skull_distance(brain: np.ndarray, grid: Grid, wide: Grid, closing: float = 
     spacing = wide.voxel_sizes
     grown = distance_transform_edt(~mask, sampling=spacing) <= closing
     closed = distance_transform_edt(grown, sampling=spacing) > closing
-    signed = distance_transform_edt(~closed, sampling=spacing) - distance_transform_edt(
-        closed, sampling=spacing
-    )
+    signed = distance_transform_edt(~closed, sampling=spacing) - distance_transform_edt(closed, sampling=spacing)
     return gaussian_filter(signed.astype(np.float32), 1.0)
 
 

@@ -26,9 +26,7 @@ def trilinear(values: np.ndarray, x: float, y: float, z: float) -> float:
 def read(values: np.ndarray, grid: Grid, points: np.ndarray, nearest: bool = False) -> np.ndarray:
     """A map on `grid` at world points (n, 3): (n,) float32. Outside: zero, or the nearest voxel's value."""
     world_to_voxel = np.linalg.inv(grid.affine)
-    return _read_all(
-        np.ascontiguousarray(values, np.float32), np.asarray(points, float), world_to_voxel, nearest
-    )
+    return _read_all(np.ascontiguousarray(values, np.float32), np.asarray(points, float), world_to_voxel, nearest)
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)

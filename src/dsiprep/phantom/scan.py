@@ -63,9 +63,7 @@ def phase_encoding(grid: Grid, direction: str) -> PhaseEncoding:
 def eddy_basis(points: np.ndarray) -> np.ndarray:
     """1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y² of scanner points (n, 3) in units of 100 mm: (n, 9)."""
     x, y, z = np.asarray(points, float).T / EDDY_SCALE
-    return np.stack(
-        [np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y], -1
-    )
+    return np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y], -1)
 
 
 def scan(

@@ -155,8 +155,7 @@ def make_field(head: Head, largest_mm: float, mm_per_hz: float) -> tuple[np.ndar
     for rows, points in slabs(grid):
         template = head.to_template(points)
         values = sum(
-            weight * np.exp(-((template - centre) ** 2).sum(1) / (2 * width**2))
-            for centre, width, weight in SOURCES
+            weight * np.exp(-((template - centre) ** 2).sum(1) / (2 * width**2)) for centre, width, weight in SOURCES
         )
         field[rows] = values.reshape(-1, *grid.shape[1:])
     inside = read(field, grid, head.brain_points(3))

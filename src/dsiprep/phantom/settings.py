@@ -44,9 +44,7 @@ class PhantomSettings:
         "--distortion",
         metavar="MM",
     )
-    eddy: float = option(
-        0.0, "largest displacement of the brain by eddy currents, in mm", "--eddy", metavar="MM"
-    )
+    eddy: float = option(0.0, "largest displacement of the brain by eddy currents, in mm", "--eddy", metavar="MM")
     dropout: float = option(
         0.0,
         "fraction of slices of diffusion-weighted volumes that lose signal",
@@ -70,9 +68,7 @@ class PhantomSettings:
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.orientation not in ORIENTATIONS:
-            raise SettingsError(
-                f"--orientation {self.orientation}: one of {', '.join(ORIENTATIONS)} is needed"
-            )
+            raise SettingsError(f"--orientation {self.orientation}: one of {', '.join(ORIENTATIONS)} is needed")
 
 
 def demo_settings() -> PhantomSettings:

@@ -89,9 +89,7 @@ def make_tissue(head: Head, grid: Grid) -> Tissue:
     rest = b0["wm"].copy()
     rest.ravel()[where] = 0
     isotropic["grey"] += rest
-    return Tissue(
-        grid, isotropic, where, fibres.astype(np.float32), (white[:, None] * shares).astype(np.float32)
-    )
+    return Tissue(grid, isotropic, where, fibres.astype(np.float32), (white[:, None] * shares).astype(np.float32))
 
 
 def fibres_at(head: Head, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -123,9 +123,7 @@ class Album:
         self.written.append(name)
         return Frame(label, f"{self.subject}/figures/{name}", *_size(content))
 
-    def still(
-        self, what: str, content: bytes | None, alt: str, caption: str, hint: str = ""
-    ) -> tuple[Picture, ...]:
+    def still(self, what: str, content: bytes | None, alt: str, caption: str, hint: str = "") -> tuple[Picture, ...]:
         """A picture of one frame; none where there is no content."""
         return () if content is None else (Picture((self.add(what, content),), alt, caption, hint),)
 
@@ -134,8 +132,7 @@ class Album:
     ) -> tuple[Picture, ...]:
         """A picture of several frames, named `what` and the frame's own name."""
         added = tuple(
-            self.add(what + re.sub(r"[^A-Za-z0-9]", "", name.title()), content, name)
-            for name, content in frames
+            self.add(what + re.sub(r"[^A-Za-z0-9]", "", name.title()), content, name) for name, content in frames
         )
         return (Picture(added, alt, caption, hint),)
 

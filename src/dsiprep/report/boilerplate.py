@@ -42,25 +42,15 @@ class Reference:
     def short(self) -> str:
         """ "Cieslak et al. 2021"."""
         names = self.authors
-        who = (
-            names[0]
-            if len(names) == 1
-            else f"{names[0]} and {names[1]}"
-            if len(names) == 2
-            else f"{names[0]} et al."
-        )
+        who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
         return f"{who} {self.fields.get('year', '')}".strip()
 
     @property
     def line(self) -> str:
         """Authors, year, title, where, DOI: one line of a list of references."""
         people = [_plain(person) for person in re.split(r"\s+and\s+", self.fields.get("author", ""))]
-        shown = "; ".join(people[:6] + (["et al."] if len(people) > 6 else [])).replace(
-            "; others", "; et al."
-        )
-        where = (
-            self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
-        )
+        shown = "; ".join(people[:6] + (["et al."] if len(people) > 6 else [])).replace("; others", "; et al.")
+        where = self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
         number = self.fields.get("volume", "")
         pages = self.fields.get("pages", "").replace("--", DASH)
         place = where + (f" {number}" if number else "") + (f", {pages}" if pages else "")
@@ -85,10 +75,7 @@ def bibliography() -> dict[str, Reference]:
     for block in re.split(r"\n(?=@)", BIBLIOGRAPHY.read_text(encoding="utf-8")):
         head = re.match(r"@\w+\{([^,\s]+),", block)
         if head:
-            fields = {
-                name.lower(): value
-                for name, value in re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", block, re.M)
-            }
+            fields = {name.lower(): value for name, value in re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", block, re.M)}
             found[head[1]] = Reference(head[1], fields, block.strip())
     return found
 
@@ -148,9 +135,7 @@ def _paragraphs(results: UnitResults) -> list[str]:
 
 def _named(methods: dict[str, str], told: str) -> list[str]:
     """The paragraph whose name occurs in what a result tells of its method."""
-    return [
-        text for name, text in methods.items() if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", told)
-    ][:1]
+    return [text for name, text in methods.items() if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", told)][:1]
 
 
 def _anatomy(results: UnitResults) -> list[str]:
@@ -168,9 +153,7 @@ def _anatomy(results: UnitResults) -> list[str]:
     }
     texts = [methods[name] for name, applies in steps.items() if applies and name in methods]
     if normalised:
-        texts.append(
-            f"The template was {found.template} [@fonov2011], under its name in TemplateFlow [@ciric2022]."
-        )
+        texts.append(f"The template was {found.template} [@fonov2011], under its name in TemplateFlow [@ciric2022].")
     return texts
 
 
@@ -263,9 +246,7 @@ def _tex(text: str) -> str:
         body = GROUP.sub(cite, body.replace("\\_", "_") if GROUP.search(body) and "_" in body else body)
         level = {1: "section", 2: "subsection"}.get(len(head[1]), "subsubsection") if head else ""
         blocks.append(f"\\{level}*{{{body}}}" if head else body)
-    preamble = (
-        "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{natbib}\n\\begin{document}"
-    )
+    preamble = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{natbib}\n\\begin{document}"
     return "\n\n".join(
         [preamble, *blocks, "\\bibliographystyle{plainnat}\n\\bibliography{CITATION}\n\\end{document}\n"]
     )

@@ -27,9 +27,7 @@ TENSOR_B = 1300.0  # s/mm²: Gaussian diffusion holds well enough for a directio
 TENSOR_DIRECTIONS = 12
 
 
-def _grey(
-    layout: Layout, canvas: np.ndarray, inside: np.ndarray | None = None, top: float = 99.5
-) -> np.ndarray:
+def _grey(layout: Layout, canvas: np.ndarray, inside: np.ndarray | None = None, top: float = 99.5) -> np.ndarray:
     """A grey picture, each group windowed for itself."""
     rgb = np.zeros((*canvas.shape, 3), np.uint8)
     for group in layout.groups:
@@ -237,9 +235,7 @@ def means(preprocessed: Preprocessed) -> bytes:
     """Mean image of b=0 and of bands of b, with the brain mask."""
     dwi = preprocessed.dwi
     bands = b_bands(dwi.bvals, dwi.is_b0)
-    layout = Layout.rows(
-        View.of(preprocessed.mask), ("axial",) * len(bands), tuple(name for name, _ in bands)
-    )
+    layout = Layout.rows(View.of(preprocessed.mask), ("axial",) * len(bands), tuple(name for name, _ in bands))
     canvas = layout.paint_groups([_mean(dwi, chosen) for _, chosen in bands])
     inside = layout.paint(preprocessed.mask)
     return picture(layout, _grey(layout, canvas, inside, 99.7), [Contour(inside, BRAIN, 0.9)])

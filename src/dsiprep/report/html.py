@@ -97,15 +97,9 @@ def _page(results: UnitResults, out: Path, subject: str) -> Page:
     for draw in SECTIONS:
         try:
             sections.append(draw(results, album))
-        except (
-            Exception
-        ) as error:  # results are whole and written; a picture must not cost the rest of the page
-            LOG.exception(
-                "%s: section '%s' of the report could not be drawn", results.unit.name, draw.__name__
-            )
-            problem = (
-                f"This section could not be drawn ({type(error).__name__}: {error}); the results are whole."
-            )
+        except Exception as error:  # results are whole and written; a picture must not cost the rest of the page
+            LOG.exception("%s: section '%s' of the report could not be drawn", results.unit.name, draw.__name__)
+            problem = f"This section could not be drawn ({type(error).__name__}: {error}); the results are whole."
             sections.append(Section(draw.__name__, draw.__name__.capitalize(), "", notes=(problem,)))
     album.sweep()
     return Page(results.unit.name, re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name), tuple(sections))

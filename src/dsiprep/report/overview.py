@@ -39,11 +39,7 @@ def summary(results: UnitResults, album: Album) -> Section:
         "Quality": list(results.quality.notes),
     }
     models = dict.fromkeys(motion.model for motion in results.motions)
-    corrected = (
-        METHODS.get(results.distortion.method, results.distortion.method)
-        if results.distortion
-        else "not done"
-    )
+    corrected = METHODS.get(results.distortion.method, results.distortion.method) if results.distortion else "not done"
     seconds = sum(results.seconds.values())
     facts = (
         Fact("Sampling", acquired.scheme.description),
@@ -128,12 +124,8 @@ def acquisition(results: UnitResults, album: Album) -> Section:
     for index, run in enumerate(unit.runs):
         volumes = int((acquired.dwi.run == index).sum())
         scale = acquired.scales[index] if index < len(acquired.scales) else 1.0
-        rows.append(
-            (run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}")
-        )
-    rows += [
-        (epi.image.name, "EPI reference", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis
-    ]
+        rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
+    rows += [(epi.image.name, "EPI reference", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
     rows += [(path.name, "T1w", "", "", "") for path in unit.t1w]
     return Section(
         "acquisition",
@@ -159,8 +151,7 @@ MEANINGS = {
     "masked_neighbor_corr": "The same inside the brain mask",
     "dwi_contrast": "Likeness of neighbouring over likeness of perpendicular volumes",
     "num_bad_slices": "Slices that fall out of line with their neighbours",
-    "coherence_index": "How far fibre directions agree with the next voxel's; falls where b-vectors are "
-    "wrong",
+    "coherence_index": "How far fibre directions agree with the next voxel's; falls where b-vectors are wrong",
     "num_directions": "Diffusion-weighted volumes",
     "max_b": "Largest b-value, s/mm²",
     "mean_fd": "Mean framewise displacement, mm",
@@ -181,11 +172,7 @@ def quality(results: UnitResults, album: Album) -> Section:
         if value is None or name.endswith("_id") or name == "file_name":
             continue
         stem = name.removeprefix("raw_").removeprefix("t1_") if name not in MEANINGS else name
-        where = (
-            {"raw": "as acquired", "t1": "preprocessed"}.get(name.split("_")[0], "")
-            if name not in MEANINGS
-            else ""
-        )
+        where = {"raw": "as acquired", "t1": "preprocessed"}.get(name.split("_")[0], "") if name not in MEANINGS else ""
         meaning = MEANINGS.get(stem, "")
         rows.append((name, number(value), f"{meaning}, {where}" if meaning and where else meaning))
     return Section(

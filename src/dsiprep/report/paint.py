@@ -100,9 +100,7 @@ def picture(
     ax = figure.add_axes((0, 0, width / (width + margin), 1))
     ax.set_axis_off()
     large = Image.fromarray(blacken(layout, rgb)).resize((width, height), Image.Resampling.BICUBIC)
-    ax.imshow(
-        np.asarray(large), extent=(0, layout.width, layout.height, 0), aspect="auto", interpolation="none"
-    )
+    ax.imshow(np.asarray(large), extent=(0, layout.width, layout.height, 0), aspect="auto", interpolation="none")
     for contour in contours:
         _outline(ax, contour)
     if sticks is not None:

@@ -94,9 +94,7 @@ class View:
         cuts = [_positions(low[d], high[d], counts[d], first[d], sizes[d]) for d in range(3)]
         pixel = float(np.clip(sizes.min(), np.max(high - low) / 200, None))
         first_pixel = np.floor((np.maximum(low - margin, first) - first) / pixel) * pixel + first
-        return cls(
-            axes, first_pixel, np.minimum(high + margin, edge.max(0)), pixel, (cuts[0], cuts[1], cuts[2])
-        )
+        return cls(axes, first_pixel, np.minimum(high + margin, edge.max(0)), pixel, (cuts[0], cuts[1], cuts[2]))
 
     def ticks(self, axis: int) -> np.ndarray:
         """Positions of the picture elements along a display axis, mm."""
@@ -118,9 +116,7 @@ def _positions(low: float, high: float, count: int, first: float, size: float) -
     return first + np.round((wanted - first) / size) * size
 
 
-def sample_at(
-    volume: Volume, points: np.ndarray, order: int = 1, via: np.ndarray | None = None
-) -> np.ndarray:
+def sample_at(volume: Volume, points: np.ndarray, order: int = 1, via: np.ndarray | None = None) -> np.ndarray:
     """Values of a volume at world points (..., 3), zero outside; `via` (4, 4) is applied to points first."""
     if via is not None:
         points = points @ via[:3, :3].T + via[:3, 3]
@@ -198,9 +194,7 @@ class Layout:
         """A volume on the whole layout, (height, width) float32; zero between the tiles."""
         return self.paint_groups([volume] * len(self.groups), order, via)
 
-    def paint_groups(
-        self, volumes: Sequence[Volume], order: int = 1, via: np.ndarray | None = None
-    ) -> np.ndarray:
+    def paint_groups(self, volumes: Sequence[Volume], order: int = 1, via: np.ndarray | None = None) -> np.ndarray:
         """One volume per group, (height, width) float32; zero between the tiles."""
         canvas = np.zeros((self.height, self.width), np.float32)
         for group, volume in zip(self.groups, volumes, strict=True):

@@ -66,9 +66,7 @@ DARK = (
     "}</style>"
 )
 # Neither end is lost on white paper or on a dark screen, as viridis' would be.
-B_COLOURS = LinearSegmentedColormap.from_list(
-    "b", ["#6d4fc4", "#3f7fdb", "#22a08c", "#7fb23a", "#e6a117", "#e0601c"]
-)
+B_COLOURS = LinearSegmentedColormap.from_list("b", ["#6d4fc4", "#3f7fdb", "#22a08c", "#7fb23a", "#e6a117", "#e0601c"])
 
 
 def svg(figure: Figure) -> bytes:
@@ -156,19 +154,13 @@ def _b_series(ax: Axes, dwi: DWI, norm: Normalize) -> None:
         colors=colours,
         linewidth=min(2.4, 620 / len(index)),
     )
-    ax.scatter(
-        index[dwi.is_b0], np.zeros(int(dwi.is_b0.sum())), marker="^", s=18, color=INK, zorder=3, clip_on=False
-    )
+    ax.scatter(index[dwi.is_b0], np.zeros(int(dwi.is_b0.sum())), marker="^", s=18, color=INK, zorder=3, clip_on=False)
     for border in np.flatnonzero(np.diff(dwi.run)):
         ax.axvline(border + 0.5, color=SOFT, linestyle=":", linewidth=1)
-    ax.set(
-        xlim=(-1, len(index)), ylim=(0, None), xlabel="volume (▲ b=0; dotted: a new run)", ylabel="b (s/mm²)"
-    )
+    ax.set(xlim=(-1, len(index)), ylim=(0, None), xlabel="volume (▲ b=0; dotted: a new run)", ylabel="b (s/mm²)")
 
 
-def motion(
-    parameters: np.ndarray, fd: np.ndarray, bvals: np.ndarray, outliers: np.ndarray, is_b0: np.ndarray
-) -> bytes:
+def motion(parameters: np.ndarray, fd: np.ndarray, bvals: np.ndarray, outliers: np.ndarray, is_b0: np.ndarray) -> bytes:
     """Translation, rotation, framewise displacement and outlier slices over the series, b-values beneath.
 
     Parameters
@@ -217,16 +209,14 @@ def _strip(ax: Axes, bvals: np.ndarray, is_b0: np.ndarray) -> None:
     norm = _b_norm(bvals)
     boxes = [[(v - 0.5, 0), (v + 0.5, 0), (v + 0.5, 1), (v - 0.5, 1)] for v in range(len(bvals))]
     ax.add_collection(PolyCollection(boxes, facecolors=B_COLOURS(norm(bvals)), linewidths=0))
-    ax.scatter(
-        np.flatnonzero(is_b0), np.full(int(is_b0.sum()), -0.35), marker="^", s=14, color=INK, clip_on=False
-    )
+    ax.scatter(np.flatnonzero(is_b0), np.full(int(is_b0.sum()), -0.35), marker="^", s=14, color=INK, clip_on=False)
     ax.set(xlim=(-0.5, len(bvals) - 0.5), ylim=(0, 1), yticks=[])
     ax.set_xlabel(f"volume; colour: b from 0 (violet) to {bvals.max():.0f} s/mm² (orange), ▲ b=0", labelpad=6)
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
-def rounds(trace: Sequence[dict[str, float]]) -> list[tuple[int, np.ndarray]]:
+def rounds(trace: Sequence[dict[str, Any]]) -> list[tuple[int, np.ndarray]]:
     """Poses by round of a motion trace, [(round, (volumes, 6))]: shifts in mm, then rotations."""
     names = ("shiftX", "shiftY", "shiftZ", "rotateX", "rotateY", "rotateZ")
     rows = [row for row in trace if "iter_num" in row and all(name in row for name in names)]
@@ -320,9 +310,7 @@ def descent(trace: Sequence[dict[str, float]]) -> bytes | None:
                 color=colormaps["plasma"](0.15 + 0.7 * number / max(len(names) - 1, 1)),
                 marker=".",
             )
-            ax.annotate(
-                f"level {level:g}", (at[0], cost[at[0]]), (7, 2), textcoords="offset points", color=INK
-            )
+            ax.annotate(f"level {level:g}", (at[0], cost[at[0]]), (7, 2), textcoords="offset points", color=INK)
         ax.set(xlabel="iteration", ylabel="cost")
         ax.set_title("Cost, coarse to fine")
         ax.grid(True)

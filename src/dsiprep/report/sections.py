@@ -124,8 +124,7 @@ def _one_motion(results: UnitResults, result: Motion, album: Album) -> tuple[Pic
             figures.realignment(results.denoised.dwi, result),
             "Mean of all diffusion-weighted volumes before and after realignment, three planes.",
             f"Mean of all diffusion-weighted volumes{of}, as acquired and realigned (still distorted).",
-            "Grey and white matter should separate more clearly after; a doubled or blurred rim is motion "
-            "left.",
+            "Grey and white matter should separate more clearly after; a doubled or blurred rim is motion left.",
         )
     pictures += album.still(
         f"dwiref{tail}",
@@ -137,9 +136,7 @@ def _one_motion(results: UnitResults, result: Motion, album: Album) -> tuple[Pic
     return pictures + _agreement(results, result, album, (tail, of))
 
 
-def _agreement(
-    results: UnitResults, result: Motion, album: Album, names: tuple[str, str]
-) -> tuple[Picture, ...]:
+def _agreement(results: UnitResults, result: Motion, album: Album, names: tuple[str, str]) -> tuple[Picture, ...]:
     """How well volumes and slices of one blip agree with their predictions."""
     tail, of = names
     dwi = results.acquired.dwi
@@ -148,10 +145,8 @@ def _agreement(
         f"convergence{tail}",
         plots.convergence(result, bvals, is_b0),
         "Change of pose between rounds, and agreement of volumes with their prediction against b-value.",
-        "Left: how far volumes still moved between rounds. Right: agreement of each volume with its "
-        f"prediction{of}.",
-        "Agreement falls with b as noise takes over; a volume far below its neighbours of the same b "
-        "deserves a look.",
+        f"Left: how far volumes still moved between rounds. Right: agreement of each volume with its prediction{of}.",
+        "Agreement falls with b as noise takes over; a volume far below its neighbours of the same b deserves a look.",
     )
     axis = AXES[int(np.argmax(np.abs(result.dwiref.grid.directions[:, result.slice_axis])))]
     pictures += album.still(
@@ -250,9 +245,7 @@ def anatomy(results: UnitResults, album: Album) -> Section:
             "border of grey and white matter; dura or eyes inside the yellow line, or cortex outside it, "
             "spoil the coregistration."
         )
-    outlines = (
-        "brain (yellow)" if found.tissue is None else "brain (yellow), cortex (pink), white matter (blue)"
-    )
+    outlines = "brain (yellow)" if found.tissue is None else "brain (yellow), cortex (pink), white matter (blue)"
     pictures = album.still(
         "anat",
         figures.structure(found),
@@ -309,16 +302,14 @@ def output(results: UnitResults, album: Album) -> Section:
         figures.means(found),
         "Mean b=0 image and mean images of bands of b-value, with the brain mask, axial slices.",
         "Mean images of b=0 and of bands of b, with the final brain mask (yellow).",
-        "Edges should be as sharp at high b as at b=0; the mask should hold the brain, all of it and "
-        "little else.",
+        "Edges should be as sharp at high b as at b=0; the mask should hold the brain, all of it and little else.",
     )
     pictures += _fibres(found, album)
     pictures += album.still(
         "contrast",
         figures.contrast(results.quality, found.mask),
         "Maps of contrast to noise and temporal signal to noise.",
-        "Contrast to noise (spread of the model over spread of its residual) and temporal signal to noise "
-        "of b=0.",
+        "Contrast to noise (spread of the model over spread of its residual) and temporal signal to noise of b=0.",
     )
     facts = (
         Fact("Grid", in_words(found.dwi.grid)),

@@ -192,9 +192,7 @@ def _bvectors(case: Case) -> Iterator[Score]:
             raise AbsentError(f"not compared: {len(vectors)} b-vectors for {len(wanted)} volumes")
         cosine = np.abs(((vectors @ turn.T) * wanted).sum(1))[weighted]
         angle = np.rad2deg(np.arccos(np.clip(cosine, 0, 1)))
-        yield Score(
-            f"b-vectors: {name}", float(angle.mean()), "deg", "mean angle from the true gradient in the head"
-        )
+        yield Score(f"b-vectors: {name}", float(angle.mean()), "deg", "mean angle from the true gradient in the head")
 
 
 def _field(case: Case) -> Iterator[Score]:
@@ -207,16 +205,10 @@ def _field(case: Case) -> Iterator[Score]:
     error = (estimate.at(apply(to_dwiref, points)) - true) * mm
     left = np.abs(error - np.median(error))
     yield Score("field: error", float(np.abs(error).mean()), "mm", "mean over the brain, as displacement")
-    yield Score(
-        "field: error, 95 %", float(np.percentile(np.abs(error), 95)), "mm", "95th percentile in the brain"
-    )
-    yield Score(
-        "field: error but a constant", float(left.mean()), "mm", "a constant field is a shift of the head"
-    )
+    yield Score("field: error, 95 %", float(np.percentile(np.abs(error), 95)), "mm", "95th percentile in the brain")
+    yield Score("field: error but a constant", float(left.mean()), "mm", "a constant field is a shift of the head")
     yield Score("field: error but a constant, 95 %", float(np.percentile(left, 95)), "mm", "95th percentile")
-    yield Score(
-        "field: uncorrected", float(np.abs(true * mm).mean()), "mm", "mean true displacement, for comparison"
-    )
+    yield Score("field: uncorrected", float(np.abs(true * mm).mean()), "mm", "mean true displacement, for comparison")
 
 
 def _coregistration(case: Case) -> Iterator[Score]:
@@ -236,9 +228,7 @@ def _everything(case: Case) -> Iterator[Score]:
         np.linalg.norm(apply(found, rigid) + shift - case.truth.distorted(points, field, true), axis=1)
         for found, true in zip(case.estimated, case.truth.poses, strict=True)
     ]
-    yield Score(
-        "all together", float(np.mean(errors)), "mm", "where a T1w point is looked for in a raw volume, mean"
-    )
+    yield Score("all together", float(np.mean(errors)), "mm", "where a T1w point is looked for in a raw volume, mean")
     yield Score("all together, median", float(np.median(errors)), "mm", "over brain and volumes")
 
 
@@ -247,9 +237,7 @@ def _template(case: Case) -> Iterator[Score]:
     space = path.name.split("_to-")[1].split("_")[0]
     positions, mask = case.truth.image("template_to_head"), case.truth.image("template_brain_mask")
     points = mask.points(mask.data > 0.5)
-    error = np.linalg.norm(
-        apply(case.acpc_to_head, read_mapping(path)(points)) - positions.at(points), axis=1
-    )
+    error = np.linalg.norm(apply(case.acpc_to_head, read_mapping(path)(points)) - positions.at(points), axis=1)
     known = case.truth.table["template"]
     note = "" if space == known else f"; {space} against the truth of {known}"
     yield Score("template: error", float(error.mean()), "mm", f"mean over the template's brain{note}")

@@ -23,9 +23,7 @@ METHODS = {
         "Runs of one session were concatenated on the voxel grid of the first. Where their fields of view "
         "differed, they were resampled onto it by cubic B-splines."
     ),
-    "harmonize_b0": (
-        "Each run was multiplied by a factor so that the mean b=0 intensity in the brain was the same."
-    ),
+    "harmonize_b0": ("Each run was multiplied by a factor so that the mean b=0 intensity in the brain was the same."),
     "scheme": (
         "The sampling scheme was recognised from the b-table: q-vectors that lie on a Cartesian lattice, "
         "whatever its turn and scale, make diffusion spectrum imaging [@wedeen2005]."
@@ -91,9 +89,7 @@ def _resampled(data: torch.Tensor, source: Grid, target: Grid) -> torch.Tensor:
 
 def _along(pe: PhaseEncoding, source: Grid, target: Grid) -> PhaseEncoding:
     """The same displacement in mm, told in the voxel axes of another grid."""
-    step = np.linalg.solve(
-        target.affine[:3, :3], pe.vector(source)
-    )  # one voxel of the source, in target voxels
+    step = np.linalg.solve(target.affine[:3, :3], pe.vector(source))  # one voxel of the source, in target voxels
     axis = int(np.argmax(np.abs(step)))
     polarity = pe.polarity * (1 if step[axis] > 0 else -1)
     readout = None if pe.readout_time is None else pe.readout_time * abs(float(step[axis]))
@@ -119,9 +115,7 @@ def _blips(runs: list[RawRun], epis: list[RawEpi]) -> tuple[tuple[Blip, ...], np
     return tuple(blips), np.array([signs.index(pe.polarity) for pe in encodings])
 
 
-def _harmonized(
-    dwi: DWI, blips: tuple[Blip, ...], brain: torch.Tensor
-) -> tuple[DWI, tuple[Blip, ...], np.ndarray]:
+def _harmonized(dwi: DWI, blips: tuple[Blip, ...], brain: torch.Tensor) -> tuple[DWI, tuple[Blip, ...], np.ndarray]:
     """Mean b=0 in the brain made equal over runs and b=0 images of fmap/; runs without b=0 stay."""
     means = np.array([_mean_b0(dwi, run, brain) for run in range(int(dwi.run.max()) + 1)])
     goal = float(np.nanmean(means))

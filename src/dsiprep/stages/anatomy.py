@@ -25,27 +25,29 @@ from dsiprep.settings import AnatomySettings
 VERSION = 1
 METHODS = {
     "T1w": (
-        "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the mask of the "
-        "template, brought over by an affine registration. The image was brought to ACPC space by the rigid part "
-        "(polar decomposition about the anterior commissure) of an affine registration to the template that "
-        "maximises normalised mutual information [@studholme1999; @mattes2003], with cubic B-splines [@unser1999]."
+        "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
+        "mask of the template, brought over by an affine registration. The image was brought to ACPC space "
+        "by the rigid part (polar decomposition about the anterior commissure) of an affine registration to"
+        " the template that maximises normalised mutual information [@studholme1999; @mattes2003], with "
+        "cubic B-splines [@unser1999]."
     ),
     "several": (
         "The T1w images were rigidly aligned to the first one by correlation, scaled to one brightness and averaged."
     ),
-    "n4": "Intensities of the structural image were corrected for receive bias with N4 [@tustison2010].",
+    "n4": ("Intensities of the structural image were corrected for receive bias with N4 [@tustison2010]."),
     "tissue": (
-        "Cerebrospinal fluid, grey matter and white matter were segmented with a Gaussian mixture whose weights "
-        "depend on the tissue priors of the template [@ashburner2005] and on neighbouring voxels through a Markov "
-        "random field [@zhang2001]."
+        "Cerebrospinal fluid, grey matter and white matter were segmented with a Gaussian mixture whose "
+        "weights depend on the tissue priors of the template [@ashburner2005] and, through a Markov random "
+        "field, on neighbouring voxels [@zhang2001]."
     ),
     "normalize": (
-        "The brain was registered to the template with an affine transform and a greedy diffeomorphic one that "
-        "maximises local cross-correlation [@avants2008; @yushkevich2016]."
+        "The brain was registered to the template with an affine transform and a greedy diffeomorphic one "
+        "that maximises local cross-correlation [@avants2008; @yushkevich2016]."
     ),
     "none": (
-        "No structural image was used: the b=0 reference was rigidly registered to the template's brain with "
-        "normalised mutual information [@studholme1999; @mattes2003], which gave it the orientation of ACPC space."
+        "No structural image was used: the b=0 reference was rigidly registered to the template's brain "
+        "with normalised mutual information [@studholme1999; @mattes2003], which gave it the orientation of"
+        " ACPC space."
     ),
 }
 
@@ -74,8 +76,8 @@ def process_anatomy(
     images : tuple of Volume
         Native T1w images, possibly none; several are averaged in the space of the first.
     dwiref, dwiref_mask : Volume or None
-        The undistorted b=0 reference and its brain, which stand in where there is no T1w, or `settings.modality` is
-        "none"; the mask is found where it is None.
+        The undistorted b=0 reference and its brain, which stand in where there is no T1w, or
+        `settings.modality` is "none"; the mask is found where it is None.
     template : Template
         Its world is ACPC-like, with the anterior commissure at the origin.
     settings : AnatomySettings
@@ -113,7 +115,10 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
     brain = Volume(image.data * inside.data, grid)
     forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings.normalize)
     priors = pull(
-        template.tissue.to(device), template.brain.grid, grid, displacement=chain_displacement(back, grid, device)
+        template.tissue.to(device),
+        template.brain.grid,
+        grid,
+        displacement=chain_displacement(back, grid, device),
     )
     return Anatomy(
         modality="T1w",
@@ -149,8 +154,8 @@ def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
         template_image=None,
         warped=None,
         notes=(
-            "No structural image was used. The b=0 reference stands in for it: ACPC is a rigid alignment of the b=0 "
-            f"reference to {template.name}, without tissue segmentation and without normalisation.",
+            "No structural image was used. The b=0 reference stands in for it: ACPC is a rigid alignment of "
+            f"the b=0 reference to {template.name}, without tissue segmentation and without normalisation.",
         ),
     )
 
@@ -189,16 +194,14 @@ def _brain(native: Volume) -> tuple[Volume, tuple[str, ...]]:
     if LEAST_BRAIN_ML <= millilitres <= MOST_BRAIN_ML:
         return mask, ()
     return brain_mask_b0(native), (
-        f"The network found no brain in the T1w image ({millilitres:.0f} ml): the mask is a rough one by brightness. "
-        "Check the outlines in the report.",
+        f"The network found no brain in the T1w image ({millilitres:.0f} ml): the mask is a rough one by "
+        "brightness. Check the outlines in the report.",
     )
 
 
 def _second_opinion(native: Volume, mask: Volume, template: Template, to_template: np.ndarray) -> tuple[str, ...]:
     """A note where the template's mask, fitted to the whole head, disagrees with the mask."""
-    fit = register_linear(
-        native, template.brain, dof=12, fixed_mask=template.mask, initial=to_template, search=False
-    )
+    fit = register_linear(native, template.brain, dof=12, fixed_mask=template.mask, initial=to_template, search=False)
     inverse = np.linalg.inv(fit.matrix)
     near = pull(template.mask.data[None].to(mask.data.device), template.mask.grid, native.grid, inverse)[0] > 0.5
     both = float((mask.data * near).sum())
@@ -206,8 +209,8 @@ def _second_opinion(native: Volume, mask: Volume, template: Template, to_templat
     if dice >= AGREE_DICE:
         return ()
     return (
-        f"Brain mask: the network and the mask of {template.name} agree only to Dice {dice:.2f}. Check the outlines "
-        "in the report.",
+        f"Brain mask: the network and the mask of {template.name} agree only to Dice {dice:.2f}. Check the "
+        "outlines in the report.",
     )
 
 
@@ -267,9 +270,7 @@ def _normalise(
         return Chain((there,), "ACPC", template.name), Chain((there.inverse(),), template.name, "ACPC")
     device = brain.data.device
     finest = max(FINEST_MM, float(template.brain.grid.voxel_sizes.max()))
-    fit = register_diffeomorphic(
-        brain, template.brain.to(device), initial, fixed_mask=rim.to(device), finest_mm=finest
-    )
+    fit = register_diffeomorphic(brain, template.brain.to(device), initial, fixed_mask=rim.to(device), finest_mm=finest)
     return (
         Chain((fit.forward, there), "ACPC", template.name),
         Chain((there.inverse(), fit.inverse), template.name, "ACPC"),

@@ -31,9 +31,7 @@ MARGIN_MM = 6.0  # the edge of the brain tells more than its inside, where b=0 a
 __all__ = ["METHODS", "VERSION", "coregister"]
 
 
-def coregister(
-    dwiref: Volume, dwiref_mask: Volume, anatomy: Anatomy, settings: CoregisterSettings
-) -> Coregistration:
+def coregister(dwiref: Volume, dwiref_mask: Volume, anatomy: Anatomy, settings: CoregisterSettings) -> Coregistration:
     """Align the undistorted b=0 reference with the structural image in ACPC space.
 
     Parameters

@@ -33,8 +33,8 @@ METHODS = {
         "[@irfanoglu2015], both images were mapped to a common undistorted space by displacements along the "
         "phase-encoding axis that are opposites in Hz, with intensities modulated by the Jacobian determinant; head "
         "motion between the two acquisitions and a global gain were estimated together with the field "
-        "[@andersson2003]. Starting from equal cumulative intensities along each line [@changfitzpatrick1992], a robust "
-        "squared difference with penalties on the field's gradient and Laplacian, and a barrier against folding, was "
+        "[@andersson2003]. Starting from equal cumulative intensities along each line [@changfitzpatrick1992], a "
+        "robust squared difference with penalties on the field's gradient and Laplacian, and a barrier against folding, was "
         "minimised from coarse to fine by Gauss-Newton steps."
     )
 }
@@ -132,7 +132,8 @@ def correct_distortion(
     axis, scales, readout = encodings[0].axis, *_scales(encodings)
     order = [*(a for a in range(3) if a != axis), axis]
     images = [m.permute(order).contiguous() for m in means]
-    turned = Grid(tuple(grid.shape[a] for a in order), grid.affine[:, [*order, 3]])
+    i, j, k = (grid.shape[a] for a in order)
+    turned = Grid((i, j, k), grid.affine[:, [*order, 3]])
     inner = mask.data.to(means[0].device).permute(order) > 0.5
     levels = _pyramid(images, turned, inner, scales)
     state, trace, notes = _estimate(levels)
@@ -206,9 +207,7 @@ def _scales(encodings: tuple[PhaseEncoding, PhaseEncoding]) -> tuple[tuple[float
     return (first, second), (None if encodings[0].readout_time is None else mean)
 
 
-def _pyramid(
-    images: list[torch.Tensor], grid: Grid, inner: torch.Tensor, scales: tuple[float, float]
-) -> list[_Level]:
+def _pyramid(images: list[torch.Tensor], grid: Grid, inner: torch.Tensor, scales: tuple[float, float]) -> list[_Level]:
     """The pair from coarse to fine, in intensities of the brain's median."""
     unit = float(torch.stack(images)[:, inner].median().clamp(min=1e-20))
     finest = float(np.prod(grid.voxel_sizes) ** (1 / 3))
@@ -264,7 +263,7 @@ def _start(level: _Level) -> _State:
     first, second = compared.values
     field = kernels.equal_mass_field(first, second, level.scales)
     mass = (first + second).clamp(min=0).sum(2, keepdim=True).expand_as(field)
-    sigma = 12.0 / level.grid.voxel_sizes
+    sigma = (12.0 / level.grid.voxel_sizes).tolist()
     blurred, total = gaussian(torch.stack([field * mass, mass]).contiguous(), sigma)
     field = blurred / (total + 1e-3 * float(total.max()) + 1e-12) * float(level.grid.voxel_sizes[2])
     gain = float(np.log((first[level.inner].mean() / second[level.inner].mean()).clamp(0.05, 20)))
@@ -363,9 +362,7 @@ def _cost(level: _Level, state: _State, compared: _Comparison, outlier: float) -
     return float(_robust(level, compared, outlier) + smooth + BARRIER * wall)
 
 
-def _step(
-    level: _Level, state: _State, compared: _Comparison, outlier: float
-) -> tuple[torch.Tensor, np.ndarray, int]:
+def _step(level: _Level, state: _State, compared: _Comparison, outlier: float) -> tuple[torch.Tensor, np.ndarray, int]:
     """The Gauss-Newton step of field and pose, and how many inner iterations it took."""
     h, (s0, s1), gain = float(level.grid.voxel_sizes[2]), level.scales, float(np.exp(state.gain))
     (v0, v1), (g0, g1), (j0, j1) = compared.values, compared.gradients, compared.jacobians
@@ -380,7 +377,7 @@ def _step(
     count = len(columns)
     inner_pose = columns.reshape(count, -1) @ spread.reshape(count, -1).T
     inner_pose += torch.diag(torch.tensor([100.0, 100.0, 100.0, 0.01, 0.01, 1.0], device=weight.device))
-    wall, slope, curvature = kernels.barrier(state.field, max(abs(s0), abs(s1)) / h)
+    _wall, slope, curvature = kernels.barrier(state.field, max(abs(s0), abs(s1)) / h)
     bend = kernels.laplacian(state.field, level.grid.voxel_sizes)
     weak, stiff = _stiffness(level)
     stiffness = (weak, stiff / torch.sqrt(1 + (bend / KINK) ** 2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,15 @@ from dsiprep.ops.agreement import agreement, slice_scores, trust
 from dsiprep.ops.align import Rest, align, read
 from dsiprep.ops.mask import brain_mask_b0
 from dsiprep.ops.points import PointSet, average_blocks, point_set
-from dsiprep.ops.pose import decompose, extrapolate, interpolate_poses, jitter, median_pose, resting_poses, without_trend
+from dsiprep.ops.pose import (
+    decompose,
+    extrapolate,
+    interpolate_poses,
+    jitter,
+    median_pose,
+    resting_poses,
+    without_trend,
+)
 from dsiprep.ops.sample import pull
 from dsiprep.ops.shore import leave_one_out, near_neighbours, shore_basis, shore_prior, shore_size
 from dsiprep.ops.tensor import tensor_basis, tensor_prediction
@@ -26,11 +35,11 @@ from dsiprep.settings import MotionSettings
 
 VERSION = 2
 _ROUNDS = (
-    "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors turned "
-    "with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds were "
+    "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors "
+    "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds were "
     "repeated until no volume moved. Poses were expected near those that the head rested in around the same time, with "
-    "heavy tails, so that clear movements are left as they are; what poses had in common as an even function of the gradient "
-    "was taken away, since a head does not know the gradient."
+    "heavy tails, so that clear movements are left as they are; what poses had in common as an even function "
+    "of the gradient was taken away, since a head does not know the gradient."
 )
 METHODS = {
     "3dSHORE": (
@@ -44,8 +53,8 @@ METHODS = {
         f"volume was predicted from all others by a diffusion tensor [@basser1994], and {_ROUNDS}"
     ),
     "none": (
-        "The b=0 volumes were aligned to their mean, and diffusion-weighted volumes took the motion of the b=0 volumes, "
-        "interpolated in time."
+        "The b=0 volumes were aligned to their mean, and diffusion-weighted volumes took the motion of the b=0 "
+        "volumes, interpolated in time."
     ),
     "off": "Head motion was not corrected.",
 }
@@ -72,18 +81,14 @@ class _Level:
         """Some volumes."""
         return self.data[torch.as_tensor(index, device=self.data.device)]
 
-    def read(
-        self, index: np.ndarray, transforms: np.ndarray, fill: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def read(self, index: np.ndarray, transforms: np.ndarray, fill: torch.Tensor | None = None) -> torch.Tensor:
         """Some volumes at the points, (len(index), m); `fill` or zero where they do not reach."""
         if fill is None:
             fill = torch.zeros(len(index), len(self.points), device=self.data.device)
         parts = []
         for first in range(0, len(index), CHUNK):
             part = slice(first, first + CHUNK)
-            parts.append(
-                read(self.take(index[part]), self.grid, self.points, transforms[index[part]], fill[part])
-            )
+            parts.append(read(self.take(index[part]), self.grid, self.points, transforms[index[part]], fill[part]))
         return torch.cat(parts)
 
     def few(self) -> np.ndarray:
@@ -144,7 +149,7 @@ def estimate_motion(dwi: DWI, mask: Volume, settings: MotionSettings) -> Motion:
     weighted = ~dwi.is_b0
     rings = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
     model = _choose_model(int(weighted.sum()), rings, settings)
-    trace: list[dict[str, float]] = []
+    trace: list[dict[str, Any]] = []
     for number, level in enumerate(levels):
         transforms = _align_b0s(dwi, level, transforms)
         if model.name == "none":
@@ -218,9 +223,7 @@ def _align_b0s(dwi: DWI, level: _Level, transforms: np.ndarray) -> np.ndarray:
     for _ in range(4):
         seen = level.read(index, out)
         targets = (seen.sum(0, keepdim=True) - seen) / (len(index) - 1)
-        moved = align(
-            data, level.grid, level.points, targets.contiguous(), out[index], steps=2 * STEPS
-        ).transforms
+        moved = align(data, level.grid, level.points, targets.contiguous(), out[index], steps=2 * STEPS).transforms
         if len(index) == 2:  # each has gone all the way to the other: halfway is enough
             moved[0] = out[index[0]]
         moved = moved @ np.linalg.inv(median_pose(moved, level.points.centre))
@@ -257,13 +260,13 @@ def _rounds(
     model: _Model,
     settings: MotionSettings,
     count: tuple[int, int],
-) -> tuple[np.ndarray, list[dict[str, float]]]:
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Predict, register, repeat: `count` rounds done and allowed. Gives transforms and a row per volume and round."""
     index = np.flatnonzero(~dwi.is_b0)
     out = transforms.copy()
     reference = level.read(np.flatnonzero(dwi.is_b0), out).mean(0, keepdim=True)
     weights, fill = np.ones(len(index)), None
-    trace: list[dict[str, float]] = []
+    trace: list[dict[str, Any]] = []
     steps: list[tuple[np.ndarray, np.ndarray]] = []
     done, allowed = count
     for number in range(done + 1, done + allowed + 1):
@@ -312,9 +315,7 @@ def _predict(
     samples = torch.cat([seen, reference])
     believed = np.append(weights, 1.0)
     if model.name == "tensor":
-        return tensor_prediction(samples, tensor_basis(bvals, bvecs), near_neighbours(q), believed)[
-            :-1
-        ].contiguous()
+        return tensor_prediction(samples, tensor_basis(bvals, bvecs), near_neighbours(q), believed)[:-1].contiguous()
     basis = shore_basis(q, model.order)
     moment = (samples @ samples.T / samples.shape[1]).cpu().numpy().astype(float)
     penalty = shore_prior(moment, basis, model.order, believed)
@@ -382,7 +383,7 @@ def _register(
     return out
 
 
-def _rows(transforms: np.ndarray, level: _Level, number: int) -> list[dict[str, float]]:
+def _rows(transforms: np.ndarray, level: _Level, number: int) -> list[dict[str, Any]]:
     """hmcOptimization.csv: shifts in mm and rotations in radians about the brain's centre."""
     name = f"{level.name} round {number}"
     return [
@@ -391,9 +392,7 @@ def _rows(transforms: np.ndarray, level: _Level, number: int) -> list[dict[str, 
     ]
 
 
-def _finish(
-    dwi: DWI, level: _Level, transforms: np.ndarray, model: _Model, trace: list[dict[str, float]]
-) -> Motion:
+def _finish(dwi: DWI, level: _Level, transforms: np.ndarray, model: _Model, trace: list[dict[str, Any]]) -> Motion:
     """The b=0 reference, and how well each volume agrees with its prediction at the end."""
     everything = np.arange(len(dwi))
     seen = level.read(everything, transforms)

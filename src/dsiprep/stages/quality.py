@@ -81,9 +81,7 @@ def measure_quality(
     table |= _motion_summary(confounds, raw.run)
     table |= _overlaps(anatomy, preprocessed)
     if cnr is not None:
-        table |= {
-            f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in SHORT
-        }
+        table |= {f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in SHORT}
     if distortion is not None and distortion.fieldmap_hz is not None:
         table |= _fieldmap(distortion.fieldmap_hz, motions[0].mask)
     table["coregistration_score"] = float(coregistration.score_after)
@@ -115,9 +113,7 @@ def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarra
     return np.append(np.nan, steps.sum(1))
 
 
-def _confounds(
-    acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI
-) -> dict[str, np.ndarray]:
+def _confounds(acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI) -> dict[str, np.ndarray]:
     parameters, r2, xcorr = np.zeros((len(dwi), 6)), np.full(len(dwi), np.nan), np.full(len(dwi), np.nan)
     for motion in motions:
         turned = rigid_parameters(motion.transforms, motion.dwiref.grid.centre)
@@ -283,14 +279,10 @@ def _names(unit_name: str) -> Row:
     return row | {"space_id": "ACPC", "rec_id": found.get("rec"), "run_id": found.get("run")}
 
 
-def _notes(
-    motions: tuple[Motion, ...], raw: DWI, distortion: Distortion | None, cnr: Volume | None
-) -> tuple[str, ...]:
+def _notes(motions: tuple[Motion, ...], raw: DWI, distortion: Distortion | None, cnr: Volume | None) -> tuple[str, ...]:
     notes = []
     if len(motions) > 1:
-        notes.append(
-            "Motion is given against the reference of each phase encoding; FD starts anew with every run."
-        )
+        notes.append("Motion is given against the reference of each phase encoding; FD starts anew with every run.")
     if raw.is_b0.sum() < 2:
         notes.append("There are fewer than two b=0 volumes, so temporal SNR cannot be measured.")
     if cnr is None:

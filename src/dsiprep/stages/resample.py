@@ -29,10 +29,7 @@ METHODS = {
         "resampled once with cubic B-splines [@unser1999]. Intensities were multiplied by the Jacobian "
         "determinant of the distortion, and b-vectors were rotated with their volumes [@leemans2009]."
     ),
-    "n4": (
-        "Receive bias was estimated with N4 [@tustison2010] on the mean b=0 image and divided out of all "
-        "volumes."
-    ),
+    "n4": ("Receive bias was estimated with N4 [@tustison2010] on the mean b=0 image and divided out of all volumes."),
     "none": "Receive bias was not corrected.",
 }
 
@@ -90,14 +87,10 @@ def resample(
         If the resolution is not positive.
     """
     if settings.resolution <= 0:
-        raise SettingsError(
-            f"--output-resolution {settings.resolution:g}: give the voxel size of the output in mm"
-        )
+        raise SettingsError(f"--output-resolution {settings.resolution:g}: give the voxel size of the output in mm")
     to_dwiref = coregistration.dwiref_to_acpc.matrix
     ways = [_way(dwi, motion, distortion, to_dwiref) for motion in motions]
-    grid = _output_grid(
-        np.concatenate([_brain(anatomy.mask), *(way.brain for way in ways)]), settings.resolution
-    )
+    grid = _output_grid(np.concatenate([_brain(anatomy.mask), *(way.brain for way in ways)]), settings.resolution)
     data = torch.zeros(len(dwi), *grid.shape, device=dwi.data.device)
     bvecs = np.array(dwi.bvecs, float)
     for way in ways:
@@ -154,14 +147,10 @@ def _mask(reference: Volume, anatomy: Anatomy) -> Volume:
     mask = brain_mask_b0(reference)
     if anatomy.modality == "none":
         return mask
-    structural = (
-        pull(anatomy.mask.data[None].float(), anatomy.mask.grid, reference.grid)[0].cpu().numpy() > 0.5
-    )
+    structural = pull(anatomy.mask.data[None].float(), anatomy.mask.grid, reference.grid)[0].cpu().numpy() > 0.5
     near = ndimage.distance_transform_edt(~structural, sampling=reference.grid.voxel_sizes) <= DILATION_MM
     both = (mask.numpy() > 0.5) & near
     if both.sum() < 0.5 * structural.sum():
-        log.warning(
-            "the brain found in the DWI is not where the structural brain is: the latter is taken as mask"
-        )
+        log.warning("the brain found in the DWI is not where the structural brain is: the latter is taken as mask")
         both = structural & (reference.numpy() > 0)
     return Volume(torch.from_numpy(both.astype(np.float32)).to(reference.data.device), reference.grid)

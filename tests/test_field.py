@@ -1,0 +1,105 @@
+"""Displacement fields on grids in every orientation, against formulas and ITK."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import make_grid
+from dsiprep.data.grid import Grid
+from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.ops.affine import rigid_matrix
+from dsiprep.ops.field import chain_displacement, chain_points, compose, invert, jacobian_determinant
+from dsiprep.ops.sample import pull
+
+SHAPE, SPACING = (26, 30, 24), (2.0, 1.6, 2.4)
+
+
+def world(grid: Grid) -> np.ndarray:
+    return grid.to_world(np.argwhere(np.ones(grid.shape)))
+
+
+def bump(grid: Grid, size: float, seed: int = 0) -> DisplacementField:
+    """A smooth displacement of up to `size` mm that is zero at the edges; a formula of world points."""
+    rng = np.random.default_rng(seed)
+    points = (world(grid) - grid.centre) / 12.0
+    wave = np.stack([np.sin(points @ rng.normal(size=3) + rng.uniform(0, 6)) for _ in range(3)])
+    u = size * wave * np.exp(-(points**2).sum(axis=1))
+    return DisplacementField(torch.from_numpy(u.reshape(3, *grid.shape).astype(np.float32)), grid)
+
+
+def linear_field(grid: Grid, matrix: np.ndarray) -> DisplacementField:
+    u = (world(grid) - grid.centre) @ (matrix - np.eye(3)).T
+    return DisplacementField(torch.from_numpy(u.T.reshape(3, *grid.shape).astype(np.float32)), grid)
+
+
+def test_jacobian_of_a_linear_map_is_its_determinant(orientation: str) -> None:
+    matrix = np.array([[1.2, 0.1, -0.05], [0.02, 0.9, 0.2], [-0.1, 0.03, 1.1]])
+    field = linear_field(make_grid(orientation, SHAPE, SPACING), matrix)
+    np.testing.assert_allclose(jacobian_determinant(field).numpy(), np.linalg.det(matrix), atol=2e-5)
+
+
+def test_jacobian_is_itks(orientation: str) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    field = bump(make_grid(orientation, SHAPE, SPACING), 4.0)
+    image = sitk.GetImageFromArray((field.data.numpy().T * [-1, -1, 1]).astype(float), isVector=True)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ field.grid.affine
+    image.SetSpacing(field.grid.voxel_sizes.tolist())
+    image.SetDirection((lps[:3, :3] / field.grid.voxel_sizes).ravel().tolist())
+    theirs = sitk.GetArrayFromImage(sitk.DisplacementFieldJacobianDeterminant(image)).T
+    inner = (slice(1, -1),) * 3
+    ours = jacobian_determinant(field).numpy()
+    np.testing.assert_allclose(ours[inner], theirs[inner], atol=1e-4)
+    assert ours.std() > 0.05
+
+
+def test_inverse_undoes(orientation: str) -> None:
+    field = bump(make_grid(orientation, SHAPE, SPACING), 4.0)
+    inverse = invert(field, tolerance_mm=1e-3)
+    assert float(compose(inverse, field).data.norm(dim=0).max()) < 2e-3
+    back = compose(field, inverse).data.norm(dim=0)
+    assert float(back.max()) < 0.1 and float(field.data.norm(dim=0).max()) > 2
+
+
+def test_inverse_of_a_steep_field() -> None:
+    """Slopes above 1, where fixed-point iteration alone diverges."""
+    grid = Grid((60, 5, 5), np.diag([0.5, 1.0, 1.0, 1.0]))
+    x = np.arange(60) * 0.5 - 15
+    data = torch.zeros(3, *grid.shape)
+    data[0] = torch.from_numpy(6 * np.tanh(x / 3) * np.exp(-((x / 9) ** 2))).float()[:, None, None]
+    field = DisplacementField(data, grid)
+    slopes = np.gradient(data[0, :, 2, 2].numpy(), 0.5)
+    assert slopes.max() > 1.5 and slopes.min() > -1
+    residual = compose(invert(field, tolerance_mm=1e-3), field).data[:, 2:-2, 1:-1, 1:-1]
+    assert float(residual.abs().max()) < 5e-3
+
+
+def test_composition_is_one_after_the_other(orientation: str) -> None:
+    grid = make_grid(orientation, SHAPE, SPACING)
+    first, second = bump(grid, 3.0, 1), bump(make_grid("RAS", (40, 40, 40), (1.5, 1.5, 1.5)), 3.0, 2)
+    points = grid.to_world(np.random.default_rng(0).integers(3, np.asarray(SHAPE) - 3, (100, 3)))
+    chain = Chain((first, second), "a", "b")
+    once = chain_points(Chain((compose(first, second),), "a", "b"), points)
+    np.testing.assert_allclose(once, chain_points(chain, points), atol=1e-4)
+    assert np.abs(once - chain_points(Chain((second, first), "a", "b"), points)).max() > 0.05
+
+
+def test_chain_of_points_and_chain_on_a_grid_agree(orientation: str) -> None:
+    grid = make_grid(orientation, (9, 8, 7), (4.0, 5.0, 6.0))
+    there = Affine(rigid_matrix(np.array([0.4, -0.3, 0.2, 90, -120, 60])), "a", "b")
+    back = Affine(np.linalg.inv(there.matrix), "b", "c")
+    fields = make_grid("LAS", (30, 30, 30), (2.0, 2.0, 2.0))
+    chain = Chain((bump(fields, 3.0, 3), there, back, bump(fields, 2.0, 4), there), "a", "c")
+    total = chain_displacement(chain, grid).numpy().reshape(3, -1).T
+    np.testing.assert_allclose(world(grid) + total, chain_points(chain, world(grid)), atol=1e-3)
+
+
+def test_a_chain_brings_images() -> None:
+    """An image that is a linear function of the world is read where the chain points to."""
+    source = make_grid("LPS", (40, 40, 40), (2.0, 2.0, 2.0))
+    target = make_grid("oblique", (8, 8, 8), (3.0, 3.0, 3.0))
+    image = torch.from_numpy((world(source) @ [1.0, 2.0, 3.0]).reshape(1, *source.shape)).float()
+    chain = Chain((bump(target, 2.0), Affine(rigid_matrix(np.full(6, 0.1)), "a", "b")), "a", "b")
+    out = pull(image, source, target, displacement=chain_displacement(chain, target))[0].numpy()
+    np.testing.assert_allclose(out.ravel(), chain_points(chain, world(target)) @ [1.0, 2.0, 3.0], atol=2e-3)

@@ -1,0 +1,203 @@
+"""Registration of phantoms whose pose or deformation is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from conftest import make_grid
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.ops import similarity
+from dsiprep.ops.affine import rigid_matrix
+from dsiprep.ops.diffeomorphic import register_diffeomorphic
+from dsiprep.ops.field import compose, jacobian_determinant
+from dsiprep.ops.filter import gaussian
+from dsiprep.ops.linear import _evaluate, _level, register_linear
+from dsiprep.ops.sample import pull
+
+GRID = make_grid("RAS", (64, 76, 62), (2.5, 2.5, 2.5))
+
+
+def blobs(seed: int, count: int = 60) -> np.ndarray:
+    """Something like a brain, as labels: 0 outside, 1 a rim (CSF), 2 and 3 folded inside. No symmetry."""
+    rng = np.random.default_rng(seed)
+    points = (GRID.to_world(np.argwhere(np.ones(GRID.shape))) - GRID.centre) / [62, 78, 60]
+    radius = np.linalg.norm(points, axis=1) + 0.1 * np.sin(3 * points[:, 0] + 1) * points[:, 2]
+    folds = ndimage.gaussian_filter(rng.normal(size=GRID.shape), 2.5).ravel()
+    labels = np.where(folds > 0, 2, 3)
+    labels[radius > 0.85] = 1
+    labels[radius > 0.95] = 0
+    return labels.reshape(GRID.shape)
+
+
+def volume(labels: np.ndarray, levels: tuple[float, float, float, float]) -> Volume:
+    data = ndimage.gaussian_filter(np.asarray(levels)[labels], 0.6).astype(np.float32)
+    return Volume(torch.from_numpy(data), GRID)
+
+
+@pytest.fixture(scope="module")
+def t1w() -> Volume:
+    return volume(blobs(0), (0.0, 0.25, 0.7, 1.0))
+
+
+@pytest.fixture(scope="module")
+def b0() -> Volume:
+    return volume(blobs(0), (0.02, 1.0, 0.45, 0.3))
+
+
+def moved(image: Volume, matrix: np.ndarray, noise: float, shape: tuple[int, int, int]) -> Volume:
+    """The image with its head moved by `matrix`, on an oblique LAS grid of 2.2 x 2.2 x 3 mm around it."""
+    grid = make_grid("oblique", shape, (2.2, 2.2, 3.0))
+    affine = grid.affine.copy()
+    affine[:3, 3] += (matrix @ [*GRID.centre, 1])[:3] - grid.centre + [6, -4, 5]
+    grid = Grid(shape, affine)
+    data = pull(image.data[None], GRID, grid, np.linalg.inv(matrix), cubic=True)[0]
+    added = np.random.default_rng(1).normal(size=shape).astype(np.float32) * noise
+    return Volume((data + torch.from_numpy(added)).abs(), grid)
+
+
+def error(found: np.ndarray, truth: np.ndarray) -> float:
+    """Largest distance in the head, mm."""
+    corners = np.array(np.meshgrid(*[(-60, 60)] * 3)).reshape(3, -1).T
+    corners = corners * [0.8, 1, 0.8] + GRID.centre
+    difference = (found - truth)[:3]
+    return float(np.linalg.norm(corners @ difference[:, :3].T + difference[:, 3], axis=1).max())
+
+
+def far_pose(seed: int) -> np.ndarray:
+    """30 degrees and 50 mm, in any direction."""
+    rng = np.random.default_rng(seed)
+    axis, shift = rng.normal(size=3), rng.normal(size=3)
+    axis *= np.radians(30) / np.linalg.norm(axis)
+    return rigid_matrix(np.concatenate([axis, 50 * shift / np.linalg.norm(shift)]))
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_b0_to_t1w_from_far(t1w: Volume, b0: Volume, seed: int) -> None:
+    pose = far_pose(seed)
+    fit = register_linear(moved(b0, pose, 0.03, (80, 90, 60)), t1w, metric="mi")
+    assert error(fit.matrix, pose) < 0.5
+    assert fit.score_after > fit.score_before + 0.05 and fit.metric == "mi"
+
+
+def test_same_contrast_from_far(t1w: Volume) -> None:
+    pose = far_pose(2)
+    fit = register_linear(moved(t1w, pose, 0.03, (80, 90, 60)), t1w, metric="cc")
+    assert error(fit.matrix, pose) < 0.3
+    assert fit.score_after > 0.98
+
+
+def test_partial_coverage(t1w: Volume, b0: Volume) -> None:
+    """A third of the head is missing from the moving image."""
+    pose = rigid_matrix(np.array([0.2, -0.1, 0.15, 8, -12, 10]))
+    fit = register_linear(moved(b0, pose, 0.02, (80, 90, 34)), t1w)
+    assert error(fit.matrix, pose) < 0.7
+
+
+def test_masks_and_affine(t1w: Volume, b0: Volume) -> None:
+    truth = rigid_matrix(np.array([0.1, -0.1, 0.05, 5, 3, -4]))
+    truth[:3, :3] = truth[:3, :3] @ np.array([[1.08, 0.03, 0], [0, 0.95, 0.02], [-0.02, 0, 1.05]])
+    mask = Volume((t1w.data > 0.1).float(), GRID)
+    moving = moved(b0, truth, 0.02, (80, 90, 60))
+    fit = register_linear(moving, t1w, dof=12, fixed_mask=mask, search=False)
+    assert error(fit.matrix, truth) < 1.0
+    rigid = register_linear(moving, t1w, dof=6, fixed_mask=mask, search=False).matrix[:3, :3]
+    np.testing.assert_allclose(rigid @ rigid.T, np.eye(3), atol=1e-10)
+
+
+def test_it_gives_the_same_twice(t1w: Volume, b0: Volume) -> None:
+    moving = moved(b0, rigid_matrix(np.full(6, 0.05)), 0.02, (80, 90, 60))
+    first, second = (register_linear(moving, t1w, search=False).matrix for _ in range(2))
+    np.testing.assert_allclose(first, second, atol=1e-6)
+
+
+def test_unknown_choices_are_refused(t1w: Volume) -> None:
+    with pytest.raises(ValueError, match="dof is 6 or 12"):
+        register_linear(t1w, t1w, dof=7)
+    with pytest.raises(ValueError, match="mi or cc"):
+        register_linear(t1w, t1w, metric="ssd")
+
+
+@pytest.mark.parametrize("metric", ["mi", "cc"])
+def test_derivative_by_the_matrix_is_right(t1w: Volume, b0: Volume, metric: str) -> None:
+    level = _level(b0, t1w, (Volume((t1w.data > 0.1).float(), GRID), None), (4.0, 3.0, 24), metric)
+    matrix = rigid_matrix(np.array([0.05, 0.02, -0.04, 1.3, -0.7, 0.9]))
+    _, derivative = _evaluate(level, matrix)
+    for row, column, step in ((0, 3, 2e-2), (1, 3, 2e-2), (2, 3, 2e-2), (0, 1, 4e-4), (2, 0, 4e-4)):
+        nudge = np.zeros((4, 4))
+        nudge[row, column] = step
+        up, down = (_evaluate(level, matrix + sign * nudge)[0] for sign in (1, -1))
+        assert derivative[row, column] == pytest.approx((up - down) / (2 * step), rel=0.05, abs=2e-4)
+
+
+def test_mutual_information_is_numpys() -> None:
+    """Against entropies of a plain histogram of the same samples, whose bins are sharp."""
+    rng = np.random.default_rng(0)
+    fixed = rng.random(400_000).astype(np.float32)
+    moving = (np.sin(4 * fixed) + 0.3 * rng.normal(size=fixed.size)).astype(np.float32)
+    low, high = float(moving.min()), float(moving.max())
+    bins = similarity.to_bins(fixed, 0.0, 1.0)
+    score, _ = similarity.mutual_information(bins, moving, np.ones_like(moving), low, high)
+    joint = np.histogram2d(fixed, moving, bins=(32, 29))[0] / fixed.size
+
+    def entropy(p: np.ndarray) -> float:
+        return float(-(p[p > 0] * np.log(p[p > 0])).sum())
+
+    plain = (entropy(joint.sum(0)) + entropy(joint.sum(1))) / entropy(joint.ravel())
+    assert score == pytest.approx(plain, abs=0.02)
+    noise, _ = similarity.mutual_information(bins, rng.permutation(moving), np.ones_like(moving), low, high)
+    assert noise == pytest.approx(1.0, abs=2e-3) and score > 1.05
+
+
+def test_local_correlation_is_numpys_and_its_derivative_right() -> None:
+    rng = np.random.default_rng(0)
+    fixed, moving = (torch.from_numpy(rng.random((9, 10, 11)).astype(np.float32)) for _ in range(2))
+    weights = torch.zeros(9, 10, 11)
+    weights[2:-2, 2:-2, 2:-2] = torch.from_numpy(rng.random((5, 6, 7)).astype(np.float32))
+    score, derivative = similarity.local_correlation(fixed, moving, weights, 2)
+    cube = (slice(2, 7), slice(3, 8), slice(4, 9))
+    plain = np.corrcoef(fixed[cube].numpy().ravel(), moving[cube].numpy().ravel())[0, 1] ** 2
+    assert float(score[4, 5, 6]) == pytest.approx(plain, abs=1e-4)
+    nudge = torch.zeros_like(moving)
+    for where in ((4, 5, 6), (3, 3, 5), (0, 4, 4)):
+        nudge.zero_()
+        nudge[where] = 0.05
+        up, down = (
+            float((similarity.local_correlation(fixed, moving + s * nudge, weights, 2)[0] * weights).sum())
+            for s in (1, -1)
+        )
+        assert float(derivative[where]) == pytest.approx((up - down) / 0.1, rel=0.05, abs=2e-3)
+
+
+def test_both_bodies_of_local_correlation_agree() -> None:
+    sums = torch.rand(5, 8, 9, 10) * torch.tensor([10.0, 10, 60, 60, 40])[:, None, None, None]
+    weights = (torch.rand(8, 9, 10) - 0.2).clamp(min=0)
+    score, maps = similarity._correlation_maps(sums, weights, 27)
+    loop_score, loop_maps = similarity._correlation_loop(sums.numpy(), weights.numpy(), 27)
+    inside = weights.numpy() > 0
+    np.testing.assert_allclose(score.numpy()[inside], loop_score[inside], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(maps.numpy(), loop_maps, rtol=1e-3, atol=1e-4)
+
+
+def test_a_known_deformation_is_found(t1w: Volume) -> None:
+    rng = np.random.default_rng(4)
+    u = gaussian(torch.from_numpy(rng.normal(size=(3, *GRID.shape)).astype(np.float32)), 6.0)
+    u *= 6.0 / float(u.norm(dim=0).max())
+    pose = rigid_matrix(np.array([0.05, -0.03, 0.04, 4, -6, 3]))
+    # moving(m) = t1w(m') with m = pose (y + u(y)): the fixed image is what is pulled, so that u is the truth
+    fixed = Volume(pull(t1w.data[None], GRID, GRID, displacement=u)[0], GRID)
+    moving = Volume(t1w.data, Grid(GRID.shape, pose @ GRID.affine))
+    mask = Volume((fixed.data > 0.1).float(), GRID)
+    fit = register_diffeomorphic(moving, fixed, pose, fixed_mask=mask, finest_mm=2.5)
+    found = pull(fit.forward.data, fit.forward.grid, GRID)
+    inside = torch.from_numpy(ndimage.binary_erosion(mask.numpy() > 0.5, iterations=2))
+    before, after = u.norm(dim=0)[inside], (found - u).norm(dim=0)[inside]
+    assert float(after.mean()) < 0.25 * float(before.mean()) and float(before.mean()) > 1.5
+    assert fit.similarity > 0.85
+    assert float(jacobian_determinant(fit.forward).min()) > 0
+    assert float(jacobian_determinant(fit.inverse).min()) > 0
+    there_and_back = compose(fit.forward, fit.inverse).data.norm(dim=0)
+    assert float(there_and_back.quantile(0.999)) < 0.1
+    assert float(compose(fit.inverse, fit.forward).data.norm(dim=0).quantile(0.999)) < 0.02
