@@ -11,6 +11,7 @@ __all__ = ["n4_bias"]
 
 SPLINE_MM = 200.0  # distance of the control points at the coarsest of the levels
 LEAST_VOXELS = 8  # along an axis of the shrunk image; smaller images have no bias that could be told from anatomy
+MARGIN_MM = 10.0  # around the mask, on each side
 ITERATIONS = (50, 50, 40, 30)
 TOLERANCE = 1e-3
 FIELD_LIMIT = 5.0
@@ -42,7 +43,7 @@ def n4_bias(volume: Volume, mask: Volume | None = None, shrink: int = 4) -> Volu
     steps = [int(min(shrink, max(1, n // LEAST_VOXELS))) for n in data.shape]
     if inside.sum() < 100 or min(data.shape) < LEAST_VOXELS or np.ptp(data[inside]) == 0:
         return Volume(torch.ones_like(volume.data, dtype=torch.float32), volume.grid)
-    field = np.exp(_log_field(data, inside, volume.grid.voxel_sizes, steps))
+    field = np.exp(_log_field_around(data, inside, volume.grid.voxel_sizes, steps))
     field = np.clip(field / np.median(field[inside]), 1 / FIELD_LIMIT, FIELD_LIMIT)
     field /= field[inside].mean(dtype=float)
     return Volume(torch.from_numpy(field.astype(np.float32)).to(volume.data.device), volume.grid)
@@ -52,6 +53,18 @@ def _inside(data: np.ndarray, mask: Volume | None) -> np.ndarray:
     if mask is None:
         return data > max(0.0, 0.1 * float(np.percentile(data, 99)))
     return (mask.numpy() > 0.5) & (data > 0)
+
+
+def _log_field_around(data: np.ndarray, inside: np.ndarray, sizes: np.ndarray, steps: list[int]) -> np.ndarray:
+    """The field of a box around the mask, carried on beyond it as it is at the box's faces."""
+    box, beyond = [], []
+    for axis, size in enumerate(sizes):
+        where = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
+        margin = max(int(np.ceil(MARGIN_MM / size)), LEAST_VOXELS // 2)
+        low, high = max(0, int(where[0]) - margin), min(inside.shape[axis], int(where[-1]) + 1 + margin)
+        box.append(slice(low, high))
+        beyond.append((low, inside.shape[axis] - high))
+    return np.pad(_log_field(data[tuple(box)], inside[tuple(box)], sizes, steps), beyond, mode="edge")
 
 
 def _log_field(data: np.ndarray, inside: np.ndarray, sizes: np.ndarray, steps: list[int]) -> np.ndarray:

@@ -58,6 +58,7 @@ SHRINK_MM = 4.0  # distance of the voxels that N4 sees
 MARGIN_MM = 5.0  # around the head, on each side
 AGREE_DICE = 0.9  # below it the two brain masks are worth a look
 LEAST_BRAIN_ML, MOST_BRAIN_ML = 300.0, 2500.0  # no human brain outside of it
+LEAST_PIECE = 0.05  # of the largest piece of the head; smaller ones are noise
 FINEST_MM = 1.5  # voxels of the last level of the normalisation
 DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
 
@@ -251,14 +252,15 @@ def _output_grid(native: Volume, pose: np.ndarray) -> Grid:
 
 
 def _head_voxels(native: Volume) -> np.ndarray:
-    """Voxels of the largest piece of what is not air, (m, 3)."""
+    """Voxels of what is not air, (m, 3), without specks of noise."""
     data = native.numpy()
     smooth = ndimage.gaussian_filter(data, 1.5 / native.grid.voxel_sizes)
     labels, count = ndimage.label(smooth > 0.08 * np.percentile(smooth, 99))
     if count == 0:
         return np.array([[0, 0, 0], np.asarray(data.shape) - 1])
-    voxels = np.argwhere(labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:])))
-    return voxels
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return np.argwhere((sizes > LEAST_PIECE * sizes.max())[labels])
 
 
 def _normalise(

@@ -34,8 +34,8 @@ METHODS = {
         "phase-encoding axis that are opposites in Hz, with intensities modulated by the Jacobian determinant; head "
         "motion between the two acquisitions and a global gain were estimated together with the field "
         "[@andersson2003]. Starting from equal cumulative intensities along each line [@changfitzpatrick1992], a "
-        "robust squared difference with penalties on the field's gradient and Laplacian, and a barrier against folding, was "
-        "minimised from coarse to fine by Gauss-Newton steps."
+        "robust squared difference with penalties on the field's gradient and Laplacian, and a barrier against folding, "
+        "was minimised from coarse to fine by Gauss-Newton steps."
     )
 }
 """Irfanoglu 2015: doi 10.1016/j.neuroimage.2014.11.042. Andersson 2003: doi 10.1016/S1053-8119(03)00336-7. Chang and
