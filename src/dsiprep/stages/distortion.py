@@ -34,7 +34,8 @@ METHODS = {
         "phase-encoding axis that are opposites in Hz, with intensities modulated by the Jacobian determinant; head "
         "motion between the two acquisitions and a global gain were estimated together with the field "
         "[@andersson2003]. Starting from equal cumulative intensities along each line [@changfitzpatrick1992], a "
-        "robust squared difference with penalties on the field's gradient and Laplacian, and a barrier against folding, "
+        "robust squared difference with penalties on the field's gradient and Laplacian, and a barrier "
+        "against folding, "
         "was minimised from coarse to fine by Gauss-Newton steps."
     )
 }

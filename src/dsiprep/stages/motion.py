@@ -37,7 +37,8 @@ VERSION = 2
 _ROUNDS = (
     "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors "
     "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds "
-    "were repeated until no volume moved. Poses were expected near those that the head rested in around the same time, with "
+    "were repeated until no volume moved. Poses were expected near those that the head rested in around "
+    "the same time, with "
     "heavy tails, so that clear movements are left as they are; what poses had in common as an even function "
     "of the gradient was taken away, since a head does not know the gradient."
 )
