@@ -34,7 +34,8 @@ def run(out: Path, phantom_options: list[str]) -> None:
     print(f"| CPU time | {(used.ru_utime + used.ru_stime) / 60:.1f} min |")
     print(f"| peak memory | {used.ru_maxrss / 2**20:.1f} GB |")
     for entry in score(out / "derivatives", out / "truth"):
-        print(f"| {entry.name} | {entry.value:.3f} {entry.unit} |")
+        if entry.value is not None:
+            print(f"| {entry.name} | {entry.value:.3f} {entry.unit} |")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 
 from conftest import make_grid
 from dsiprep.data.dwi import DWI
-from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.grid import Volume
 from dsiprep.ops.affine import rigid_matrix, rigid_parameters, rotate_bvecs
 
 CENTRE = np.array([3.0, -5.0, 8.0])
@@ -29,10 +29,10 @@ def tissue(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Free water, isotropic tissue and fibres (with their direction in the plane) at head points (m, 3)."""
     rng = np.random.default_rng(5)
     x = points - CENTRE
-    head = 1 / (1 + np.exp((np.linalg.norm(x / [1, 1.15, 0.9], axis=-1) - RADIUS) / 1.5))
+    head = 1 / (1 + np.exp((np.linalg.norm(x / [1, 1.15, 0.9], axis=-1) - RADIUS) / 3))
     blobs = np.zeros((2, len(points)))
     for number in range(60):
-        middle, size = rng.uniform(-0.8, 0.8, 3) * RADIUS, rng.uniform(5, 10)
+        middle, size = rng.uniform(-0.8, 0.8, 3) * RADIUS, rng.uniform(7, 12)
         blobs[number % 2] += np.exp(-((x - middle) ** 2).sum(-1) / (2 * size**2))
     fibres = head * np.clip(blobs[0], 0, 1)
     water = (head - fibres) * np.clip(blobs[1], 0, 1)
@@ -120,8 +120,3 @@ def errors(found: np.ndarray, subject: Subject) -> tuple[float, float]:
     parameters = rigid_parameters(left, CENTRE)
     rotation = np.rad2deg(np.sqrt((parameters[:, :3] ** 2).mean()))
     return float(rotation), float(np.sqrt((parameters[:, 3:] ** 2).mean()))
-
-
-def grid_like(grid: Grid) -> torch.Tensor:
-    """Zeros on a grid."""
-    return torch.zeros(grid.shape)

@@ -270,7 +270,7 @@ def _distortion(
     fields = tuple(
         DisplacementField(torch.as_tensor(np.moveaxis(_shift(hz, e, grid), -1, 0).astype(np.float32)), grid) for e in pe
     )
-    trace = [{"level": float(s), "cost": np.exp(-i / 9) + 0.1 * s, "step": 1.0} for s in (4, 2, 1) for i in range(20)]
+    trace = [{"level": s, "cost": np.exp(-i / 9), "change_mm": np.exp(-i / 4)} for s in (4, 2, 1) for i in range(20)]
     return Distortion(
         np.stack([np.eye(4)] * len(pe)),
         fields,

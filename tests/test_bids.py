@@ -481,3 +481,20 @@ def test_a_phase_encoding_without_b0_is_told(dataset: Dataset) -> None:
     np.savetxt(path.parent / "sub-01_dwi.bvec", np.tile([[1.0], [0], [0]], 20))
     with pytest.raises(GradientError, match=r"sub-01_dwi.*lowest b-value is 150.*--b0-threshold 150"):
         read_unit(dataset.unit(), SETTINGS)
+
+
+def test_ignored_fieldmaps_leave_no_contradiction(tmp_path: Path) -> None:
+    """A series that names its fieldmap by B0FieldIdentifier still goes when fieldmaps are ignored."""
+    from dsiprep.phantom import PhantomSettings, make_phantom
+
+    table = tmp_path / "table"
+    (table.with_suffix(".bval")).write_text("0 1000 1000 1000 1000 1000 1000\n")
+    (table.with_suffix(".bvec")).write_text("0 1 0 0 .6 .6 0\n0 0 1 0 .8 0 .6\n0 0 0 1 0 .8 .8\n")
+    scheme = f"{table}.bval,{table}.bvec"
+    made = make_phantom(
+        tmp_path / "phantom", PhantomSettings(scheme=scheme, resolution=8, t1w_resolution=4, ideal=False)
+    )
+    (unit,) = find_units(made / "bids", SETTINGS, ignore=frozenset({"fieldmaps"}))
+    assert not unit.epis and not unit.reversed_pairs()
+    (unit,) = find_units(made / "bids", SETTINGS)
+    assert len(unit.epis) == 1 and len(unit.reversed_pairs()) == 2

@@ -312,6 +312,22 @@ def test_plots_are_whole_deterministic_and_turn_dark(page: Path, subject: UnitRe
     assert drawn[0] == drawn[1]
 
 
+def test_numbers_on_axes_are_not_rounded(subject: UnitResults) -> None:
+    still = [row | {"shiftX": 0.0, "shiftY": 0.0, "shiftZ": 0.0} for row in subject.motions[0].trace]
+    motion = replace(subject.motions[0], trace=still)
+    bvals = subject.acquired.dwi.bvals[motion.volumes]
+    assert b">0.0001<" in plots.convergence(motion, bvals, bvals == 0)
+
+
+def test_maps_of_direction_keep_their_hue(subject: UnitResults) -> None:
+    content = figures.colour_fa(subject.preprocessed)
+    assert content is not None
+    shown = pixels(content).reshape(-1, 3)
+    bright = shown[shown.max(1) > 180]
+    pure = bright[(bright[:, 0] > 180) & (np.delete(bright, 0, 1).max(1) < 60)]
+    assert len(pure) > 200  # the middle of the subject's callosum is red and nothing else
+
+
 def test_drawing_again_removes_what_is_no_longer_drawn(
     subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

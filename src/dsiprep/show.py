@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from dsiprep.data.acquisition import Unit
 from dsiprep.pipeline import STEPS, plan_stages
@@ -68,7 +68,7 @@ class _Bars:
 
 
 def _print_table(console: Console, planned: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
-    table = Table("unit", "result", "time")
+    table = Table(*(Column(name, overflow="fold") for name in ("unit", "result", "time")))
     ended = {outcome.unit: outcome for outcome in outcomes}
     for name in planned:
         outcome = ended.get(name)

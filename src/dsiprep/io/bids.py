@@ -163,6 +163,8 @@ def _units_of_subject(
         )
     except (ValueError, TypeError) as problem:
         raise MetadataError(f"sub-{label}: {problem}") from None
+    if no_fieldmaps:  # what the sidecars say of fieldmaps that are not looked at would contradict what is left
+        found = [replace(record, b0field_identifiers=(), b0field_sources=()) for record in found]
     subject = _Subject(label, found, options)
     units: list[Unit] = []
     for grouping, split in _groupings(subject, issues):

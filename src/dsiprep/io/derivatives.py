@@ -199,19 +199,20 @@ def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
 
 
 def _write_tables(results: UnitResults, folder: Path) -> None:
-    name, quality = results.unit.name, results.quality
+    stem, quality = results.unit.name, results.quality
     files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
-    columns = {**quality.confounds, "original_file": np.array(files, dtype=object)}
-    _write_tsv(folder / f"{name}_desc-confounds_timeseries.tsv", columns)
-    _write_json(folder / f"{name}_desc-confounds_timeseries.json", {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS})
-    _write_tsv(folder / f"{name}_space-ACPC_desc-image_qc.tsv", {k: np.array([v]) for k, v in quality.table.items()})
+    columns = {name: column for name, column in quality.confounds.items() if name != "run"}
+    columns["original_file"] = np.array(files, dtype=object)
+    _write_tsv(folder / f"{stem}_desc-confounds_timeseries.tsv", columns)
+    _write_json(folder / f"{stem}_desc-confounds_timeseries.json", {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS})
+    _write_tsv(folder / f"{stem}_space-ACPC_desc-image_qc.tsv", {k: np.array([v]) for k, v in quality.table.items()})
     _write_json(
-        folder / f"{name}_space-ACPC_desc-slice_qc.json",
+        folder / f"{stem}_space-ACPC_desc-slice_qc.json",
         {"Description": "Robust z-score of each slice's residual against the prediction, volume by slice",
          "slice_z": np.round(np.nan_to_num(quality.slice_z), 3).tolist()},
     )  # fmt: skip
     rows = [row for moved in results.motions for row in moved.trace]
-    with (folder / f"{name}_hmcOptimization.csv").open("w", newline="") as stream:
+    with (folder / f"{stem}_hmcOptimization.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["iter_num"])
         writer.writeheader()
         writer.writerows(rows)

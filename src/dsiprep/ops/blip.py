@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
+
+from dsiprep.ops.blip_loops import data_loop, laplacian_loop, lines_loop, solid_loop
 
 __all__ = [
     "Normal",
@@ -44,8 +45,12 @@ def sample_lines(coefficients: torch.Tensor, shift: torch.Tensor) -> tuple[torch
         where value and slope are 0 too).
     """
     if coefficients.device.type == "cpu":
-        results = _lines_loop(coefficients.numpy(), shift.numpy())
+        results = lines_loop(coefficients.numpy(), shift.numpy())
         return tuple(torch.from_numpy(r) for r in results)
+    return _lines_tensors(coefficients, shift)
+
+
+def _lines_tensors(coefficients: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
     size = coefficients.shape[-1]
     where = torch.arange(size, device=shift.device) + shift
     inside = ((where >= -0.5) & (where <= size - 0.5)).float()
@@ -79,10 +84,14 @@ def sample_solid(coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.Te
     inside : Tensor, (a, b, y)
     """
     if coefficients.device.type == "cpu":
-        results = _solid_loop(coefficients.numpy(), np.asarray(matrix, np.float64), shift.numpy())
+        results = solid_loop(coefficients.numpy(), np.asarray(matrix, np.float64), shift.numpy())
         return tuple(torch.from_numpy(r) for r in results)
+    return _solid_tensors(coefficients, np.asarray(matrix), shift)
+
+
+def _solid_tensors(coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
     axes = [torch.arange(n, device=shift.device, dtype=torch.float32) for n in shift.shape]
-    rows = [[float(m) for m in row] for row in np.asarray(matrix)[:3]]
+    rows = [[float(m) for m in row] for row in matrix[:3]]
     where = [r[0] * axes[0][:, None, None] + r[1] * axes[1][:, None] + r[2] * axes[2] + r[3] for r in rows]
     where[2] = where[2] + shift
     sizes = coefficients.shape
@@ -197,10 +206,10 @@ class Normal:
         weak, stiff = self.stiffness
         inverse = 1 / np.asarray(self.spacing, float) ** 2
         force, out = torch.empty_like(field), torch.empty_like(field)
-        _laplacian_loop(field.numpy(), inverse, stiff.numpy(), -weak, force.numpy())
-        _laplacian_loop(force.numpy(), inverse, np.ones((1, 1, 1), np.float32), 0.0, out.numpy())
+        laplacian_loop(field.numpy(), inverse, stiff.numpy(), -weak, force.numpy())
+        laplacian_loop(force.numpy(), inverse, np.ones((1, 1, 1), np.float32), 0.0, out.numpy())
         tensors = (field, self.level, self.tilt, self.weight, self.curvature, out)
-        _data_loop(*(t.numpy() for t in tensors))
+        data_loop(*(t.numpy() for t in tensors))
         return out
 
     def _apply_tensors(self, field: torch.Tensor) -> torch.Tensor:
@@ -279,7 +288,7 @@ def conjugate_gradients(
     normal: Normal,
     right: tuple[torch.Tensor, torch.Tensor],
     inner: torch.Tensor,
-    tolerance: float = 0.05,
+    tolerance: float = 0.1,
     iterations: int = 40,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Preconditioned conjugate gradients on field and pose together.
@@ -377,133 +386,3 @@ def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
     index = index.abs()
     index = torch.where(index >= size, 2 * size - 2 - index, index)
     return index.clamp(0, size - 1)
-
-
-@numba.njit(inline="always", fastmath=True)
-def _mirrored(index: int, size: int) -> int:
-    if index < 0:
-        index = -index
-    if index >= size:
-        index = 2 * size - 2 - index
-    return min(max(index, 0), size - 1)
-
-
-@numba.njit(inline="always", fastmath=True)
-def _fill_taps(f: float, weights: np.ndarray, slopes: np.ndarray) -> None:
-    g = 1 - f
-    weights[0] = g * g * g / 6
-    weights[1] = (4 - 6 * f * f + 3 * f * f * f) / 6
-    weights[2] = (4 - 6 * g * g + 3 * g * g * g) / 6
-    weights[3] = f * f * f / 6
-    slopes[0] = -g * g / 2
-    slopes[1] = (3 * f * f - 4 * f) / 2
-    slopes[2] = (4 * g - 3 * g * g) / 2
-    slopes[3] = f * f / 2
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _lines_loop(coefficients: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    na, nb, ny = shift.shape
-    value, slope, inside = np.zeros_like(shift), np.zeros_like(shift), np.zeros_like(shift)
-    for a in numba.prange(na):
-        weights, slopes = np.empty(4, np.float32), np.empty(4, np.float32)
-        for b in range(nb):
-            for y in range(ny):
-                where = y + shift[a, b, y]
-                if not (where >= -0.5 and where <= ny - 0.5):
-                    continue
-                base = int(np.floor(where))
-                _fill_taps(where - base, weights, slopes)
-                v, s = np.float32(0), np.float32(0)
-                for t in range(4):
-                    c = coefficients[a, b, _mirrored(base - 1 + t, ny)]
-                    v += weights[t] * c
-                    s += slopes[t] * c
-                value[a, b, y], slope[a, b, y], inside[a, b, y] = v, s, 1
-    return value, slope, inside
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _solid_loop(
-    coefficients: np.ndarray, matrix: np.ndarray, shift: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    na, nb, ny = shift.shape
-    sa, sb, sy = coefficients.shape
-    value, inside = np.zeros_like(shift), np.zeros_like(shift)
-    gradient = np.zeros((3, na, nb, ny), np.float32)
-    for a in numba.prange(na):
-        wa, wb, wy = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
-        ga, gb, gy = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
-        rows = np.empty(4, np.int64)
-        for b in range(nb):
-            for y in range(ny):
-                pa = matrix[0, 0] * a + matrix[0, 1] * b + matrix[0, 2] * y + matrix[0, 3]
-                pb = matrix[1, 0] * a + matrix[1, 1] * b + matrix[1, 2] * y + matrix[1, 3]
-                py = matrix[2, 0] * a + matrix[2, 1] * b + matrix[2, 2] * y + matrix[2, 3] + shift[a, b, y]
-                if not (pa >= -0.5 and pb >= -0.5 and py >= -0.5):
-                    continue
-                if not (pa <= sa - 0.5 and pb <= sb - 0.5 and py <= sy - 0.5):
-                    continue
-                ia, ib, iy = int(np.floor(pa)), int(np.floor(pb)), int(np.floor(py))
-                _fill_taps(pa - ia, wa, ga)
-                _fill_taps(pb - ib, wb, gb)
-                _fill_taps(py - iy, wy, gy)
-                for t in range(4):
-                    rows[t] = _mirrored(iy - 1 + t, sy)
-                v, da, db, dy = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-                for s in range(4):
-                    ra = _mirrored(ia - 1 + s, sa)
-                    for t in range(4):
-                        line = coefficients[ra, _mirrored(ib - 1 + t, sb)]
-                        c0, c1, c2, c3 = line[rows[0]], line[rows[1]], line[rows[2]], line[rows[3]]
-                        m = wy[0] * c0 + wy[1] * c1 + wy[2] * c2 + wy[3] * c3
-                        g = gy[0] * c0 + gy[1] * c1 + gy[2] * c2 + gy[3] * c3
-                        v += wa[s] * wb[t] * m
-                        da += ga[s] * wb[t] * m
-                        db += wa[s] * gb[t] * m
-                        dy += wa[s] * wb[t] * g
-                value[a, b, y], inside[a, b, y] = v, 1
-                gradient[0, a, b, y], gradient[1, a, b, y], gradient[2, a, b, y] = da, db, dy
-    return value, gradient, inside
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: np.ndarray, rest: float, out: np.ndarray) -> None:
-    na, nb, ny = field.shape
-    add, varies = np.float32(rest), factor.size > 1
-    ha, hb, hy = np.float32(inverse[0]), np.float32(inverse[1]), np.float32(inverse[2])
-    for a in numba.prange(na):
-        below, above = max(a - 1, 0), min(a + 1, na - 1)
-        for b in range(nb):
-            left, right = max(b - 1, 0), min(b + 1, nb - 1)
-            for y in range(ny):
-                f = 2 * field[a, b, y]
-                bend = ha * (field[below, b, y] + field[above, b, y] - f)
-                bend += hb * (field[a, left, y] + field[a, right, y] - f)
-                bend += hy * (field[a, b, max(y - 1, 0)] + field[a, b, min(y + 1, ny - 1)] - f)
-                if varies:
-                    bend *= factor[a, b, y]
-                out[a, b, y] = bend + add * field[a, b, y]
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _data_loop(
-    field: np.ndarray, level: np.ndarray, tilt: np.ndarray, weight: np.ndarray, curvature: np.ndarray, out: np.ndarray
-) -> None:
-    na, nb, ny = field.shape
-    half = np.float32(0.5)
-    for a in numba.prange(na):
-        tilted = np.empty(ny, np.float32)
-        for b in range(nb):
-            for y in range(ny):
-                rise = half * (field[a, b, min(y + 1, ny - 1)] - field[a, b, max(y - 1, 0)])
-                q = weight[a, b, y] * (level[a, b, y] * field[a, b, y] + tilt[a, b, y] * rise)
-                out[a, b, y] += level[a, b, y] * q
-                tilted[y] = half * tilt[a, b, y] * q
-            for y in range(ny):
-                out[a, b, min(y + 1, ny - 1)] += tilted[y]
-                out[a, b, max(y - 1, 0)] -= tilted[y]
-            for y in range(ny - 1):
-                force = curvature[a, b, y] * (field[a, b, y + 1] - field[a, b, y])
-                out[a, b, y + 1] += force
-                out[a, b, y] -= force

@@ -249,7 +249,7 @@ def _evaluate(level: _Level, matrix: np.ndarray) -> tuple[float, np.ndarray]:
     full[:3, 3] += full[:3, :3] @ level.centre
     values, slopes, weights = _sample_loop(level.moving, level.points, full[:3])
     if weights.mean(dtype=float) < LEAST_OVERLAP:
-        return 0.0, np.zeros((3, 4))
+        return (1.0 if level.metric == "mi" else 0.0), np.zeros((3, 4))  # as of independent images
     if level.metric == "mi":
         score, force = mutual_information(level.bins, values, weights, *level.limits, level.count)
     else:

@@ -9,6 +9,7 @@ from dsiprep.ops.affine import nearest_rotation, rigid_matrix, rigid_parameters
 __all__ = ["decompose", "extrapolate", "interpolate_poses", "jitter", "median_pose", "resting_poses", "without_trend"]
 
 FEW = 30  # volumes below which poses are not asked for a trend with direction
+KNOT = 12  # volumes over which heads may drift from one pose to another
 STILL = 0.05  # mm: heads are not expected to rest more quietly than this
 
 
@@ -101,7 +102,7 @@ def extrapolate(
     columns = ((moves[1:] - moves[:-1]) * calm[:, None, None]).reshape(len(moves) - 1, -1).T
     goal = (moves[-1] * calm[:, None, None]).ravel()
     gram = columns.T @ columns
-    mix = np.linalg.solve(gram + 1e-4 * np.trace(gram) * np.eye(len(gram)), columns.T @ goal)
+    mix = np.linalg.solve(gram + 1e-6 * np.trace(gram) * np.eye(len(gram)), columns.T @ goal)
     step = np.tensordot(mix, np.diff(np.stack(images), axis=0), axes=1)
     reach = np.linalg.norm(step, axis=(1, 2))
     step *= np.minimum(1, 10 * np.maximum(np.median(size), 1e-6) / np.maximum(reach, 1e-9))[:, None, None]
@@ -118,10 +119,10 @@ def without_trend(
     """Poses (n, 4, 4) without what they have in common as a function of the gradient.
 
     A head does not know the gradient. Volumes of similar contrast are predicted from each other, so an error that they
-    share is seen by none of them. Here it shows: poses are explained by a slow drift (a cubic in time and a step
-    between runs) and a trend with |q| and with the quadratic form of q, which vanishes at b=0, with heavy tails
-    (Cauchy), so that volumes that the head moved in do not count. The trend is taken away. It is even in q: eddy
-    currents are odd.
+    share is seen by none of them. Here it shows: poses are explained by a drift (straight pieces between knots
+    12 volumes apart, run by run) and a trend with |q| and with the quadratic form of q, which vanishes at b=0, with
+    heavy tails (Cauchy), so that volumes that the head moved in do not count. The trend is taken away as far as it
+    is more than the movement of a restless head would bring about by chance. It is even in q: eddy currents are odd.
 
     Parameters
     ----------
@@ -134,20 +135,55 @@ def without_trend(
         mm.
     """
     poses = rigid_parameters(matrices, centre) * _lengths(radius)
-    drift = np.polynomial.legendre.legvander(np.linspace(-1, 1, len(poses)), 3)[:, 1:]
-    trend = _even_terms(q)
-    design = np.hstack([np.eye(run.max() + 1)[run], drift, trend])
+    drift, trend = _slow_terms(run), _even_terms(q)
+    design = np.hstack([drift, trend])
+    firm = np.r_[np.full(drift.shape[1], 1e-6), np.full(trend.shape[1], 0.02)]  # what drift can explain, it does
     weights = np.ones(len(poses))
     for turn in range(60):
         weighted = design * weights[:, None]
-        found = np.linalg.lstsq(weighted.T @ design, weighted.T @ poses, rcond=1e-6)[0]
+        normal = weighted.T @ design
+        normal.flat[:: len(normal) + 1] += firm * np.diag(normal) + 1e-9
+        found = np.linalg.solve(normal, weighted.T @ poses)
         distance = np.linalg.norm(poses - design @ found, axis=1)
         if turn < 20:  # least sum of distances first: from there the tails find the crowd
             weights = 1 / (distance + STILL)
         else:
             weights = 1 / (1 + (distance / max(STILL, float(np.median(distance)) / 2)) ** 2)
-    shared = rigid_matrix(trend @ found[-trend.shape[1] :] / _lengths(radius), centre)
+    kept = _beyond_chance(design, trend.shape[1], weights, poses - design @ found, found)
+    shared = rigid_matrix(kept * (trend @ found[-trend.shape[1] :]) / _lengths(radius), centre)
     return matrices @ np.linalg.inv(shared)
+
+
+def _beyond_chance(
+    design: np.ndarray, last: int, weights: np.ndarray, residual: np.ndarray, found: np.ndarray
+) -> float:
+    """The share (0 to 1) of the effect of the `last` columns that residuals do not bring about by chance.
+
+    Where the head hardly rests, a trend would be fitted to its movements: 1 less expected over found effect, from
+    the covariance of the coefficients for residuals of any size (White 1980, doi 10.2307/1912934).
+    """
+    weighted = design * weights[:, None]
+    normal = weighted.T @ design
+    normal.flat[:: len(normal) + 1] += 1e-3 * np.diag(normal) + 1e-9
+    spread = np.linalg.solve(normal, weighted.T)[-last:]
+    inner = normal[-last:, -last:]
+    effect = np.einsum("ak,ab,bk->", found[-last:], inner, found[-last:])
+    by_chance = np.einsum("an,ab,bn,n->", spread, inner, spread, (residual**2).sum(axis=1))
+    by_chance *= len(design) / max(1, len(design) - design.shape[1])
+    return float(np.clip(1 - by_chance / max(effect, 1e-12), 0, 1))
+
+
+def _slow_terms(run: np.ndarray) -> np.ndarray:
+    """Functions of volume number that are straight between knots about `KNOT` volumes apart, run by run, (n, c)."""
+    columns = []
+    for name in np.unique(run):
+        own = np.flatnonzero(run == name)
+        knots = np.linspace(0, len(own) - 1, max(2, 1 + round(len(own) / KNOT))) if len(own) > 1 else np.zeros(1)
+        for knot in np.eye(len(knots)):
+            column = np.zeros(len(run))
+            column[own] = np.interp(np.arange(len(own)), knots, knot)
+            columns.append(column)
+    return np.stack(columns, axis=1)
 
 
 def _even_terms(q: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from dsiprep.data.grid import Volume
 
 __all__ = ["segment_tissue"]
 
-SMOOTHNESS = 0.25  # weight of one neighbour at one voxel's distance of 1 mm
+SMOOTHNESS = 0.5  # weight of one neighbour at one voxel's distance of 1 mm
 PRIOR_FLOOR = 0.02  # of the prior, spread over all classes: the atlas is never quite sure
 MOST_ROUNDS = 40
 TOLERANCE = 2e-4

@@ -313,7 +313,7 @@ def colour_fa(preprocessed: Preprocessed) -> bytes | None:
     """FA coloured by principal direction in the world: red R-L, green A-P, blue S-I."""
     layout = Layout.rows(View.of(preprocessed.mask))
     found = _directions(preprocessed, layout)
-    return None if found is None else picture(layout, _rgb(*found))
+    return None if found is None else picture(layout, _rgb(*found), hue=True)
 
 
 def fibre_sticks(preprocessed: Preprocessed) -> bytes | None:
@@ -335,7 +335,7 @@ def fibre_sticks(preprocessed: Preprocessed) -> bytes | None:
         segments.append(np.stack([centre - half, centre + half], 1))
         colours.append(np.clip(np.abs(direction[rows, columns]) * 1.1 + 0.08, 0, 1))
     base = colour(fa, (0, 2.2))
-    return picture(layout, base, sticks=(np.concatenate(segments), np.concatenate(colours)))
+    return picture(layout, base, sticks=(np.concatenate(segments), np.concatenate(colours)), hue=True)
 
 
 def contrast(quality: Quality, mask: Volume) -> bytes | None:

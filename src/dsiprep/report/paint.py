@@ -73,6 +73,7 @@ def picture(
     contours: Sequence[Contour] = (),
     bars: Sequence[Bar] = (),
     sticks: tuple[np.ndarray, np.ndarray] | None = None,
+    hue: bool = False,
 ) -> bytes:
     """Slices as a PNG with letters for left, right, front, back, top and bottom.
 
@@ -87,6 +88,8 @@ def picture(
         Colour bars in the right margin, from the top.
     sticks : (ndarray (m, 2, 2), ndarray (m, 3)), optional
         Line segments in canvas coordinates, and their colours.
+    hue : bool
+        Whether hue has a meaning of its own, as in maps of direction: colours are then kept true.
 
     Returns
     -------
@@ -112,7 +115,7 @@ def picture(
     _letters(ax, layout, scale)
     for index, bar in enumerate(bars):
         _bar(figure, bar, (width + 12) / (width + margin), index, len(bars))
-    return encode(figure, ramps=bool(bars))
+    return encode(figure, "hue" if hue else "ramp" if bars else "grey")
 
 
 def _outline(ax: Axes, contour: Contour) -> None:
@@ -174,21 +177,24 @@ def _bar(figure: Figure, bar: Bar, left: float, index: int, count: int) -> None:
         spine.set_edgecolor("#909090")
 
 
-def encode(figure: Figure, ramps: bool) -> bytes:
-    """A figure as a small PNG: 64 greys where it is grey, otherwise at most 160 colours.
+def encode(figure: Figure, kind: str) -> bytes:
+    """A figure as a small PNG.
 
-    `ramps` spreads the colours over all that occur (colour maps) rather than over the most frequent ones.
+    `kind` is "grey" (64 greys; outlines in colour make it 96 colours, the most frequent ones), "ramp" (160 colours
+    spread over all that occur, for colour maps) or "hue" (each channel in 32 steps, no palette).
     """
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.ascontiguousarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    if np.ptp(pixels.astype(np.int16), axis=2).max() == 0:
+    if kind == "hue":
+        image = Image.fromarray(np.round((pixels >> 3) * (255 / 31)).astype(np.uint8))
+    elif np.ptp(pixels.astype(np.int16), axis=2).max() == 0:
         # The eye does not tell 64 greys from 256 in a noisy image; a file is a third smaller for it.
         image = Image.fromarray(pixels[..., 0] >> 2).convert("P")
         image.putpalette(np.repeat(np.round(np.arange(64) * 255 / 63).astype(np.uint8), 3).tobytes())
     else:
-        method = Image.Quantize.MAXCOVERAGE if ramps else Image.Quantize.MEDIANCUT
-        image = Image.fromarray(pixels).quantize(160 if ramps else 96, method, dither=Image.Dither.NONE)
+        method = Image.Quantize.MAXCOVERAGE if kind == "ramp" else Image.Quantize.MEDIANCUT
+        image = Image.fromarray(pixels).quantize(160 if kind == "ramp" else 96, method, dither=Image.Dither.NONE)
     out = io.BytesIO()
     image.save(out, format="PNG", optimize=True)
     return out.getvalue()

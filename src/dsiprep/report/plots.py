@@ -13,12 +13,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from dsiprep.data.acquisition import SamplingScheme
 from dsiprep.data.dwi import DWI
@@ -69,13 +69,17 @@ DARK = (
 B_COLOURS = LinearSegmentedColormap.from_list("b", ["#6d4fc4", "#3f7fdb", "#22a08c", "#7fb23a", "#e6a117", "#e0601c"])
 
 
+LONG = re.compile(r"\d+\.\d{3,}")
+
+
 def svg(figure: Figure) -> bytes:
     """A figure as SVG text with the rule for dark screens, the same bytes for the same picture."""
     out = io.BytesIO()
     FigureCanvasSVG(figure).print_svg(out, metadata={"Date": None, "Creator": None})
     text = out.getvalue().decode()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m.group()):.2f}", text)
+    # Coordinates need two decimals; the numbers that people read stand outside the tags.
+    text = re.sub(r"<[^>]*>", lambda tag: LONG.sub(lambda m: f"{float(m.group()):.2f}", tag.group()), text)
     return re.sub(r"(<svg\b[^>]*>)", lambda m: m.group(1) + DARK, text, count=1, flags=re.DOTALL).encode()
 
 
@@ -211,6 +215,7 @@ def _strip(ax: Axes, bvals: np.ndarray, is_b0: np.ndarray) -> None:
     ax.add_collection(PolyCollection(boxes, facecolors=B_COLOURS(norm(bvals)), linewidths=0))
     ax.scatter(np.flatnonzero(is_b0), np.full(int(is_b0.sum()), -0.35), marker="^", s=14, color=INK, clip_on=False)
     ax.set(xlim=(-0.5, len(bvals) - 0.5), ylim=(0, 1), yticks=[])
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlabel(f"volume; colour: b from 0 (violet) to {bvals.max():.0f} s/mm² (orange), ▲ b=0", labelpad=6)
     for spine in ax.spines.values():
         spine.set_visible(False)
@@ -292,26 +297,24 @@ def slices(slice_z: np.ndarray, threshold: float, bvals: np.ndarray, is_b0: np.n
 
 
 def descent(trace: Sequence[dict[str, float]]) -> bytes | None:
-    """The cost of a registration over its iterations by level; None where the trace has no cost."""
-    rows = [row for row in trace if np.isfinite(row.get("cost", np.nan))]
+    """How far the displacement still moved from one iteration to the next, by level; None where not recorded."""
+    rows = [row for row in trace if np.isfinite(row.get("change_mm", np.nan))]
     if len(rows) < 2:
         return None
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 2.4), layout="constrained")
         ax = figure.subplots()
         levels = np.array([row.get("level", 0) for row in rows])
-        cost = np.array([row["cost"] for row in rows])
-        names = list(dict.fromkeys(levels.tolist()))
-        for number, level in enumerate(names):
+        change = np.maximum([row["change_mm"] for row in rows], 1e-4)
+        for number, level in enumerate(dict.fromkeys(levels.tolist())):
             at = np.flatnonzero(levels == level)
-            ax.plot(
-                at,
-                cost[at],
-                color=colormaps["plasma"](0.15 + 0.7 * number / max(len(names) - 1, 1)),
-                marker=".",
-            )
-            ax.annotate(f"level {level:g}", (at[0], cost[at[0]]), (7, 2), textcoords="offset points", color=INK)
-        ax.set(xlabel="iteration", ylabel="cost")
-        ax.set_title("Cost, coarse to fine")
+            ax.semilogy(at, change[at], "o-", color=AXES[(2, 1, 0)[number % 3]], markersize=4)
+            place: dict[str, Any] = {"xytext": (7, 0), "textcoords": "offset points", "va": "center"}
+            ax.annotate(f"level {number + 1}", (at[0], change[at[0]]), color=INK, **place)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        ax.yaxis.set_major_formatter("{x:g}")
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.set(xlabel="iteration", ylabel="mm", title="Change of the displacement per iteration, coarse to fine")
         ax.grid(True)
         return svg(figure)

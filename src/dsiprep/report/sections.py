@@ -184,8 +184,8 @@ def distortion(results: UnitResults, album: Album) -> Section:
     pictures += album.still(
         "sdcDescent",
         plots.descent(found.trace),
-        "Cost over iterations.",
-        "The cost of the fit, from coarse to fine.",
+        "Change of the displacement over iterations, by level.",
+        "How much the displacement still changed: each level should come to rest.",
     )
     return Section("distortion", title, lead, pictures, _field_facts(results, found), found.notes)
 

@@ -418,7 +418,7 @@ def _finish(dwi: DWI, level: _Level, transforms: np.ndarray, model: _Model, trac
         slice_axis=axis,
         trace=trace,
         model=model.name,
-        notes=(f"{model.name}: {model.note}",),
+        notes=(f"{model.name}: {model.note}",) if model.name != "3dSHORE" or model.order < 6 else (),
     )
 
 

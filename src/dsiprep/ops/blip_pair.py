@@ -1,0 +1,261 @@
+"""The model of a blip-up/blip-down pair: how images, field, head pose and gain fit, and the equations of the next step.
+
+Point x of the undistorted head is found in blip 0 at x + s_0 f(x) e and in blip 1 at P x + s_1 f(x) e: f the field in
+mm, e the phase-encoding axis, P the pose of the head in blip 1. Intensities are multiplied by the Jacobian
+determinants of these maps. All arrays have the phase-encoding axis last, (a, b, y).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dsiprep.data.grid import Grid
+from dsiprep.ops.affine import point_displacement, rigid_matrix
+from dsiprep.ops.blip import Normal, along, barrier, laplacian, sample_lines, sample_solid, transposed_along
+from dsiprep.ops.filter import gaussian
+from dsiprep.ops.sample import spline_coefficients
+
+__all__ = ["Comparison", "Pair", "State", "change", "compare", "cost", "equations", "make_pair", "moved", "outlier"]
+
+WEAK = 0.02  # weight of the squared gradient of the field in mm, per mm³
+STIFF = 250.0  # of its squared Laplacian, per mm³, in mm²
+KINK = 0.003  # Laplacians beyond this (1/mm) cost in proportion only: sources of the field are rare and strong
+BARRIER = 0.5  # weight of the barrier against folding
+OUTLIER = 3.0  # residuals beyond this many standard deviations count less and less
+MISFIT = 0.02  # images never agree better than this share of the brain's intensity
+NOISE_WINDOW = 1.5  # voxels
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """Two b=0 images at one voxel size, in units of the brain's median.
+
+    Attributes
+    ----------
+    lines : Tensor, (a, b, y)
+        Blip 0, spline coefficients along the last axis.
+    solid : Tensor, (a, b, y)
+        Blip 1, spline coefficients along all axes.
+    inner : Tensor, (a, b, y), bool
+        Brain, roughly.
+    grid : Grid
+        Phase-encoding axis last.
+    scales : (float, float)
+        s_0 and s_1, of opposite signs.
+    centre : ndarray, (3,)
+        Point that the head turns about, world RAS+ mm.
+    noise : float
+        Standard deviation of the difference of both images where they fit.
+    """
+
+    lines: torch.Tensor
+    solid: torch.Tensor
+    inner: torch.Tensor
+    grid: Grid
+    scales: tuple[float, float]
+    centre: np.ndarray
+    noise: float
+
+    @property
+    def steepness(self) -> float:
+        """Displacement in voxels per mm of field, in the blip that is distorted more."""
+        return max(abs(s) for s in self.scales) / float(self.grid.voxel_sizes[2])
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What is estimated.
+
+    Attributes
+    ----------
+    field : Tensor, (a, b, y)
+        f, mm.
+    pose : ndarray, (4, 4)
+        P, world RAS+ mm.
+    gain : float
+        Logarithm of the factor that brings blip 1 to the intensities of blip 0.
+    """
+
+    field: torch.Tensor
+    pose: np.ndarray
+    gain: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Both images at the points of the undistorted head.
+
+    Attributes
+    ----------
+    values, jacobians : two Tensor, (a, b, y)
+        Intensities as read, and what they are multiplied by.
+    slope : Tensor, (a, b, y)
+        Of blip 0 along the last axis, per voxel.
+    gradient : Tensor, (3, a, b, y)
+        Of blip 1, per voxel.
+    inside : Tensor, (a, b, y)
+        1 where both points are within the grid.
+    residual : Tensor, (a, b, y)
+        Modulated blip 0 less modulated blip 1, gain applied.
+    """
+
+    values: tuple[torch.Tensor, torch.Tensor]
+    jacobians: tuple[torch.Tensor, torch.Tensor]
+    slope: torch.Tensor
+    gradient: torch.Tensor
+    inside: torch.Tensor
+    residual: torch.Tensor
+
+
+def make_pair(
+    images: tuple[torch.Tensor, torch.Tensor],
+    inner: torch.Tensor,
+    grid: Grid,
+    scales: tuple[float, float],
+    centre: np.ndarray,
+) -> Pair:
+    """A `Pair` of images (a, b, y); `inner` (a, b, y) may be empty, and then stands for everything."""
+    a, b, y = images[0].shape
+    lines = spline_coefficients(images[0].reshape(-1, 1, 1, y)).reshape(a, b, y)
+    solid = spline_coefficients(images[1][None])[0]
+    inner = inner if bool(inner.any()) else torch.ones_like(inner)
+    return Pair(lines, solid, inner, grid, scales, centre, _noise(images, inner))
+
+
+def _noise(images: tuple[torch.Tensor, torch.Tensor], inner: torch.Tensor) -> float:
+    """Standard deviation of the difference of both images where nothing but noise tells them apart.
+
+    Differences along all three axes at once leave little of the anatomy, and the smoothest tenth of the brain less.
+    """
+    total = MISFIT**2
+    for image in images:
+        rough, where = image, inner
+        for axis in range(3):
+            if image.shape[axis] > 1:
+                rough = torch.diff(rough, dim=axis) / 2**0.5
+                where = where.narrow(axis, 1, image.shape[axis] - 1)
+        local = gaussian((rough * rough)[None].contiguous(), NOISE_WINDOW)[0][where]
+        if local.numel():
+            total += float(local.kthvalue(int(0.1 * local.numel()) + 1).values)
+    return float(total**0.5)
+
+
+def compare(pair: Pair, state: State) -> Comparison:
+    """Both images at the points of the undistorted head, and how they differ."""
+    affine, h = pair.grid.affine, float(pair.grid.voxel_sizes[2])
+    s0, s1 = pair.scales
+    v0, slope, in0 = sample_lines(pair.lines, s0 / h * state.field)
+    matrix = np.linalg.inv(affine) @ state.pose @ affine
+    v1, gradient, in1 = sample_solid(pair.solid, matrix, s1 / h * state.field)
+    j0 = 1 + s0 / h * along(state.field, 2)
+    # det(R + s e grad(f)') = 1 + s grad(f)' R' e
+    turned = np.linalg.inv(affine[:3, :3]) @ state.pose[:3, :3].T @ pair.grid.directions[:, 2]
+    j1 = torch.ones_like(j0)
+    for axis in range(3):
+        j1 += s1 * float(turned[axis]) * along(state.field, axis)
+    residual = v0 * j0 - float(np.exp(state.gain)) * v1 * j1
+    return Comparison((v0, v1), (j0, j1), slope, gradient, in0 * in1, residual)
+
+
+def outlier(pair: Pair, compared: Comparison) -> float:
+    """Where residuals begin to count less: further out while the images are still apart."""
+    inside = compared.residual[pair.inner & (compared.inside > 0)]
+    spread = float(1.4826 * inside.abs().median()) if inside.numel() else 0.0
+    return OUTLIER * max(spread, pair.noise)
+
+
+def _stiffness(pair: Pair) -> tuple[float, float]:
+    volume = float(np.prod(pair.grid.voxel_sizes))
+    return WEAK * volume, STIFF * volume
+
+
+def cost(pair: Pair, state: State, compared: Comparison, limit: float) -> float:
+    """What is minimised: misfit, roughness of the field and barrier; infinite where the field folds.
+
+    The misfit is Cauchy's, limit²/2 log(1 + r²/limit²) in units of the noise; the roughness is squared up to `KINK` and
+    proportional beyond.
+    """
+    wall = barrier(state.field, pair.steepness)[0]
+    if not bool(torch.isfinite(wall)) or not bool((compared.jacobians[1] > 0).all()):
+        return float("inf")
+    z = compared.residual / limit
+    misfit = 0.5 * (limit / pair.noise) ** 2 * (compared.inside * torch.log1p(z * z)).sum()
+    weak, stiff = _stiffness(pair)
+    bend = laplacian(state.field, pair.grid.voxel_sizes)
+    rough = stiff * KINK**2 * (torch.sqrt(1 + (bend / KINK) ** 2) - 1).sum()
+    return float(misfit + rough - 0.5 * weak * (bend * state.field).sum() + BARRIER * wall)
+
+
+def equations(
+    pair: Pair, state: State, compared: Comparison, limit: float
+) -> tuple[Normal, tuple[torch.Tensor, torch.Tensor]]:
+    """Gauss-Newton equations of the next step: the matrix, and minus the gradient of `cost`.
+
+    Pose parameters are a rotation vector (radians, about the moved centre), two translations across the
+    phase-encoding axis (mm) and the logarithm of the gain, (6,).
+    """
+    h, (s0, s1), gain = float(pair.grid.voxel_sizes[2]), pair.scales, float(np.exp(state.gain))
+    (v0, v1), (j0, j1) = compared.values, compared.jacobians
+    level = s0 / h * compared.slope * j0 - gain * s1 / h * compared.gradient[2] * j1
+    tilt = s0 / h * v0 - gain * s1 / h * v1
+    z = compared.residual / limit
+    weight = compared.inside / (pair.noise**2 * (1 + z * z))
+    columns = _pose_columns(pair, state, compared)
+    spread = weight * columns
+    coupling = torch.stack([level * c + transposed_along(tilt * c) for c in spread])
+    count = len(columns)
+    pose = columns.reshape(count, -1) @ spread.reshape(count, -1).T
+    pose += torch.diag(torch.tensor([100.0, 100.0, 100.0, 0.01, 0.01, 1.0], device=weight.device))
+    _, slope, curvature = barrier(state.field, pair.steepness)
+    sizes, (weak, stiff) = pair.grid.voxel_sizes, _stiffness(pair)
+    bend = laplacian(state.field, sizes)
+    bent = stiff / torch.sqrt(1 + (bend / KINK) ** 2)
+    normal = Normal(level, tilt, weight, BARRIER * curvature, coupling, pose, sizes, (weak, bent))
+    weighted = weight * compared.residual
+    force = level * weighted + transposed_along(tilt * weighted)
+    force += laplacian(bent * bend - weak * state.field, sizes)
+    force[..., 1:] += BARRIER * slope
+    force[..., :-1] -= BARRIER * slope
+    return normal, (-force, -(columns.reshape(count, -1) @ weighted.reshape(-1)))
+
+
+def _pose_columns(pair: Pair, state: State, compared: Comparison) -> torch.Tensor:
+    """Derivatives of the residual by the pose parameters of `equations`, (6, a, b, y)."""
+    affine, gain = pair.grid.affine, float(np.exp(state.gain))
+    value, jacobian = compared.values[1], compared.jacobians[1]
+    turn = torch.as_tensor(np.linalg.inv(affine[:3, :3]).T, dtype=torch.float32, device=value.device)
+    world = -gain * jacobian * torch.einsum("ab,bijk->aijk", turn, compared.gradient)
+    arms = state.pose @ affine
+    arms[:3, 3] -= (state.pose @ np.append(pair.centre, 1))[:3]
+    axes = [torch.arange(n, device=value.device, dtype=torch.float32) for n in value.shape]
+    x, y, z = (
+        float(r[0]) * axes[0][:, None, None] + float(r[1]) * axes[1][:, None] + float(r[2]) * axes[2] + float(r[3])
+        for r in arms[:3]
+    )
+    rows = [y * world[2] - z * world[1], z * world[0] - x * world[2], x * world[1] - y * world[0]]
+    across = torch.as_tensor(_across(pair.grid), dtype=torch.float32, device=value.device)
+    return torch.stack([*rows, *torch.einsum("am,aijk->mijk", across, world), -gain * value * jacobian])
+
+
+def _across(grid: Grid) -> np.ndarray:
+    """Two unit vectors across the last axis of the grid, (3, 2)."""
+    return np.linalg.svd(grid.directions[:, 2:])[0][:, 1:]
+
+
+def moved(pair: Pair, state: State, field: torch.Tensor, pose: np.ndarray) -> State:
+    """The state after a step: `field` (a, b, y) in mm, `pose` (6,) as in `equations`."""
+    centre = (state.pose @ np.append(pair.centre, 1))[:3]
+    parameters = np.concatenate([pose[:3], _across(pair.grid) @ pose[3:5]])
+    gain = float(np.clip(state.gain + pose[5], -3, 3))
+    return State(state.field + field, rigid_matrix(parameters, centre) @ state.pose, gain)
+
+
+def change(pair: Pair, before: State, after: State) -> float:
+    """How far nearly all of the brain moved between two states, mm."""
+    steps = (after.field - before.field).abs()[pair.inner]
+    most = float(steps.kthvalue(int(0.99 * (steps.numel() - 1)) + 1).values)
+    arms = pair.centre + 60.0 * np.concatenate([np.eye(3), -np.eye(3)])
+    return max(most, float(point_displacement(before.pose[None], after.pose[None], arms).max()))

@@ -1,0 +1,475 @@
+"""Blip-up/blip-down correction: kernels against SciPy, and recovery of known fields on an independent simulation."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from scipy.fft import dct
+from scipy.spatial.transform import Rotation
+
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.results import Blip, Distortion
+from dsiprep.errors import InputError, SettingsError
+from dsiprep.ops import blip, blip_pair
+from dsiprep.settings import DistortionSettings
+from dsiprep.stages.distortion import correct_distortion
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "bids"
+READOUT = 0.05
+SIZE = 4.0  # mm
+CENTRE = np.array([3.0, -12.0, 8.0])
+
+
+# ---- an independent simulation: mass is pushed along oversampled lines
+
+
+def head(points: np.ndarray) -> np.ndarray:
+    """Intensity of a head of ellipsoids at world points (..., 3)."""
+    x, y, z = np.moveaxis(np.asarray(points) - CENTRE, -1, 0)
+
+    def blob(c: tuple[float, float, float], r: tuple[float, float, float], softness: float = 3.0) -> np.ndarray:
+        distance = np.sqrt(((x - c[0]) / r[0]) ** 2 + ((y - c[1]) / r[1]) ** 2 + ((z - c[2]) / r[2]) ** 2)
+        return 1 / (1 + np.exp(np.clip((distance - 1) * min(r) / softness * 4, -50, 50)))
+
+    folds = 1 + 0.15 * np.sin(x / 6 + 0.3) * np.sin(y / 7) * np.sin(z / 6 + 1)
+    image = 60 * blob((0, 0, 0), (52, 64, 46)) * folds
+    for side in (-1, 1):
+        image += 70 * blob((side * 11, 2, 8), (7, 22, 8)) - 20 * blob((side * 27, -8, 4), (11, 30, 20))
+        image += 35 * blob((side * 32, 30, -12), (9, 9, 11))
+    return image + 45 * blob((4, -42, -16), (16, 9, 9)) + 30 * blob((0, 44, 20), (14, 7, 12))
+
+
+def field_mm(points: np.ndarray, axis: np.ndarray, amplitude: float) -> np.ndarray:
+    """Displacement along `axis` for blip-up (mm) at world points: one strong spot near the edge, one weaker, and a
+    slow wave."""
+    p = np.asarray(points) - CENTRE
+
+    def spot(c: np.ndarray, r: float) -> np.ndarray:
+        return np.exp(-0.5 * ((p - c) ** 2).sum(-1) / r**2)
+
+    wave = np.sin(p @ np.array([0.015, 0.02, 0.01]) + 0.4)
+    strong = 40 * axis + np.array([4.0, -3.0, -14.0])
+    return amplitude * (spot(strong, 15) - 0.6 * spot(np.array([-34.0, 5.0, -18.0]), 14) + 0.12 * wave)
+
+
+def acquire(
+    grid: Grid, axis: int, scale: float, pose: np.ndarray, amplitude: float, polarity_axis: np.ndarray
+) -> np.ndarray:
+    """The head at `pose`, its signal moved by scale * field along +axis, (i, j, k)."""
+    oversampling = 12
+    ranges = [np.arange(n, dtype=float) for n in grid.shape]
+    ranges[axis] = (np.arange(grid.shape[axis] * oversampling) + 0.5) / oversampling - 0.5
+    voxels = np.stack(np.meshgrid(*ranges, indexing="ij"), -1)
+    world = grid.to_world(voxels)
+    inverse = np.linalg.inv(pose)
+    points = world @ inverse[:3, :3].T + inverse[:3, 3]
+    mass = np.moveaxis(head(points), axis, -1) / oversampling
+    where = voxels[..., axis] + scale * field_mm(points, polarity_axis, amplitude) / grid.voxel_sizes[axis]
+    where = np.moveaxis(where, axis, -1).reshape(-1, mass.shape[-1])
+    fine = (where + 0.5) * oversampling - 0.5
+    n = mass.shape[-1]
+    out = np.zeros((len(where), n))
+    line = np.arange(len(where))[:, None]
+    base = np.floor(fine).astype(int)
+    for side in (0, 1):
+        cell = base + side
+        share = mass.reshape(-1, n) * (1 - np.abs(fine - cell))
+        inside = (cell >= 0) & (cell < n)
+        np.add.at(out, (np.broadcast_to(line, cell.shape)[inside], cell[inside]), share[inside])
+    shape = [grid.shape[a] for a in range(3) if a != axis]
+    return np.moveaxis(out.reshape(*shape, grid.shape[axis], oversampling).sum(-1), -1, axis)
+
+
+def make_grid(codes: str, tilt: float = 0.0, sizes: tuple[float, float, float] = (SIZE,) * 3) -> Grid:
+    """A grid around the head whose voxel axes point to `codes`, turned by `tilt` degrees."""
+    directions = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+    extent = np.array([132.0, 156.0, 116.0])
+    affine, shape = np.eye(4), []
+    for column, code in enumerate(codes):
+        world_axis, sign = directions[code]
+        affine[:3, column] = 0
+        affine[world_axis, column] = sign * sizes[column]
+        shape.append(round(extent[world_axis] / sizes[column]))
+    affine[:3, :3] = Rotation.from_rotvec(np.deg2rad(tilt) * np.array([0.6, -0.64, 0.48])).as_matrix() @ affine[:3, :3]
+    affine[:3, 3] = CENTRE - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return Grid((shape[0], shape[1], shape[2]), affine)
+
+
+def rigid(rotation: tuple[float, float, float], translation: np.ndarray) -> np.ndarray:
+    """Turn by degrees about the head's centre, then move by mm."""
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_rotvec(np.deg2rad(rotation)).as_matrix()
+    pose[:3, 3] = CENTRE + translation - pose[:3, :3] @ CENTRE
+    return pose
+
+
+class Case:
+    """A simulated pair with its truth, and what the stage makes of it."""
+
+    def __init__(
+        self,
+        grid: Grid,
+        axis: int,
+        first: int = 1,
+        amplitude: float = 6.0,
+        pose: np.ndarray | None = None,
+        readouts: tuple[float | None, float | None] = (READOUT, READOUT),
+        noise: float = 0.0,
+        gain: float = 1.0,
+    ) -> None:
+        self.grid, self.axis, self.pose = grid, axis, np.eye(4) if pose is None else pose
+        times = [1.0 if r is None else r / READOUT for r in readouts]
+        polarity_axis = grid.directions[:, axis] * np.sign(grid.directions[:, axis].sum())
+        self.scales = (first * times[0], -first * times[1])
+        world = grid.to_world(np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1))
+        self.field = field_mm(world, polarity_axis, amplitude)
+        self.truth = acquire(grid, axis, 0.0, np.eye(4), amplitude, polarity_axis)
+        self.brain = self.truth > 35
+        rng = np.random.default_rng(3)
+        images = [
+            acquire(grid, axis, s, p, amplitude, polarity_axis) + noise * rng.standard_normal(grid.shape)
+            for s, p in zip(self.scales, (np.eye(4), self.pose), strict=True)
+        ]
+        images[1] *= gain
+        self.images = tuple(torch.from_numpy(i.astype(np.float32))[None] for i in images)
+        self.blips = tuple(
+            Blip("up" if p > 0 else "down", PhaseEncoding(axis, p, t), torch.zeros(0, *grid.shape))
+            for p, t in zip((first, -first), readouts, strict=True)
+        )
+        self.mask = Volume(torch.from_numpy(ndimage.binary_dilation(self.brain).astype(np.float32)), grid)
+
+    def correct(self) -> Distortion:
+        return correct_distortion(self.blips, self.images, self.grid, self.mask, DistortionSettings())
+
+    def errors(self, result: Distortion) -> np.ndarray:
+        """Error of blip-up's displacement in the brain in mm, less its median."""
+        unit = self.grid.directions[:, self.axis]
+        found = np.einsum("c,cijk->ijk", unit, result.fields[0].data.numpy()) / self.scales[0]
+        error = (found - self.field)[self.brain]
+        return np.abs(error - np.median(error))
+
+
+def read_back(case: Case, result: Distortion, b: int) -> np.ndarray:
+    """Blip b unwarped by SciPy with the returned pose and field, modulated by the determinant of the map."""
+    grid = case.grid
+    world = grid.to_world(np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1))
+    pose = result.poses[b]
+    points = world @ pose[:3, :3].T + pose[:3, 3] + np.moveaxis(result.fields[b].data.numpy(), 0, -1)
+    voxels = grid.to_voxels(points)
+    jacobian = np.stack([np.stack(np.gradient(voxels[..., c]), -1) for c in range(3)], -2)
+    image = ndimage.map_coordinates(case.images[b][0].numpy(), np.moveaxis(voxels, -1, 0), order=3)
+    return image * np.linalg.det(jacobian)
+
+
+def correlation(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
+    return float(np.corrcoef(a[where], b[where])[0, 1])
+
+
+# ---- kernels
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)
+
+
+def test_lines_are_sampled_as_scipy_does(rng: np.random.Generator) -> None:
+    image = rng.standard_normal((3, 4, 17)).astype(np.float32)
+    shift = (3 * rng.standard_normal(image.shape)).astype(np.float32)
+    coefficients = torch.from_numpy(ndimage.spline_filter1d(image, 3, axis=2, output=np.float32, mode="mirror"))
+    value, slope, inside = (t.numpy() for t in blip.sample_lines(coefficients, torch.from_numpy(shift)))
+    where = np.arange(17) + shift
+    ok = (where >= 0) & (where <= 16)
+    for a, b in np.ndindex(3, 4):
+        truth = ndimage.map_coordinates(image[a, b].astype(float), where[a, b][None], order=3, mode="mirror")
+        assert np.allclose(value[a, b][ok[a, b]], truth[ok[a, b]], atol=1e-4)
+    assert np.array_equal(inside > 0, (where >= -0.5) & (where <= 16.5))
+    ahead, behind = (blip.sample_lines(coefficients, torch.from_numpy(shift + e))[0].numpy() for e in (0.01, -0.01))
+    smooth = (where > 0.1) & (where < 15.9)
+    assert np.allclose(slope[smooth], ((ahead - behind) / 0.02)[smooth], atol=0.02)
+
+
+def test_solids_are_sampled_as_scipy_does(rng: np.random.Generator) -> None:
+    image = rng.standard_normal((7, 8, 9))
+    matrix = np.hstack([Rotation.from_rotvec([0.1, -0.2, 0.15]).as_matrix(), [[0.4], [-0.3], [0.2]]])
+    shift = rng.standard_normal(image.shape).astype(np.float32)
+    coefficients = torch.from_numpy(ndimage.spline_filter(image, 3, output=np.float32, mode="mirror"))
+    value, gradient, _ = (t.numpy() for t in blip.sample_solid(coefficients, matrix, torch.from_numpy(shift)))
+    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in image.shape), indexing="ij"))
+    points = np.einsum("ab,bijk->aijk", matrix[:, :3], voxels) + matrix[:, 3, None, None, None]
+    points[2] += shift
+    size = np.array(image.shape)[:, None, None, None]
+    ok = ((points >= 0.05) & (points <= size - 1.05)).all(0)
+    assert ok.sum() > 100
+    truth = ndimage.map_coordinates(image, points, order=3, mode="mirror")
+    assert np.allclose(value[ok], truth[ok], atol=1e-4)
+    for axis in range(3):
+        step = np.zeros((3, 1, 1, 1))
+        step[axis] = 1e-3
+        ahead, behind = (ndimage.map_coordinates(image, points + s, order=3, mode="mirror") for s in (step, -step))
+        assert np.allclose(gradient[axis][ok], ((ahead - behind) / 2e-3)[ok], atol=5e-3)
+
+
+def a_normal(rng: np.random.Generator, shape: tuple[int, int, int] = (4, 5, 6)) -> blip.Normal:
+    def draw(*size: int) -> torch.Tensor:
+        return torch.from_numpy(rng.standard_normal(size).astype(np.float32))
+
+    n = np.prod(shape)
+    level, tilt, weight = draw(*shape), draw(*shape), draw(*shape).abs()
+    columns = draw(6, n)
+    along = np.zeros((n, n), np.float32)
+    for c in range(n):
+        unit = torch.zeros(n)
+        unit[c] = 1
+        along[:, c] = blip.along(unit.reshape(shape), 2).reshape(-1).numpy()
+    data = torch.diag(level.reshape(-1)) + torch.diag(tilt.reshape(-1)) @ torch.from_numpy(along)
+    coupling = (columns * weight.reshape(-1)) @ data
+    pose = (columns * weight.reshape(-1)) @ columns.T + torch.eye(6)
+    curvature = draw(*shape[:2], shape[2] - 1).abs()
+    spacing = np.array([2.0, 2.5, 1.5])
+    stiffness = (0.3, draw(*shape).abs() + 0.1)
+    return blip.Normal(level, tilt, weight, curvature, coupling.reshape(6, *shape), pose, spacing, stiffness)
+
+
+def test_loops_and_tensors_agree(rng: np.random.Generator) -> None:
+    image = torch.from_numpy(rng.standard_normal((6, 7, 8)).astype(np.float32))
+    shift = torch.from_numpy((2 * rng.standard_normal((6, 7, 8))).astype(np.float32))
+    matrix = np.hstack([Rotation.from_rotvec([0.1, 0.2, -0.1]).as_matrix(), [[0.3], [0.1], [-0.2]]])
+    pairs = [
+        (blip.sample_lines(image, shift), blip._lines_tensors(image, shift)),
+        (blip.sample_solid(image, matrix, shift), blip._solid_tensors(image, matrix, shift)),
+    ]
+    normal = a_normal(rng, (6, 7, 8))
+    pairs.append(((normal._apply_loops(shift),), (normal._apply_tensors(shift),)))
+    for loops, tensors in pairs:
+        for a, b in zip(loops, tensors, strict=True):
+            assert torch.allclose(a, b, atol=2e-4, rtol=1e-4)
+
+
+def test_equations_are_symmetric_and_solved(rng: np.random.Generator) -> None:
+    normal = a_normal(rng)
+    shape, n = tuple(normal.level.shape), normal.level.numel()
+    matrix = np.zeros((n + 6, n + 6))
+    for c in range(n + 6):
+        unit = torch.zeros(n + 6)
+        unit[c] = 1
+        field, pose = normal.apply(unit[:n].reshape(shape), unit[n:])
+        matrix[:, c] = np.concatenate([field.reshape(-1).numpy(), pose.numpy()])
+    assert np.allclose(matrix, matrix.T, atol=1e-3)
+    assert np.linalg.eigvalsh(matrix).min() > 0
+    right = rng.standard_normal(n + 6).astype(np.float32)
+    inner = torch.ones(shape, dtype=torch.bool)
+    sides = torch.from_numpy(right[:n]).reshape(shape), torch.from_numpy(right[n:])
+    field, pose, _ = blip.conjugate_gradients(normal, sides, inner, 1e-6, 2000)
+    truth = np.linalg.solve(matrix, right)
+    found = np.concatenate([field.reshape(-1).numpy(), pose.numpy()])
+    assert np.allclose(found, truth, atol=0.02 * np.abs(truth).max())
+
+
+def test_preconditioner_is_exact_where_all_voxels_weigh_the_same(rng: np.random.Generator) -> None:
+    values = rng.standard_normal((5, 9))
+    found = blip.cosine_basis(9, torch.device("cpu")).numpy() @ values.T
+    assert np.allclose(found, dct(values, axis=1, norm="ortho").T, atol=1e-5)
+    shape = (5, 6, 7)
+    one, zero = torch.ones(shape), torch.zeros(shape)
+    normal = blip.Normal(
+        one, zero, one, torch.zeros(5, 6, 6), torch.zeros(6, *shape), torch.eye(6), np.array([2.0, 1.0, 3.0]), (0.7, one)
+    )
+    right = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
+    back = normal.apply(blip.smooth_inverse(normal, one > 0)(right), torch.zeros(6))[0]
+    assert torch.allclose(back, right, atol=1e-3)
+
+
+def test_equal_mass_finds_a_known_shift() -> None:
+    y = np.arange(60.0)
+    profile = [np.exp(-0.5 * ((y - 30 - s) / 5) ** 2) * 100 for s in (3.0, -3.0)]
+    first, second = (torch.from_numpy(np.tile(p, (2, 3, 1)).astype(np.float32)) for p in profile)
+    field = blip.equal_mass_field(first, second, (1.0, -1.0)).numpy()
+    assert np.allclose(field[..., 27:34], 3.0, atol=0.25)
+    uneven = [np.exp(-0.5 * ((y - 30 - s) / 5) ** 2) * 100 for s in (2.0, -4.0)]
+    first, second = (torch.from_numpy(np.tile(p, (2, 3, 1)).astype(np.float32)) for p in uneven)
+    assert np.allclose(blip.equal_mass_field(first, second, (0.5, -1.0)).numpy()[..., 27:34], 4.0, atol=0.3)
+
+
+def test_step_points_down_the_gradient_of_the_cost() -> None:
+    """The right-hand side against numerical derivatives of the cost, in field, pose and gain."""
+    case = Case(make_grid("RAS"), 1, amplitude=4.0, pose=rigid((1, -1, 1), np.array([1.0, 0, -1])))
+    last = Grid(tuple(case.grid.shape[a] for a in (0, 2, 1)), case.grid.affine[:, [0, 2, 1, 3]])
+    images = tuple(i[0].permute(0, 2, 1).contiguous() / 60 for i in case.images)
+    inner = torch.from_numpy(case.brain).permute(0, 2, 1)
+    pair = blip_pair.make_pair(images, inner, last, (1.0, -1.0), CENTRE)
+    smooth = torch.from_numpy(np.ascontiguousarray(0.5 * case.field.transpose(0, 2, 1), np.float32))
+    state = blip_pair.State(smooth, rigid((0.3, 0.2, 0.1), np.zeros(3)), 0.05)
+    compared = blip_pair.compare(pair, state)
+    _, (field, pose) = blip_pair.equations(pair, state, compared, 0.3)
+
+    def cost(direction: torch.Tensor, parameters: np.ndarray) -> float:
+        trial = blip_pair.moved(pair, state, direction, parameters)
+        return blip_pair.cost(pair, trial, blip_pair.compare(pair, trial), 0.3)
+
+    bump = torch.from_numpy(np.ascontiguousarray(np.cos(case.field).transpose(0, 2, 1), np.float32))
+    slope = (cost(0.02 * bump, np.zeros(6)) - cost(-0.02 * bump, np.zeros(6))) / 0.04
+    assert slope == pytest.approx(-float((field * bump).sum()), rel=0.05)
+    for p, step in enumerate((2e-3, 2e-3, 2e-3, 0.1, 0.1, 0.01)):
+        change = np.zeros(6)
+        change[p] = step
+        slope = (cost(0 * bump, change) - cost(0 * bump, -change)) / (2 * step)
+        scale = abs(pose.numpy()[[0, 1, 2]]).max() if p < 3 else abs(float(pose[p]))
+        assert slope == pytest.approx(-float(pose[p]), abs=0.08 * float(scale))
+
+
+# ---- signs, orientations, motion
+
+
+@pytest.mark.parametrize(
+    ("codes", "axis", "first", "tilt"),
+    [
+        ("RAS", 1, 1, 0),
+        ("RAS", 1, -1, 0),
+        ("LAS", 0, 1, 0),
+        ("LPS", 1, 1, 0),
+        ("PSR", 0, -1, 0),
+        ("PSR", 2, 1, 0),
+        ("LAS", 2, -1, 0),
+        ("LAS", 1, 1, 17),
+    ],
+)
+def test_field_has_the_right_sign_in_every_orientation(codes: str, axis: int, first: int, tilt: float) -> None:
+    case = Case(make_grid(codes, tilt), axis, first)
+    result = case.correct()
+    assert result.fieldmap_hz is not None
+    voxel = case.grid.voxel_sizes[axis]
+    hertz = result.fieldmap_hz.numpy() * READOUT * voxel  # mm for polarity +1, along +axis
+    assert np.abs(hertz - case.field)[case.brain].mean() < 0.2
+    assert np.abs(case.field[case.brain]).max() > 4
+    for b in range(2):
+        # field, polarity and displacement of the blip hang together as the conventions say
+        expected = np.einsum("c,ijk->cijk", case.grid.directions[:, axis], case.scales[b] * hertz)
+        assert np.allclose(result.fields[b].data.numpy(), expected, atol=1e-3)
+        restored = read_back(case, result, b)
+        assert correlation(restored, case.truth, case.brain) > 0.99
+        assert np.abs(restored - case.truth)[case.brain].mean() < 0.03 * case.truth[case.brain].mean()
+        assert np.allclose(result.after[b].numpy()[case.brain], restored[case.brain], atol=6)
+    assert correlation(result.before[0].numpy(), case.truth, case.brain) < 0.97
+
+
+def test_head_motion_and_gain_are_found_with_the_field() -> None:
+    grid = make_grid("LAS")
+    pose = rigid((1.5, -1.0, 2.0), np.array([1.5, 0.0, -1.0]))
+    case = Case(grid, 1, pose=pose, noise=1.5, gain=1.3)
+    result = case.correct()
+    errors = case.errors(result)
+    assert errors.mean() < 0.25
+    assert np.percentile(errors, 95) < 0.7
+    assert np.array_equal(result.poses[0], np.eye(4))
+    found, true = result.poses[1], pose
+    points = CENTRE + 30 * np.concatenate([np.eye(3), -np.eye(3)])
+    apart = points @ (found - true)[:3, :3].T + (found - true)[:3, 3]
+    assert np.abs(apart[:, [0, 2]]).max() < 0.3  # along the phase encoding it may hide in the field's constant
+    assert result.trace[-1]["gain"] == pytest.approx(1 / 1.3, rel=0.02)
+    assert correlation(read_back(case, result, 1), read_back(case, result, 0), case.brain) > 0.97
+    assert correlation(result.dwiref.numpy(), case.truth, case.brain) > 0.98
+
+
+def test_readout_times_may_differ_or_be_unknown() -> None:
+    grid = make_grid("RAS")
+    uneven = Case(grid, 1, readouts=(0.03, 0.06))
+    result = uneven.correct()
+    assert result.fieldmap_hz is not None
+    hertz = result.fieldmap_hz.numpy() * READOUT * SIZE
+    assert np.abs(hertz - uneven.field)[uneven.brain].mean() < 0.2
+    ratio = result.fields[1].data.numpy()[1] / (result.fields[0].data.numpy()[1] + 1e-12)
+    assert np.allclose(ratio[np.abs(hertz) > 0.1], -2, atol=1e-3)
+    unknown = Case(grid, 1, readouts=(None, None)).correct()
+    assert unknown.fieldmap_hz is None
+    assert np.abs(unknown.fields[0].data.numpy()[1] - uneven.field)[uneven.brain].mean() < 0.2
+
+
+def test_large_fields_never_fold() -> None:
+    case = Case(make_grid("LAS", sizes=(4.0, 3.0, 4.0)), 1, amplitude=16.0, noise=1.5)
+    result = case.correct()
+    for field in result.fields:
+        along = np.einsum("c,cijk->ijk", case.grid.directions[:, 1], field.data.numpy())
+        assert (1 + np.diff(along, axis=1) / 3.0).min() > 0
+    errors = case.errors(result)
+    assert np.abs(case.field[case.brain]).max() > 11
+    assert np.percentile(errors, 95) < 1.0
+    assert correlation(result.dwiref.numpy(), case.truth, case.brain) > 0.97
+    assert all(row["change_mm"] >= 0 and np.isfinite(row["cost"]) for row in result.trace)
+
+
+def test_identical_images_give_no_field() -> None:
+    case = Case(make_grid("RAS"), 1, amplitude=0.0)
+    result = case.correct()
+    assert np.abs(result.fields[0].data.numpy())[:, case.brain].max() < 0.02
+    assert np.allclose(result.poses[1], np.eye(4), atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 3), (1, 12, 9), (6, 5, 1), (9, 2, 8)])
+def test_tiny_and_odd_grids_give_finite_numbers(shape: tuple[int, int, int], rng: np.random.Generator) -> None:
+    grid = Grid(shape, np.diag([3.0, 2.0, 4.0, 1.0]))
+    images = [torch.from_numpy(rng.uniform(1, 2, (2, *shape)).astype(np.float32)) for _ in range(2)]
+    images[0][0, 0, 0, 0] = float("nan")
+    images[1][:, :, : shape[1] // 2] = 0  # partial coverage
+    blips = tuple(Blip(n, PhaseEncoding(1, p, 0.04), torch.zeros(0, *shape)) for n, p in (("up", 1), ("down", -1)))
+    result = correct_distortion(blips, (images[0], images[1]), grid, Volume(torch.ones(shape), grid), DistortionSettings())
+    assert result.fields[0].data.shape == (3, *shape)
+    tensors = [f.data for f in result.fields] + [v.data for v in (*result.after, *result.before, result.dwiref)]
+    assert all(bool(torch.isfinite(t).all()) for t in tensors)
+    assert np.isfinite(result.poses).all()
+
+
+def test_what_makes_no_pair_is_refused() -> None:
+    shape = (6, 6, 6)
+    grid = Grid(shape, np.eye(4))
+    image, mask = torch.ones(1, *shape), Volume(torch.ones(shape), grid)
+
+    def attempt(first: PhaseEncoding | None, second: PhaseEncoding | None, image: torch.Tensor = image) -> None:
+        blips = (Blip("up", first, torch.zeros(0, *shape)), Blip("down", second, torch.zeros(0, *shape)))
+        correct_distortion(blips, (image, torch.ones(1, *shape)), grid, mask, DistortionSettings())
+
+    up, down = PhaseEncoding(1, 1, 0.05), PhaseEncoding(1, -1, 0.05)
+    with pytest.raises(SettingsError, match="j and j are no opposites"):
+        attempt(up, up)
+    with pytest.raises(SettingsError, match="j and i- are no opposites"):
+        attempt(up, PhaseEncoding(0, -1, 0.05))
+    with pytest.raises(InputError, match="neither"):
+        attempt(up, replace(down, readout_time=None))
+    with pytest.raises(InputError, match="PhaseEncodingDirection"):
+        attempt(None, down)
+    with pytest.raises(InputError, match="empty"):
+        attempt(up, down, torch.zeros(1, *shape))
+    with pytest.raises(InputError, match="wanted"):
+        attempt(up, down, torch.ones(1, 5, 6, 6))
+    with pytest.raises(SettingsError, match="none"):
+        blips = (Blip("up", up, image), Blip("down", down, image))
+        correct_distortion(blips, (image, image), grid, mask, DistortionSettings(method="none"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not DATA.exists(), reason="needs ../shared/data/bids: a real blip-up/blip-down pair")
+def test_real_pair_agrees_after_correction() -> None:
+    images, encodings = [], []
+    for direction in ("AP", "PA"):
+        stem = DATA / "sub-xa30" / "dwi" / f"sub-xa30_dir-{direction}_dwi"
+        image = nib.load(f"{stem}.nii.gz")
+        sidecar = json.loads(Path(f"{stem}.json").read_text())
+        first = np.asarray(image.dataobj[..., :1], np.float32)
+        images.append(torch.from_numpy(np.moveaxis(first, -1, 0).copy()))
+        encodings.append(PhaseEncoding.from_bids(sidecar["PhaseEncodingDirection"], sidecar["TotalReadoutTime"]))
+    grid = Grid(image.shape[:3], image.affine)
+    bright = ndimage.gaussian_filter(images[0][0].numpy(), 1) > 0.3 * np.percentile(images[0].numpy(), 95)
+    mask = Volume(torch.from_numpy(ndimage.binary_fill_holes(bright).astype(np.float32)), grid)
+    blips = tuple(Blip(f"{e.direction}", e, torch.zeros(0, *grid.shape)) for e in encodings)
+    result = correct_distortion(blips, (images[0], images[1]), grid, mask, DistortionSettings())
+    brain = mask.numpy() > 0
+    assert correlation(result.before[0].numpy(), result.before[1].numpy(), brain) < 0.8
+    assert correlation(result.after[0].numpy(), result.after[1].numpy(), brain) > 0.96
