@@ -281,7 +281,14 @@ def test_preconditioner_is_exact_where_all_voxels_weigh_the_same(rng: np.random.
     shape = (5, 6, 7)
     one, zero = torch.ones(shape), torch.zeros(shape)
     normal = blip.Normal(
-        one, zero, one, torch.zeros(5, 6, 6), torch.zeros(6, *shape), torch.eye(6), np.array([2.0, 1.0, 3.0]), (0.7, one)
+        one,
+        zero,
+        one,
+        torch.zeros(5, 6, 6),
+        torch.zeros(6, *shape),
+        torch.eye(6),
+        np.array([2.0, 1.0, 3.0]),
+        (0.7, one),
     )
     right = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
     back = normal.apply(blip.smooth_inverse(normal, one > 0)(right), torch.zeros(6))[0]
@@ -420,7 +427,9 @@ def test_tiny_and_odd_grids_give_finite_numbers(shape: tuple[int, int, int], rng
     images[0][0, 0, 0, 0] = float("nan")
     images[1][:, :, : shape[1] // 2] = 0  # partial coverage
     blips = tuple(Blip(n, PhaseEncoding(1, p, 0.04), torch.zeros(0, *shape)) for n, p in (("up", 1), ("down", -1)))
-    result = correct_distortion(blips, (images[0], images[1]), grid, Volume(torch.ones(shape), grid), DistortionSettings())
+    result = correct_distortion(
+        blips, (images[0], images[1]), grid, Volume(torch.ones(shape), grid), DistortionSettings()
+    )
     assert result.fields[0].data.shape == (3, *shape)
     tensors = [f.data for f in result.fields] + [v.data for v in (*result.after, *result.before, result.dwiref)]
     assert all(bool(torch.isfinite(t).all()) for t in tensors)

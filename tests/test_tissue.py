@@ -61,12 +61,12 @@ def test_tissue_with_a_displaced_atlas(brain):
 def test_neighbours_make_noise_harmless(brain):
     image, mask, truth, _ = brain
     rng = np.random.default_rng(1)
-    noisy = image.numpy() + rng.normal(0, 10, image.numpy().shape).astype(np.float32)
+    noisy = image.numpy() + rng.normal(0, 14, image.numpy().shape).astype(np.float32)
     alone = np.abs(noisy[..., None] - LEVELS).argmin(-1)
     inside = mask.numpy() > 0.5
     plain = np.mean(alone[inside] == truth[inside])
     found = segment_tissue(Volume(torch.from_numpy(noisy), image.grid), mask).argmax(0).numpy()
-    assert np.mean(found[inside] == truth[inside]) > plain + 0.02
+    assert np.mean(found[inside] == truth[inside]) > plain + 0.03
 
 
 def test_tissue_does_not_depend_on_scale(brain):

@@ -21,8 +21,8 @@ from dsiprep.ops.sample import spline_coefficients
 __all__ = ["Comparison", "Pair", "State", "change", "compare", "cost", "equations", "make_pair", "moved", "outlier"]
 
 WEAK = 0.02  # weight of the squared gradient of the field in mm, per mm³
-STIFF = 250.0  # of its squared Laplacian, per mm³, in mm²
-KINK = 0.003  # Laplacians beyond this (1/mm) cost in proportion only: sources of the field are rare and strong
+STIFF = 200.0  # of its squared Laplacian, per mm³, in mm²
+KINK = 0.004  # Laplacians beyond this (1/mm) cost in proportion only: sources of the field are rare and strong
 BARRIER = 0.5  # weight of the barrier against folding
 OUTLIER = 3.0  # residuals beyond this many standard deviations count less and less
 MISFIT = 0.02  # images never agree better than this share of the brain's intensity

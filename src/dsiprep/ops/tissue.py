@@ -10,8 +10,9 @@ from dsiprep.data.grid import Volume
 
 __all__ = ["segment_tissue"]
 
-SMOOTHNESS = 0.5  # weight of one neighbour at one voxel's distance of 1 mm
-PRIOR_FLOOR = 0.02  # of the prior, spread over all classes: the atlas is never quite sure
+SMOOTHNESS = 0.15  # weight of a neighbour at 1 mm; more of it swallows sulci
+PRIOR_FLOOR = 0.1  # least prior of each tissue: the atlas lies a few mm off, and must not draw the borders
+POOLED = 0.5  # share of the common variance in each: a class of mixed voxels would widen until it takes all
 MOST_ROUNDS = 40
 TOLERANCE = 2e-4
 
@@ -81,6 +82,7 @@ def _expectation_maximisation(
         total = np.maximum(sums[:, 0], 1e-6)
         means = sums[:, 1] / total
         variances = np.maximum(sums[:, 2] / total - means**2, 1e-4)
+        variances = POOLED * (total @ variances / total.sum()) + (1 - POOLED) * variances
         share = total / np.maximum(sums[:, 3], 1e-6) if atlas else total / total.sum()
         if change < TOLERANCE:
             break
