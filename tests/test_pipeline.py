@@ -145,7 +145,7 @@ def test_dry_run_says_what_would_be_done(phantom: Path, tmp_path: Path, capsys: 
     assert cli.main(command(phantom, tmp_path / "out", "--dry-run")) == 0
     said = capsys.readouterr().out
     assert "sub-01_dir-PA_dwi.nii.gz" in said and "sub-01_dir-AP_epi.nii.gz" in said
-    assert "CS-DSI" in said and "3dSHORE" in said and "drbuddi" in said
+    assert "Compressed-sensing DSI" in said and "3dSHORE" in said and "drbuddi" in said
     assert not (tmp_path / "out").exists()
 
 

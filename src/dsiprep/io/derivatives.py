@@ -34,12 +34,13 @@ BIDSIGNORE = """\
 *_dwiref.*
 *_dwimap.*
 *_hmcOptimization.csv
-*_image_qc.tsv
 *image_qc.tsv
 *slice_qc.json
 *.html
-figures/
+sub-*/figures
 logs/
+*_dwi.bval
+*_dwi.bvec
 *.b
 *.b_table.txt
 *_dseg.tsv
