@@ -13,7 +13,6 @@ from dsiprep.errors import InputError
 from dsiprep.ops.affine import point_displacement, rigid_matrix, rigid_parameters
 from dsiprep.ops.pose import (
     decompose,
-    extrapolate,
     interpolate_poses,
     median_pose,
     resting_poses,
@@ -211,39 +210,28 @@ def test_decomposition_gives_the_matrix_back() -> None:
     np.testing.assert_allclose([row[f"shift{a}"] for a in "XYZ"], matrix[:3, :3] @ CENTRE + matrix[:3, 3] - CENTRE)
 
 
-def test_extrapolation_takes_slow_rounds_to_their_end() -> None:
-    rng = np.random.default_rng(1)
-    goal = rng.standard_normal((30, 6)) * np.r_[[0.01] * 3, [0.5] * 3]
-    basis = np.linalg.qr(rng.standard_normal((30, 30)))[0]
-    slow = basis @ np.diag(np.r_[[0.95], np.full(29, 0.2)]) @ basis.T
-
-    def round_of(pose: np.ndarray) -> np.ndarray:
-        return goal + slow @ (pose - goal)
-
-    before, after, pose = [], [], np.zeros((30, 6))
-    for number in range(6):
-        before.append(rigid_matrix(pose, CENTRE))
-        after.append(rigid_matrix(round_of(pose), CENTRE))
-        mixed = extrapolate(before[-4:], after[-4:], CENTRE, affine=False) if number > 1 else after[-1]
-        pose = rigid_parameters(mixed, CENTRE)
-    plain = np.zeros((30, 6))
-    for _ in range(6):
-        plain = round_of(plain)
-    assert np.linalg.norm(pose - goal) < 0.6 * np.linalg.norm(plain - goal)
-
-
-def test_a_trend_with_the_gradient_goes_and_the_movement_of_a_restless_head_stays() -> None:
+def test_what_poses_share_with_the_gradient_goes_and_movement_stays() -> None:
     rng = np.random.default_rng(2)
-    q = rng.standard_normal((120, 3)) * rng.uniform(0.3, 1, (120, 1))
+    q = rng.standard_normal((120, 3))
+    q *= (rng.uniform(0.3, 1, 120) / np.linalg.norm(q, axis=1))[:, None]
     q[::12] = 0
     run = np.zeros(120, int)
-    trend = np.linalg.norm(q, axis=1)[:, None] * np.r_[0.002, 0, 0, 0.2, -0.1, 0] + q[:, :1] ** 2 * 0.03
+    x, y, _ = q.T
+    size = np.linalg.norm(q, axis=1)
+    fourth = (x**4 - 6 * x**2 * y**2 + y**4) / np.maximum(size, 1e-9) ** 3
+    shared = size[:, None] * np.r_[0.002, 0, 0, 0.2, -0.1, 0] + fourth[:, None] * np.r_[0, 0.003, 0, 0, 0, 0.3]
     jumps = rng.uniform(-1, 1, (120, 6)) * np.r_[[0.1] * 3, [5] * 3] * (rng.random(120) < 0.3)[:, None]
     noise = 0.02 * rng.standard_normal((120, 6)) * np.r_[[1 / 60] * 3, [1] * 3]
     truth = rigid_matrix(jumps + noise, CENTRE)
-    found = without_trend(truth @ rigid_matrix(trend, CENTRE), q, run, CENTRE)
+    found = without_trend(truth @ rigid_matrix(shared, CENTRE), q, run, CENTRE)
     left = rigid_parameters(np.linalg.inv(truth) @ found, CENTRE)[:, 3:]
-    assert np.abs(left).max() < 0.25 * np.abs(trend[:, 3:]).max()
+    assert np.sqrt((left**2).mean()) < 0.3 * np.sqrt((shared[:, 3:] ** 2).mean())
+    half = rng.random(120) < 0.5
+    calm = rigid_matrix(half[:, None] * rng.uniform(-1, 1, (120, 6)) * np.r_[[0.1] * 3, [5] * 3] + noise, CENTRE)
     restless = rigid_matrix(np.cumsum(rng.standard_normal((120, 6)), axis=0) * np.r_[[0.005] * 3, [0.3] * 3], CENTRE)
-    taken = rigid_parameters(np.linalg.inv(restless) @ without_trend(restless, q, run, CENTRE), CENTRE)[:, 3:]
-    assert np.sqrt((taken**2).mean()) < 0.1
+    for poses, limit in ((calm, 0.03), (restless, 0.1)):
+        taken = rigid_parameters(np.linalg.inv(poses) @ without_trend(poses, q, run, CENTRE), CENTRE)[:, 3:]
+        assert np.sqrt((taken**2).mean()) < limit
+    eddy = rigid_matrix(noise + q[:, :1] * np.r_[0, 0, 0, 0, 0.5, 0], CENTRE)
+    kept = rigid_parameters(without_trend(eddy, q, run, CENTRE), CENTRE)[:, 4]
+    assert np.polyfit(q[:, 0], kept, 1)[0] > 0.4

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsiprep.ops.affine import nearest_rotation, rigid_matrix, rigid_parameters
+from dsiprep.ops.affine import rigid_matrix, rigid_parameters
 
-__all__ = ["decompose", "extrapolate", "interpolate_poses", "jitter", "median_pose", "resting_poses", "without_trend"]
+__all__ = ["decompose", "interpolate_poses", "jitter", "median_pose", "resting_poses", "without_trend"]
 
-FEW = 30  # volumes below which poses are not asked for a trend with direction
 KNOT = 12  # volumes over which heads may drift from one pose to another
+FREEDOM = 4.0  # of the Student t distribution of movements
 STILL = 0.05  # mm: heads are not expected to rest more quietly than this
 
 
@@ -53,9 +53,10 @@ def resting_poses(matrices: np.ndarray, centre: np.ndarray, width: int = 12, rad
 def jitter(distances: np.ndarray) -> float:
     """Spread per axis (mm) of poses about rest, from their distances (mm) to it: robust, at least 0.05 mm.
 
-    For normal distributions along three axes the median distance is 1.538 times the spread along one.
+    From the nearest 30 %, so that as much as half the volumes may have moved: of normal distributions along three
+    axes, 30 % lie within 1.193 times the spread along one.
     """
-    return max(STILL, float(np.median(distances)) / 1.538)
+    return max(STILL, float(np.quantile(distances, 0.3)) / 1.193)
 
 
 def interpolate_poses(matrices: np.ndarray, known: np.ndarray, centre: np.ndarray) -> np.ndarray:
@@ -66,63 +67,17 @@ def interpolate_poses(matrices: np.ndarray, known: np.ndarray, centre: np.ndarra
     return rigid_matrix(np.stack(columns, axis=1), centre)
 
 
-def extrapolate(
-    before: list[np.ndarray], after: list[np.ndarray], centre: np.ndarray, affine: bool, radius: float = 60.0
-) -> np.ndarray:
-    """Where rounds of "predict and register" lead to, from what the last rounds did (Anderson mixing).
-
-    Errors that all volumes of similar contrast share fade slowly from round to round, for each is predicted from the
-    others. The combination of the last rounds after which the least movement is left takes many rounds at once.
-
-    Parameters
-    ----------
-    before, after : list of ndarray, (n, 4, 4)
-        Poses that went into each round, and that came out of it; the last round last.
-    centre : ndarray, (3,)
-        mm.
-    affine : bool
-        False brings the result back to rigid transforms.
-
-    Returns
-    -------
-    ndarray, (n, 4, 4)
-
-    References
-    ----------
-    Walker & Ni 2011, doi 10.1137/10078356X.
-    """
-    lengths = np.array([radius, radius, radius, 1.0])
-    there, back = np.eye(4), np.eye(4)
-    there[:3, 3], back[:3, 3] = -centre, centre
-    points = [(there @ matrices @ back)[:, :3] * lengths for matrices in before]
-    images = [(there @ matrices @ back)[:, :3] * lengths for matrices in after]
-    moves = np.stack([image - point for image, point in zip(images, points, strict=True)])
-    size = np.linalg.norm(moves[-1], axis=(1, 2))
-    calm = 1 / np.maximum(size, 3 * np.median(size) + 1e-9)  # volumes on their way back do not set the pace
-    columns = ((moves[1:] - moves[:-1]) * calm[:, None, None]).reshape(len(moves) - 1, -1).T
-    goal = (moves[-1] * calm[:, None, None]).ravel()
-    gram = columns.T @ columns
-    mix = np.linalg.solve(gram + 1e-6 * np.trace(gram) * np.eye(len(gram)), columns.T @ goal)
-    step = np.tensordot(mix, np.diff(np.stack(images), axis=0), axes=1)
-    reach = np.linalg.norm(step, axis=(1, 2))
-    step *= np.minimum(1, 10 * np.maximum(np.median(size), 1e-6) / np.maximum(reach, 1e-9))[:, None, None]
-    result = np.tile(np.eye(4), (len(step), 1, 1))
-    result[:, :3] = (images[-1] - step) / lengths
-    if not affine:
-        result[:, :3, :3] = nearest_rotation(result[:, :3, :3])
-    return back @ result @ there
-
-
 def without_trend(
     matrices: np.ndarray, q: np.ndarray, run: np.ndarray, centre: np.ndarray, radius: float = 60.0
 ) -> np.ndarray:
-    """Poses (n, 4, 4) without what they have in common as a function of the gradient.
+    """Poses (n, 4, 4) without what they have in common as a smooth, even function of the gradient.
 
     A head does not know the gradient. Volumes of similar contrast are predicted from each other, so an error that they
-    share is seen by none of them. Here it shows: poses are explained by a drift (straight pieces between knots
-    12 volumes apart, run by run) and a trend with |q| and with the quadratic form of q, which vanishes at b=0, with
-    heavy tails (Cauchy), so that volumes that the head moved in do not count. The trend is taken away as far as it
-    is more than the movement of a restless head would bring about by chance. It is even in q: eddy currents are odd.
+    share is seen by none of them, and rounds of "predict and register" make it grow. Here it shows: a pose is taken as
+    drift (straight pieces between knots 12 volumes apart, run by run), plus a function of q that is the same for all
+    volumes (a Gaussian process with kernel |q| |q'| exp(-|q -+ q'|² / 2 l²), even and zero at b=0), plus movement with
+    heavy tails (Student t). How large the function is, along each of six axes, is found by expectation maximisation:
+    where the head is restless, little is taken for it. Eddy currents are odd in q, so they are not touched.
 
     Parameters
     ----------
@@ -133,44 +88,37 @@ def without_trend(
     run : ndarray, (n,)
     centre : ndarray, (3,)
         mm.
+    radius : float
+        Rotations are counted in mm at this distance.
+
+    References
+    ----------
+    Lange et al. 1989, doi 10.1080/01621459.1989.10478852 (Student t). Dempster et al. 1977,
+    doi 10.1111/j.2517-6161.1977.tb01600.x.
     """
     poses = rigid_parameters(matrices, centre) * _lengths(radius)
-    drift, trend = _slow_terms(run), _even_terms(q)
-    design = np.hstack([drift, trend])
-    firm = np.r_[np.full(drift.shape[1], 1e-6), np.full(trend.shape[1], 0.02)]  # what drift can explain, it does
-    weights = np.ones(len(poses))
+    drift, shared = _slow_terms(run), _even_terms(q)
+    design, first = np.hstack([drift, shared]), drift.shape[1]
+    spread, scale = np.full(6, 0.1), 0.0
+    distance = np.linalg.norm(poses - np.median(poses, axis=0), axis=1)
     for turn in range(60):
-        weighted = design * weights[:, None]
-        normal = weighted.T @ design
-        normal.flat[:: len(normal) + 1] += firm * np.diag(normal) + 1e-9
-        found = np.linalg.solve(normal, weighted.T @ poses)
-        distance = np.linalg.norm(poses - design @ found, axis=1)
-        if turn < 20:  # least sum of distances first: from there the tails find the crowd
-            weights = 1 / (distance + STILL)
+        if turn < 10:  # least sum of distances first: from there the tails find the crowd
+            weights = 1 / (6 * STILL * (distance + STILL))
         else:
-            weights = 1 / (1 + (distance / max(STILL, float(np.median(distance)) / 2)) ** 2)
-    kept = _beyond_chance(design, trend.shape[1], weights, poses - design @ found, found)
-    shared = rigid_matrix(kept * (trend @ found[-trend.shape[1] :]) / _lengths(radius), centre)
-    return matrices @ np.linalg.inv(shared)
-
-
-def _beyond_chance(
-    design: np.ndarray, last: int, weights: np.ndarray, residual: np.ndarray, found: np.ndarray
-) -> float:
-    """The share (0 to 1) of the effect of the `last` columns that residuals do not bring about by chance.
-
-    Where the head hardly rests, a trend would be fitted to its movements: 1 less expected over found effect, from
-    the covariance of the coefficients for residuals of any size (White 1980, doi 10.2307/1912934).
-    """
-    weighted = design * weights[:, None]
-    normal = weighted.T @ design
-    normal.flat[:: len(normal) + 1] += 1e-3 * np.diag(normal) + 1e-9
-    spread = np.linalg.solve(normal, weighted.T)[-last:]
-    inner = normal[-last:, -last:]
-    effect = np.einsum("ak,ab,bk->", found[-last:], inner, found[-last:])
-    by_chance = np.einsum("an,ab,bn,n->", spread, inner, spread, (residual**2).sum(axis=1))
-    by_chance *= len(design) / max(1, len(design) - design.shape[1])
-    return float(np.clip(1 - by_chance / max(effect, 1e-12), 0, 1))
+            weights = (FREEDOM + 6) / (FREEDOM + (distance / scale) ** 2) / scale**2
+        weighted = design * weights[:, None]
+        normal, sides = weighted.T @ design, weighted.T @ poses
+        found = np.empty_like(sides)
+        for axis in range(6):
+            firm = np.r_[np.full(first, 1e-6), np.full(shared.shape[1], spread[axis] ** -2)]
+            covariance = np.linalg.inv(normal + np.diag(firm))
+            found[:, axis] = covariance @ sides[:, axis]
+            if turn >= 10:
+                size = np.sum(found[first:, axis] ** 2) + np.trace(covariance[first:, first:])
+                spread[axis] = np.sqrt(max(size / shared.shape[1], 1e-8))
+        distance = np.linalg.norm(poses - design @ found, axis=1)
+        scale = max(0.02, float(np.quantile(distance, 0.3)) / 1.957)  # of a normal distribution along six axes
+    return matrices @ np.linalg.inv(rigid_matrix(shared @ found[first:] / _lengths(radius), centre))
 
 
 def _slow_terms(run: np.ndarray) -> np.ndarray:
@@ -187,13 +135,22 @@ def _slow_terms(run: np.ndarray) -> np.ndarray:
 
 
 def _even_terms(q: np.ndarray) -> np.ndarray:
-    """|q| and the six products of q, largest |q| 1; only |q| and its square where volumes are few, (n, 7 or 2)."""
+    """Columns (n, c) whose products make the kernel of `without_trend`.
+
+    Its length l is 0.35 of the largest |q|, or more where volumes are few: with more columns than a quarter of the
+    volumes, any movement would look like a function of q.
+    """
     q = q / np.linalg.norm(q, axis=1).max()
-    length = np.linalg.norm(q, axis=1)[:, None]
-    if len(q) < FEW:
-        return np.hstack([length, length**2])
-    x, y, z = q.T
-    return np.hstack([length, np.stack([x * x, y * y, z * z, x * y, x * z, y * z], axis=1)])
+    size = np.linalg.norm(q, axis=1)
+    same = ((q[:, None] - q[None]) ** 2).sum(-1)
+    opposite = ((q[:, None] + q[None]) ** 2).sum(-1)
+    for length in (0.35, 0.5, 0.7, 1.0, 1.4):
+        kernel = np.outer(size, size) * (np.exp(-same / (2 * length**2)) + np.exp(-opposite / (2 * length**2)))
+        values, vectors = np.linalg.eigh(kernel)
+        kept = values > 1e-3 * values[-1]
+        if kept.sum() <= 0.3 * len(q):
+            break
+    return vectors[:, kept] * np.sqrt(values[kept])
 
 
 def decompose(matrix: np.ndarray, centre: np.ndarray) -> dict[str, float]:

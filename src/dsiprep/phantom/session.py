@@ -193,7 +193,9 @@ def _motion(count: int, settings: PhantomSettings, rng: np.random.Generator) -> 
     moved = np.zeros(count, bool)
     moved[1 + rng.choice(count - 1, round(settings.moved * (count - 1)), replace=False)] = True
     jumps = rng.uniform(-settings.max_motion, settings.max_motion, (count, 6))
-    return slow + moved[:, None] * jumps, moved
+    small = settings.jitter * rng.spawn(1)[0].normal(size=(count, 6))
+    small[0] = 0
+    return slow + moved[:, None] * jumps + small, moved
 
 
 def _eddy_currents(

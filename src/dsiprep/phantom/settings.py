@@ -38,6 +38,13 @@ class PhantomSettings:
         "--max-motion",
         metavar="MM",
     )
+    jitter: float = option(
+        0.0,
+        "standard deviation of small movements from volume to volume along each axis in mm; of rotations, 1.8 degrees "
+        "per mm",
+        "--jitter",
+        metavar="MM",
+    )
     distortion: float = option(
         5.0,
         "largest displacement of the brain by the off-resonance field, in mm",
@@ -64,7 +71,7 @@ class PhantomSettings:
         for name in ("moved", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"--{name} {getattr(self, name)}: a fraction between 0 and 1 is needed")
-        for name in ("snr", "max_motion", "distortion", "eddy"):
+        for name in ("snr", "max_motion", "jitter", "distortion", "eddy"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.orientation not in ORIENTATIONS:

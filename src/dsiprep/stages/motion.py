@@ -21,7 +21,6 @@ from dsiprep.ops.mask import brain_mask_b0
 from dsiprep.ops.points import PointSet, average_blocks, point_set
 from dsiprep.ops.pose import (
     decompose,
-    extrapolate,
     interpolate_poses,
     jitter,
     median_pose,
@@ -268,7 +267,6 @@ def _rounds(
     reference = level.read(np.flatnonzero(dwi.is_b0), out).mean(0, keepdim=True)
     weights, fill = np.ones(len(index)), None
     trace: list[dict[str, Any]] = []
-    steps: list[tuple[np.ndarray, np.ndarray]] = []
     done, allowed = count
     for number in range(done + 1, done + allowed + 1):
         seen = level.read(index, out, fill)
@@ -280,23 +278,14 @@ def _rounds(
         before = out[index]
         rest = None if number <= 2 else _rest(dwi, level, out)
         out[index] = _register(level, index, predicted, before, settings.transform == "Affine", rest)
-        if number > done + 1 and dwi.is_b0.sum() > 2:  # with fewer, a trend and a drift cannot be told apart
+        if number > done + 1:
             out = without_trend(out, np.where(dwi.is_b0[:, None], 0, dwi.q), dwi.run, level.points.centre)
         fill = predicted
-        steps.append((before, out[index]))
         trace += _rows(out, level, number)
         moved = point_displacement(before, out[index], level.few()).mean(1)
         log.info("motion: round %d (%s voxels), moved %.3f mm at most", number, level.name, moved.max())
         if moved.max() < settings.tolerance:
             break
-        if len(steps) > 2 and number < done + allowed:
-            history = steps[-4:]
-            out[index] = extrapolate(
-                [b for b, _ in history],
-                [a for _, a in history],
-                level.points.centre,
-                settings.transform == "Affine",
-            )
     return out, trace
 
 
