@@ -9,9 +9,11 @@ from scipy.ndimage import map_coordinates
 
 from conftest import make_grid
 from dsiprep.data.grid import Grid
+from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops import align as module
 from dsiprep.ops.affine import point_displacement, rigid_matrix
 from dsiprep.ops.align import Rest, align, normal_equations, read
+from dsiprep.ops.bend import bend_of
 from dsiprep.ops.points import PointSet, average_blocks, point_set, target_gradients
 from motion_subject import CENTRE, signal
 
@@ -81,22 +83,25 @@ def test_read_is_scipys_linear_interpolation() -> None:
     assert (found[~inside] == -1).mean() > 0.99
 
 
+@pytest.mark.parametrize("bent", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
-def test_both_bodies_give_the_same_equations(affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_bodies_give_the_same_equations(affine: bool, bent: bool) -> None:
     grid, points = setting("PSR")
     truth = rigid_matrix(POSES, CENTRE)
     volumes = head_on(grid, truth)
     targets = reference_values(grid, points).repeat(2, 1) + torch.randn(2, len(points))
     gradients = target_gradients(targets, points)
     gain, scale = np.array([0.9, 1.1]), np.array([50.0, 120.0])
-    numba = normal_equations(volumes, grid, points, truth, targets, gradients, gain, scale, affine)
-    maps = module._voxel_maps(grid, points, truth)
-    both = module._equations_torch(volumes, points, maps, targets, gradients, gain, scale, affine)
+    coefficients = np.random.default_rng(4).normal(0, 3, (2, 10))
+    eddy = EddyCurrents(coefficients, grid.directions, grid.centre, 1) if bent else None
+    numba = normal_equations(volumes, grid, points, truth, targets, gradients, gain, scale, affine, eddy)
+    maps, bend = module._voxel_maps(grid, points, truth), bend_of(eddy, grid)
+    both = module._equations_torch(volumes, points, maps, targets, gradients, gain, scale, affine, bend)
     for one, other in zip(numba, both, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4 * np.abs(one).max())
-    values, inside = module._gather(volumes, points, maps)
+    values, inside = module._gather(volumes, points, maps, bend)
     fill = torch.full_like(targets, -1.0)
-    expected = read(volumes, grid, points, truth, fill)
+    expected = read(volumes, grid, points, truth, fill, eddy)
     agree = torch.isclose(torch.where(inside, values, fill), expected, rtol=1e-4, atol=0.05)
     assert agree.float().mean() > 0.999
 

@@ -151,9 +151,9 @@ def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings
 
 def _motion(device: torch.device, acquired: Acquired, blip: int, settings: MotionSettings) -> Motion:
     """Motion is found in the series as acquired: denoising before it carries anatomy from volume to volume."""
-    chosen = acquired.dwi.blip == blip
+    chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
     moved = with_cpu_fallback(
-        lambda dwi, mask: motion.estimate_motion(dwi, mask, settings),
+        lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband),
         device,
         (acquired.dwi.select(chosen), acquired.mask),
     )

@@ -62,6 +62,19 @@ class MotionSettings:
     )
     iters: int = option(4, "upper bound on rounds of prediction and registration", "--shoreline-iters", metavar="N")
     transform: str = option("Rigid", "motion of each volume", "--hmc-transform", choices=("Rigid", "Affine"))
+    eddy: str = option(
+        "quadratic",
+        "eddy currents of diffusion-weighted volumes: displacement along the phase-encoding axis, a polynomial of this "
+        "order in scanner coordinates, tied to the gradient",
+        "--eddy-model",
+        choices=("none", "linear", "quadratic"),
+    )
+    outliers: str = option(
+        "report",
+        "slices that lost their signal: report them, or replace them by the prediction",
+        "--outliers",
+        choices=("report", "replace"),
+    )
     tolerance: float = option(
         0.02, "stop when no volume moved more than this (mm) between rounds", "--hmc-tolerance", metavar="MM"
     )

@@ -11,7 +11,7 @@ import torch
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.settings import Settings
 
 
@@ -92,7 +92,13 @@ class Motion:
     trace : list of dict
         One row per volume and round, in the columns of hmcOptimization.csv.
     model : str
-        The signal model that was used, and why: "3dSHORE", "tensor" or "none".
+        The signal model that was used: "3dSHORE", "tensor", "none" or "off".
+    eddy : EddyCurrents or None
+        Displacement of every volume by eddy currents, at the points that `transforms` lead to.
+    lost : ndarray, (n, slices) bool, or None
+        Slices of diffusion-weighted volumes that lost their signal.
+    replacements : Tensor, (r, a, b), or None
+        What takes their place, in the order of numpy.argwhere(lost); None where they stay as they are.
     """
 
     transforms: np.ndarray
@@ -105,7 +111,20 @@ class Motion:
     slice_axis: int
     trace: list[dict[str, Any]]
     model: str
+    eddy: EddyCurrents | None = None
+    lost: np.ndarray | None = None
+    replacements: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
+
+    def mended(self, row: int, volume: torch.Tensor) -> torch.Tensor:
+        """The volume (i, j, k) of a row of `transforms` with its lost slices replaced, where they are to be."""
+        if self.replacements is None or self.lost is None or not self.lost[row].any():
+            return volume
+        out = volume.clone()
+        for number, (own, cut) in enumerate(np.argwhere(self.lost)):
+            if own == row:
+                out.select(self.slice_axis, int(cut)).copy_(self.replacements[number])
+        return out
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,8 @@ import torch
 
 from dsiprep.data.grid import Grid
 
+EDDY_MM = 100.0  # scanner coordinates are counted in these
+
 
 @dataclass(frozen=True, eq=False)
 class Affine:
@@ -49,6 +51,41 @@ class DisplacementField:
 
     data: torch.Tensor
     grid: Grid
+
+
+@dataclass(frozen=True, eq=False)
+class EddyCurrents:
+    """x -> x + e_v(x) d, another one in every volume v: what eddy currents do along the phase-encoding axis d.
+
+    e_v is a polynomial in scanner coordinates s = axes' (x - centre) / 100 mm, a point's place along i, j, k.
+
+    Attributes
+    ----------
+    coefficients : ndarray, (n, 10)
+        Of 1, s1, s2, s3, s1², s2², s3², s1 s2, s1 s3, s2 s3, in mm.
+    axes : ndarray, (3, 3)
+        Unit vectors of the volumes' voxel axes in world RAS+, one per column.
+    centre : ndarray, (3,)
+        World RAS+ mm.
+    along : int
+        Which voxel axis d is; e counts towards higher indices.
+    """
+
+    coefficients: np.ndarray
+    axes: np.ndarray
+    centre: np.ndarray
+    along: int
+
+    def take(self, volumes: np.ndarray) -> EddyCurrents:
+        """Those of some volumes."""
+        return EddyCurrents(self.coefficients[volumes], self.axes, self.centre, self.along)
+
+    def displacement(self, volume: int, points: np.ndarray) -> np.ndarray:
+        """e_v d at world points (..., 3) in mm RAS+, (..., 3)."""
+        s = (np.asarray(points, float) - self.centre) @ self.axes / EDDY_MM
+        x, y, z = np.moveaxis(s, -1, 0)
+        terms = np.stack([np.ones_like(x), x, y, z, x * x, y * y, z * z, x * y, x * z, y * z], axis=-1)
+        return (terms @ self.coefficients[volume])[..., None] * self.axes[:, self.along]
 
 
 @dataclass(frozen=True, eq=False)

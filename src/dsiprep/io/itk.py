@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.grid import Grid
-from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.data.transform import EDDY_MM, Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.errors import InputError, OutputError
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "write_affine_series",
     "write_composite_h5",
     "write_displacement_h5",
+    "write_eddy_series",
 ]
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
@@ -125,6 +126,37 @@ def write_affine_series(path: Path | str, matrices: np.ndarray) -> None:
             f"#Transform {number}",
             "Transform: AffineTransform_double_3_3",
             "Parameters: " + " ".join(repr(float(p)) for p in parameters),
+            "FixedParameters: " + " ".join(repr(float(p)) for p in fixed),
+        ]
+    with _whole(Path(path)) as temporary:
+        temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
+
+
+def write_eddy_series(path: Path | str, eddy: EddyCurrents, grid: Grid) -> None:
+    """Displacements of volumes on `grid` as ITK B-spline transforms in one text file, one per volume.
+
+    A cubic B-spline holds a polynomial of second order exactly, so 4 x 4 x 4 coefficients around the image do: x² at
+    knots h apart has the coefficients t² - h²/3. Points outside the image are not displaced.
+    """
+    physical = grid.voxel_sizes * np.asarray(grid.shape)  # one mesh cell over the whole image, faces included
+    corner = grid.to_world(np.full(3, -0.5))
+    knots = [np.arange(-1, 3) * side for side in physical]
+    where = np.stack(np.meshgrid(*knots, indexing="ij"), axis=-1)
+    s = (where + (corner - eddy.centre) @ eddy.axes) / EDDY_MM
+    x, y, z = np.moveaxis(s, -1, 0)
+    square = (physical / EDDY_MM) ** 2 / 3
+    terms = [np.ones_like(x), x, y, z, x * x - square[0], y * y - square[1], z * z - square[2], x * y, x * z, y * z]
+    direction = FLIP[:3, :3] @ eddy.axes
+    origin = FLIP[:3, :3] @ (corner - eddy.axes @ physical)
+    fixed = np.concatenate([[4, 4, 4], origin, physical, direction.ravel()])
+    lines = [TEXT_HEADER]
+    for number, coefficients in enumerate(eddy.coefficients):
+        along = np.tensordot(coefficients, np.stack(terms), axes=1)
+        values = direction[:, eddy.along, None, None, None] * along
+        lines += [
+            f"#Transform {number}",
+            "Transform: BSplineTransform_double_3_3",
+            "Parameters: " + " ".join(f"{p:.9g}" for p in values.transpose(0, 3, 2, 1).ravel()),
             "FixedParameters: " + " ".join(repr(float(p)) for p in fixed),
         ]
     with _whole(Path(path)) as temporary:

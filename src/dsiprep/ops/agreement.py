@@ -8,8 +8,10 @@ import torch
 from dsiprep.data.grid import Grid
 from dsiprep.ops.points import PointSet
 
-__all__ = ["agreement", "slice_scores", "trust"]
+__all__ = ["agreement", "lost_slices", "slice_losses", "slice_scores", "trust"]
 
+FEWEST = 30  # voxels of brain below which a slice is not judged
+SMALLEST_LOSS = 0.1  # of the predicted signal: what a slice must lack to count as lost
 LIKE = 15  # volumes of most similar b-value that a volume's residual is compared with
 
 
@@ -79,21 +81,69 @@ def slice_scores(residual: torch.Tensor, points: PointSet, grid: Grid, transform
     ndarray, (n, slices)
         Zero for slices with fewer than 30 voxels of brain.
     """
-    count = grid.shape[axis]
-    world = points.world.astype(float) + points.centre
-    rows = (np.linalg.inv(grid.affine) @ transforms)[:, axis]
-    values = residual.cpu().numpy()
-    scaled = np.full((len(rows), count), np.nan)
-    for volume, row in enumerate(rows):
-        where = np.rint(world @ row[:3] + row[3]).astype(int)
-        inside = (where >= 0) & (where < count)
-        number = np.bincount(where[inside], minlength=count)
-        total = np.bincount(where[inside], values[volume][inside], minlength=count)
-        # the mean of many voxels is quieter: the root of their number puts slices of all sizes on one scale
-        scaled[volume] = np.where(number >= 30, total / np.sqrt(np.maximum(number, 1)), np.nan)
+    total, number = _by_slice(residual, points, grid, transforms, axis)
+    # the mean of many voxels is quieter: the root of their number puts slices of all sizes on one scale
+    scaled = np.where(number >= FEWEST, total / np.sqrt(np.maximum(number, 1)), np.nan)
     known = np.isfinite(scaled)
     usual = np.array([np.median(column[k]) if k.any() else 0.0 for column, k in zip(scaled.T, known.T, strict=True)])
     away = scaled - usual
     spread = np.array([np.median(np.abs(line[k])) if k.any() else 0.0 for line, k in zip(away, known, strict=True)])
     floor = 0.5 * np.median(spread[spread > 0]) if (spread > 0).any() else 1.0
     return np.nan_to_num(away / (1.4826 * np.maximum(spread, floor)[:, None]))
+
+
+def slice_losses(
+    residual: torch.Tensor,
+    predicted: torch.Tensor,
+    points: PointSet,
+    grid: Grid,
+    transforms: np.ndarray,
+    axis: int,
+) -> np.ndarray:
+    """What share of its predicted signal each slice of each volume lacks, (n, slices); arguments as `slice_scores`."""
+    lacking, number = _by_slice(-residual, points, grid, transforms, axis)
+    expected, _ = _by_slice(predicted, points, grid, transforms, axis)
+    return np.where(number >= FEWEST, lacking / np.maximum(expected, 1e-9), 0)
+
+
+def lost_slices(
+    z: np.ndarray, losses: np.ndarray, multiband: tuple[tuple[int, ...], ...] = (), limit: float = -5.0
+) -> np.ndarray:
+    """Slices that lost signal: a tenth of it at least, and far more than chance, with all slices excited together.
+
+    Parameters
+    ----------
+    z, losses : ndarray, (n, slices)
+        From `slice_scores` and `slice_losses`.
+    multiband : tuple of tuple of int
+        Slices excited together; scores of a group are summed and divided by the root of their number.
+    limit : float
+        Score from which a slice is lost.
+
+    Returns
+    -------
+    ndarray, (n, slices) bool
+    """
+    score, share = z.copy(), losses.copy()
+    for group in multiband:
+        own = [k for k in group if k < z.shape[1]]
+        judged = np.maximum((z[:, own] != 0).sum(axis=1), 1)  # zero: too little brain to be judged
+        score[:, own] = (z[:, own].sum(axis=1) / np.sqrt(judged))[:, None]
+        share[:, own] = (losses[:, own].sum(axis=1) / judged)[:, None]
+    return (score <= limit) & (share >= SMALLEST_LOSS)
+
+
+def _by_slice(
+    values: torch.Tensor, points: PointSet, grid: Grid, transforms: np.ndarray, axis: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of values (n, m) over the points in each of the volumes' own slices, and their number, (n, slices)."""
+    count = grid.shape[axis]
+    world = points.world.astype(float) + points.centre
+    rows = (np.linalg.inv(grid.affine) @ transforms)[:, axis]
+    total, number = np.zeros((len(rows), count)), np.zeros((len(rows), count))
+    for volume, (row, line) in enumerate(zip(rows, values.cpu().numpy(), strict=True)):
+        where = np.rint(world @ row[:3] + row[3]).astype(int)
+        inside = (where >= 0) & (where < count)
+        number[volume] = np.bincount(where[inside], minlength=count)
+        total[volume] = np.bincount(where[inside], line[inside], minlength=count)
+    return total, number

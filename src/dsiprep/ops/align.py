@@ -2,27 +2,29 @@
 
 Inverse compositional: the gradient is that of the fixed target, so a step reads each volume once and nothing else.
 Residuals follow a Student t distribution whose scale is estimated on the way, so that voxels and slices that the
-target does not explain count for little; each volume has its own gain. On the CPU a fused Numba loop sums residuals
-and normal equations without temporaries; on other devices the same sums are taken with tensor operations.
+target does not explain count for little; each volume has its own gain. Volumes may be bent by eddy currents besides.
+On the CPU a fused Numba loop sums residuals and normal equations without temporaries; on other devices the same sums
+are taken with tensor operations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 from scipy.linalg import expm
 
 from dsiprep.data.grid import Grid
+from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops.affine import rigid_parameters
+from dsiprep.ops.align_loops import FREEDOM, equations_loop, read_loop
+from dsiprep.ops.bend import Bend, bend_of, bend_points
 from dsiprep.ops.points import PointSet, target_gradients
 
-__all__ = ["Aligned", "Rest", "align", "normal_equations", "read"]
+__all__ = ["Aligned", "Rest", "align", "moved_by", "normal_equations", "pull_to_rest", "read"]
 
 DONE = 0.005  # mm that a last step moves points, root mean square
-FREEDOM = 4.0  # degrees of freedom of the Student t distribution of residuals
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,15 +65,23 @@ class Aligned:
 
 
 def read(
-    volumes: torch.Tensor, grid: Grid, points: PointSet, transforms: np.ndarray, fill: torch.Tensor
+    volumes: torch.Tensor,
+    grid: Grid,
+    points: PointSet,
+    transforms: np.ndarray,
+    fill: torch.Tensor,
+    eddy: EddyCurrents | None = None,
 ) -> torch.Tensor:
-    """Each volume at the transformed points, (n, m); where that is outside the volume, `fill` (n, m)."""
-    maps = _voxel_maps(grid, points, transforms)
+    """Each volume at the transformed points, (n, m); where that is outside the volume, `fill` (n, m).
+
+    With `eddy`, at the displaced points, times the Jacobian of the displacement.
+    """
+    maps, bend = _voxel_maps(grid, points, transforms), bend_of(eddy, grid)
     if volumes.device.type == "cpu":
         out = fill.detach().numpy().copy()
-        _read_loop(volumes.detach().numpy(), points.voxels, maps, out)
+        read_loop(volumes.detach().numpy(), points.voxels, maps, bend.voxels, bend.frame, bend.along, out)
         return torch.from_numpy(out)
-    values, inside = _gather(volumes, points, maps)
+    values, inside = _gather(volumes, points, maps, bend)
     return torch.where(inside, values, fill)
 
 
@@ -85,6 +95,7 @@ def normal_equations(
     gain: np.ndarray,
     scale: np.ndarray,
     affine: bool = False,
+    eddy: EddyCurrents | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weighted sums of one Gauss-Newton step for each volume.
 
@@ -101,6 +112,8 @@ def normal_equations(
         infinity weighs all voxels alike.
     affine : bool
         12 parameters instead of 6.
+    eddy : EddyCurrents, optional
+        Of these volumes.
 
     Returns
     -------
@@ -112,10 +125,10 @@ def normal_equations(
     sums : ndarray, (n, 3)
         Sum of weight x residual², sum of weights, number of points inside the volume.
     """
-    maps = _voxel_maps(grid, points, transforms)
+    maps, bend = _voxel_maps(grid, points, transforms), bend_of(eddy, grid)
     if volumes.device.type != "cpu":
-        return _equations_torch(volumes, points, maps, targets, gradients, gain, scale, affine)
-    hessian, slope, sums = _equations_loop(
+        return _equations_torch(volumes, points, maps, targets, gradients, gain, scale, affine, bend)
+    hessian, slope, sums = equations_loop(
         volumes.detach().numpy(),
         points.voxels,
         points.world,
@@ -125,6 +138,9 @@ def normal_equations(
         gain.astype(np.float64),
         scale.astype(np.float64),
         affine,
+        bend.voxels,
+        bend.frame,
+        bend.along,
     )
     return hessian + np.swapaxes(np.tril(hessian, -1), 1, 2), slope, sums
 
@@ -138,6 +154,7 @@ def align(
     affine: bool = False,
     steps: int = 10,
     rest: Rest | None = None,
+    eddy: EddyCurrents | None = None,
 ) -> Aligned:
     """Move each volume until it fits its target.
 
@@ -158,6 +175,8 @@ def align(
         0.005 mm (root mean square).
     rest : Rest, optional
         Where the volumes are expected; nowhere in particular by default.
+    eddy : EddyCurrents, optional
+        Of these volumes; left as they are.
 
     References
     ----------
@@ -168,7 +187,6 @@ def align(
     gradients = target_gradients(targets, points)
     gain, scale = np.ones(count), np.full(count, np.inf)
     active = np.arange(count)
-    spread = np.sqrt((points.world.astype(float) ** 2).mean(axis=0))
     for step in range(steps):
         some = torch.as_tensor(active, device=volumes.device)
         hessian, slope, sums = normal_equations(
@@ -181,15 +199,15 @@ def align(
             gain[active],
             scale[active],
             affine,
+            None if eddy is None else eddy.take(active),
         )
         scale[active] = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1)) + 1e-12
         if rest is not None and step > 0:
-            away = _away(transforms[active], rest.poses[active], points.centre, affine)
-            _pull(hessian, slope, away, rest.jitter, spread, scale[active])
+            here = Rest(rest.poses[active], rest.jitter)
+            pull_to_rest(hessian, slope, transforms[active], here, points, scale[active], affine)
         delta = _solve(hessian, slope)
         gain[active] += delta[:, -1]
-        move, size = _increments(delta[:, :-1], points.centre, spread)
-        transforms[active] = transforms[active] @ np.linalg.inv(move)
+        transforms[active], size = moved_by(transforms[active], delta[:, :-1], points)
         active = active[(size > DONE) | (step < 2)]
         if not len(active):
             break
@@ -206,26 +224,39 @@ def _away(transforms: np.ndarray, poses: np.ndarray, centre: np.ndarray, affine:
     return np.concatenate([linear.reshape(-1, 9), shift], axis=1)
 
 
-def _pull(
+def pull_to_rest(
     hessian: np.ndarray,
     slope: np.ndarray,
-    away: np.ndarray,
-    jitter: float,
-    spread: np.ndarray,
+    transforms: np.ndarray,
+    rest: Rest,
+    points: PointSet,
     scale: np.ndarray,
+    affine: bool = False,
 ) -> None:
-    """Add the expectation of rest to normal equations, in units of the residual's variance."""
+    """Add the expectation of rest to normal equations (their first parameters), in units of the residual's variance."""
+    away = _away(transforms, rest.poses, points.centre, affine)
+    spread = _spread(points)
     lengths = np.ones(away.shape[1])
-    if away.shape[1] == 6:
-        lengths[:3] = np.sqrt((spread**2).sum() - spread**2)
-    else:
+    if affine:
         lengths[:9] = np.tile(spread, 3)
-    distance = ((away * lengths) ** 2).sum(axis=1) / jitter**2
+    else:
+        lengths[:3] = np.sqrt((spread**2).sum() - spread**2)
+    distance = ((away * lengths) ** 2).sum(axis=1) / rest.jitter**2
     trust = (FREEDOM + 6) / (FREEDOM + distance) * scale**2
-    weights = trust[:, None] * (lengths / jitter) ** 2
+    weights = trust[:, None] * (lengths / rest.jitter) ** 2
     index = np.arange(away.shape[1])
     hessian[:, index, index] += weights
-    slope[:, :-1] += weights * away
+    slope[:, index] += weights * away
+
+
+def moved_by(transforms: np.ndarray, delta: np.ndarray, points: PointSet) -> tuple[np.ndarray, np.ndarray]:
+    """Transforms (n, 4, 4) after a Gauss-Newton step (n, 6 or 12), and how far it moves the points (mm rms), (n,)."""
+    move, size = _increments(delta, points.centre, _spread(points))
+    return transforms @ np.linalg.inv(move), size
+
+
+def _spread(points: PointSet) -> np.ndarray:
+    return np.sqrt((points.world.astype(float) ** 2).mean(axis=0))
 
 
 def _take(tensor: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -263,100 +294,18 @@ def _voxel_maps(grid: Grid, points: PointSet, transforms: np.ndarray) -> np.ndar
     return (np.linalg.inv(grid.affine) @ transforms @ points.grid.affine)[:, :3].astype(np.float32)
 
 
-@numba.njit(inline="always", fastmath=True)
-def _linear(volume: np.ndarray, x: float, y: float, z: float) -> float:
-    """Trilinear value at a point inside the volume."""
-    ni, nj, nk = volume.shape
-    i, j, k = min(int(x), ni - 2), min(int(y), nj - 2), min(int(z), nk - 2)
-    fx, fy, fz = x - i, y - j, z - k
-    c00 = volume[i, j, k] * (1 - fz) + volume[i, j, k + 1] * fz
-    c01 = volume[i, j + 1, k] * (1 - fz) + volume[i, j + 1, k + 1] * fz
-    c10 = volume[i + 1, j, k] * (1 - fz) + volume[i + 1, j, k + 1] * fz
-    c11 = volume[i + 1, j + 1, k] * (1 - fz) + volume[i + 1, j + 1, k + 1] * fz
-    return (c00 * (1 - fy) + c01 * fy) * (1 - fx) + (c10 * (1 - fy) + c11 * fy) * fx
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _read_loop(volumes: np.ndarray, voxels: np.ndarray, maps: np.ndarray, out: np.ndarray) -> None:
-    n, ni, nj, nk = volumes.shape
-    for v in numba.prange(n):
-        a = maps[v]
-        for p in range(voxels.shape[0]):
-            i, j, k = voxels[p, 0], voxels[p, 1], voxels[p, 2]
-            x = a[0, 0] * i + a[0, 1] * j + a[0, 2] * k + a[0, 3]
-            y = a[1, 0] * i + a[1, 1] * j + a[1, 2] * k + a[1, 3]
-            z = a[2, 0] * i + a[2, 1] * j + a[2, 2] * k + a[2, 3]
-            if x >= 0 and y >= 0 and z >= 0 and x <= ni - 1 and y <= nj - 1 and z <= nk - 1:
-                out[v, p] = _linear(volumes[v], x, y, z)
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _equations_loop(
-    volumes: np.ndarray,
-    voxels: np.ndarray,
-    world: np.ndarray,
-    maps: np.ndarray,
-    targets: np.ndarray,
-    gradients: np.ndarray,
-    gain: np.ndarray,
-    scale: np.ndarray,
-    affine: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    n, ni, nj, nk = volumes.shape
-    width = 13 if affine else 7
-    hessian = np.zeros((n, width, width))
-    slope = np.zeros((n, width))
-    sums = np.zeros((n, 3))
-    for v in numba.prange(n):
-        a = maps[v]
-        row = np.empty(width, np.float32)
-        h = np.zeros((width, width), np.float64)
-        s = np.zeros(width, np.float64)
-        g = np.float32(gain[v])
-        inverse = np.float32(1 / scale[v] ** 2)
-        cost, total, count = np.float64(0), np.float64(0), 0
-        for p in range(voxels.shape[0]):
-            i, j, k = voxels[p, 0], voxels[p, 1], voxels[p, 2]
-            x = a[0, 0] * i + a[0, 1] * j + a[0, 2] * k + a[0, 3]
-            y = a[1, 0] * i + a[1, 1] * j + a[1, 2] * k + a[1, 3]
-            z = a[2, 0] * i + a[2, 1] * j + a[2, 2] * k + a[2, 3]
-            if not (x >= 0 and y >= 0 and z >= 0 and x <= ni - 1 and y <= nj - 1 and z <= nk - 1):
-                continue
-            r = _linear(volumes[v], x, y, z) - g * targets[v, p]
-            w = np.float32((FREEDOM + 1) / (FREEDOM + r * r * inverse))
-            gx, gy, gz = g * gradients[v, p, 0], g * gradients[v, p, 1], g * gradients[v, p, 2]
-            wx, wy, wz = world[p, 0], world[p, 1], world[p, 2]
-            if affine:
-                row[0], row[1], row[2] = gx * wx, gx * wy, gx * wz
-                row[3], row[4], row[5] = gy * wx, gy * wy, gy * wz
-                row[6], row[7], row[8] = gz * wx, gz * wy, gz * wz
-                row[9], row[10], row[11] = gx, gy, gz
-            else:
-                row[0], row[1], row[2] = wy * gz - wz * gy, wz * gx - wx * gz, wx * gy - wy * gx
-                row[3], row[4], row[5] = gx, gy, gz
-            row[width - 1] = targets[v, p]
-            for b in range(width):
-                wb = w * row[b]
-                s[b] += wb * r
-                for c in range(b + 1):
-                    h[b, c] += wb * row[c]
-            cost += w * r * r
-            total += w
-            count += 1
-        hessian[v], slope[v] = h, s
-        sums[v, 0], sums[v, 1], sums[v, 2] = cost, total, count
-    return hessian, slope, sums
-
-
-def _gather(volumes: torch.Tensor, points: PointSet, maps: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_read_loop` reads, (n, m), and which points are inside the volume."""
+def _gather(volumes: torch.Tensor, points: PointSet, maps: np.ndarray, bend: Bend) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `read_loop` reads, (n, m), and which points are inside the volume."""
     device = volumes.device
     where = torch.as_tensor(points.voxels, device=device)
     map_ = torch.as_tensor(maps, device=device)
     at = torch.einsum("nab,mb->nam", map_[:, :, :3], where) + map_[:, :, 3:]
-    size = torch.tensor(volumes.shape[1:], device=device)[None, :, None]
-    inside = ((at >= 0) & (at <= size - 1)).all(1)
-    base = torch.minimum(torch.nan_to_num(at).clamp(min=0).floor(), size - 2)
+    jacobian: torch.Tensor | float = 1.0
+    if len(bend.voxels):
+        jacobian = bend_points(bend, at)
+    limit = torch.tensor(volumes.shape[1:], device=device)[None, :, None]
+    inside = ((at >= 0) & (at <= limit - 1)).all(1)
+    base = torch.minimum(torch.nan_to_num(at).clamp(min=0).floor(), limit - 2)
     part = at - base
     base = base.long()
     flat = volumes.reshape(len(volumes), -1)
@@ -364,10 +313,10 @@ def _gather(volumes: torch.Tensor, points: PointSet, maps: np.ndarray) -> tuple[
     for i in (0, 1):
         for j in (0, 1):
             for k in (0, 1):
-                index = ((base[:, 0] + i) * size[0, 1] + base[:, 1] + j) * size[0, 2] + base[:, 2] + k
+                index = ((base[:, 0] + i) * limit[0, 1] + base[:, 1] + j) * limit[0, 2] + base[:, 2] + k
                 weight = (part if i else 1 - part)[:, 0] * (part if j else 1 - part)[:, 1]
                 out += weight * (part if k else 1 - part)[:, 2] * torch.gather(flat, 1, index)
-    return out, inside
+    return out * jacobian, inside
 
 
 def _equations_torch(
@@ -379,10 +328,11 @@ def _equations_torch(
     gain: np.ndarray,
     scale: np.ndarray,
     affine: bool,
+    bend: Bend,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sums of `_equations_loop` with tensor operations."""
+    """The sums of `equations_loop` with tensor operations."""
     device = volumes.device
-    values, inside = _gather(volumes, points, maps)
+    values, inside = _gather(volumes, points, maps, bend)
     gains = torch.as_tensor(gain, dtype=torch.float32, device=device)[:, None]
     inverse = torch.as_tensor(1 / scale**2, dtype=torch.float32, device=device)[:, None]
     residual = values - gains * targets

@@ -5,8 +5,6 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dsiprep.ops.shore import leave_one_out
-
 __all__ = ["tensor_basis", "tensor_prediction"]
 
 
@@ -26,21 +24,15 @@ def tensor_basis(bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
     return np.concatenate([np.ones((len(b), 1)), -b[:, None] * products], axis=1)
 
 
-def tensor_prediction(
-    signals: torch.Tensor, basis: np.ndarray, left_out: np.ndarray, weights: np.ndarray
-) -> torch.Tensor:
+def tensor_prediction(signals: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:
     """Each sample predicted by the tensor of the others, by least squares of the logarithms.
 
     Parameters
     ----------
     signals : Tensor, (n, m)
         n samples of m voxels. Values below a thousandth of the voxel's largest count as that.
-    basis : ndarray, (n, 7)
-        `tensor_basis` of the samples.
-    left_out : ndarray, (n, n) bool
-        Row i: samples not used to predict sample i.
-    weights : ndarray, (n,)
-        Trust in each sample.
+    matrix : ndarray, (n, n)
+        `shore.leave_one_out` of the `tensor_basis` of the samples.
 
     Returns
     -------
@@ -51,7 +43,6 @@ def tensor_prediction(
     ----------
     Basser et al. 1994, doi 10.1006/jmrb.1994.1037.
     """
-    matrix = leave_one_out(basis, np.full(7, 1e-6), left_out, weights)
     top = signals.amax(dim=0).clamp(min=1e-6)
     logs = torch.log(torch.maximum(signals, 1e-3 * top))
     predicted = torch.as_tensor(matrix, dtype=signals.dtype, device=signals.device) @ logs

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from dsiprep.data.grid import Grid
-from dsiprep.data.transform import DisplacementField
+from dsiprep.data.transform import DisplacementField, EddyCurrents
+from dsiprep.ops.bend import Bend, bend_of, bend_points, bend_voxel
 from dsiprep.ops.filter import gradient
 from dsiprep.ops.sample import _mirrored, pull, sample_cubic, spline_coefficients, voxel_points
 
@@ -67,8 +68,9 @@ def warp_volume(
     matrix: np.ndarray,
     distorted: Distorted | None = None,
     linear: np.ndarray | None = None,
+    eddy: EddyCurrents | None = None,
 ) -> torch.Tensor:
-    """One volume read at matrix @ x + u(x), times the Jacobian determinant of u, never negative.
+    """One volume read at w(x) = matrix @ x + u(x), times the Jacobian determinant of u, never negative.
 
     Parameters
     ----------
@@ -83,6 +85,8 @@ def warp_volume(
         A, the linear part of the map from the undistorted reference to the source; identity by default. With
         u along p and slope g, the Jacobian relative to that of A is det(A + p g') / det(A) = 1 + g . inv(A)
         p.
+    eddy : EddyCurrents, optional
+        Of this volume: it is read at w(x) + e(w(x)) d, and the Jacobian is multiplied by that of e.
 
     Returns
     -------
@@ -93,8 +97,9 @@ def warp_volume(
     direction = np.zeros(3)
     if distorted is not None:
         direction = np.linalg.solve(np.eye(3) if linear is None else linear, distorted.direction)
+    bend = bend_of(eddy, source)
     if volume.device.type != "cpu":
-        return _gathered(coefficients, source, target, matrix, distorted, direction)
+        return _gathered(coefficients, source, target, matrix, distorted, direction, bend)
     world_to_voxel = np.linalg.inv(source.affine)
     none = np.zeros((3, 0, 0, 0), np.float32)
     out = np.zeros(target.shape, np.float32)
@@ -105,6 +110,9 @@ def warp_volume(
         none if distorted is None else distorted.slope.numpy(),
         world_to_voxel[:3, :3].astype(np.float32),
         direction.astype(np.float32),
+        bend.voxels,
+        bend.frame,
+        bend.along,
         out,
     )
     return torch.from_numpy(out)
@@ -117,11 +125,17 @@ def _gathered(
     matrix: np.ndarray,
     distorted: Distorted | None,
     direction: np.ndarray,
+    bend: Bend,
 ) -> torch.Tensor:
     """The body for other devices."""
     moved = None if distorted is None else distorted.displacement
     points = voxel_points(target, source, matrix, moved).to(coefficients.device)
-    values = sample_cubic(coefficients, points)[0]
+    jacobian: torch.Tensor | float = 1.0
+    if len(bend.voxels):
+        flat = points.reshape(1, 3, -1).clone()
+        jacobian = bend_points(bend, flat).reshape(points.shape[1:])
+        points = flat.reshape(points.shape)
+    values = sample_cubic(coefficients, points)[0] * jacobian
     if distorted is not None:
         along = torch.as_tensor(direction, device=values.device).float()
         values = values * (1 + torch.einsum("a,aijk->ijk", along, distorted.slope)).clamp(min=0)
@@ -146,14 +160,18 @@ def _warp_loop(
     slope: np.ndarray,
     to_voxel: np.ndarray,
     direction: np.ndarray,
+    eddy: np.ndarray,
+    frame: np.ndarray,
+    along: int,
     out: np.ndarray,
 ) -> None:
     ni, nj, nk = coefficients.shape
-    moved = displacement.shape[1] > 0
+    moved, bent = displacement.shape[1] > 0, len(eddy) > 0
     rows = out.shape[0] * out.shape[1]
     for row in numba.prange(rows):
         i, j = row // out.shape[1], row % out.shape[1]
         wx, wy, wz = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
+        at = np.empty(3, np.float32)
         base = affine[:, 0] * i + affine[:, 1] * j + affine[:, 3]
         for k in range(out.shape[2]):
             x = np.float32(base[0] + affine[0, 2] * k)
@@ -167,6 +185,10 @@ def _warp_loop(
                 z += to_voxel[2, 0] * u + to_voxel[2, 1] * v + to_voxel[2, 2] * w
                 for a in range(3):
                     jacobian += direction[a] * slope[a, i, j, k]
+            if bent:
+                at[0], at[1], at[2] = x, y, z
+                jacobian *= bend_voxel(eddy[0], frame, along, at)
+                x, y, z = at[0], at[1], at[2]
             if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
                 continue
             i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import SamplingScheme
+from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError
-from dsiprep.ops.affine import point_displacement, rigid_matrix, rotate_bvecs
-from dsiprep.ops.agreement import agreement, slice_scores, trust
-from dsiprep.ops.align import Rest, align, read
+from dsiprep.ops.affine import point_displacement, rigid_matrix
+from dsiprep.ops.agreement import agreement, lost_slices, slice_losses, slice_scores, trust
+from dsiprep.ops.align import Rest, align, moved_by
+from dsiprep.ops.eddy import TERMS, no_eddy_currents, tied_step, with_response
+from dsiprep.ops.level import CHUNK, Level, Place, levels_of
 from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.points import PointSet, average_blocks, point_set
-from dsiprep.ops.pose import (
-    decompose,
-    interpolate_poses,
-    jitter,
-    median_pose,
-    resting_poses,
-    without_trend,
-)
+from dsiprep.ops.points import target_gradients
+from dsiprep.ops.pose import decompose, interpolate_poses, jitter, median_pose, resting_poses, without_trend
+from dsiprep.ops.predict import Model, Prediction, choose_model, predict
+from dsiprep.ops.replace import replaced_slices
 from dsiprep.ops.sample import pull
-from dsiprep.ops.shore import leave_one_out, near_neighbours, shore_basis, shore_prior, shore_size
-from dsiprep.ops.tensor import tensor_basis, tensor_prediction
 from dsiprep.settings import MotionSettings
 
-VERSION = 2
+VERSION = 3
 _ROUNDS = (
     "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors "
     "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds "
@@ -64,58 +59,28 @@ log = logging.getLogger("dsiprep")
 COARSE_MM = (8.0, 5.0)  # voxel sizes before the volumes' own
 COARSE_ROUNDS = 10
 STEPS = 3  # Gauss-Newton steps per round
-CHUNK = 16  # volumes aligned at a time
 MISFIT = 0.45  # trust below which other starts are tried: a residual 1.5 times the usual
-
-
-@dataclass(frozen=True, eq=False)
-class _Level:
-    """The series on voxels of one size."""
-
-    data: torch.Tensor
-    grid: Grid
-    points: PointSet
-    name: str
-
-    def take(self, index: np.ndarray) -> torch.Tensor:
-        """Some volumes."""
-        return self.data[torch.as_tensor(index, device=self.data.device)]
-
-    def read(self, index: np.ndarray, transforms: np.ndarray, fill: torch.Tensor | None = None) -> torch.Tensor:
-        """Some volumes at the points, (len(index), m); `fill` or zero where they do not reach."""
-        if fill is None:
-            fill = torch.zeros(len(index), len(self.points), device=self.data.device)
-        parts = []
-        for first in range(0, len(index), CHUNK):
-            part = slice(first, first + CHUNK)
-            parts.append(read(self.take(index[part]), self.grid, self.points, transforms[index[part]], fill[part]))
-        return torch.cat(parts)
-
-    def few(self) -> np.ndarray:
-        """A few hundred world points of the brain, for measuring movement."""
-        world = self.points.world[:: max(1, len(self.points) // 300)]
-        return world.astype(float) + self.points.centre
-
-
-@dataclass(frozen=True)
-class _Model:
-    """How volumes are predicted from each other: "3dSHORE" with its radial order, "tensor", "none" or "off"."""
-
-    name: str
-    note: str = ""
-    order: int = 0
+QUIET_MM = 3.9  # voxels on which eddy currents are found: noise of smaller ones enters their predictions too
+SAMPLE = 2000  # points of the brain from which eddy currents are found
 
 
 def explain_model(scheme: SamplingScheme, settings: MotionSettings) -> str:
     """What the stage would do for a sampling scheme, in a sentence."""
     if settings.method == "none":
         return "none: switched off"
-    model = _choose_model(scheme.n_directions, len(scheme.bvalues) + (scheme.n_b0 > 0), settings)
-    return f"SHORELine with {model.name} ({model.note}), {settings.transform}, up to {settings.iters} rounds"
+    model = choose_model(scheme.n_directions, len(scheme.bvalues) + (scheme.n_b0 > 0), settings.model)
+    eddy = "no eddy currents" if settings.eddy == "none" else f"{settings.eddy} eddy currents"
+    return f"SHORELine with {model.name} ({model.note}), {settings.transform}, {eddy}, up to {settings.iters} rounds"
 
 
-def estimate_motion(dwi: DWI, mask: Volume, settings: MotionSettings) -> Motion:
-    """Where the head was in every volume.
+def estimate_motion(
+    dwi: DWI,
+    mask: Volume,
+    settings: MotionSettings,
+    pe: PhaseEncoding | None = None,
+    multiband: tuple[tuple[int, ...], ...] = (),
+) -> Motion:
+    """Where the head was in every volume, what eddy currents did to it, and which slices lost their signal.
 
     Parameters
     ----------
@@ -125,6 +90,10 @@ def estimate_motion(dwi: DWI, mask: Volume, settings: MotionSettings) -> Motion:
         Rough brain mask on the grid of `dwi`, 0 or 1.
     settings : MotionSettings
         `iters` bounds the rounds on the volumes' own voxels; rounds on coarser voxels come before.
+    pe : PhaseEncoding, optional
+        Eddy currents displace along its axis; without it they are not looked for.
+    multiband : tuple of tuple of int
+        Slices excited together, which are judged together; each by itself by default.
 
     Returns
     -------
@@ -142,27 +111,30 @@ def estimate_motion(dwi: DWI, mask: Volume, settings: MotionSettings) -> Motion:
     Cieslak et al. 2024, doi 10.1002/hbm.26570.
     """
     _check(dwi, mask)
-    transforms = np.tile(np.eye(4), (len(dwi), 1, 1))
-    levels = _levels(dwi, mask)
+    levels = levels_of(dwi, mask, COARSE_MM)
+    start = np.tile(np.eye(4), (len(dwi), 1, 1))
+    place = Place(start, None, np.zeros((10, 3)), None, _slice_axis(dwi.grid), dwi.grid)
     if settings.method == "none":
-        return _finish(dwi, levels[-1], transforms, _Model("off", "switched off"), [])
+        return _finish(dwi, levels[-1], place, Model("off", "switched off"), settings, multiband, [])
     weighted = ~dwi.is_b0
     rings = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
-    model = _choose_model(int(weighted.sum()), rings, settings)
+    model = choose_model(int(weighted.sum()), rings, settings.model)
+    if pe is not None and settings.eddy != "none" and settings.transform == "Rigid" and model.name != "none":
+        place = replace(place, eddy=no_eddy_currents(len(dwi), dwi.grid, pe.axis))
     trace: list[dict[str, Any]] = []
     for number, level in enumerate(levels):
-        transforms = _align_b0s(dwi, level, transforms)
+        place = _align_b0s(dwi, level, place)
         if model.name == "none":
-            transforms = _from_b0s(dwi, level, transforms)
-            trace += _rows(transforms, level, number + 1)
+            place = _from_b0s(dwi, level, place)
+            trace += _rows(place.transforms, level, number + 1)
             continue
         if number == 0:
-            transforms = transforms[_nearest_b0(dwi)]
+            place = place.at(place.transforms[_nearest_b0(dwi)])
         rounds = settings.iters if number == len(levels) - 1 else COARSE_ROUNDS
         done = int(trace[-1]["iter_num"]) if trace else 0
-        transforms, rows = _rounds(dwi, level, transforms, model, settings, (done, rounds))
+        place, rows = _rounds(dwi, level, place, model, settings, (done, rounds), multiband)
         trace += rows
-    return _finish(dwi, levels[-1], transforms, model, trace)
+    return _finish(dwi, levels[-1], place, model, settings, multiband, trace)
 
 
 def _check(dwi: DWI, mask: Volume) -> None:
@@ -181,47 +153,15 @@ def _check(dwi: DWI, mask: Volume) -> None:
         )
 
 
-def _choose_model(count: int, rings: int, settings: MotionSettings) -> _Model:
-    """3dSHORE where there are at least three b-values (b=0 counted) and enough volumes; the tensor otherwise."""
-    if settings.model == "none" or count == 0:
-        return _Model("none", "b=0 volumes only" if count else "there are only b=0 volumes")
-    if settings.model == "tensor":
-        return _tensor(count, "as asked for")
-    if settings.model == "auto" and rings < 3:
-        return _tensor(count, "one b-value besides b=0")
-    for order in (6, 4, 2):
-        if count + 1 > shore_size(order):
-            few = "" if order == 6 else f", as there are only {count} directions"
-            return _Model("3dSHORE", f"{rings} b-values, radial order {order}{few}", order)
-    return _tensor(count, f"{count} directions are too few for 3dSHORE")
-
-
-def _tensor(count: int, why: str) -> _Model:
-    if count < 7:
-        return _Model("none", f"{why}, and {count} directions are too few for a tensor: b=0 volumes only")
-    return _Model("tensor", why)
-
-
-def _levels(dwi: DWI, mask: Volume) -> list[_Level]:
-    """From coarse voxels to the volumes' own."""
-    levels = []
-    for spacing in COARSE_MM:
-        data, grid = average_blocks(dwi.data, dwi.grid, spacing)
-        inside, _ = average_blocks(mask.data[None].float(), dwi.grid, spacing)
-        if data is not dwi.data and (inside > 0.5).sum() >= 500:
-            levels.append(_Level(data, grid, point_set(inside[0], grid), f"{spacing:g} mm"))
-    return [*levels, _Level(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), "full")]
-
-
-def _align_b0s(dwi: DWI, level: _Level, transforms: np.ndarray) -> np.ndarray:
+def _align_b0s(dwi: DWI, level: Level, place: Place) -> Place:
     """b=0 volumes to the mean of the others; the frame is the middle of their poses."""
     index = np.flatnonzero(dwi.is_b0)
     if len(index) < 2:
-        return transforms
-    out = transforms.copy()
+        return place
+    out = place.transforms.copy()
     data = level.take(index)
     for _ in range(4):
-        seen = level.read(index, out)
+        seen = level.read(index, place.at(out))
         targets = (seen.sum(0, keepdim=True) - seen) / (len(index) - 1)
         moved = align(data, level.grid, level.points, targets.contiguous(), out[index], steps=2 * STEPS).transforms
         if len(index) == 2:  # each has gone all the way to the other: halfway is enough
@@ -231,7 +171,7 @@ def _align_b0s(dwi: DWI, level: _Level, transforms: np.ndarray) -> np.ndarray:
         out[index] = moved
         if change < 0.01:
             break
-    return out
+    return place.at(out)
 
 
 def _nearest_b0(dwi: DWI) -> np.ndarray:
@@ -242,91 +182,100 @@ def _nearest_b0(dwi: DWI) -> np.ndarray:
     return b0[(np.abs(order[:, None] - b0) + len(dwi) * elsewhere).argmin(1)]
 
 
-def _from_b0s(dwi: DWI, level: _Level, transforms: np.ndarray) -> np.ndarray:
+def _from_b0s(dwi: DWI, level: Level, place: Place) -> Place:
     """Diffusion-weighted volumes between the b=0 volumes before and after them, run by run."""
-    out = transforms[_nearest_b0(dwi)]
+    out = place.transforms[_nearest_b0(dwi)]
     for run in np.unique(dwi.run):
         own = np.flatnonzero(dwi.run == run)
         known = dwi.is_b0[own]
         if known.any():
-            out[own] = interpolate_poses(transforms[own], known, level.points.centre)
-    return out
+            out[own] = interpolate_poses(place.transforms[own], known, level.points.centre)
+    return place.at(out)
 
 
 def _rounds(
     dwi: DWI,
-    level: _Level,
-    transforms: np.ndarray,
-    model: _Model,
+    level: Level,
+    place: Place,
+    model: Model,
     settings: MotionSettings,
     count: tuple[int, int],
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """Predict, register, repeat: `count` rounds done and allowed. Gives transforms and a row per volume and round."""
+    multiband: tuple[tuple[int, ...], ...],
+) -> tuple[Place, list[dict[str, Any]]]:
+    """Predict, register, repeat: `count` rounds done and allowed. Gives the place and a row per volume and round."""
     index = np.flatnonzero(~dwi.is_b0)
-    out = transforms.copy()
-    reference = level.read(np.flatnonzero(dwi.is_b0), out).mean(0, keepdim=True)
+    reference = level.read(np.flatnonzero(dwi.is_b0), place).mean(0, keepdim=True)
     weights, fill = np.ones(len(index)), None
     trace: list[dict[str, Any]] = []
     done, allowed = count
     for number in range(done + 1, done + allowed + 1):
-        seen = level.read(index, out, fill)
+        seen = level.read(index, place, fill)
         for _ in range(3 if number == 1 else 1):
-            predicted = _predict(dwi, out, seen, reference, model, weights)
-            weights = trust(seen, predicted, dwi.bvals[index])
+            predicted = _predicted(dwi, place, seen, reference, model, weights)
+            weights = trust(seen, predicted.values, dwi.bvals[index])
         if number == 2:
-            out = _try_other_starts(dwi, level, out, predicted, weights)
-        before = out[index]
-        rest = None if number <= 2 else _rest(dwi, level, out)
-        out[index] = _register(level, index, predicted, before, settings.transform == "Affine", rest)
+            place = _try_other_starts(dwi, level, place, predicted.values, weights)
+        if level.name == "full" and place.lost is None:
+            place = replace(place, lost=_lost(dwi, level, place, seen, predicted.values, multiband))
+        before, rest = place.transforms[index], _rest(dwi, level, place.transforms) if number > 2 else None
+        if rest is not None and place.eddy is not None and level.grid.voxel_sizes.mean() > QUIET_MM:
+            place = _bend(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
+        place = _register(level, index, place, predicted.values, settings.transform == "Affine", rest)
         if number > done + 1:
-            out = without_trend(out, np.where(dwi.is_b0[:, None], 0, dwi.q), dwi.run, level.points.centre)
-        fill = predicted
-        trace += _rows(out, level, number)
-        moved = point_displacement(before, out[index], level.few()).mean(1)
+            q = np.where(dwi.is_b0[:, None], 0, dwi.q)
+            place = place.at(without_trend(place.transforms, q, dwi.run, level.points.centre))
+        fill = predicted.values
+        trace += _rows(place.transforms, level, number)
+        moved = point_displacement(before, place.transforms[index], level.few()).mean(1)
         log.info("motion: round %d (%s voxels), moved %.3f mm at most", number, level.name, moved.max())
         if moved.max() < settings.tolerance:
             break
-    return out, trace
+    return place, trace
 
 
-def _predict(
-    dwi: DWI,
-    transforms: np.ndarray,
-    seen: torch.Tensor,
-    reference: torch.Tensor,
-    model: _Model,
-    weights: np.ndarray,
-) -> torch.Tensor:
-    """Every weighted volume from the others and the mean b=0, (n, m); gradients as the head saw them."""
+def _predicted(
+    dwi: DWI, place: Place, seen: torch.Tensor, reference: torch.Tensor, model: Model, weights: np.ndarray
+) -> Prediction:
+    """Every diffusion-weighted volume from the others, gradients as the head saw them."""
     index = np.flatnonzero(~dwi.is_b0)
-    bvals = np.append(dwi.bvals[index], 0)
-    bvecs = np.vstack([rotate_bvecs(dwi.bvecs[index], transforms[index]), np.zeros(3)])
-    q = np.sqrt(bvals)[:, None] * bvecs
-    samples = torch.cat([seen, reference])
-    believed = np.append(weights, 1.0)
-    if model.name == "tensor":
-        return tensor_prediction(samples, tensor_basis(bvals, bvecs), near_neighbours(q), believed)[:-1].contiguous()
-    basis = shore_basis(q, model.order)
-    moment = (samples @ samples.T / samples.shape[1]).cpu().numpy().astype(float)
-    penalty = shore_prior(moment, basis, model.order, believed)
-    matrix = leave_one_out(basis, penalty, near_neighbours(q), believed)[:-1]
-    return torch.as_tensor(matrix, dtype=torch.float32, device=samples.device) @ samples
+    return predict(seen, reference, model, dwi.bvals[index], dwi.bvecs[index], place.transforms[index], weights)
 
 
-def _try_other_starts(
-    dwi: DWI, level: _Level, transforms: np.ndarray, predicted: torch.Tensor, weights: np.ndarray
+def _lost(
+    dwi: DWI,
+    level: Level,
+    place: Place,
+    seen: torch.Tensor,
+    predicted: torch.Tensor,
+    multiband: tuple[tuple[int, ...], ...],
 ) -> np.ndarray:
+    """Slices of diffusion-weighted volumes that lost their signal, (n, slices) bool for all volumes."""
+    index = np.flatnonzero(~dwi.is_b0)
+    lost = np.zeros((len(dwi), dwi.grid.shape[place.slice_axis]), bool)
+    residual = _residual(seen, predicted)
+    where = (level.points, dwi.grid, place.transforms[index], place.slice_axis)
+    lost[index] = lost_slices(slice_scores(residual, *where), slice_losses(residual, predicted, *where), multiband)
+    return lost
+
+
+def _residual(seen: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Volumes less their predictions, each with the gain that fits best."""
+    gain = (seen * predicted).sum(1, keepdim=True) / predicted.square().sum(1, keepdim=True).clamp(min=1e-12)
+    return seen - gain * predicted
+
+
+def _try_other_starts(dwi: DWI, level: Level, place: Place, predicted: torch.Tensor, weights: np.ndarray) -> Place:
     """Volumes that fit badly start again from other poses; the one that ends with the smallest residual stays."""
     bad = np.flatnonzero(weights < MISFIT)
-    out = transforms.copy()
     if not len(bad):
-        return out
+        return place
+    out = place.transforms.copy()
     volumes = np.flatnonzero(~dwi.is_b0)[bad]
     targets = predicted[torch.as_tensor(bad, device=predicted.device)]
     data, still = level.take(volumes), np.tile(np.eye(4), (len(bad), 1, 1))
-    usual = resting_poses(transforms, level.points.centre)[volumes]
+    usual = resting_poses(out, level.points.centre)[volumes]
     turns = [np.eye(6)[axis] * side * np.deg2rad(10) for axis in range(3) for side in (1, -1)]
-    starts = [out[volumes], still, usual, transforms[np.maximum(volumes - 1, 0)]]
+    starts = [out[volumes], still, usual, out[np.maximum(volumes - 1, 0)]]
     starts += [usual @ rigid_matrix(turn, level.points.centre) for turn in turns]
     best = np.full(len(bad), np.inf)
     for start in starts:
@@ -335,10 +284,10 @@ def _try_other_starts(
         best[better] = found.rms[better]
         out[volumes[better]] = found.transforms[better]
     log.info("motion: %d volumes that did not fit were started again", len(bad))
-    return out
+    return place.at(out)
 
 
-def _rest(dwi: DWI, level: _Level, transforms: np.ndarray) -> Rest:
+def _rest(dwi: DWI, level: Level, transforms: np.ndarray) -> Rest:
     """Where the head is expected around the time of each volume, run by run, and how closely."""
     poses = np.empty_like(transforms)
     for run in np.unique(dwi.run):
@@ -348,32 +297,55 @@ def _rest(dwi: DWI, level: _Level, transforms: np.ndarray) -> Rest:
     return Rest(poses, jitter(np.sqrt((away**2).mean(1))))
 
 
+def _bend(
+    dwi: DWI, level: Level, place: Place, seen: torch.Tensor, predicted: Prediction, rest: Rest, terms: int
+) -> Place:
+    """One step of the eddy currents' response to the gradient, and of all poses with it."""
+    assert place.eddy is not None
+    index = np.flatnonzero(~dwi.is_b0)
+    step = max(1, len(level.points) // SAMPLE)
+    slopes = [target_gradients(row[None], level.points)[0, ::step] for row in predicted.values]
+    values = predicted.values[:, ::step].contiguous()
+    gradients = np.where(dwi.is_b0[:, None], 0, dwi.q) / np.sqrt(dwi.bvals.max())
+    change, moves = tied_step(
+        seen[:, ::step] - values,
+        predicted,
+        values,
+        torch.stack(slopes),
+        level.points.every(step),
+        place.transforms[index],
+        place.eddy.take(index),
+        gradients[index],
+        Rest(rest.poses[index], rest.jitter),
+        terms,
+    )
+    response, out = place.response - change, place.transforms.copy()
+    out[index], _ = moved_by(out[index], moves, level.points)
+    return replace(place, transforms=out, response=response, eddy=with_response(place.eddy, response, gradients))
+
+
 def _register(
-    level: _Level,
-    index: np.ndarray,
-    predicted: torch.Tensor,
-    starts: np.ndarray,
-    affine: bool,
-    rest: Rest | None,
-) -> np.ndarray:
-    out = np.empty_like(starts)
+    level: Level, index: np.ndarray, place: Place, predicted: torch.Tensor, affine: bool, rest: Rest | None
+) -> Place:
+    out = place.transforms.copy()
     for first in range(0, len(index), CHUNK):
         part = slice(first, first + CHUNK)
-        expected = None if rest is None else Rest(rest.poses[index[part]], rest.jitter)
-        out[part] = align(
-            level.take(index[part]),
+        some = index[part]
+        out[some] = align(
+            level.take(some),
             level.grid,
             level.points,
             predicted[part],
-            starts[part],
+            out[some],
             affine=affine,
             steps=STEPS,
-            rest=expected,
+            rest=None if rest is None else Rest(rest.poses[some], rest.jitter),
+            eddy=place.eddy_of(some),
         ).transforms
-    return out
+    return place.at(out)
 
 
-def _rows(transforms: np.ndarray, level: _Level, number: int) -> list[dict[str, Any]]:
+def _rows(transforms: np.ndarray, level: Level, number: int) -> list[dict[str, Any]]:
     """hmcOptimization.csv: shifts in mm and rotations in radians about the brain's centre."""
     name = f"{level.name} round {number}"
     return [
@@ -382,31 +354,46 @@ def _rows(transforms: np.ndarray, level: _Level, number: int) -> list[dict[str, 
     ]
 
 
-def _finish(dwi: DWI, level: _Level, transforms: np.ndarray, model: _Model, trace: list[dict[str, Any]]) -> Motion:
+def _finish(
+    dwi: DWI,
+    level: Level,
+    place: Place,
+    model: Model,
+    settings: MotionSettings,
+    multiband: tuple[tuple[int, ...], ...],
+    trace: list[dict[str, Any]],
+) -> Motion:
     """The b=0 reference, and how well each volume agrees with its prediction at the end."""
-    everything = np.arange(len(dwi))
-    seen = level.read(everything, transforms)
-    weighted = torch.as_tensor(~dwi.is_b0, device=seen.device)
-    reference = seen[~weighted].mean(0, keepdim=True)
+    everything, weighted = np.arange(len(dwi)), ~dwi.is_b0
+    seen = level.read(everything, place)
+    reference = seen[torch.as_tensor(~weighted)].mean(0, keepdim=True)
     predicted = reference.expand_as(seen).clone()
     if model.name in ("3dSHORE", "tensor"):
-        ones = np.ones(int(weighted.sum()))
-        predicted[weighted] = _predict(dwi, transforms, seen[weighted], reference, model, ones)
+        rows = torch.as_tensor(np.flatnonzero(weighted), device=seen.device)
+        for _ in range(2):  # lost slices are filled in the second
+            used = level.read(everything[weighted], place, predicted[rows])
+            predicted[rows] = _predicted(dwi, place, used, reference, model, np.ones(len(rows))).values
     r2, xcorr = agreement(seen, predicted)
-    gain = (seen * predicted).sum(1, keepdim=True) / predicted.square().sum(1, keepdim=True).clamp(min=1e-12)
-    axis = _slice_axis(dwi.grid)
-    dwiref = _reference(dwi, transforms)
+    z = slice_scores(_residual(seen, predicted), level.points, dwi.grid, place.transforms, place.slice_axis)
+    lost = np.zeros(z.shape, bool)
+    if model.name in ("3dSHORE", "tensor"):
+        lost = _lost(dwi, level, place, seen[rows], predicted[rows], multiband)
+    place = replace(place, lost=lost)
+    dwiref = _reference(dwi, place.transforms)
     return Motion(
-        transforms=transforms,
+        transforms=place.transforms,
         volumes=everything,
         dwiref=dwiref,
         mask=brain_mask_b0(dwiref),
         r2=r2,
         xcorr=xcorr,
-        slice_z=slice_scores(seen - gain * predicted, level.points, dwi.grid, transforms, axis),
-        slice_axis=axis,
+        slice_z=z,
+        slice_axis=place.slice_axis,
         trace=trace,
         model=model.name,
+        eddy=place.eddy,
+        lost=lost,
+        replacements=replaced_slices(dwi, level, place, predicted) if settings.outliers == "replace" else None,
         notes=(f"{model.name}: {model.note}",) if model.name != "3dSHORE" or model.order < 6 else (),
     )
 

@@ -21,12 +21,12 @@ from dsiprep.ops.sample import pull
 from dsiprep.ops.warp import distorted_at, warp_volume
 from dsiprep.settings import ResampleSettings
 
-VERSION = 1
+VERSION = 2
 
 METHODS = {
     "resample": (
-        "Head motion, distortion, coregistration and the rotation to ACPC were composed, and each volume was "
-        "resampled once with cubic B-splines [@unser1999]. Intensities were multiplied by the Jacobian "
+        "Head motion, eddy currents, distortion, coregistration and the rotation to ACPC were composed, and each "
+        "volume was resampled once with cubic B-splines [@unser1999]. Intensities were multiplied by the Jacobian "
         "determinant of the distortion, and b-vectors were rotated with their volumes [@leemans2009]."
     ),
     "n4": ("Receive bias was estimated with N4 [@tustison2010] on the mean b=0 image and divided out of all volumes."),
@@ -44,6 +44,7 @@ log = logging.getLogger("dsiprep")
 class _Way:
     """Where the volumes of one blip are read."""
 
+    motion: Motion
     volumes: np.ndarray
     brain: np.ndarray  # (m, 3), points of the brain in ACPC
     matrices: np.ndarray  # (n, 4, 4), points of ACPC to points of each volume, but for the distortion
@@ -96,8 +97,10 @@ def resample(
     for way in ways:
         bvecs[way.volumes] = rotate_bvecs(dwi.bvecs[way.volumes], way.matrices)
         met = None if way.distortion is None else distorted_at(way.distortion, grid, to_dwiref)
-        for v, matrix, linear in zip(way.volumes, way.matrices, way.linear, strict=True):
-            data[int(v)] = warp_volume(dwi.data[int(v)], dwi.grid, grid, matrix, met, linear)
+        for row, v in enumerate(way.volumes):
+            volume = way.motion.mended(row, dwi.data[int(v)])
+            eddy = None if way.motion.eddy is None else way.motion.eddy.take(np.array([row]))
+            data[int(v)] = warp_volume(volume, dwi.grid, grid, way.matrices[row], met, way.linear[row], eddy)
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold)
     return _finish(series, anatomy, bias)
 
@@ -111,7 +114,7 @@ def _way(dwi: DWI, motion: Motion, distortion: Distortion | None, to_dwiref: np.
     to_volumes = motion.transforms @ pose
     back = np.linalg.inv(pose @ to_dwiref)
     brain = _brain(motion.mask) @ back[:3, :3].T + back[:3, 3]
-    return _Way(motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field)
+    return _Way(motion, motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field)
 
 
 def _brain(mask: Volume) -> np.ndarray:

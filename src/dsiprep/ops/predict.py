@@ -1,0 +1,123 @@
+"""How volumes of a series are predicted from each other: the choice of model, and the prediction."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from dsiprep.ops.affine import rotate_bvecs
+from dsiprep.ops.shore import leave_one_out, near_neighbours, shore_basis, shore_prior, shore_size
+from dsiprep.ops.tensor import tensor_basis, tensor_prediction
+
+__all__ = ["Model", "Prediction", "choose_model", "predict"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """How volumes are predicted from each other: "3dSHORE" with its radial order, "tensor", "none" or "off"."""
+
+    name: str
+    note: str = ""
+    order: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Volumes as the others predict them.
+
+    Attributes
+    ----------
+    values : Tensor, (n, m)
+    matrix : Tensor, (n, n)
+        What each volume (column) has to do with the prediction of each (row): of intensities, or of their logarithms.
+    logarithmic : bool
+    """
+
+    values: torch.Tensor
+    matrix: torch.Tensor
+    logarithmic: bool
+
+    def change(self, volumes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """How predictions change when volumes change by (n, c, k), which is (n, c, k); `values` (n, 1, k) are there."""
+        if not self.logarithmic:
+            return torch.einsum("vw,wck->vck", self.matrix, volumes)
+        floor = values.clamp(min=1e-3 * float(values.max()))
+        return floor * torch.einsum("vw,wck->vck", self.matrix, volumes / floor)
+
+
+def choose_model(count: int, rings: int, wanted: str) -> Model:
+    """3dSHORE where there are at least three b-values (b=0 counted) and enough volumes; the tensor otherwise.
+
+    Parameters
+    ----------
+    count : int
+        Diffusion-weighted volumes.
+    rings : int
+        b-values, b=0 counted.
+    wanted : str
+        "auto", "3dSHORE", "tensor" or "none".
+    """
+    if wanted == "none" or count == 0:
+        return Model("none", "b=0 volumes only" if count else "there are only b=0 volumes")
+    if wanted == "tensor":
+        return _tensor(count, "as asked for")
+    if wanted == "auto" and rings < 3:
+        return _tensor(count, "one b-value besides b=0")
+    for order in (6, 4, 2):
+        if count + 1 > shore_size(order):
+            few = "" if order == 6 else f", as there are only {count} directions"
+            return Model("3dSHORE", f"{rings} b-values, radial order {order}{few}", order)
+    return _tensor(count, f"{count} directions are too few for 3dSHORE")
+
+
+def _tensor(count: int, why: str) -> Model:
+    if count < 7:
+        return Model("none", f"{why}, and {count} directions are too few for a tensor: b=0 volumes only")
+    return Model("tensor", why)
+
+
+def predict(
+    seen: torch.Tensor,
+    reference: torch.Tensor,
+    model: Model,
+    bvals: np.ndarray,
+    bvecs: np.ndarray,
+    transforms: np.ndarray,
+    weights: np.ndarray,
+) -> Prediction:
+    """Every diffusion-weighted volume from the others and the mean b=0.
+
+    Parameters
+    ----------
+    seen : Tensor, (n, m)
+        Volumes at the points of the reference.
+    reference : Tensor, (1, m)
+        Mean b=0.
+    bvals : ndarray, (n,)
+        s/mm².
+    bvecs : ndarray, (n, 3)
+        As played out, world RAS+; they are turned with `transforms` (n, 4, 4), for the head turned in them.
+    weights : ndarray, (n,)
+        How far each volume is to be believed.
+
+    Returns
+    -------
+    Prediction
+    """
+    bvals = np.append(bvals, 0)
+    bvecs = np.vstack([rotate_bvecs(bvecs, transforms), np.zeros(3)])
+    q = np.sqrt(bvals)[:, None] * bvecs
+    samples = torch.cat([seen, reference])
+    near, believed = near_neighbours(q), np.append(weights, 1.0)
+    if model.name == "tensor":
+        matrix = leave_one_out(tensor_basis(bvals, bvecs), np.full(7, 1e-6), near, believed)
+        values = tensor_prediction(samples, matrix)[:-1].contiguous()
+    else:
+        basis = shore_basis(q, model.order)
+        moment = (samples @ samples.T / samples.shape[1]).cpu().numpy().astype(float)
+        matrix = leave_one_out(basis, shore_prior(moment, basis, model.order, believed), near, believed)
+        values = torch.as_tensor(matrix[:-1], dtype=torch.float32, device=seen.device) @ samples
+    among = torch.as_tensor(matrix[:-1, :-1], dtype=torch.float32, device=seen.device)
+    return Prediction(values, among, model.name == "tensor")

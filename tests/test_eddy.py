@@ -1,0 +1,113 @@
+"""Eddy currents: read where they displace to, found beside motion, written so that ITK applies them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from scipy.ndimage import map_coordinates
+
+from conftest import make_grid
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid
+from dsiprep.data.transform import EddyCurrents
+from dsiprep.io.itk import write_eddy_series
+from dsiprep.ops.affine import rigid_matrix
+from dsiprep.ops.align import read
+from dsiprep.ops.points import point_set
+from dsiprep.settings import MotionSettings
+from dsiprep.stages.motion import estimate_motion
+from motion_subject import errors, make_subject
+
+FLIP = np.array([-1.0, -1.0, 1.0])
+
+
+def test_volumes_are_read_where_eddy_currents_displace_to(orientation: str) -> None:
+    """Against SciPy's linear interpolation at x + e(x) d, times the derivative of the map by finite differences."""
+    grid = make_grid(orientation, (20, 24, 18), (3.0, 2.5, 4.0))
+    rng = np.random.default_rng(0)
+    volume = rng.random((1, *grid.shape)).astype(np.float32)
+    inside = np.zeros(grid.shape, np.float32)
+    inside[5:-5, 6:-6, 5:-5] = 1
+    points = point_set(torch.from_numpy(inside), grid)
+    eddy = EddyCurrents(rng.normal(0, 4, (1, 10)), grid.directions, grid.centre, 1)
+    matrix = rigid_matrix(np.array([0.02, -0.03, 0.01, 1.0, -1.0, 0.5]), grid.centre)
+    found = read(torch.from_numpy(volume), grid, points, matrix[None], torch.zeros(1, len(points)), eddy)[0].numpy()
+
+    still = (points.world + points.centre) @ matrix[:3, :3].T + matrix[:3, 3]
+    d = grid.directions[:, 1]
+    moved = still + eddy.displacement(0, still)
+    step = 0.01
+    slope = (eddy.displacement(0, still + step * d) - eddy.displacement(0, still - step * d)) @ d / (2 * step)
+    expected = map_coordinates(volume[0].astype(float), grid.to_voxels(moved).T, order=1) * (1 + slope)
+    assert np.abs(moved - still).max() > 1
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_eddy_currents_are_found_beside_motion() -> None:
+    """Volumes displaced by SciPy, half of them with the gradient turned round, as in sampling of a whole sphere."""
+    subject = make_subject(count=44, moved=0.2, noise=15.0)
+    dwi, grid = subject.dwi, subject.dwi.grid
+    strength = np.sqrt(dwi.bvals / dwi.bvals.max())
+    signs = np.where(np.random.default_rng(2).random(len(dwi)) < 0.5, -1, 1)
+    bvecs = dwi.bvecs * signs[:, None]
+    response = np.random.default_rng(3).normal(0, 3.0, (10, 3))
+    truth = EddyCurrents((strength[:, None] * bvecs) @ response.T, grid.directions, grid.centre, 1)
+    data = np.stack([_displaced(volume, v, truth, grid) for v, volume in enumerate(dwi.data.numpy())])
+    bent = replace(dwi, data=torch.from_numpy(data), bvecs=bvecs)
+    pe, settings = PhaseEncoding(1, 1), MotionSettings(iters=4)
+    found = estimate_motion(bent, subject.mask, settings, pe)
+    assert found.eddy is not None
+    world = grid.to_world(np.argwhere(subject.mask.numpy() > 0)[::40])
+    weighted = np.flatnonzero(~dwi.is_b0)
+    there = np.stack([truth.displacement(v, world) for v in weighted])
+    left = np.stack([found.eddy.displacement(v, world) for v in weighted]) - there
+    assert np.abs(there).sum(-1).mean() > 0.8
+    assert np.abs(left).sum(-1).mean() < 0.3 * np.abs(there).sum(-1).mean()
+    rotation, translation = errors(found.transforms, subject)
+    without = errors(estimate_motion(bent, subject.mask, replace(settings, eddy="none"), pe).transforms, subject)
+    assert rotation + translation < 0.7 * sum(without)
+
+
+def _displaced(volume: np.ndarray, v: int, eddy: EddyCurrents, grid: Grid) -> np.ndarray:
+    """What a scanner with eddy currents sees: the signal of x at x + e(x) d, and thinner where it is spread."""
+    world = grid.to_world(np.argwhere(np.ones(grid.shape, bool)))
+    still, d = world.copy(), eddy.axes[:, eddy.along]
+    for _ in range(10):
+        still = world - eddy.displacement(v, still)
+    slope = (eddy.displacement(v, still + 0.01 * d) - eddy.displacement(v, still - 0.01 * d)) @ d / 0.02
+    value = map_coordinates(volume, grid.to_voxels(still).T, order=3, mode="nearest") / (1 + slope)
+    return value.reshape(grid.shape).astype(np.float32)
+
+
+def test_itk_applies_what_is_written(tmp_path: Path, orientation: str) -> None:
+    grid = make_grid(orientation, (20, 24, 18), (3.0, 2.5, 4.0))
+    rng = np.random.default_rng(1)
+    eddy = EddyCurrents(rng.normal(0, 2, (2, 10)), grid.directions, grid.centre, 1)
+    path = tmp_path / "eddy_xfm.txt"
+    write_eddy_series(path, eddy, grid)
+    text = path.read_text().split("#Transform ")
+    for volume in range(2):
+        alone = tmp_path / f"{volume}.txt"
+        alone.write_text("#Insight Transform File V1.0\n#Transform " + text[volume + 1])
+        transform = SimpleITK.ReadTransform(str(alone))
+        for voxel in ([0, 0, 0], [19, 23, 17], [3.5, 12, 8], [10, 2.2, 16]):
+            point = grid.to_world(np.array(voxel, float))
+            expected = point + eddy.displacement(volume, point)
+            np.testing.assert_allclose(FLIP * transform.TransformPoint(FLIP * point), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", ["none", "linear"])
+def test_orders_of_the_polynomial(wanted: str) -> None:
+    subject = make_subject(count=20, spacing=(7.0, 7.0, 7.0))
+    found = estimate_motion(subject.dwi, subject.mask, MotionSettings(iters=3, eddy=wanted), PhaseEncoding(0, -1))
+    if wanted == "none":
+        assert found.eddy is None
+    else:
+        assert found.eddy is not None and found.eddy.along == 0
+        assert (found.eddy.coefficients[:, 4:] == 0).all() and (found.eddy.coefficients[subject.dwi.is_b0] == 0).all()
+        assert np.abs(found.eddy.coefficients).max() > 0
