@@ -23,7 +23,7 @@ from dsiprep.data.results import (
     Quality,
     UnitResults,
 )
-from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.ops.affine import rotate_bvecs
 from dsiprep.settings import Settings
 
@@ -260,6 +260,11 @@ def _motion(
         2,
         trace,
         "3dSHORE",
+        EddyCurrents(
+            np.random.default_rng(0).normal(0, 0.3, (len(chosen), 10)), dwiref.grid.directions, dwiref.grid.centre, 1
+        ),
+        z < -5,
+        None,
         notes,
     )
 

@@ -42,6 +42,7 @@ class Subject:
         self.bvals = np.r_[0.0, np.linspace(500, 6000, N - 1)]
         self.bvecs = rng.normal(size=(N, 3)) * (self.bvals > 0)[:, None]
         self.bvecs[1:] /= np.linalg.norm(self.bvecs[1:], axis=1, keepdims=True)
+        self.eddy = rng.normal(0, 1, (N, 9)) * (self.bvals > 0)[:, None] * (np.arange(9) < 4)  # linear: ITK has a name
         self._write_truth()
         self.write()
 
@@ -73,7 +74,7 @@ class Subject:
             "bvecs_scanner": self.bvecs.tolist(), "bvecs_head": turned.tolist(),
             "moved": [False] * 6 + [True] * 6,
             "head_to_scanner": self.poses.tolist(), "phase_encoding_direction": "j-", "readout_time_s": 0.05,
-            "grid_affine": RAW.tolist(),
+            "grid_affine": RAW.tolist(), "eddy_mm": self.eddy.tolist(), "lost_slices": [[3, 10, 0.4], [5, 20, 0.3]],
         }  # fmt: skip
         (self.truth / "truth.json").write_text(json.dumps(table))
 
@@ -86,6 +87,11 @@ class Subject:
         anat, dwi = self.out / "sub-01" / "anat" / "sub-01", self.out / "sub-01" / "dwi" / "sub-01_dir-PA"
         estimated = spoilt.get("extra", np.eye(4)) @ self.poses @ np.linalg.inv(self.head_to_dwiref)
         _write_series(Path(f"{dwi}_from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt"), estimated)
+        bent = np.tile(np.eye(4), (N, 1, 1))
+        bent[:, 1] += (self.eddy + spoilt.get("bend", np.zeros(9)))[:, [1, 2, 3, 0]] / [100, 100, 100, 1]
+        _write_series(Path(f"{dwi}_from-orig_to-dwiref_mode-image_desc-eddy_xfm.txt"), bent)
+        lost = spoilt.get("lost", np.array([[3, 10], [5, 20]])).tolist()
+        Path(f"{dwi}_space-ACPC_desc-slice_qc.json").write_text(json.dumps({"lost": lost}))
         undistorted = np.linalg.inv(self.blip) @ self.head_to_dwiref  # of head points
         coreg = spoilt.get("coreg", np.eye(4)) @ undistorted @ self.acpc_to_head
         _itk(coreg, f"{dwi}_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt")
@@ -195,7 +201,8 @@ def test_perfect_derivatives_have_no_error(subject: Subject) -> None:
     found = _values(subject.write())
     for name, limit in {
         "motion: rotation": 1e-4, "motion: translation RMSE": 1e-4, "motion: displacement": 1e-4,
-        "motion: worst volume": 1e-4, "b-vectors: .bvec": 1e-3, "b-vectors: .b": 1e-3, "field: error": 0.02,
+        "motion: worst volume": 1e-4, "eddy currents: error": 1e-4,
+        "lost slices: wrong": 1e-9, "b-vectors: .bvec": 1e-3, "b-vectors: .b": 1e-3, "field: error": 0.02,
         "coregistration: error": 1e-4, "all together": 0.02, "template: error": 0.02,
     }.items():  # fmt: skip
         assert found[name] < limit, (name, found[name])
@@ -249,10 +256,20 @@ def test_wrong_vectors_are_measured(subject: Subject) -> None:
     assert found["b-vectors: .b"] == pytest.approx(wanted.mean(), rel=1e-4)
 
 
+def test_wrong_eddy_currents_and_slices_are_measured(subject: Subject) -> None:
+    bend = np.zeros(9)
+    bend[0] = 0.25
+    found = _values(subject.write(bend=bend, lost=np.array([[3, 10], [4, 4], [4, 5]])))
+    assert found["eddy currents: error"] == pytest.approx(0.25, abs=1e-4)
+    assert found["eddy currents: uncorrected"] > 0.5
+    assert found["lost slices: found"] == 0.5 and found["lost slices: wrong"] == 2
+    subject.write()
+
+
 def test_what_is_absent_is_said(subject: Subject, tmp_path: Path) -> None:
     scores = score(tmp_path, subject.truth)
     assert all(entry.value is None and "no file" in entry.meaning for entry in scores)
-    assert [entry.name for entry in scores][:2] == ["motion", "b-vectors"]
+    assert [entry.name for entry in scores][:2] == ["motion", "eddy currents"]
     console = Console(record=True, width=160)
     print_scores([*scores, Score("x", 1.23456, "mm", "y")], console)
     assert "1.235" in console.export_text()

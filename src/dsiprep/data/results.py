@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -125,6 +125,17 @@ class Motion:
             if own == row:
                 out.select(self.slice_axis, int(cut)).copy_(self.replacements[number])
         return out
+
+
+def eddy_currents(motions: tuple[Motion, ...], count: int) -> EddyCurrents | None:
+    """Those of all blips together, for `count` volumes; None where none were looked for."""
+    known = [(moved.volumes, moved.eddy) for moved in motions if moved.eddy is not None]
+    if not known:
+        return None
+    coefficients = np.zeros((count, 10))
+    for volumes, eddy in known:
+        coefficients[volumes] = eddy.coefficients
+    return replace(known[0][1], coefficients=coefficients)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,4 +289,5 @@ __all__ = [
     "Preprocessed",
     "Quality",
     "UnitResults",
+    "eddy_currents",
 ]

@@ -14,6 +14,9 @@ import torch
 from dsiprep.data.grid import Grid
 
 EDDY_MM = 100.0  # scanner coordinates are counted in these
+EDDY_TERMS = {  # name in the confounds table, and the term
+    "1": "1", "i": "i", "j": "j", "k": "k", "ii": "i²", "jj": "j²", "kk": "k²", "ij": "i j", "ik": "i k", "jk": "j k",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

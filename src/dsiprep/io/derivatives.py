@@ -19,9 +19,9 @@ import torch
 
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Anatomy, UnitResults
+from dsiprep.data.results import Anatomy, Motion, UnitResults, eddy_currents
 from dsiprep.data.template import Template
-from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.data.transform import EDDY_TERMS, Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
 from dsiprep.io.nifti import write_image
@@ -147,6 +147,8 @@ def _write_series(results: UnitResults, folder: Path) -> None:
         "Sources": [f"bids:raw:{run.image.name}" for run in results.unit.runs],
         "SamplingScheme": results.acquired.scheme.description,
         "MotionModel": results.motions[0].model,
+        "EddyCurrents": "none" if results.motions[0].eddy is None else results.settings.motion.eddy,
+        "SlicesReplaced": len(lost_slices(results.motions)) if results.settings.motion.outliers == "replace" else 0,
         "DistortionCorrection": results.distortion.method if results.distortion else "none",
         "Interpolation": results.preprocessed.interpolation,
     }
@@ -171,6 +173,11 @@ def _write_transforms(results: UnitResults, session: Path) -> None:
     for moved in results.motions:
         transforms[moved.volumes] = moved.transforms
     itk.write_affine_series(folder / f"{name}_from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt", transforms)
+    eddy = eddy_currents(results.motions, len(transforms))
+    if eddy is not None:
+        itk.write_eddy_series(
+            folder / f"{name}_from-orig_to-dwiref_mode-image_desc-eddy_xfm.txt", eddy, results.acquired.dwi.grid
+        )
     itk.write_affine(
         folder / f"{name}_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt",
         results.coregistration.dwiref_to_acpc,
@@ -199,6 +206,15 @@ def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
     return Chain((before, Affine(pose, f"distorted-{blip}", "dwiref")), f"distorted-{blip}", "dwiref")
 
 
+def lost_slices(motions: tuple[Motion, ...]) -> list[tuple[int, int]]:
+    """Volume of the conformed series and slice, for all slices that lost their signal."""
+    pairs = []
+    for moved in motions:
+        if moved.lost is not None:
+            pairs += [(int(moved.volumes[row]), int(cut)) for row, cut in np.argwhere(moved.lost)]
+    return sorted(pairs)
+
+
 def _write_tables(results: UnitResults, folder: Path) -> None:
     stem, quality = results.unit.name, results.quality
     files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
@@ -210,7 +226,9 @@ def _write_tables(results: UnitResults, folder: Path) -> None:
     _write_json(
         folder / f"{stem}_space-ACPC_desc-slice_qc.json",
         {"Description": "Robust z-score of each slice's residual against the prediction, volume by slice",
-         "slice_z": np.round(np.nan_to_num(quality.slice_z), 3).tolist()},
+         "slice_z": np.round(np.nan_to_num(quality.slice_z), 3).tolist(),
+         "lost": [[int(v), int(k)] for v, k in lost_slices(results.motions)],
+         "replaced": results.settings.motion.outliers == "replace"},
     )  # fmt: skip
     rows = [row for moved in results.motions for row in moved.trace]
     with (folder / f"{stem}_hmcOptimization.csv").open("w", newline="") as stream:
@@ -227,6 +245,14 @@ CONFOUNDS = {
     "rot_x": {"Description": "Rotation vector about the image centre, R component", "Units": "rad"},
     "rot_y": {"Description": "Rotation vector about the image centre, A component", "Units": "rad"},
     "rot_z": {"Description": "Rotation vector about the image centre, S component", "Units": "rad"},
+    **{
+        f"eddy_{name}": {
+            "Description": f"Displacement by eddy currents along the phase-encoding axis: coefficient of {term}, "
+            "i, j, k from the centre of the image along the voxel axes, in units of 100 mm",
+            "Units": "mm",
+        }
+        for name, term in EDDY_TERMS.items()
+    },
     "hmc_r2": {"Description": "R² of the aligned volume with its prediction"},
     "hmc_xcorr": {"Description": "Correlation of the aligned volume with its prediction"},
     "grad_x": {"Description": "b-vector, R component, ACPC world"},

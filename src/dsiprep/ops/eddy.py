@@ -22,7 +22,7 @@ from dsiprep.ops.bend import eddy_terms
 from dsiprep.ops.points import PointSet
 from dsiprep.ops.predict import Prediction
 
-__all__ = ["TERMS", "no_eddy_currents", "tied_step", "with_response"]
+__all__ = ["TERMS", "no_eddy_currents", "strength", "tied_step", "with_response"]
 
 TERMS = {"linear": 4, "quadratic": 10}
 
@@ -35,6 +35,12 @@ def no_eddy_currents(count: int, grid: Grid, along: int) -> EddyCurrents:
 def with_response(eddy: EddyCurrents, response: np.ndarray, gradients: np.ndarray) -> EddyCurrents:
     """Coefficients R g_v, for R (10, 3) in mm and gradients (n, 3) relative to the strongest."""
     return replace(eddy, coefficients=gradients @ response.T)
+
+
+def strength(eddy: EddyCurrents, points: np.ndarray) -> float:
+    """Root mean square displacement (mm) of world points (m, 3) over all volumes."""
+    moved = [eddy.displacement(volume, points) for volume in range(len(eddy.coefficients))]
+    return float(np.sqrt(3 * np.mean(np.square(moved))))
 
 
 def tied_step(

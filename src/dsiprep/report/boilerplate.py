@@ -178,6 +178,8 @@ def _diffusion(results: UnitResults) -> list[str]:
         *_reading(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
         *(text for model in models for text in _named(motion.METHODS, model)),
+        *(_named(motion.METHODS, "eddy") if any(moved.eddy is not None for moved in results.motions) else []),
+        *(_named(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
         *(_named(distortion.METHODS, corrected.method) if corrected else [results.distortion_reason]),
         *_named(coregister.METHODS, registered),
         *_named(resample.METHODS, "resample"),

@@ -11,7 +11,6 @@ from dsiprep.report.words import (
     BLIPS,
     METHODS,
     MODELS,
-    OUTLIER_Z,
     STAGES,
     duration,
     encoding,
@@ -79,7 +78,7 @@ def summary(results: UnitResults, album: Album) -> Section:
 
 def _headline(results: UnitResults) -> tuple[tuple[str, ...], ...]:
     table = results.quality.table
-    flagged = int((np.abs(np.nan_to_num(results.quality.slice_z)) > OUTLIER_Z).sum())
+    flagged = sum(int(motion.lost.sum()) for motion in results.motions if motion.lost is not None)
     total = int(np.isfinite(results.quality.slice_z).sum())
     ndc = f"{number(table.get('raw_neighbor_corr'))} → {number(table.get('t1_neighbor_corr'))}"
     r2 = np.concatenate([motion.r2 for motion in results.motions]) if results.motions else np.array([np.nan])
@@ -97,7 +96,7 @@ def _headline(results: UnitResults) -> tuple[tuple[str, ...], ...]:
             "Likeness of volumes with neighbouring q-vectors; rises as volumes come to lie on each other, "
             "but with smoothing too",
         ),
-        ("Outlier slices", f"{flagged} of {total}", f"Slices whose residual lies beyond |z| = {OUTLIER_Z:g}"),
+        ("Slices that lost signal", f"{flagged} of {total}", "Slices far darker than the other volumes predict them"),
         (
             "Median R² with the prediction",
             f"{np.nanmedian(r2):.3f}",

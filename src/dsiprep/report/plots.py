@@ -277,18 +277,18 @@ def _steps(ax: Axes, groups: list[tuple[int, np.ndarray]]) -> None:
     ax.grid(True)
 
 
-def slices(slice_z: np.ndarray, threshold: float, bvals: np.ndarray, is_b0: np.ndarray, axis: str) -> bytes:
-    """z-scores of slices, volumes across, with the flagged ones boxed."""
+def slices(slice_z: np.ndarray, lost: np.ndarray | None, bvals: np.ndarray, is_b0: np.ndarray, axis: str) -> bytes:
+    """z-scores of slices, volumes across, with the lost ones (n, slices) boxed."""
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 3.9), layout="constrained")
         ax, strip = figure.subplots(2, 1, sharex=True, height_ratios=(9, 0.5))
         shown = ax.imshow(
             slice_z.T, cmap="RdBu_r", vmin=-6, vmax=6, origin="lower", aspect="auto", interpolation="nearest"
         )
-        volume, cut = np.nonzero(np.abs(np.nan_to_num(slice_z)) > threshold)
+        volume, cut = np.nonzero(np.zeros(slice_z.shape) if lost is None else lost)
         ax.scatter(volume, cut, marker="s", s=16, facecolors="none", edgecolors=INK, linewidths=0.8)
         ax.set(ylabel=f"slice along {axis}")
-        ax.set_title(f"Slices beyond |z| = {threshold:g}: {len(volume)}")
+        ax.set_title(f"Slices that lost signal: {len(volume)}")
         bar = figure.colorbar(shown, ax=[ax, strip], pad=0.01, fraction=0.02, aspect=30)
         bar.set_label("z of the residual")
         bar.outline.set_visible(False)

@@ -13,7 +13,7 @@ from dsiprep.ops.affine import rigid_parameters
 from dsiprep.report import figures, plots
 from dsiprep.report.album import Album, Fact, Picture, Section
 from dsiprep.report.overview import acquisition, quality, summary
-from dsiprep.report.words import BLIPS, OUTLIER_Z, encoding, in_words
+from dsiprep.report.words import BLIPS, LOST, encoding, in_words
 
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
 
@@ -77,7 +77,8 @@ def motion(results: UnitResults, album: Album) -> Section:
     dwi = results.acquired.dwi
     outliers = np.zeros(len(dwi))
     for result in results.motions:
-        outliers[result.volumes] = (np.abs(np.nan_to_num(result.slice_z)) > OUTLIER_Z).sum(1)
+        if result.lost is not None:
+            outliers[result.volumes] = result.lost.sum(1)
     fd = np.asarray(results.quality.confounds.get("framewise_displacement", np.full(len(dwi), np.nan)), float)
     parameters = motion_parameters(results.motions, len(dwi))
     pictures = album.still(
@@ -96,7 +97,8 @@ def motion(results: UnitResults, album: Album) -> Section:
         Fact("Volumes above 0.5 mm FD", f"{int((finite > 0.5).sum())} of {len(dwi)}"),
         Fact("Largest translation", f"{np.nanmax(np.linalg.norm(parameters[:, :3], axis=1)):.2f} mm"),
         Fact("Largest rotation", f"{np.nanmax(np.linalg.norm(parameters[:, 3:], axis=1)):.2f}°"),
-        Fact("Volumes with outlier slices", f"{int((outliers > 0).sum())}"),
+        Fact("Slices that lost signal", f"{int(outliers.sum())}", LOST[results.settings.motion.outliers]),
+        *_bending(results.motions),
     )
     models = {result.model for result in results.motions}
     lead = "Where the head was in every volume, and how well volumes agree once they are put back."
@@ -108,6 +110,17 @@ def motion(results: UnitResults, album: Album) -> Section:
         )
     notes = tuple(note for result in results.motions for note in result.notes)
     return Section("motion", "Head motion", lead, pictures, facts, notes)
+
+
+def _bending(motions: tuple[Motion, ...]) -> tuple[Fact, ...]:
+    """The largest displacement of the brain by eddy currents."""
+    largest = []
+    for motion in motions:
+        if motion.eddy is not None:
+            brain = motion.mask.grid.to_world(np.argwhere(motion.mask.numpy() > 0.5)[::200])
+            moved = [motion.eddy.displacement(v, brain) for v in range(len(motion.volumes))]
+            largest.append(float(np.linalg.norm(moved, axis=-1).max()))
+    return (Fact("Largest displacement by eddy currents", f"{max(largest):.2f} mm"),) if largest else ()
 
 
 def _one_motion(results: UnitResults, result: Motion, album: Album) -> tuple[Picture, ...]:
@@ -151,9 +164,9 @@ def _agreement(results: UnitResults, result: Motion, album: Album, names: tuple[
     axis = AXES[int(np.argmax(np.abs(result.dwiref.grid.directions[:, result.slice_axis])))]
     pictures += album.still(
         f"slices{tail}",
-        plots.slices(result.slice_z, OUTLIER_Z, bvals, is_b0, f"{'ijk'[result.slice_axis]} ({axis})"),
+        plots.slices(result.slice_z, result.lost, bvals, is_b0, f"{'ijk'[result.slice_axis]} ({axis})"),
         "Heat map of the z-score of each slice in each volume.",
-        f"Residual of each slice against its prediction{of}; slices beyond |z| = {OUTLIER_Z:g} are boxed.",
+        f"Residual of each slice against its prediction{of}; slices that lost signal are boxed.",
         "Signal dropout from sudden motion shows as dark blue slices; a whole dark column is a bad volume.",
     )
     return pictures

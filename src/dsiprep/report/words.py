@@ -7,7 +7,7 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 
-OUTLIER_Z = 4.0
+LOST = {"report": "left as they are; --outliers replace takes the prediction", "replace": "replaced by the prediction"}
 BLIPS = {"up": "blip-up", "down": "blip-down", "only": "the only phase encoding"}
 STAGES = {
     "acquisition": "Reading",

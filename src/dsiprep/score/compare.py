@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ from dsiprep.score.read import (
     linear_part,
     read_image,
     read_mapping,
+    read_mappings,
     read_matrices,
     read_matrix,
     read_truth,
@@ -176,6 +178,33 @@ def _bands(bvals: np.ndarray) -> dict[str, np.ndarray]:
     return bands
 
 
+def _eddy(case: Case) -> Iterator[Score]:
+    truth = case.truth
+    maps = read_mappings(find(case.derivatives, "*_from-orig_to-dwiref_mode-image_desc-eddy_xfm.txt"))
+    points, direction = case.points[::40], truth.mm_per_hz / np.linalg.norm(truth.mm_per_hz)
+    direction *= -1 if truth.table["phase_encoding_direction"].endswith("-") else 1  # towards higher indices
+    weighted = np.flatnonzero(truth.bvals > B0)
+    errors, sizes = [], []
+    for volume in weighted:
+        scanner = apply(truth.poses[volume], points)
+        true = truth.eddy(volume, scanner)
+        errors.append(np.abs((maps[volume](scanner) - scanner) @ direction - true).mean())
+        sizes.append(np.abs(true).mean())
+    yield Score("eddy currents: error", float(np.mean(errors)), "mm", "mean over brain and volumes")
+    yield Score("eddy currents: uncorrected", float(np.mean(sizes)), "mm", "mean true displacement, for comparison")
+
+
+def _lost(case: Case) -> Iterator[Score]:
+    path = find(case.derivatives, "*_space-ACPC_desc-slice_qc.json")
+    found = {tuple(pair) for pair in json.loads(path.read_text()).get("lost", [])}
+    true = {(int(v), int(k)) for v, k, *_ in case.truth.table["lost_slices"]}
+    if true:
+        yield Score(
+            "lost slices: found", len(found & true) / len(true), "", f"share of {len(true)}, dim ones among them"
+        )
+    yield Score("lost slices: wrong", float(len(found - true)), "", "slices called lost that are not")
+
+
 def _bvectors(case: Case) -> Iterator[Score]:
     path = find(case.derivatives, "*_space-ACPC_desc-preproc_dwi.bvec")
     image = read_image_geometry(path.with_suffix(".nii.gz"))
@@ -297,6 +326,8 @@ def _rms(values: np.ndarray) -> float:
 
 MEASURES: dict[str, Callable[[Case], Iterator[Score]]] = {
     "motion": _motion,
+    "eddy currents": _eddy,
+    "lost slices": _lost,
     "b-vectors": _bvectors,
     "field": _field,
     "coregistration": _coregistration,

@@ -95,6 +95,12 @@ class Truth:
         column = np.asarray(self.table["grid_affine"], float)[:3, "ijk".index(direction[0])]
         return column * self.table["readout_time_s"] * (-1 if direction.endswith("-") else 1)
 
+    def eddy(self, volume: int, points: np.ndarray) -> np.ndarray:
+        """Displacement of scanner points (n, 3) by eddy currents, mm towards higher indices, (n,)."""
+        x, y, z = points.T / 100
+        terms = [np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y]
+        return np.asarray(self.table["eddy_mm"][volume], float) @ np.stack(terms)
+
     def distorted(self, points: np.ndarray, field: Image, pose: np.ndarray) -> np.ndarray:
         """Where head points (n, 3) appear in the scanner for a head at `pose`, without eddy currents."""
         return apply(pose, points) + field.at(points)[:, None] * self.mm_per_hz
@@ -145,17 +151,21 @@ def read_matrix(path: Path) -> np.ndarray:
     return _matrix_of(read_mapping(path))
 
 
-def read_matrices(path: Path) -> np.ndarray:
-    """A text file of several linear ITK transforms, (n, 4, 4) on RAS+ points."""
-    blocks = path.read_text().split("#Transform ")[1:]
-    matrices = []
+def read_mappings(path: Path) -> list[Callable[[np.ndarray], np.ndarray]]:
+    """A text file of several ITK transforms, each as a map of RAS+ points (n, 3)."""
+    maps = []
     with tempfile.TemporaryDirectory() as folder:
         one = Path(folder) / "one.txt"
-        for block in blocks:
+        for block in path.read_text().split("#Transform ")[1:]:
             body = block.split("\n", 1)[1]
             one.write_text(f"#Insight Transform File V1.0\n#Transform 0\n{body}")
-            matrices.append(read_matrix(one))
-    return np.stack(matrices)
+            maps.append(read_mapping(one))
+    return maps
+
+
+def read_matrices(path: Path) -> np.ndarray:
+    """A text file of several linear ITK transforms, (n, 4, 4) on RAS+ points."""
+    return np.stack([_matrix_of(mapping) for mapping in read_mappings(path)])
 
 
 def linear_part(mapping: Callable[[np.ndarray], np.ndarray], far: float = 1e5) -> np.ndarray:

@@ -17,7 +17,7 @@ from dsiprep.errors import InputError
 from dsiprep.ops.affine import point_displacement, rigid_matrix
 from dsiprep.ops.agreement import agreement, lost_slices, slice_losses, slice_scores, trust
 from dsiprep.ops.align import Rest, align, moved_by
-from dsiprep.ops.eddy import TERMS, no_eddy_currents, tied_step, with_response
+from dsiprep.ops.eddy import TERMS, no_eddy_currents, strength, tied_step, with_response
 from dsiprep.ops.level import CHUNK, Level, Place, levels_of
 from dsiprep.ops.mask import brain_mask_b0
 from dsiprep.ops.points import target_gradients
@@ -33,8 +33,8 @@ _ROUNDS = (
     "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds "
     "were repeated until no volume moved. Poses were expected near those that the head rested in around "
     "the same time, with "
-    "heavy tails, so that clear movements are left as they are; what poses had in common as an even function "
-    "of the gradient was taken away, since a head does not know the gradient."
+    "heavy tails, so that clear movements are left as they are; what poses had in common as a smooth, even function "
+    "of the gradient (a Gaussian process [@rasmussen2006]) was taken away, since a head does not know the gradient."
 )
 METHODS = {
     "3dSHORE": (
@@ -52,6 +52,15 @@ METHODS = {
         "volumes, interpolated in time."
     ),
     "off": "Head motion was not corrected.",
+    "eddy": (
+        "Eddy currents were modelled as displacements along the phase-encoding axis, a polynomial in scanner "
+        "coordinates whose coefficients are linear in the gradient, the same for all volumes [@andersson2016], and "
+        "found together with the poses by Gauss-Newton steps."
+    ),
+    "replace": (
+        "Slices that had lost signal against their prediction were replaced by it, those excited together "
+        "judged together [@andersson2016outliers]."
+    ),
 }
 __all__ = ["METHODS", "VERSION", "estimate_motion", "explain_model"]
 
@@ -208,6 +217,7 @@ def _rounds(
     weights, fill = np.ones(len(index)), None
     trace: list[dict[str, Any]] = []
     done, allowed = count
+    quiet = level.grid.voxel_sizes.mean() > QUIET_MM
     for number in range(done + 1, done + allowed + 1):
         seen = level.read(index, place, fill)
         for _ in range(3 if number == 1 else 1):
@@ -218,7 +228,7 @@ def _rounds(
         if level.name == "full" and place.lost is None:
             place = replace(place, lost=_lost(dwi, level, place, seen, predicted.values, multiband))
         before, rest = place.transforms[index], _rest(dwi, level, place.transforms) if number > 2 else None
-        if rest is not None and place.eddy is not None and level.grid.voxel_sizes.mean() > QUIET_MM:
+        if rest is not None and place.eddy is not None and quiet:
             place = _bend(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
         place = _register(level, index, place, predicted.values, settings.transform == "Affine", rest)
         if number > done + 1:
@@ -230,6 +240,8 @@ def _rounds(
         log.info("motion: round %d (%s voxels), moved %.3f mm at most", number, level.name, moved.max())
         if moved.max() < settings.tolerance:
             break
+    if rest is not None and place.eddy is not None and quiet:
+        place = _believe(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
     return place, trace
 
 
@@ -303,25 +315,66 @@ def _bend(
     """One step of the eddy currents' response to the gradient, and of all poses with it."""
     assert place.eddy is not None
     index = np.flatnonzero(~dwi.is_b0)
+    change, moves = _tied(dwi, level, place, seen, predicted, rest, terms, place.eddy)
+    response, out = place.response - change, place.transforms.copy()
+    out[index], _ = moved_by(out[index], moves, level.points)
+    eddy = with_response(place.eddy, response, _gradients(dwi))
+    return replace(place, transforms=out, response=response, eddy=eddy)
+
+
+def _tied(
+    dwi: DWI,
+    level: Level,
+    place: Place,
+    seen: torch.Tensor,
+    predicted: Prediction,
+    rest: Rest,
+    terms: int,
+    eddy: EddyCurrents,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`tied_step` on a sample of the brain."""
+    index = np.flatnonzero(~dwi.is_b0)
     step = max(1, len(level.points) // SAMPLE)
     slopes = [target_gradients(row[None], level.points)[0, ::step] for row in predicted.values]
     values = predicted.values[:, ::step].contiguous()
-    gradients = np.where(dwi.is_b0[:, None], 0, dwi.q) / np.sqrt(dwi.bvals.max())
-    change, moves = tied_step(
+    return tied_step(
         seen[:, ::step] - values,
         predicted,
         values,
         torch.stack(slopes),
         level.points.every(step),
         place.transforms[index],
-        place.eddy.take(index),
-        gradients[index],
+        eddy.take(index),
+        _gradients(dwi)[index],
         Rest(rest.poses[index], rest.jitter),
         terms,
     )
-    response, out = place.response - change, place.transforms.copy()
-    out[index], _ = moved_by(out[index], moves, level.points)
-    return replace(place, transforms=out, response=response, eddy=with_response(place.eddy, response, gradients))
+
+
+def _gradients(dwi: DWI) -> np.ndarray:
+    """World RAS+, relative to the strongest; zero at b=0."""
+    return np.where(dwi.is_b0[:, None], 0, dwi.q) / np.sqrt(dwi.bvals.max())
+
+
+def _believe(
+    dwi: DWI, level: Level, place: Place, seen: torch.Tensor, predicted: Prediction, rest: Rest, terms: int
+) -> Place:
+    """Eddy currents as far as they are more than what would be found along the axes where there are none.
+
+    Errors of the predictions look like a response to the gradient along any axis; eddy currents act along one.
+    """
+    assert place.eddy is not None
+    gradients, few = _gradients(dwi), level.few()
+    found = strength(place.eddy, few)
+    null = 0.0
+    for axis in {0, 1, 2} - {place.eddy.along}:
+        other = replace(place.eddy, along=axis)
+        change, _ = _tied(dwi, level, place, seen, predicted, rest, terms, other)
+        null += 0.5 * strength(with_response(other, change, gradients), few) ** 2
+    share = max(0.0, 1 - null / max(found, 1e-9) ** 2)
+    log.info("motion: eddy currents of %.3f mm, %.3f mm by chance", found, null**0.5)
+    response = share * place.response
+    return replace(place, response=response, eddy=with_response(place.eddy, response, gradients))
 
 
 def _register(
@@ -394,8 +447,16 @@ def _finish(
         eddy=place.eddy,
         lost=lost,
         replacements=replaced_slices(dwi, level, place, predicted) if settings.outliers == "replace" else None,
-        notes=(f"{model.name}: {model.note}",) if model.name != "3dSHORE" or model.order < 6 else (),
+        notes=_notes(model, settings, place),
     )
+
+
+def _notes(model: Model, settings: MotionSettings, place: Place) -> tuple[str, ...]:
+    notes = (f"{model.name}: {model.note}",) if model.name != "3dSHORE" or model.order < 6 else ()
+    if settings.eddy == "none" or place.eddy is not None or model.name in ("none", "off"):
+        return notes
+    why = "affine transforms take their place" if settings.transform == "Affine" else "the phase encoding is not known"
+    return (*notes, f"Eddy currents were not looked for: {why}.")
 
 
 def _reference(dwi: DWI, transforms: np.ndarray) -> Volume:

@@ -16,7 +16,9 @@ from dsiprep.data.results import (
     Motion,
     Preprocessed,
     Quality,
+    eddy_currents,
 )
+from dsiprep.data.transform import EDDY_TERMS
 from dsiprep.ops.affine import rigid_parameters
 from dsiprep.ops.sample import pull
 from dsiprep.ops.series import (
@@ -28,7 +30,7 @@ from dsiprep.ops.series import (
     tensor_projection,
 )
 
-VERSION = 1
+VERSION = 2
 
 METHODS = {
     "quality": (
@@ -122,6 +124,9 @@ def _confounds(acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ..
     columns = {"framewise_displacement": framewise_displacement(parameters, acquired.dwi.run)}
     names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
     columns |= dict(zip(names, parameters.T, strict=True))
+    eddy = eddy_currents(motions, len(dwi))
+    if eddy is not None:
+        columns |= {f"eddy_{name}": eddy.coefficients[:, term] for term, name in enumerate(EDDY_TERMS)}
     columns |= {"hmc_r2": r2, "hmc_xcorr": xcorr, "run": acquired.dwi.run.astype(int)}
     columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs.T, strict=True))
     columns["bval"] = dwi.bvals
