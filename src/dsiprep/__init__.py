@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from dsiprep.io.bids import find_units, read_unit
     from dsiprep.pipeline import preprocess
     from dsiprep.settings import Settings
-    from dsiprep.stages.motion import estimate_motion
+    from dsiprep.shoreline import align_series, estimate_motion
 
 __version__ = version("dsiprep")
-__all__ = ["Settings", "__version__", "estimate_motion", "find_units", "preprocess", "read_unit"]
+__all__ = ["Settings", "__version__", "align_series", "estimate_motion", "find_units", "preprocess", "read_unit"]
 
 _HOMES = {
     "Settings": "dsiprep.settings",
-    "estimate_motion": "dsiprep.stages.motion",
+    "align_series": "dsiprep.shoreline",
+    "estimate_motion": "dsiprep.shoreline",
     "find_units": "dsiprep.io.bids",
     "preprocess": "dsiprep.pipeline",
     "read_unit": "dsiprep.io.bids",

@@ -1,4 +1,4 @@
-"""`dsiprep-tools`: phantom, score, demo."""
+"""`dsiprep-tools`: phantom, score, demo, shoreline."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dsiprep.errors import DsiprepError, OutputError
 def build_parser() -> Parser:
     """All tools and their options."""
     from dsiprep.phantom.settings import PhantomSettings
+    from dsiprep.settings import MotionSettings
 
     parser = Parser(prog="dsiprep-tools", description="Companions of dsiprep.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"dsiprep {__version__}")
@@ -39,6 +40,20 @@ def build_parser() -> Parser:
     demo.add_argument("out", type=Path, help="gets bids/, truth/ and derivatives/")
     demo.add_argument("--device", default="auto", help="where to compute")
     demo.set_defaults(run=_demo)
+
+    shoreline = tools.add_parser("shoreline", help="head motion, eddy currents and lost slices of one series")
+    shoreline.add_argument("dwi", type=Path, help="4-D NIfTI series of one phase encoding")
+    shoreline.add_argument("--bval", type=Path, metavar="FILE", help="b-values (default: beside the series)")
+    shoreline.add_argument("--bvec", type=Path, metavar="FILE", help="b-vectors, FSL (default: beside the series)")
+    shoreline.add_argument("--mask", type=Path, metavar="FILE", help="rough brain mask (default: found on the b=0)")
+    shoreline.add_argument("--pe", metavar="i|j|k[-]", choices=("i", "j", "k", "i-", "j-", "k-"),
+                           help="phase encoding, for eddy currents (default: from the .json beside it)")  # fmt: skip
+    shoreline.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    shoreline.add_argument("--device", default="auto", help="where to compute")
+    for entry in dataclasses.fields(MotionSettings):
+        if entry.metadata.get("flags"):
+            add_setting(shoreline, "", entry)
+    shoreline.set_defaults(run=_shoreline)
     return parser
 
 
@@ -81,6 +96,18 @@ def _demo(options: argparse.Namespace) -> int:
         print_scores(score(derivatives, out / "truth"))
         print(f"Open the report: {derivatives / 'sub-01.html'}")
     return code
+
+
+def _shoreline(options: argparse.Namespace) -> int:
+    from dsiprep.settings import MotionSettings
+    from dsiprep.shoreline import run_on_files
+
+    settings = MotionSettings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(MotionSettings)})
+    written = run_on_files(
+        options.dwi, options.out, options.bval, options.bvec, options.mask, options.pe, settings, options.device
+    )
+    print("\n".join(map(str, written)))
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

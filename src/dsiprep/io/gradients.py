@@ -62,7 +62,17 @@ def read_gradients(
     vectors = _unit(table.T, bvals > b0_threshold, Path(bvec), Path(bval))
     if need_b0:
         require_b0(bvals, b0_threshold, str(bval))
-    return bvals, vectors @ _fsl_axes(grid).T
+    return bvals, from_fsl(vectors, grid)
+
+
+def from_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
+    """b-vectors (n, 3) in FSL's convention for images on `grid`, in world RAS+."""
+    return np.asarray(bvecs, float) @ _fsl_axes(grid).T
+
+
+def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
+    """The inverse of `from_fsl`."""
+    return np.asarray(bvecs, float) @ _fsl_axes(grid)
 
 
 def read_bvals(bval: Path, n_volumes: int) -> np.ndarray:
@@ -95,7 +105,7 @@ def write_bvals(path: Path, bvals: np.ndarray) -> None:
 
 def write_fsl_bvecs(path: Path, bvecs: np.ndarray, grid: Grid) -> None:
     """b-vectors (n, 3), world RAS+, as FSL's `.bvec` of an image on `grid`."""
-    rows = (np.asarray(bvecs, float) @ _fsl_axes(grid)).T + 0.0  # + 0.0: no -0
+    rows = to_fsl(bvecs, grid).T + 0.0  # + 0.0: no -0
     Path(path).write_text("\n".join(" ".join(f"{x:.8f}" for x in row) for row in rows) + "\n")
 
 

@@ -85,11 +85,18 @@ def slice_scores(residual: torch.Tensor, points: PointSet, grid: Grid, transform
     # the mean of many voxels is quieter: the root of their number puts slices of all sizes on one scale
     scaled = np.where(number >= FEWEST, total / np.sqrt(np.maximum(number, 1)), np.nan)
     known = np.isfinite(scaled)
-    usual = np.array([np.median(column[k]) if k.any() else 0.0 for column, k in zip(scaled.T, known.T, strict=True)])
+    usual = np.array([_middle(column[k]) for column, k in zip(scaled.T, known.T, strict=True)])
     away = scaled - usual
-    spread = np.array([np.median(np.abs(line[k])) if k.any() else 0.0 for line, k in zip(away, known, strict=True)])
+    # a volume's own slices and the same slice of other volumes: where predictions err often, an error says little
+    beside = np.array([_middle(np.abs(line[k])) for line, k in zip(away, known, strict=True)])
+    elsewhere = np.array([_middle(np.abs(column[k])) for column, k in zip(away.T, known.T, strict=True)])
+    spread = np.maximum(beside[:, None], elsewhere)
     floor = 0.5 * np.median(spread[spread > 0]) if (spread > 0).any() else 1.0
-    return np.nan_to_num(away / (1.4826 * np.maximum(spread, floor)[:, None]))
+    return np.nan_to_num(away / (1.4826 * np.maximum(spread, floor)))
+
+
+def _middle(values: np.ndarray) -> float:
+    return float(np.median(values)) if len(values) else 0.0
 
 
 def slice_losses(

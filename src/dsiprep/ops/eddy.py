@@ -6,6 +6,10 @@ what of it looks like movement is told from movement by where the head is expect
 
 Volumes are predicted from each other, and what they have in common is predicted too. So the derivative of a residual
 by R is that of the volume less that of its prediction, (1 - P) J; without the second part, steps are far too short.
+
+With J = phi dy/dx + phi' y, y noisy, least squares would stretch images to make noise smaller: residuals and J share
+noise, and the mean of n (phi dn/dx + phi' n) is half of phi' n². So the equations that residuals must meet are tested
+with phi dy/dx + phi' y / 2, which noise does not correlate with.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from dsiprep.ops.predict import Prediction
 
 __all__ = ["TERMS", "no_eddy_currents", "strength", "tied_step", "with_response"]
 
+MISLED_MM = 0.025  # eddy currents that errors of predictions would feign if predictions did not follow the data
 TERMS = {"linear": 4, "quadratic": 10}
 
 
@@ -53,11 +58,17 @@ def tied_step(
     eddy: EddyCurrents,
     gradients: np.ndarray,
     rest: Rest,
+    response_now: np.ndarray,
+    expected: float,
     terms: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One Gauss-Newton step of R and all rigid poses together.
 
-    Poses and gains are eliminated volume by volume (Schur complement), which leaves 3 x terms equations for R.
+    Poses and gains are eliminated volume by volume (Schur complement), which leaves N R = s. Beside the three columns
+    of R there are two for what goes with the size of the gradient: no eddy current does, but errors of predictions do.
+    What all volumes of similar gradient share hardly shows in residuals (N is small against D, the same sums without
+    predictions), and there errors of the model mislead most. With errors of s of covariance k² D and an expectation of
+    R of inverse covariance D, R is (N' D^-1 N + k² D)^-1 N' D^-1 s.
 
     Parameters
     ----------
@@ -73,6 +84,10 @@ def tied_step(
         World RAS+, relative to the strongest.
     rest : Rest
         Where the head is expected.
+    response_now : ndarray, (10, 3)
+        R that volumes were read with.
+    expected : float
+        Size of eddy currents, root mean square displacement in mm; k is 0.025 mm over this.
     terms : int
         How many of the ten terms may be used.
 
@@ -89,36 +104,44 @@ def tied_step(
     """
     scale = 1.4826 * residual.abs().median(dim=1).values.clamp(min=1e-9)
     weight = (FREEDOM + 1) / (FREEDOM + (residual / scale[:, None]) ** 2) / scale[:, None] ** 2
-    bent = _bending(values, slopes, points, transforms, eddy)[:, :terms]
-    g = torch.as_tensor(gradients, dtype=bent.dtype, device=bent.device)
-    columns = (bent[:, :, None, :] * g[:, None, :, None]).flatten(1, 2)
-    columns = columns - prediction.change(columns, values[:, None])
+    steep, spread = _bending(values, slopes, points, transforms, eddy)
+    size = np.linalg.norm(gradients, axis=1)[:, None]
+    played_out = np.hstack([gradients, size, size**2])  # what goes with the size alone is no eddy current
+    g = torch.as_tensor(played_out, dtype=steep.dtype, device=steep.device)[:, None, :, None]
+    columns = []
+    for bent in (steep + spread / 2, steep + spread):
+        played = (bent[:, :terms, None, :] * g).flatten(1, 2)
+        columns.append(played - prediction.change(played, values[:, None]))
+    full = torch.bmm(played * weight[:, None], played.transpose(1, 2)).sum(0).cpu().numpy().astype(float)
     world = torch.as_tensor(points.world, device=slopes.device).expand_as(slopes)
     own = torch.cat([torch.linalg.cross(world, slopes), slopes, values[..., None]], dim=2).transpose(1, 2)
-    rows = torch.cat([own, columns, residual[:, None]], dim=1)
-    sums = torch.bmm(rows * weight[:, None], rows.transpose(1, 2)).cpu().numpy().astype(float)
+    tests = torch.cat([own, columns[0]], dim=1) * weight[:, None]
+    rows = torch.cat([own, columns[1], residual[:, None]], dim=1)
+    sums = torch.bmm(tests, rows.transpose(1, 2)).cpu().numpy().astype(float)
     inner, mixed = sums[:, :7, :7], sums[:, :7, 7:]
     pull_to_rest(inner, mixed[:, :, -1], transforms, rest, points, np.ones(len(sums)))
     inner = inner + 1e-9 * np.trace(inner, axis1=1, axis2=2)[:, None, None] * np.eye(7)
     alone = np.linalg.solve(inner, mixed)
-    left = (sums[:, 7:, 7:] - np.swapaxes(mixed, 1, 2) @ alone).sum(axis=0)
-    normal, side = left[:-1, :-1], left[:-1, -1]
-    found = np.linalg.solve(
-        normal + 1e-6 * np.diag(np.diag(normal)) + 1e-9 * np.trace(normal) * np.eye(len(side)), side
-    )
+    left = (sums[:, 7:, 7:] - sums[:, 7:, :7] @ alone).sum(axis=0)
+    normal, side = left[:, :-1], left[:, -1]
+    full += 1e-6 * np.diag(np.diag(full)) + 1e-9 * np.trace(full) * np.eye(len(full))
+    sure = normal.T @ np.linalg.inv(full)  # what predictions hide of a response, they also make errors in
+    prior = (MISLED_MM / expected) ** 2 * full
+    now = np.pad(response_now[:terms], ((0, 0), (0, 2))).ravel()
+    found = np.linalg.solve(sure @ normal + prior, sure @ side + prior @ now)
     response = np.zeros((10, 3))
-    response[:terms] = found.reshape(terms, 3)
+    response[:terms] = found.reshape(terms, 5)[:, :3]
     return response, (alone[:, :, -1] - alone[:, :, :-1] @ found)[:, :6]
 
 
 def _bending(
     values: torch.Tensor, slopes: torch.Tensor, points: PointSet, transforms: np.ndarray, eddy: EddyCurrents
-) -> torch.Tensor:
-    """Derivatives of volumes by the coefficients of their displacement in mm, (n, 10, k)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Derivatives of volumes by the coefficients of their displacement in mm: of place and of density, (n, 10, k)."""
     world = points.world.astype(float) + points.centre
     scanner = np.einsum("nab,kb->nka", transforms[:, :3, :3], world) + transforms[:, None, :3, 3]
     s = np.moveaxis((scanner - eddy.centre) @ eddy.axes / EDDY_MM, 1, 2)
     terms, rises = eddy_terms(torch.as_tensor(s, dtype=torch.float32, device=values.device), eddy.along)
     seen = np.einsum("nba,b->na", transforms[:, :3, :3], eddy.axes[:, eddy.along])  # the axis as the head sees it
     steep = torch.einsum("nka,na->nk", slopes, torch.as_tensor(seen, dtype=torch.float32, device=values.device))
-    return (terms * steep + rises * values / EDDY_MM).transpose(0, 1)
+    return (terms * steep).transpose(0, 1), (rises * values / EDDY_MM).transpose(0, 1)

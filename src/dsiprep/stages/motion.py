@@ -315,7 +315,7 @@ def _bend(
     """One step of the eddy currents' response to the gradient, and of all poses with it."""
     assert place.eddy is not None
     index = np.flatnonzero(~dwi.is_b0)
-    change, moves = _tied(dwi, level, place, seen, predicted, rest, terms, place.eddy)
+    change, moves = _tied(dwi, level, place, seen, predicted, rest, terms, place.eddy, place.response)
     response, out = place.response - change, place.transforms.copy()
     out[index], _ = moved_by(out[index], moves, level.points)
     eddy = with_response(place.eddy, response, _gradients(dwi))
@@ -331,6 +331,7 @@ def _tied(
     rest: Rest,
     terms: int,
     eddy: EddyCurrents,
+    response: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """`tied_step` on a sample of the brain."""
     index = np.flatnonzero(~dwi.is_b0)
@@ -347,6 +348,8 @@ def _tied(
         eddy.take(index),
         _gradients(dwi)[index],
         Rest(rest.poses[index], rest.jitter),
+        response,
+        max(0.1, strength(eddy, level.few())) if response.any() else 0.5,
         terms,
     )
 
@@ -369,7 +372,7 @@ def _believe(
     null = 0.0
     for axis in {0, 1, 2} - {place.eddy.along}:
         other = replace(place.eddy, along=axis)
-        change, _ = _tied(dwi, level, place, seen, predicted, rest, terms, other)
+        change, _ = _tied(dwi, level, place, seen, predicted, rest, terms, other, np.zeros((10, 3)))
         null += 0.5 * strength(with_response(other, change, gradients), few) ** 2
     share = max(0.0, 1 - null / max(found, 1e-9) ** 2)
     log.info("motion: eddy currents of %.3f mm, %.3f mm by chance", found, null**0.5)
