@@ -39,7 +39,8 @@ def run_and_show(jobs: Sequence[Job], processes: int, stop_on_first_crash: bool)
             outcomes.append(outcome)
             bars.finish(outcome)
     planned = [unit.name for job in jobs for unit in job.units]
-    _print_table(console, planned, outcomes, jobs[0])
+    names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
+    _print_table(console, names, outcomes, jobs[0])
     return 0 if len(outcomes) == len(planned) and not any(outcome.error for outcome in outcomes) else 1
 
 
@@ -62,15 +63,17 @@ class _Bars:
             self.progress.console.print(f"{unit}: {step}")
 
     def finish(self, outcome: Outcome) -> None:
-        """A unit has ended."""
+        """A unit has ended; of reports only failures are told, and these have no bar."""
+        if outcome.unit not in self.tasks:
+            return
         step = "failed" if outcome.error else "done"
         self.progress.update(self.tasks[outcome.unit], completed=len(STEPS) + 2, step=step)
 
 
-def _print_table(console: Console, planned: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
+def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
     table = Table(*(Column(name, overflow="fold") for name in ("unit", "result", "time")))
     ended = {outcome.unit: outcome for outcome in outcomes}
-    for name in planned:
+    for name in names:
         outcome = ended.get(name)
         if outcome is None:
             table.add_row(name, "not started", "")
