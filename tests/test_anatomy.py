@@ -147,6 +147,7 @@ def test_warped_brain_looks_like_the_template(found, template):
     correlation = np.corrcoef(found.warped.numpy()[inside], template.brain.numpy()[inside])[0, 1]
     assert correlation > 0.9
     assert found.notes == ()
+    assert len(found.orig_to_anat) == 1
 
 
 def test_without_normalisation_and_with_two_images(head, template):
@@ -163,6 +164,10 @@ def test_without_normalisation_and_with_two_images(head, template):
     assert found.acpc_to_template is None and found.template_to_acpc is None and found.warped is None
     assert found.tissue is not None
     assert any("2 T1w images" in note for note in found.notes)
+    first, other = found.orig_to_anat  # points of the first image to points of each as it was acquired
+    np.testing.assert_array_equal(first.matrix, np.eye(4))
+    degrees, millimetres = _pose_error(other.matrix, moved)
+    assert degrees < 0.2 and millimetres < 0.2
     alone = pull(image.data[None], image.grid, found.image.grid, found.anat_to_acpc.matrix, cubic=True)[0]
     inside = found.mask.numpy() > 0.5
     assert np.corrcoef(alone.numpy()[inside], found.image.numpy()[inside])[0, 1] > 0.99

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -13,8 +14,10 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from dsiprep.data.results import UnitResults
+from dsiprep.data.transform import Affine
 from dsiprep.errors import OutputError
-from dsiprep.io import derivatives
+from dsiprep.io import derivatives, itk
+from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.sample import sample_linear, voxel_points
 from report_subject import make_subject
 
@@ -103,6 +106,25 @@ def test_stored_distortion_is_the_pose_and_the_field(written: Path, subject: Uni
         wanted = pose[:3, :3] @ point + pose[:3, 3] + u
         read = np.array(transform.TransformPoint((point * [-1, -1, 1]).tolist())) * [-1, -1, 1]
         np.testing.assert_allclose(read, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("originals", "names"),
+    [
+        (["sub-01_ses-a_acq-x_T1w.nii.gz"], ["sub-01_ses-a"]),
+        (["sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz"], ["sub-01_run-1", "sub-01_run-2"]),
+    ],
+)
+def test_each_structural_image_has_its_own_way_to_the_first(
+    subject: UnitResults, tmp_path: Path, originals: list[str], names: list[str]
+) -> None:
+    poses = [Affine(rigid_matrix(np.full(6, 0.1 * index)), "orig", "anat") for index in range(len(originals))]
+    unit = replace(subject.unit, t1w=tuple(map(Path, originals)))
+    derivatives.write_anatomy_of(replace(subject.anatomy, orig_to_anat=tuple(poses)), unit, tmp_path, None)
+    found = sorted((tmp_path / "sub-01" / "anat").glob("*_from-orig_to-anat_mode-image_xfm.txt"))
+    assert [path.name.partition("_from")[0] for path in found] == names
+    for path, pose in zip(found, poses, strict=True):
+        np.testing.assert_allclose(itk.read_affine(path).matrix, pose.matrix, atol=1e-6)
 
 
 def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> None:

@@ -157,7 +157,16 @@ def _motion(device: torch.device, acquired: Acquired, blip: int, settings: Motio
         device,
         (acquired.dwi.select(chosen), acquired.mask),
     )
-    return replace(moved, volumes=np.flatnonzero(chosen))
+    moved = replace(moved, volumes=np.flatnonzero(chosen))
+    return _without_predictions(moved, ~acquired.dwi.is_b0[chosen]) if moved.model in ("none", "off") else moved
+
+
+def _without_predictions(moved: Motion, weighted: np.ndarray) -> Motion:
+    """Where no model predicts them, diffusion-weighted volumes have nothing to agree with: NaN says so."""
+    r2, xcorr, slice_z = (np.array(values, float) for values in (moved.r2, moved.xcorr, moved.slice_z))
+    r2[weighted] = xcorr[weighted] = np.nan
+    slice_z[weighted] = np.nan
+    return replace(moved, r2=r2, xcorr=xcorr, slice_z=slice_z)
 
 
 def _distortion(

@@ -119,10 +119,8 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
     anat_to_acpc = anatomy.anat_to_acpc
     itk.write_affine(folder / f"{name}_from-anat_to-ACPC_mode-image_xfm.mat", anat_to_acpc)
     itk.write_affine(folder / f"{name}_from-ACPC_to-anat_mode-image_xfm.mat", anat_to_acpc.inverse())
-    session = f"_ses-{unit.session}" if unit.session else ""
-    itk.write_affine(
-        folder / f"{name}{session}_from-orig_to-anat_mode-image_xfm.txt", Affine(np.eye(4), "orig", "anat")
-    )
+    for source, orig_to_anat in zip(_originals(unit), anatomy.orig_to_anat, strict=True):
+        itk.write_affine(folder / f"{source}_from-orig_to-anat_mode-image_xfm.txt", orig_to_anat)
     if anatomy.acpc_to_template is None or anatomy.template_to_acpc is None:
         return
     space = anatomy.template
@@ -133,6 +131,14 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
         for suffix, (data, discrete) in images.items():
             warped = _through(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
             _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete)
+
+
+def _originals(unit: Unit) -> tuple[str, ...]:
+    """A name for each structural image: QSIPrep's where there is one, all its entities where there are several."""
+    stems = [path.name.partition(".")[0].rpartition("_")[0] for path in unit.t1w]
+    if len(stems) > 1:
+        return tuple(stems)
+    return tuple("_".join(part for part in stem.split("_") if part.startswith(("sub-", "ses-"))) for stem in stems)
 
 
 def _write_series(results: UnitResults, folder: Path) -> None:
@@ -210,7 +216,7 @@ def _write_tables(results: UnitResults, folder: Path) -> None:
     _write_json(
         folder / f"{stem}_space-ACPC_desc-slice_qc.json",
         {"Description": "Robust z-score of each slice's residual against the prediction, volume by slice",
-         "slice_z": np.round(np.nan_to_num(quality.slice_z), 3).tolist()},
+         "slice_z": [[round(z, 3) if np.isfinite(z) else None for z in row] for row in quality.slice_z.tolist()]},
     )  # fmt: skip
     rows = [row for moved in results.motions for row in moved.trace]
     with (folder / f"{stem}_hmcOptimization.csv").open("w", newline="") as stream:

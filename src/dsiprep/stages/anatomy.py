@@ -22,7 +22,7 @@ from dsiprep.ops.sample import pull
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 
-VERSION = 1
+VERSION = 2
 METHODS = {
     "T1w": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
@@ -101,7 +101,7 @@ def process_anatomy(
 
 def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings) -> Anatomy:
     device = images[0].data.device
-    native, notes = _average(images)
+    native, poses, notes = _average(images)
     mask, doubt = _brain(native)
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
@@ -133,6 +133,7 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
         template_image=template.brain if settings.normalize else None,
         warped=_brought(brain, forward, template.brain.grid) if settings.normalize else None,
         notes=(*notes, *doubt, *opinion),
+        orig_to_anat=poses,
     )
 
 
@@ -161,23 +162,25 @@ def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
     )
 
 
-def _average(images: tuple[Volume, ...]) -> tuple[Volume, tuple[str, ...]]:
+def _average(images: tuple[Volume, ...]) -> tuple[Volume, tuple[Affine, ...], tuple[str, ...]]:
     """All images in the space of the first, scaled to its brightness, as their mean where they cover it."""
+    poses = [Affine(np.eye(4), "orig", "anat")]
     first = Volume(torch.nan_to_num(images[0].data.float()), images[0].grid)
     level = _brightness(first)
     if len(images) == 1:
-        return first, ()
+        return first, tuple(poses), ()
     total, weight = first.data.clone(), torch.ones_like(first.data)
     for other in images[1:]:
         data = torch.nan_to_num(other.data.float())
         matrix = register_linear(Volume(data, other.grid), first, dof=6, metric="cc").matrix
+        poses.append(Affine(matrix, "orig", "anat"))
         scale = level / _brightness(Volume(data, other.grid))
         covered = pull(torch.ones_like(data)[None], other.grid, first.grid, matrix)[0]
         brought = pull(data[None], other.grid, first.grid, matrix, cubic=True)[0].clamp(min=0)
         total += scale * brought * (covered > 0.99)
         weight += covered > 0.99
     note = f"{len(images)} T1w images were aligned to the first and averaged."
-    return Volume(total / weight, first.grid), (note,)
+    return Volume(total / weight, first.grid), tuple(poses), (note,)
 
 
 def _brightness(volume: Volume) -> float:
