@@ -18,6 +18,7 @@ from dsiprep.ops.field import chain_points
 from dsiprep.ops.filter import resample_to_spacing
 from dsiprep.ops.sample import pull
 from dsiprep.settings import AnatomySettings
+from dsiprep.stages import anatomy
 from dsiprep.stages.anatomy import process_anatomy
 
 POSE = rigid_matrix(np.array([0.22, -0.06, 0.12, 8.0, -14.0, 22.0]))  # points of ACPC to the scanner
@@ -139,6 +140,12 @@ def test_chains_lead_to_the_template_and_back(found, template):
     linear = np.linalg.norm(_to_person(points / 1.04) - points, axis=1)
     assert error.mean() < 1.5
     assert error.mean() < 0.6 * linear.mean()
+
+
+def test_the_normalisation_ends_at_the_voxels_asked_for(head, template):
+    brain, rim = Volume(template.brain.data * 0.9, template.brain.grid), template.mask
+    forward, _ = anatomy._normalise(brain, template, rim, np.eye(4), AnatomySettings(finest_mm=6.0))
+    np.testing.assert_allclose(forward.steps[0].grid.voxel_sizes, 6.0)
 
 
 def test_warped_brain_looks_like_the_template(found, template):

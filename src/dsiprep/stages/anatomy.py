@@ -59,7 +59,6 @@ MARGIN_MM = 5.0  # around the head, on each side
 AGREE_DICE = 0.9  # below it the two brain masks are worth a look
 LEAST_BRAIN_ML, MOST_BRAIN_ML = 300.0, 2500.0  # no human brain outside of it
 LEAST_PIECE = 0.05  # of the largest piece of the head; smaller ones are noise
-FINEST_MM = 1.5  # voxels of the last level of the normalisation
 DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
 
 
@@ -114,7 +113,7 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
     image = Volume(pull(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
     inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
     brain = Volume(image.data * inside.data, grid)
-    forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings.normalize)
+    forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
     priors = pull(
         template.tissue.to(device),
         template.brain.grid,
@@ -267,14 +266,14 @@ def _head_voxels(native: Volume) -> np.ndarray:
 
 
 def _normalise(
-    brain: Volume, template: Template, rim: Volume, initial: np.ndarray, diffeomorphic: bool
+    brain: Volume, template: Template, rim: Volume, initial: np.ndarray, settings: AnatomySettings
 ) -> tuple[Chain, Chain]:
     """ACPC to template and back; affine only where the diffeomorphic part is not wanted."""
     there = Affine(initial, "ACPC", template.name)
-    if not diffeomorphic:
+    if not settings.normalize:
         return Chain((there,), "ACPC", template.name), Chain((there.inverse(),), template.name, "ACPC")
     device = brain.data.device
-    finest = max(FINEST_MM, float(template.brain.grid.voxel_sizes.max()))
+    finest = max(settings.finest_mm, float(template.brain.grid.voxel_sizes.max()))
     fit = register_diffeomorphic(brain, template.brain.to(device), initial, fixed_mask=rim.to(device), finest_mm=finest)
     return (
         Chain((fit.forward, there), "ACPC", template.name),
