@@ -145,7 +145,7 @@ def test_chains_lead_to_the_template_and_back(found, template):
 def test_the_normalisation_ends_at_the_voxels_asked_for(head, template):
     brain, rim = Volume(template.brain.data * 0.9, template.brain.grid), template.mask
     forward, _ = anatomy._normalise(brain, template, rim, np.eye(4), AnatomySettings(finest_mm=6.0))
-    np.testing.assert_allclose(forward.steps[0].grid.voxel_sizes, 6.0)
+    np.testing.assert_allclose(forward.steps[0].grid.voxel_sizes, 6.0, rtol=0.05)
 
 
 def test_warped_brain_looks_like_the_template(found, template):
