@@ -150,6 +150,17 @@ def test_nothing_is_left_when_writing_fails(
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_what_a_killed_run_left_behind_goes_away(subject: UnitResults, tmp_path: Path) -> None:
+    """Killed while writing: the hidden folder stays until the unit is written again; others' are not touched."""
+    name = subject.unit.name
+    for left in (f".dsiprep-{name}", ".dsiprep-sub-99"):
+        (tmp_path / left / "sub-01").mkdir(parents=True)
+        (tmp_path / left / "sub-01" / "half.nii.gz").write_text("")
+    derivatives.write_unit(subject, tmp_path, None)
+    assert [path.name for path in tmp_path.glob(".dsiprep-*")] == [".dsiprep-sub-99"]
+    assert not list(tmp_path.glob("sub-01/half.nii.gz"))
+
+
 def test_template_images_follow_the_chain(subject: UnitResults) -> None:
     """A ramp seen through acpc_to_template is the ramp at the mapped points."""
     chain, grid = subject.anatomy.acpc_to_template, subject.anatomy.image.grid

@@ -38,6 +38,8 @@ def run_and_show(jobs: Sequence[Job], processes: int, stop_on_first_crash: bool)
         for outcome in run_jobs(jobs, processes, stop_on_first_crash, bars.tell):
             outcomes.append(outcome)
             bars.finish(outcome)
+        for outcome in outcomes:  # again: the report is drawn after the last unit has ended
+            bars.finish(outcome)
     planned = [unit.name for job in jobs for unit in job.units]
     names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
     _print_table(console, names, outcomes, jobs[0])

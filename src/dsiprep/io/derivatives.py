@@ -83,7 +83,7 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
     OutputError
         If the disk is full or the folder cannot be written.
     """
-    with _staged(out) as stage:
+    with _staged(out, results.unit.name) as stage:
         subject = stage / f"sub-{results.unit.subject}"
         session = subject / f"ses-{results.unit.session}" if results.unit.session else subject
         if results.anatomy.modality != "none":
@@ -97,7 +97,7 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
 
 def write_anatomy_of(anatomy: Anatomy, unit: Unit, out: Path, template: Template | None) -> None:
     """Only the structural files of a unit, under the root of the derivatives (`--anat-only`)."""
-    with _staged(out) as stage:
+    with _staged(out, f"{unit.name}-anat") as stage:
         write_anatomy(anatomy, unit, stage / f"sub-{unit.subject}" / "anat", template)
 
 
@@ -130,7 +130,7 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
         grid = template.brain.grid
         for suffix, (data, discrete) in images.items():
             warped = _through(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
-            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete)
+            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space)
 
 
 def _originals(unit: Unit) -> tuple[str, ...]:
@@ -296,11 +296,19 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A hidden folder in `out` whose files are moved to their places when all went well."""
+def _staged(out: Path, owner: str = "") -> Iterator[Path]:
+    """A hidden folder in `out` whose files are moved to their places when all went well.
+
+    A unit, as `owner`, always takes the same one, so that what a killed run left there does not stay.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".dsiprep-", dir=out))
+        if owner:
+            stage = out / f".dsiprep-{owner}"
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir()
+        else:
+            stage = Path(tempfile.mkdtemp(prefix=".dsiprep-", dir=out))
     except OSError as error:
         raise OutputError(f"{out} cannot be written ({error.strerror}); choose another output folder") from error
     try:
