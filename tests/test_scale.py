@@ -38,6 +38,17 @@ def test_a_report_that_fails_is_told_and_work_is_kept(
     assert "Traceback" in (tmp_path / "out" / "logs" / "sub-01_report.log").read_text()
 
 
+def test_subjects_that_could_not_be_grouped_are_in_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(scale, "_run_unit", lambda unit, job, tell: None)
+    monkeypatch.setattr(scale, "_write_reports", lambda *_: None)
+    assert show.run_and_show([job(tmp_path)], 1, False, {"07": "no PhaseEncodingDirection"}) == 1
+    said = capsys.readouterr().err
+    assert "sub-07" in said and "no PhaseEncodingDirection" in said and "done" in said
+    assert show.run_and_show([job(tmp_path)], 1, False) == 0
+
+
 def test_a_process_that_is_killed_costs_a_sentence(tmp_path: Path) -> None:
     with ProcessPoolExecutor(1) as pool:
         future = pool.submit(os._exit, 9)

@@ -382,8 +382,9 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         failed=failed,
     )
     refuse_shell_tools(chosen, units)
-    for subject, error in failed.items():
-        print(f"dsiprep: sub-{subject}: {error}", file=sys.stderr)
+    told = {s: str(e) if f"sub-{s}" in str(e) else f"sub-{s}: {e}" for s, e in failed.items()}
+    for sentence in told.values():
+        print(f"dsiprep: {sentence}", file=sys.stderr)
     if options.dry_run:
         print_plan(units, chosen)
         return 1 if failed else 0
@@ -391,8 +392,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         return 1
     jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(words))
     processes = _processes(options, jobs)
-    code = run_and_show(jobs, processes, options.stop_on_first_crash)
-    return 1 if failed else code
+    return run_and_show(jobs, processes, options.stop_on_first_crash, told)
 
 
 def _read_filters(path: Path | None) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -28,11 +28,16 @@ def print_plan(units: Sequence[Unit], settings: Settings) -> None:
         console.print()
 
 
-def run_and_show(jobs: Sequence[Job], processes: int, stop_on_first_crash: bool) -> int:
-    """Run the jobs with a progress bar, print a table of units; 0 if all went well, otherwise 1."""
+def run_and_show(
+    jobs: Sequence[Job], processes: int, stop_on_first_crash: bool, refused: Mapping[str, str] | None = None
+) -> int:
+    """Run the jobs with a progress bar, print a table of units; 0 if all went well, otherwise 1.
+
+    `refused` says of subjects that could not even be grouped what is wrong with them; the table shows them too.
+    """
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
-    outcomes: list[Outcome] = []
+    outcomes = [Outcome(subject, f"sub-{subject}", 0.0, why) for subject, why in (refused or {}).items()]
     with Progress(*columns, console=console) as progress:
         bars = _Bars(progress, jobs)
         for outcome in run_jobs(jobs, processes, stop_on_first_crash, bars.tell):
