@@ -150,6 +150,16 @@ def test_nothing_is_left_when_writing_fails(
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize(("model", "named"), [("3dSHORE", "3dSHORE"), ("none", "3dSHORE"), ("tensor", "tensor")])
+def test_contrast_is_named_after_the_model_it_was_measured_with(
+    subject: UnitResults, tmp_path: Path, model: str, named: str
+) -> None:
+    motions = tuple(replace(motion, model=model) for motion in subject.motions)
+    derivatives._write_series(replace(subject, motions=motions), tmp_path)
+    assert len(list(tmp_path.glob("*_stat-cnr_dwimap.nii.gz"))) == 1
+    assert list(tmp_path.glob(f"*_model-{named}_stat-cnr_dwimap.nii.gz"))
+
+
 def test_what_a_killed_run_left_behind_goes_away(subject: UnitResults, tmp_path: Path) -> None:
     """Killed while writing: the hidden folder stays until the unit is written again; others' are not touched."""
     name = subject.unit.name

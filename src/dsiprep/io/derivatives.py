@@ -164,7 +164,7 @@ def _write_series(results: UnitResults, folder: Path) -> None:
     reference = _anatomical_reference(results)
     _write_map(folder / f"{name}_dwiref", results.preprocessed.dwiref, reference=reference)
     _write_map(folder / f"{name}_desc-brain_mask", results.preprocessed.mask, True, reference)
-    model = "3dSHORE" if "SHORE" in results.motions[0].model else "tensor"
+    model = "tensor" if "tensor" in results.motions[0].model else "3dSHORE"  # as quality measures it
     if results.quality.cnr is not None:
         _write_map(folder / f"{name}_model-{model}_stat-cnr_dwimap", results.quality.cnr, reference=reference)
     if results.quality.tsnr is not None:

@@ -172,7 +172,7 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
 
 
 def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
-    """Contrast over noise of the diffusion-weighted volumes under the model that motion was found with."""
+    """Contrast over noise of the diffusion-weighted volumes under the model of the motion; without one, 3dSHORE."""
     use, tensor = ~dwi.is_b0, "tensor" in model
     if use.sum() < 14:
         return None
