@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -77,6 +79,7 @@ NOT_BUILT = {
     ("--distortion-group-merge", "average"): "averaging is not built yet: use concat or none",
     ("--b1-biascorrect-stage", "legacy"): "use --b1-biascorrect-stage final or none",
 }
+SHORELINE_CONFIG = ("model", "iters", "transform")
 SHELL_TOOLS = {("--hmc-method", "eddy"), ("--hmc-model", "eddy"), ("--sdc-method", "topup"),
                ("--sdc-method", "topup+drbuddi")}  # fmt: skip
 
@@ -265,10 +268,20 @@ def _check_ranges(chosen: settings.Settings, options: argparse.Namespace) -> Non
         raise SettingsError("--output-resolution is missing: give the voxel size of the output in mm, such as 2")
     if resolution and not 0.5 <= resolution <= 10:
         raise SettingsError(f"--output-resolution {resolution:g} mm is outside 0.5 to 10 mm")
-    if chosen.motion.iters < 1:
-        raise SettingsError("--shoreline-iters must be at least 1; --hmc-method none switches motion correction off")
-    if chosen.denoise.window and chosen.denoise.window % 2 == 0:
-        raise SettingsError(f"--dwidenoise-window {chosen.denoise.window} is even; take an odd number of voxels")
+    motion, window, threshold = chosen.motion, chosen.denoise.window, chosen.acquisition.b0_threshold
+    rules = (
+        (motion.iters >= 1, "--shoreline-iters must be at least 1; --hmc-method none switches motion correction off"),
+        (motion.tolerance > 0, f"--hmc-tolerance {motion.tolerance:g} mm is no length; give one above 0"),
+        (window == 0 or (window > 0 and window % 2 == 1),
+         f"--dwidenoise-window {window} is even or negative; take an odd number of voxels"),
+        (threshold >= 0, f"--b0-threshold {threshold:g} is negative; give the largest b-value that counts as b=0"),
+        (options.nprocs >= 1, f"--nprocs {options.nprocs}: give the number of cores to use, 1 or more"),
+        (options.omp_nthreads >= 0, f"--omp-nthreads {options.omp_nthreads}: give the number of cores per subject"),
+        (options.mem >= 0, f"--mem {options.mem}: give the memory to use in MB"),
+    )  # fmt: skip
+    for fine, sentence in rules:
+        if not fine:
+            raise SettingsError(sentence)
 
 
 def sloppy(chosen: settings.Settings) -> settings.Settings:
@@ -283,19 +296,32 @@ def sloppy(chosen: settings.Settings) -> settings.Settings:
 
 def _shoreline_config(path: Path) -> dict[str, Any]:
     """QSIPrep's --shoreline-config: {"model": ..., "iters": ..., "transform": ...}."""
-    known = {"model": "motion.model", "iters": "motion.iters", "transform": "motion.transform"}
+    content = _read_json("--shoreline-config", path)
+    entries = {f.name: f for f in dataclasses.fields(settings.MotionSettings) if f.name in SHORELINE_CONFIG}
+    unknown = sorted(set(content) - set(entries))
+    if unknown:
+        raise SettingsError(
+            f"--shoreline-config {path}: no such entry: {', '.join(unknown)}; there are {', '.join(SHORELINE_CONFIG)}"
+        )
+    values = {}
+    for name, value in content.items():
+        entry, text = entries[name], "3dSHORE" if str(value).lower() == "3dshore" else str(value)
+        try:
+            convert = _one_of(entry.metadata["flags"][0], type(entry.default), entry.metadata["choices"])
+            values[f"motion.{name}"] = convert(text)
+        except argparse.ArgumentTypeError as error:
+            raise SettingsError(f"--shoreline-config {path}: {name}: {error}") from error
+    return values
+
+
+def _read_json(flag: str, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--shoreline-config {path} cannot be read as JSON: {error}") from error
-    unknown = sorted(set(content) - set(known))
-    if unknown:
-        raise SettingsError(
-            f"--shoreline-config {path}: no such entry: {', '.join(unknown)}; there are {', '.join(known)}"
-        )
-    if "model" in content:
-        content["model"] = {"3dshore": "3dSHORE"}.get(str(content["model"]).lower(), content["model"])
-    return {known[key]: value for key, value in content.items()}
+        raise SettingsError(f"{flag} {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{flag} {path} holds a {type(content).__name__}; a JSON object, {{...}}, is wanted")
+    return content
 
 
 def check_folders(options: argparse.Namespace) -> None:
@@ -360,9 +386,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DsiprepError as error:
         print(f"dsiprep: {error}", file=sys.stderr)
         return 1
+    except Exception as problem:
+        print(f"dsiprep: {_unexpected(problem)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dsiprep: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _unexpected(problem: Exception) -> str:
+    """A sentence about what nobody foresaw; the traceback goes to a file."""
+    handle, where = tempfile.mkstemp(prefix="dsiprep-", suffix=".log")
+    with os.fdopen(handle, "w") as stream:
+        stream.write("".join(traceback.format_exception(problem)))
+    if isinstance(problem, OSError) and problem.filename is not None:
+        return f"{problem.filename}: {problem.strerror}; correct the rights or the path, then run again (log: {where})"
+    return f"unexpected {type(problem).__name__}: {problem}; please report it with {where}"
 
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str]) -> int:
@@ -375,7 +414,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         chosen,
         participants=options.participant_label,
         sessions=options.session_label,
-        filters=_read_filters(options.bids_filter_file),
+        filters=_read_json("--bids-filter-file", options.bids_filter_file) if options.bids_filter_file else None,
         ignore=frozenset(options.ignore),
         separate_all_dwis=options.separate_all_dwis,
         distortion_group_merge=options.distortion_group_merge,
@@ -393,15 +432,6 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
     jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(words))
     processes = _processes(options, jobs)
     return run_and_show(jobs, processes, options.stop_on_first_crash, told)
-
-
-def _read_filters(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
 
 
 def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:
