@@ -123,6 +123,16 @@ def test_outputs_never_go_into_the_input(dataset: Path, tmp_path: Path, out: str
     assert [path.name for path in dataset.iterdir()] == ["dataset_description.json"]
 
 
+@pytest.mark.parametrize("place", ["out", "work"])
+def test_folders_that_cannot_be_made_are_told_before_anything_is_computed(
+    dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str
+) -> None:
+    (tmp_path / place).write_text("a file")
+    words = [str(dataset), str(tmp_path / "out"), "participant", "--output-resolution", "2"]
+    assert cli.main([*words, "-w", str(tmp_path / "work" / "deep")]) == 1
+    assert f"{tmp_path / place} is a file; choose another" in capsys.readouterr().err
+
+
 def test_derivatives_inside_the_input_are_allowed(dataset: Path, tmp_path: Path) -> None:
     words = [str(dataset), str(dataset / "derivatives" / "dsiprep"), "participant", "-w", str(tmp_path / "work")]
     cli.check_folders(cli.build_parser().parse_args(words))

@@ -341,6 +341,11 @@ def check_folders(options: argparse.Namespace) -> None:
         raise OutputError(f"the output folder {out} is inside the BIDS folder; only its derivatives/ may hold outputs")
     if work.is_relative_to(bids):
         raise OutputError(f"the work folder {work} is inside the BIDS folder; choose another with --work-dir")
+    for name, folder in () if options.dry_run else (("output", out), ("work", work)):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            found = "cannot be written" if nearest.is_dir() else "is a file"
+            raise OutputError(f"the {name} folder {folder} cannot be made: {nearest} {found}; choose another")
     if not options.skip_bids_validation and not (bids / "dataset_description.json").is_file():
         raise OutputError(
             f"{bids} has no dataset_description.json, so it is not the root of a BIDS dataset; "
