@@ -12,6 +12,7 @@ import pytest
 
 from dsiprep import cli
 from dsiprep.errors import OutputError, SettingsError
+from dsiprep.refused import NOT_BUILT, NOT_HERE, SHELL_TOOLS
 
 MINIMAL = ["bids", "out", "participant", "--output-resolution", "2"]
 
@@ -73,7 +74,7 @@ def test_shoreline_config_is_read(tmp_path: Path) -> None:
             cli.read_settings(parse("--shoreline-config", str(config)))
 
 
-@pytest.mark.parametrize("flag", sorted(cli.NOT_HERE))
+@pytest.mark.parametrize("flag", sorted(NOT_HERE))
 def test_what_is_not_here_is_refused_with_a_sentence(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(flag)
@@ -82,12 +83,12 @@ def test_what_is_not_here_is_refused_with_a_sentence(flag: str, capsys: pytest.C
     assert said.startswith(f"dsiprep: {flag}: ") and said.count("\n") == 1
 
 
-@pytest.mark.parametrize(("flag", "value"), sorted(set(cli.NOT_BUILT) - cli.SHELL_TOOLS))
+@pytest.mark.parametrize(("flag", "value"), sorted(set(NOT_BUILT) - SHELL_TOOLS))
 def test_values_that_are_not_built_are_refused(flag: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse(flag, value)
     assert stop.value.code == 2
-    assert cli.NOT_BUILT[flag, value] in capsys.readouterr().err
+    assert NOT_BUILT[flag, value] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
