@@ -171,6 +171,23 @@ def test_what_a_killed_run_left_behind_goes_away(subject: UnitResults, tmp_path:
     assert not list(tmp_path.glob("sub-01/half.nii.gz"))
 
 
+def test_an_earlier_run_with_other_options_leaves_no_second_match(subject: UnitResults, tmp_path: Path) -> None:
+    """QSIRecon stops where a query matches two files; files of other units and of the user stay."""
+    name, place = subject.unit.name, tmp_path / f"sub-{subject.unit.subject}"
+    if subject.unit.session:
+        place /= f"ses-{subject.unit.session}"
+    (place / "dwi").mkdir(parents=True)
+    stale = place / "dwi" / f"{name}_space-ACPC_model-other_stat-cnr_dwimap.nii.gz"
+    others = [place / "dwi" / f"{name}_acq-x_space-ACPC_dwiref.nii.gz", place / "dwi" / "notes.txt"]
+    for path in (stale, *others):
+        path.write_text("")
+    derivatives.write_unit(subject, tmp_path, None)
+    assert not stale.exists() and all(path.exists() for path in others)
+    without = replace(subject, distortion=None)
+    derivatives.write_unit(without, tmp_path, None)
+    assert not list(tmp_path.rglob("*_fieldmap.*")) and not list(tmp_path.rglob("*desc-sdc*"))
+
+
 def test_template_images_follow_the_chain(subject: UnitResults) -> None:
     """A ramp seen through acpc_to_template is the ramp at the mapped points."""
     chain, grid = subject.anatomy.acpc_to_template, subject.anatomy.image.grid

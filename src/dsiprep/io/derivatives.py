@@ -91,8 +91,21 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
         _write_series(results, session / "dwi")
         _write_transforms(results, session)
         _write_tables(results, session / "dwi")
-        written = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
-    return sorted(written)
+        written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
+    name, place = results.unit.name, out / session.relative_to(stage)
+    _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*"), written)
+    _sweep(place / "fmap", (f"{name}_desc-*",), written)
+    if results.anatomy.modality != "none":
+        _sweep(out / subject.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
+    return sorted(path.relative_to(out) for path in written)
+
+
+def _sweep(folder: Path, patterns: tuple[str, ...], written: set[Path]) -> None:
+    """Remove what an earlier run with other options left there: a query of QSIRecon would match two files."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path not in written:
+                path.unlink(missing_ok=True)
 
 
 def write_anatomy_of(anatomy: Anatomy, unit: Unit, out: Path, template: Template | None) -> None:
