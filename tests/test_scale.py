@@ -54,3 +54,18 @@ def test_a_process_that_is_killed_costs_a_sentence(tmp_path: Path) -> None:
         future = pool.submit(os._exit, 9)
         (outcome,) = scale._collect(future, job(tmp_path))
     assert outcome.unit == "sub-01_dir-AP" and outcome.error is not None and "memory ran out" in outcome.error
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        (PermissionError(13, "Permission denied", "a.nii.gz"), "a.nii.gz: Permission denied; check its rights"),
+        (OSError(28, "No space left on device", "b.nii.gz"), "b.nii.gz: No space left on device; make room"),
+        (MemoryError(), "memory ran out"),
+        (KeyError("x"), "unexpected KeyError: 'x'; please report it"),
+    ],
+)
+def test_what_went_wrong_is_one_sentence(tmp_path: Path, problem: Exception, said: str) -> None:
+    sentence, log = scale._explain(problem, "sub-01", tmp_path)
+    assert sentence.startswith(said) and "\n" not in sentence
+    assert log == tmp_path / "logs" / "sub-01.log"

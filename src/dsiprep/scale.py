@@ -225,5 +225,6 @@ def _explain(problem: Exception, name: str, out: Path) -> tuple[str, Path | None
     if isinstance(problem, MemoryError):
         return "memory ran out; give more with --mem, or run fewer subjects at once", where
     if isinstance(problem, OSError) and problem.errno is not None:
-        return f"{problem.filename or out}: {problem.strerror}; make room or check the rights, then run again", where
+        advice = "check its rights" if isinstance(problem, PermissionError) else "make room or check the rights"
+        return f"{problem.filename or out}: {problem.strerror}; {advice}, then run again", where
     return f"unexpected {type(problem).__name__}: {problem}; please report it with the log", where
