@@ -87,9 +87,9 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
                        choices=("fieldmaps", "pepolar-dwis", "t2w", "phase", "sdc", "shims", "fov"),
                        help="fieldmaps, pepolar-dwis, t2w, phase, sdc, shims, fov: leave these aside")  # fmt: skip
     group.add_argument("--separate-all-dwis", action="store_true", help="every DWI run becomes its own output")
-    group.add_argument("--distortion-group-merge", default="concat", metavar="concat|none",
-                       type=_one_of("--distortion-group-merge", str, ("concat", "none")),
-                       help="blip-up and blip-down series in one output (concat), or apart (none)")  # fmt: skip
+    group.add_argument("--distortion-group-merge", default="none", metavar="none",
+                       type=_one_of("--distortion-group-merge", str, ("none",)),
+                       help="series that do not correct each other's distortion stay apart")  # fmt: skip
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:

@@ -58,7 +58,7 @@ def find_units(
     filters: Filters | None = None,
     ignore: frozenset[str] = frozenset(),
     separate_all_dwis: bool = False,
-    distortion_group_merge: str = "concat",
+    distortion_group_merge: str = "none",
     failed: dict[str, DsiprepError] | None = None,
 ) -> list[Unit]:
     """The units of a dataset.
