@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dsiprep import cli
 from dsiprep.phantom.settings import PhantomSettings
+from dsiprep.refused import NOT_BUILT, NOT_HERE
 from dsiprep.tools import build_parser as build_tools
 
 HEAD = """\
@@ -31,8 +32,8 @@ def page() -> str:
             lines += [f"## {(group.title or '').capitalize()}", "", group.description or "", ""]
             lines += _rows(actions)
     lines += ["## Refused, with what to do instead", "", "| option of QSIPrep | what dsiprep says |", "|---|---|"]
-    lines += [f"| `{flag}` | {reason} |" for flag, reason in cli.NOT_HERE.items()]
-    lines += [f"| `{flag} {value}` | {reason} |" for (flag, value), reason in cli.NOT_BUILT.items()]
+    lines += [f"| `{flag}` | {reason} |" for flag, reason in NOT_HERE.items()]
+    lines += [f"| `{flag} {value}` | {reason} |" for (flag, value), reason in NOT_BUILT.items()]
     phantom = next(
         a for a in build_tools()._actions if isinstance(a, argparse._SubParsersAction)
     ).choices["phantom"]  # fmt: skip

@@ -307,6 +307,7 @@ def _anatomy(labels: Labels, spacing: float, rng: np.random.Generator) -> Anatom
         "MNI152NLin2009cAsym",
         brain,
         volume(np.roll(brain.numpy(), 1, 1), grid),
+        orig_to_anat=(Affine(np.eye(4), "orig", "anat"),),
     )
 
 

@@ -18,6 +18,7 @@ from dsiprep.ops.field import chain_points
 from dsiprep.ops.filter import resample_to_spacing
 from dsiprep.ops.sample import pull
 from dsiprep.settings import AnatomySettings
+from dsiprep.stages import anatomy
 from dsiprep.stages.anatomy import process_anatomy
 
 POSE = rigid_matrix(np.array([0.22, -0.06, 0.12, 8.0, -14.0, 22.0]))  # points of ACPC to the scanner
@@ -141,12 +142,19 @@ def test_chains_lead_to_the_template_and_back(found, template):
     assert error.mean() < 0.6 * linear.mean()
 
 
+def test_the_normalisation_ends_at_the_voxels_asked_for(head, template):
+    brain, rim = Volume(template.brain.data * 0.9, template.brain.grid), template.mask
+    forward, _ = anatomy._normalise(brain, template, rim, np.eye(4), AnatomySettings(finest_mm=6.0))
+    np.testing.assert_allclose(forward.steps[0].grid.voxel_sizes, 6.0, rtol=0.05)
+
+
 def test_warped_brain_looks_like_the_template(found, template):
     assert found.warped.grid.matches(template.brain.grid)
     inside = template.mask.numpy() > 0.5
     correlation = np.corrcoef(found.warped.numpy()[inside], template.brain.numpy()[inside])[0, 1]
     assert correlation > 0.9
     assert found.notes == ()
+    assert len(found.orig_to_anat) == 1
 
 
 def test_without_normalisation_and_with_two_images(head, template):
@@ -163,6 +171,10 @@ def test_without_normalisation_and_with_two_images(head, template):
     assert found.acpc_to_template is None and found.template_to_acpc is None and found.warped is None
     assert found.tissue is not None
     assert any("2 T1w images" in note for note in found.notes)
+    first, other = found.orig_to_anat  # points of the first image to points of each as it was acquired
+    np.testing.assert_array_equal(first.matrix, np.eye(4))
+    degrees, millimetres = _pose_error(other.matrix, moved)
+    assert degrees < 0.2 and millimetres < 0.2
     alone = pull(image.data[None], image.grid, found.image.grid, found.anat_to_acpc.matrix, cubic=True)[0]
     inside = found.mask.numpy() > 0.5
     assert np.corrcoef(alone.numpy()[inside], found.image.numpy()[inside])[0, 1] > 0.99

@@ -100,10 +100,21 @@ def test_sessions_are_never_mixed(dataset: Dataset) -> None:
     first, second = dataset.units()
     assert (first.session, second.session) == ("a", "b")
     assert first.name == "sub-01_ses-a_dir-AP" and not first.epis and not second.epis
-    assert second.t1w == first.t1w and told(second, "ses-b has no T1w")
-    assert [unit.session for unit in dataset.units(sessions=["ses-b"])] == ["b"]
+    assert second.t1w == first.t1w and told(second, "T1w of ses-a serves all sessions")
+    assert [(unit.session, unit.t1w) for unit in dataset.units(sessions=["ses-b"])] == [("b", first.t1w)]
     with pytest.raises(InputError, match="--session-label c; there are a, b"):
         dataset.units(sessions=["c"])
+
+
+def test_one_anatomy_serves_all_sessions(dataset: Dataset) -> None:
+    """anat/ is written once per subject: sessions with T1w of their own would overwrite each other's space."""
+    for session in ("a", "b"):
+        dataset.dwi(f"sub-01_ses-{session}", AP)
+        for run in (2, 1):
+            dataset.image(f"sub-01_ses-{session}_run-{run}_T1w", 1, {})
+    wanted = ["sub-01_ses-a_run-1_T1w.nii.gz", "sub-01_ses-a_run-2_T1w.nii.gz"]
+    units = [*dataset.units(), *dataset.units(sessions=["b"])]
+    assert [[path.name for path in unit.t1w] for unit in units] == [wanted] * 3
 
 
 def test_session_without_label_shares_its_structural_image(dataset: Dataset) -> None:

@@ -13,7 +13,7 @@ from dsiprep.cache import Cache, Kept
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Denoised, Motion
-from dsiprep.errors import InputError
+from dsiprep.errors import InputError, OutputError
 from dsiprep.settings import DenoiseSettings, MotionSettings
 
 GRID = Grid((8, 9, 100), np.diag([2.0, 2, 3, 1]))
@@ -118,3 +118,18 @@ def test_results_with_tables_nan_and_empty_arrays_come_back(tmp_path: Path) -> N
 def test_only_found_refuses_to_compute(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--keep-work"):
         Cache(tmp_path, only_found=True).run(stage_module(), "denoise", Counted(), DenoiseSettings())
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError("2488800 requested and 256992 written"), OSError(28, "No space left on device")]
+)
+def test_a_full_work_folder_is_told_and_nothing_half_written_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: OSError
+) -> None:
+    def full(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(OutputError, match=r"(?i)no space left.*--work-dir"):
+        Cache(tmp_path / "work").run(stage_module(), "denoise", Counted(), source(tmp_path), DenoiseSettings())
+    assert not list((tmp_path / "work").iterdir())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -13,8 +14,10 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from dsiprep.data.results import UnitResults
+from dsiprep.data.transform import Affine
 from dsiprep.errors import OutputError
-from dsiprep.io import derivatives
+from dsiprep.io import derivatives, itk
+from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.sample import sample_linear, voxel_points
 from report_subject import make_subject
 
@@ -105,6 +108,25 @@ def test_stored_distortion_is_the_pose_and_the_field(written: Path, subject: Uni
         np.testing.assert_allclose(read, wanted, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("originals", "names"),
+    [
+        (["sub-01_ses-a_acq-x_T1w.nii.gz"], ["sub-01_ses-a"]),
+        (["sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz"], ["sub-01_run-1", "sub-01_run-2"]),
+    ],
+)
+def test_each_structural_image_has_its_own_way_to_the_first(
+    subject: UnitResults, tmp_path: Path, originals: list[str], names: list[str]
+) -> None:
+    poses = [Affine(rigid_matrix(np.full(6, 0.1 * index)), "orig", "anat") for index in range(len(originals))]
+    unit = replace(subject.unit, t1w=tuple(map(Path, originals)))
+    derivatives.write_anatomy_of(replace(subject.anatomy, orig_to_anat=tuple(poses)), unit, tmp_path, None)
+    found = sorted((tmp_path / "sub-01" / "anat").glob("*_from-orig_to-anat_mode-image_xfm.txt"))
+    assert [path.name.partition("_from")[0] for path in found] == names
+    for path, pose in zip(found, poses, strict=True):
+        np.testing.assert_allclose(itk.read_affine(path).matrix, pose.matrix, atol=1e-6)
+
+
 def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> None:
     lines = next(written.rglob("*_timeseries.tsv")).read_text().splitlines()
     assert len(lines) == 1 + len(subject.acquired.dwi)
@@ -126,6 +148,44 @@ def test_nothing_is_left_when_writing_fails(
     with pytest.raises(OutputError, match="No space left on device"):
         derivatives.write_unit(subject, tmp_path / "out", None)
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("model", "named"), [("3dSHORE", "3dSHORE"), ("none", "3dSHORE"), ("tensor", "tensor")])
+def test_contrast_is_named_after_the_model_it_was_measured_with(
+    subject: UnitResults, tmp_path: Path, model: str, named: str
+) -> None:
+    motions = tuple(replace(motion, model=model) for motion in subject.motions)
+    derivatives._write_series(replace(subject, motions=motions), tmp_path)
+    assert len(list(tmp_path.glob("*_stat-cnr_dwimap.nii.gz"))) == 1
+    assert list(tmp_path.glob(f"*_model-{named}_stat-cnr_dwimap.nii.gz"))
+
+
+def test_what_a_killed_run_left_behind_goes_away(subject: UnitResults, tmp_path: Path) -> None:
+    """Killed while writing: the hidden folder stays until the unit is written again; others' are not touched."""
+    name = subject.unit.name
+    for left in (f".dsiprep-{name}", ".dsiprep-sub-99"):
+        (tmp_path / left / "sub-01").mkdir(parents=True)
+        (tmp_path / left / "sub-01" / "half.nii.gz").write_text("")
+    derivatives.write_unit(subject, tmp_path, None)
+    assert [path.name for path in tmp_path.glob(".dsiprep-*")] == [".dsiprep-sub-99"]
+    assert not list(tmp_path.glob("sub-01/half.nii.gz"))
+
+
+def test_an_earlier_run_with_other_options_leaves_no_second_match(subject: UnitResults, tmp_path: Path) -> None:
+    """QSIRecon stops where a query matches two files; files of other units and of the user stay."""
+    name, place = subject.unit.name, tmp_path / f"sub-{subject.unit.subject}"
+    if subject.unit.session:
+        place /= f"ses-{subject.unit.session}"
+    (place / "dwi").mkdir(parents=True)
+    stale = place / "dwi" / f"{name}_space-ACPC_model-other_stat-cnr_dwimap.nii.gz"
+    others = [place / "dwi" / f"{name}_acq-x_space-ACPC_dwiref.nii.gz", place / "dwi" / "notes.txt"]
+    for path in (stale, *others):
+        path.write_text("")
+    derivatives.write_unit(subject, tmp_path, None)
+    assert not stale.exists() and all(path.exists() for path in others)
+    without = replace(subject, distortion=None)
+    derivatives.write_unit(without, tmp_path, None)
+    assert not list(tmp_path.rglob("*_fieldmap.*")) and not list(tmp_path.rglob("*desc-sdc*"))
 
 
 def test_template_images_follow_the_chain(subject: UnitResults) -> None:

@@ -176,6 +176,9 @@ def test_one_bad_subject_does_not_stop_the_others(
     assert "failed" in said and "done" in said and "Traceback" not in said
     assert "Traceback" in (next((tmp_path / "out" / "logs").glob("sub-00*.log"))).read_text()
     assert list((tmp_path / "out" / "sub-01" / "dwi").glob("*desc-preproc_dwi.nii.gz"))
+    lines = next((tmp_path / "out").rglob("*_timeseries.tsv")).read_text().splitlines()
+    rows = [dict(zip(lines[0].split("\t"), line.split("\t"), strict=True)) for line in lines[1:]]
+    assert all((row["hmc_r2"] == "n/a") == (float(row["bval"]) > 100) for row in rows)  # nothing predicted them
     assert not (tmp_path / "out" / "sub-00" / "dwi").exists()
 
 

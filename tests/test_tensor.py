@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from dsiprep.ops.shore import leave_one_out, near_neighbours
-from dsiprep.ops.tensor import tensor_basis, tensor_prediction
+from dsiprep.ops.tensor import main_directions, tensor_basis, tensor_prediction
 
 RIDGE = np.full(7, 1e-6)
 
@@ -71,3 +71,25 @@ def test_zero_and_negative_voxels_stay_finite_and_small() -> None:
     signals[-1, 2] = 100
     found = tensor_prediction(signals, leave_one_out(tensor_basis(bvals, bvecs), RIDGE, near))
     assert torch.isfinite(found).all() and found.max() <= 150
+
+
+@pytest.mark.parametrize("low", [400, 1500])
+def test_directions_and_anisotropy_are_dipys(low: float) -> None:
+    """Also of more voxels than are fitted at a time, and where b-values are far from one."""
+    from dipy.core.gradients import gradient_table
+    from dipy.reconst.dti import TensorModel
+
+    rng = np.random.default_rng(3)
+    bvecs = rng.normal(size=(40, 3))
+    bvecs /= np.linalg.norm(bvecs, axis=1, keepdims=True)
+    bvals = np.where(np.arange(40) < 4, 0.0, rng.uniform(low, low + 900, 40))
+    bvecs[:4] = 0
+    frames = np.linalg.qr(rng.normal(size=(25, 3, 3)))[0]
+    known = frames * np.array([1.6e-3, 5e-4, 2e-4]) @ frames.transpose(0, 2, 1)
+    signal = 900 * np.exp(-bvals[:, None] * np.einsum("ni,mij,nj->nm", bvecs, known, bvecs))
+    signal += rng.normal(0, 4, signal.shape)
+    reference = TensorModel(gradient_table(bvals, bvecs=bvecs), fit_method="WLS").fit(signal.T)
+    fa, direction = main_directions(np.tile(signal, (1, 801)), bvals, bvecs)
+    for part in (slice(0, 25), slice(-25, None)):
+        np.testing.assert_allclose(fa[part], reference.fa, atol=0.01)
+        assert np.abs(np.einsum("mi,mi->m", direction[part], reference.evecs[:, :, 0])).min() > 0.999

@@ -24,7 +24,7 @@ import torch
 
 from dsiprep import settings as settings_module
 from dsiprep.data import acquisition, dwi, grid, results, template, transform
-from dsiprep.errors import InputError
+from dsiprep.errors import InputError, OutputError
 
 T = TypeVar("T")
 INLINE = 256  # arrays up to this size stand in the JSON, where a person can read them
@@ -157,8 +157,11 @@ def _describe(item: object) -> object:
 
 
 def _store(target: Path, value: object, about: dict[str, Any]) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as problem:
+        raise OutputError(f"{target.parent}: {problem.strerror}; choose another folder with --work-dir") from problem
     try:
         tree = _encode(value, beside, "result")
         about |= {"threads": torch.get_num_threads()}
@@ -168,6 +171,9 @@ def _store(target: Path, value: object, about: dict[str, Any]) -> None:
         except OSError:  # another process was first with the same lineage, hence the same numbers
             if not (target / "result.json").exists():
                 raise
+    except OSError as problem:  # NumPy tells a full disk by the number of bytes alone
+        why = problem.strerror or f"no space left ({problem})"
+        raise OutputError(f"{target.parent}: {why}; make room, or choose another folder with --work-dir") from problem
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

@@ -12,12 +12,15 @@ import json
 import logging
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsiprep import __version__, settings
 from dsiprep.errors import DsiprepError, OutputError, SettingsError
+from dsiprep.refused import NOT_BUILT, NOT_HERE, SHELL_TOOLS, SHELLS_ONLY
 
 if TYPE_CHECKING:
     from dsiprep.data.acquisition import Unit
@@ -35,50 +38,8 @@ GROUPS = {
     "resample": settings.ResampleSettings,
 }
 
-# Options that users of QSIPrep know and dsiprep has not, and what to do without them.
-NOT_HERE = {
-    "--bids-database-dir": "the dataset is indexed in a second or two without a database; leave it out",
-    "--low-mem": "series are memory-mapped anyway; leave it out",
-    "--gpu": "one option serves all stages: use --device cuda",
-    "--infant": "infant templates are not built yet",
-    "--anatomical-template": "other templates are not built yet; MNI152NLin2009cAsym is used where TemplateFlow has it",
-    "--subject-anatomical-reference": "images of the first session serve all sessions of a subject (first-lex)",
-    "--sdc-fieldmapless-method": "fieldmap-less correction is not built yet",
-    "--sdc-anat-reference": "fieldmap-less correction is not built yet",
-    "--use-syn-sdc": "fieldmap-less correction is not built yet",
-    "--force-syn": "fieldmap-less correction is not built yet",
-    "--dwiref-definition": "the dwiref is the unbiased b=0 template",
-    "--report-output-level": "reports are written to the root of the output folder",
-    "--fs-license-file": "no FreeSurfer is used and no licence is needed; leave it out",
-    "--eddy-config": "there is no eddy in here; see --hmc-method",
-    "--recon-spec": "reconstruction is QSIRecon's work; give it this output folder",
-}
-
-# Values that upstream takes for options that dsiprep has, and why they are refused.
-SHELLS_ONLY = (
-    "eddy and TOPUP suit shelled data; DSI takes 3dSHORE and DRBUDDI: use --hmc-method shoreline --sdc-method drbuddi"
-)
-NOT_BUILT = {
-    ("--hmc-method", "eddy"): "dsiprep has no FSL eddy: use --hmc-method shoreline, which serves shells too",
-    ("--hmc-method", "tortoise"): "TORTOISE as an engine is not built yet: use --hmc-method shoreline",
-    ("--hmc-model", "eddy"): "dsiprep has no FSL eddy: use --hmc-model 3dSHORE, which serves shells too",
-    ("--hmc-model", "tortoise"): "TORTOISE as an engine is not built yet: use --hmc-model 3dSHORE",
-    ("--sdc-method", "topup"): "dsiprep has no TOPUP: use --sdc-method drbuddi, which serves shells too",
-    ("--sdc-method", "topup+drbuddi"): "dsiprep has no TOPUP: use --sdc-method drbuddi",
-    ("--denoise-method", "patch2self"): "Patch2Self is not built yet: use --denoise-method dwidenoise",
-    ("--denoise-method", "dwidenoise2"): "dwidenoise2 is not built yet: use --denoise-method dwidenoise",
-    ("--denoise-method", "svht"): "svht is not built yet: use --denoise-method dwidenoise",
-    ("--unringing-method", "mrdegibbs"): "unringing is not built yet: use --unringing-method none",
-    ("--unringing-method", "rpg"): "unringing is not built yet: use --unringing-method none",
-    ("--unringing-method", "svht"): "unringing is not built yet: use --unringing-method none",
-    ("--dwi-biascorrect", "auto"): "use --dwi-biascorrect n4 or none",
-    ("--anat-biascorrect", "auto"): "use --anat-biascorrect n4 or none",
-    ("--anat-modality", "T2w"): "T2w as the structural image is not built yet: use T1w or none",
-    ("--distortion-group-merge", "average"): "averaging is not built yet: use concat or none",
-    ("--b1-biascorrect-stage", "legacy"): "use --b1-biascorrect-stage final or none",
-}
-SHELL_TOOLS = {("--hmc-method", "eddy"), ("--hmc-model", "eddy"), ("--sdc-method", "topup"),
-               ("--sdc-method", "topup+drbuddi")}  # fmt: skip
+# What QSIPrep's --shoreline-config may hold.
+SHORELINE_CONFIG = ("model", "iters", "transform")
 
 
 class Parser(argparse.ArgumentParser):
@@ -126,9 +87,9 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
                        choices=("fieldmaps", "pepolar-dwis", "t2w", "phase", "sdc", "shims", "fov"),
                        help="fieldmaps, pepolar-dwis, t2w, phase, sdc, shims, fov: leave these aside")  # fmt: skip
     group.add_argument("--separate-all-dwis", action="store_true", help="every DWI run becomes its own output")
-    group.add_argument("--distortion-group-merge", default="concat", metavar="concat|none",
-                       type=_one_of("--distortion-group-merge", str, ("concat", "none")),
-                       help="blip-up and blip-down series in one output (concat), or apart (none)")  # fmt: skip
+    group.add_argument("--distortion-group-merge", default="none", metavar="none",
+                       type=_one_of("--distortion-group-merge", str, ("none",)),
+                       help="series that do not correct each other's distortion stay apart")  # fmt: skip
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
@@ -265,10 +226,20 @@ def _check_ranges(chosen: settings.Settings, options: argparse.Namespace) -> Non
         raise SettingsError("--output-resolution is missing: give the voxel size of the output in mm, such as 2")
     if resolution and not 0.5 <= resolution <= 10:
         raise SettingsError(f"--output-resolution {resolution:g} mm is outside 0.5 to 10 mm")
-    if chosen.motion.iters < 1:
-        raise SettingsError("--shoreline-iters must be at least 1; --hmc-method none switches motion correction off")
-    if chosen.denoise.window and chosen.denoise.window % 2 == 0:
-        raise SettingsError(f"--dwidenoise-window {chosen.denoise.window} is even; take an odd number of voxels")
+    motion, window, threshold = chosen.motion, chosen.denoise.window, chosen.acquisition.b0_threshold
+    rules = (
+        (motion.iters >= 1, "--shoreline-iters must be at least 1; --hmc-method none switches motion correction off"),
+        (motion.tolerance > 0, f"--hmc-tolerance {motion.tolerance:g} mm is no length; give one above 0"),
+        (window == 0 or (window > 0 and window % 2 == 1),
+         f"--dwidenoise-window {window} is even or negative; take an odd number of voxels"),
+        (threshold >= 0, f"--b0-threshold {threshold:g} is negative; give the largest b-value that counts as b=0"),
+        (options.nprocs >= 1, f"--nprocs {options.nprocs}: give the number of cores to use, 1 or more"),
+        (options.omp_nthreads >= 0, f"--omp-nthreads {options.omp_nthreads}: give the number of cores per subject"),
+        (options.mem >= 0, f"--mem {options.mem}: give the memory to use in MB"),
+    )  # fmt: skip
+    for fine, sentence in rules:
+        if not fine:
+            raise SettingsError(sentence)
 
 
 def sloppy(chosen: settings.Settings) -> settings.Settings:
@@ -283,19 +254,32 @@ def sloppy(chosen: settings.Settings) -> settings.Settings:
 
 def _shoreline_config(path: Path) -> dict[str, Any]:
     """QSIPrep's --shoreline-config: {"model": ..., "iters": ..., "transform": ...}."""
-    known = {"model": "motion.model", "iters": "motion.iters", "transform": "motion.transform"}
+    content = _read_json("--shoreline-config", path)
+    entries = {f.name: f for f in dataclasses.fields(settings.MotionSettings) if f.name in SHORELINE_CONFIG}
+    unknown = sorted(set(content) - set(entries))
+    if unknown:
+        raise SettingsError(
+            f"--shoreline-config {path}: no such entry: {', '.join(unknown)}; there are {', '.join(SHORELINE_CONFIG)}"
+        )
+    values = {}
+    for name, value in content.items():
+        entry, text = entries[name], "3dSHORE" if str(value).lower() == "3dshore" else str(value)
+        try:
+            convert = _one_of(entry.metadata["flags"][0], type(entry.default), entry.metadata["choices"])
+            values[f"motion.{name}"] = convert(text)
+        except argparse.ArgumentTypeError as error:
+            raise SettingsError(f"--shoreline-config {path}: {name}: {error}") from error
+    return values
+
+
+def _read_json(flag: str, path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise SettingsError(f"--shoreline-config {path} cannot be read as JSON: {error}") from error
-    unknown = sorted(set(content) - set(known))
-    if unknown:
-        raise SettingsError(
-            f"--shoreline-config {path}: no such entry: {', '.join(unknown)}; there are {', '.join(known)}"
-        )
-    if "model" in content:
-        content["model"] = {"3dshore": "3dSHORE"}.get(str(content["model"]).lower(), content["model"])
-    return {known[key]: value for key, value in content.items()}
+        raise SettingsError(f"{flag} {path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise SettingsError(f"{flag} {path} holds a {type(content).__name__}; a JSON object, {{...}}, is wanted")
+    return content
 
 
 def check_folders(options: argparse.Namespace) -> None:
@@ -315,6 +299,11 @@ def check_folders(options: argparse.Namespace) -> None:
         raise OutputError(f"the output folder {out} is inside the BIDS folder; only its derivatives/ may hold outputs")
     if work.is_relative_to(bids):
         raise OutputError(f"the work folder {work} is inside the BIDS folder; choose another with --work-dir")
+    for name, folder in () if options.dry_run else (("output", out), ("work", work)):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+            found = "cannot be written" if nearest.is_dir() else "is a file"
+            raise OutputError(f"the {name} folder {folder} cannot be made: {nearest} {found}; choose another")
     if not options.skip_bids_validation and not (bids / "dataset_description.json").is_file():
         raise OutputError(
             f"{bids} has no dataset_description.json, so it is not the root of a BIDS dataset; "
@@ -360,9 +349,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DsiprepError as error:
         print(f"dsiprep: {error}", file=sys.stderr)
         return 1
+    except Exception as problem:
+        print(f"dsiprep: {_unexpected(problem)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("dsiprep: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+
+
+def _unexpected(problem: Exception) -> str:
+    """A sentence about what nobody foresaw; the traceback goes to a file."""
+    handle, where = tempfile.mkstemp(prefix="dsiprep-", suffix=".log")
+    with os.fdopen(handle, "w") as stream:
+        stream.write("".join(traceback.format_exception(problem)))
+    if isinstance(problem, OSError) and problem.filename is not None:
+        return f"{problem.filename}: {problem.strerror}; correct the rights or the path, then run again (log: {where})"
+    return f"unexpected {type(problem).__name__}: {problem}; please report it with {where}"
 
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str]) -> int:
@@ -375,15 +377,16 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         chosen,
         participants=options.participant_label,
         sessions=options.session_label,
-        filters=_read_filters(options.bids_filter_file),
+        filters=_read_json("--bids-filter-file", options.bids_filter_file) if options.bids_filter_file else None,
         ignore=frozenset(options.ignore),
         separate_all_dwis=options.separate_all_dwis,
         distortion_group_merge=options.distortion_group_merge,
         failed=failed,
     )
     refuse_shell_tools(chosen, units)
-    for subject, error in failed.items():
-        print(f"dsiprep: sub-{subject}: {error}", file=sys.stderr)
+    told = {s: str(e) if f"sub-{s}" in str(e) else f"sub-{s}: {e}" for s, e in failed.items()}
+    for sentence in told.values():
+        print(f"dsiprep: {sentence}", file=sys.stderr)
     if options.dry_run:
         print_plan(units, chosen)
         return 1 if failed else 0
@@ -391,17 +394,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         return 1
     jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(words))
     processes = _processes(options, jobs)
-    code = run_and_show(jobs, processes, options.stop_on_first_crash)
-    return 1 if failed else code
-
-
-def _read_filters(path: Path | None) -> dict[str, Any] | None:
-    if path is None:
-        return None
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--bids-filter-file {path} cannot be read as JSON: {error}") from error
+    return run_and_show(jobs, processes, options.stop_on_first_crash, told)
 
 
 def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -30,6 +31,8 @@ def choose(name: str = "auto") -> torch.device:
         return torch.device("cuda" if count else "cpu")
     if name == "cpu":
         return torch.device("cpu")
+    if not re.fullmatch(r"cuda(:\d+)?", name):
+        raise SettingsError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
     device = torch.device(name)
     if (device.index or 0) >= count:
         found = f"{count} CUDA device{'s' if count != 1 else ''}"

@@ -11,7 +11,8 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -66,7 +67,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one unit ended: `error` is None, or the sentence that says what was wrong."""
+    """How one unit (or, under "sub-X report", a report) ended: `error` is None, or the sentence that says why."""
 
     subject: str
     unit: str
@@ -110,13 +111,25 @@ def run_jobs(
         return
     # spawn: CUDA and threads do not survive a fork
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_run_quietly, job, stop_on_first_crash) for job in jobs]
+        futures = {pool.submit(_run_quietly, job, stop_on_first_crash): job for job in jobs}
         for future in as_completed(futures):
-            outcomes = future.result()
+            outcomes = _collect(future, futures[future])
             yield from outcomes
             if stop_on_first_crash and any(outcome.error for outcome in outcomes):
                 pool.shutdown(cancel_futures=True)
                 return
+
+
+def _collect(future: Future[list[Outcome]], job: Job) -> list[Outcome]:
+    """A job's outcomes; where its process was killed, that of every unit."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        why = (
+            "a process was killed, most likely because memory ran out; run fewer subjects at once (--mem, or more "
+            "--omp-nthreads): the same command goes on from here"
+        )
+        return [Outcome(job.subject, unit.name, 0.0, why) for unit in job.units]
 
 
 def _run_quietly(job: Job, stop_on_first_crash: bool) -> list[Outcome]:
@@ -124,7 +137,7 @@ def _run_quietly(job: Job, stop_on_first_crash: bool) -> list[Outcome]:
 
 
 def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iterator[Outcome]:
-    """All units of one subject, then its report; yields an outcome per unit.
+    """All units of one subject, then its report; yields an outcome per unit, and one for a report that failed.
 
     The stage results stay in the work folder if a unit failed, so that a second try goes on from there.
     """
@@ -140,13 +153,19 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
             result = _run_unit(unit, job, tell)
             finished += [result] if result is not None else []
         except Exception as problem:
-            error, where = _explain(problem, unit, job.out)
+            error, where = _explain(problem, unit.name, job.out)
             failures.append((unit.name, error))
         yield Outcome(job.subject, unit.name, time.perf_counter() - start, error, where)
         if error and stop_on_first_crash:
             break
     if job.mode != "anat_only":
-        _write_reports(finished, failures, job, tell)
+        start, name = time.perf_counter(), f"sub-{job.subject} report"
+        try:
+            _write_reports(finished, failures, job, tell)
+        except Exception as problem:
+            error, where = _explain(problem, name, job.out)
+            failures.append((name, error))
+            yield Outcome(job.subject, name, time.perf_counter() - start, error, where)
     if not failures and not job.keep_work and not job.mode:
         Cache(_work_folder(job)).clear()
 
@@ -192,9 +211,9 @@ def _work_folder(job: Job) -> Path:
     return job.work / f"sub-{job.subject}"
 
 
-def _explain(problem: Exception, unit: Unit, out: Path) -> tuple[str, Path | None]:
+def _explain(problem: Exception, name: str, out: Path) -> tuple[str, Path | None]:
     """A sentence for people; the traceback goes to a log."""
-    where: Path | None = out / "logs" / f"{unit.name}.log"
+    where: Path | None = out / "logs" / f"{name.replace(' ', '_')}.log"
     try:
         assert where is not None
         where.parent.mkdir(parents=True, exist_ok=True)
@@ -206,5 +225,6 @@ def _explain(problem: Exception, unit: Unit, out: Path) -> tuple[str, Path | Non
     if isinstance(problem, MemoryError):
         return "memory ran out; give more with --mem, or run fewer subjects at once", where
     if isinstance(problem, OSError) and problem.errno is not None:
-        return f"{problem.filename or out}: {problem.strerror}; make room or check the rights, then run again", where
+        advice = "check its rights" if isinstance(problem, PermissionError) else "make room or check the rights"
+        return f"{problem.filename or out}: {problem.strerror}; {advice}, then run again", where
     return f"unexpected {type(problem).__name__}: {problem}; please report it with the log", where

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -28,18 +28,26 @@ def print_plan(units: Sequence[Unit], settings: Settings) -> None:
         console.print()
 
 
-def run_and_show(jobs: Sequence[Job], processes: int, stop_on_first_crash: bool) -> int:
-    """Run the jobs with a progress bar, print a table of units; 0 if all went well, otherwise 1."""
+def run_and_show(
+    jobs: Sequence[Job], processes: int, stop_on_first_crash: bool, refused: Mapping[str, str] | None = None
+) -> int:
+    """Run the jobs with a progress bar, print a table of units; 0 if all went well, otherwise 1.
+
+    `refused` says of subjects that could not even be grouped what is wrong with them; the table shows them too.
+    """
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
-    outcomes: list[Outcome] = []
+    outcomes = [Outcome(subject, f"sub-{subject}", 0.0, why) for subject, why in (refused or {}).items()]
     with Progress(*columns, console=console) as progress:
         bars = _Bars(progress, jobs)
         for outcome in run_jobs(jobs, processes, stop_on_first_crash, bars.tell):
             outcomes.append(outcome)
             bars.finish(outcome)
+        for outcome in outcomes:  # again: the report is drawn after the last unit has ended
+            bars.finish(outcome)
     planned = [unit.name for job in jobs for unit in job.units]
-    _print_table(console, planned, outcomes, jobs[0])
+    names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
+    _print_table(console, names, outcomes, jobs[0])
     return 0 if len(outcomes) == len(planned) and not any(outcome.error for outcome in outcomes) else 1
 
 
@@ -62,15 +70,17 @@ class _Bars:
             self.progress.console.print(f"{unit}: {step}")
 
     def finish(self, outcome: Outcome) -> None:
-        """A unit has ended."""
+        """A unit has ended; of reports only failures are told, and these have no bar."""
+        if outcome.unit not in self.tasks:
+            return
         step = "failed" if outcome.error else "done"
         self.progress.update(self.tasks[outcome.unit], completed=len(STEPS) + 2, step=step)
 
 
-def _print_table(console: Console, planned: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
+def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
     table = Table(*(Column(name, overflow="fold") for name in ("unit", "result", "time")))
     ended = {outcome.unit: outcome for outcome in outcomes}
-    for name in planned:
+    for name in names:
         outcome = ended.get(name)
         if outcome is None:
             table.add_row(name, "not started", "")

@@ -86,9 +86,9 @@ class Motion:
     mask : Volume
         Brain in the dwiref, 0 or 1.
     r2, xcorr : ndarray, (n,)
-        Agreement of each aligned volume with its prediction in the mask, at the last round.
+        Agreement of each aligned volume with its prediction in the mask, at the last round; NaN without a model.
     slice_z : ndarray, (n, slices)
-        Robust z-score of each slice's residual against the prediction, along `slice_axis`.
+        Robust z-score of each slice's residual against the prediction, along `slice_axis`; NaN as above.
     trace : list of dict
         One row per volume and round, in the columns of hmcOptimization.csv.
     model : str
@@ -195,6 +195,8 @@ class Anatomy:
         TemplateFlow's name of the template.
     template_image : Volume or None
         The template's brain, and `warped`, the structural brain brought onto it.
+    orig_to_anat : tuple of Affine
+        For each structural image as it was acquired: points of the first one to points of it.
     """
 
     modality: str
@@ -208,6 +210,7 @@ class Anatomy:
     template_image: Volume | None
     warped: Volume | None
     notes: tuple[str, ...] = ()
+    orig_to_anat: tuple[Affine, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -58,7 +58,7 @@ def find_units(
     filters: Filters | None = None,
     ignore: frozenset[str] = frozenset(),
     separate_all_dwis: bool = False,
-    distortion_group_merge: str = "concat",
+    distortion_group_merge: str = "none",
     failed: dict[str, DsiprepError] | None = None,
 ) -> list[Unit]:
     """The units of a dataset.
@@ -152,7 +152,7 @@ def _units_of_subject(
     filters: Filters | None,
     options: _Options,
 ) -> list[Unit]:
-    data = apply_filters(catalog.subject_data(label, sessions), filters)
+    data = apply_filters(_of_sessions(catalog.subject_data(label), sessions), filters)
     if not data["dwi"]:
         log.warning("sub-%s has no diffusion-weighted series, or none that was asked for", label)
         return []
@@ -170,6 +170,17 @@ def _units_of_subject(
     for grouping, split in _groupings(subject, issues):
         units += _units_of_grouping(subject, grouping, split)
     return _named_apart(units)
+
+
+def _of_sessions(data: dict[str, list[str]], sessions: list[str] | None) -> dict[str, list[str]]:
+    """Series of the sessions asked for and fieldmaps they may use; T1w of all, since one anatomy serves a subject."""
+    if sessions is None:
+        return data
+    wanted: dict[str, list[str | None]] = {"dwi": [*sessions], "fmap": [*sessions, None], "t2w": [*sessions, None]}
+    return {
+        kind: [path for path in paths if kind == "t1w" or entities(path).get("ses") in wanted[kind]]
+        for kind, paths in data.items()
+    }
 
 
 class _Subject:
@@ -198,15 +209,21 @@ class _Subject:
         rounded = round(pe.readout_time / READOUT_TOLERANCE) * READOUT_TOLERANCE
         return replace(record, signature=replace(record.signature, readout_time=rounded))
 
-    def anatomy(self, session: str | None, suffix: str) -> tuple[tuple[Path, ...], str | None]:
-        """Structural images of a session and those that all sessions share; a note if they were borrowed."""
-        images = [record for record in self.records if record.is_anat and record.suffix == suffix]
-        own = [record for record in images if session is None or record.session in (session, None)]
-        if own or not images or suffix != "T1w":
-            return tuple(Path(record.path) for record in own), None
-        nearest = [record for record in images if record.session == images[0].session]
-        note = f"ses-{session} has no {suffix}; that of ses-{images[0].session} is taken."
-        return tuple(Path(record.path) for record in nearest), note
+    def t1w(self, session: str | None) -> tuple[tuple[Path, ...], str | None]:
+        """The images of the first session that has any, for all sessions alike; a note if they were borrowed."""
+        images = [record for record in self.records if record.is_anat and record.suffix == "T1w"]
+        if not images:
+            return (), None
+        first = min(record.session or "" for record in images)
+        shared = sorted(record.path for record in images if (record.session or "") == first)
+        borrowed = first and first != session
+        note = f"The T1w of ses-{first} serves all sessions of the subject, this one too." if borrowed else None
+        return tuple(map(Path, shared)), note
+
+    def t2w(self, session: str | None) -> tuple[Path, ...]:
+        """The images of a session and those that all sessions share."""
+        images = [record for record in self.records if record.is_anat and record.suffix == "T2w"]
+        return tuple(Path(record.path) for record in images if session is None or record.session in (session, None))
 
 
 def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWIGrouping, bool]]:
@@ -306,11 +323,10 @@ def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool, alone: bool) 
     if "sdc" not in subject.options.ignore:
         members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
         notes += [note for path in members for note in subject.notes.get(path, ())]
-    t1w, borrowed = subject.anatomy(session, "T1w")
-    t2w, _ = subject.anatomy(session, "T2w")
+    t1w, borrowed = subject.t1w(session)
     notes += [borrowed] if borrowed else []
     name = planned.output_name
-    return Unit(subject.label, session, name, runs, epis, t1w, t2w, tuple(dict.fromkeys(notes)))
+    return Unit(subject.label, session, name, runs, epis, t1w, subject.t2w(session), tuple(dict.fromkeys(notes)))
 
 
 def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:

@@ -83,7 +83,7 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
     OutputError
         If the disk is full or the folder cannot be written.
     """
-    with _staged(out) as stage:
+    with _staged(out, results.unit.name) as stage:
         subject = stage / f"sub-{results.unit.subject}"
         session = subject / f"ses-{results.unit.session}" if results.unit.session else subject
         if results.anatomy.modality != "none":
@@ -91,13 +91,26 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
         _write_series(results, session / "dwi")
         _write_transforms(results, session)
         _write_tables(results, session / "dwi")
-        written = [path.relative_to(stage) for path in stage.rglob("*") if path.is_file()]
-    return sorted(written)
+        written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
+    name, place = results.unit.name, out / session.relative_to(stage)
+    _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*"), written)
+    _sweep(place / "fmap", (f"{name}_desc-*",), written)
+    if results.anatomy.modality != "none":
+        _sweep(out / subject.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
+    return sorted(path.relative_to(out) for path in written)
+
+
+def _sweep(folder: Path, patterns: tuple[str, ...], written: set[Path]) -> None:
+    """Remove what an earlier run with other options left there: a query of QSIRecon would match two files."""
+    for pattern in patterns:
+        for path in folder.glob(pattern):
+            if path not in written:
+                path.unlink(missing_ok=True)
 
 
 def write_anatomy_of(anatomy: Anatomy, unit: Unit, out: Path, template: Template | None) -> None:
     """Only the structural files of a unit, under the root of the derivatives (`--anat-only`)."""
-    with _staged(out) as stage:
+    with _staged(out, f"{unit.name}-anat") as stage:
         write_anatomy(anatomy, unit, stage / f"sub-{unit.subject}" / "anat", template)
 
 
@@ -119,10 +132,8 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
     anat_to_acpc = anatomy.anat_to_acpc
     itk.write_affine(folder / f"{name}_from-anat_to-ACPC_mode-image_xfm.mat", anat_to_acpc)
     itk.write_affine(folder / f"{name}_from-ACPC_to-anat_mode-image_xfm.mat", anat_to_acpc.inverse())
-    session = f"_ses-{unit.session}" if unit.session else ""
-    itk.write_affine(
-        folder / f"{name}{session}_from-orig_to-anat_mode-image_xfm.txt", Affine(np.eye(4), "orig", "anat")
-    )
+    for source, orig_to_anat in zip(_originals(unit), anatomy.orig_to_anat, strict=True):
+        itk.write_affine(folder / f"{source}_from-orig_to-anat_mode-image_xfm.txt", orig_to_anat)
     if anatomy.acpc_to_template is None or anatomy.template_to_acpc is None:
         return
     space = anatomy.template
@@ -132,7 +143,15 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
         grid = template.brain.grid
         for suffix, (data, discrete) in images.items():
             warped = _through(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
-            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete)
+            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space)
+
+
+def _originals(unit: Unit) -> tuple[str, ...]:
+    """A name for each structural image: QSIPrep's where there is one, all its entities where there are several."""
+    stems = [path.name.partition(".")[0].rpartition("_")[0] for path in unit.t1w]
+    if len(stems) > 1:
+        return tuple(stems)
+    return tuple("_".join(part for part in stem.split("_") if part.startswith(("sub-", "ses-"))) for stem in stems)
 
 
 def _write_series(results: UnitResults, folder: Path) -> None:
@@ -160,7 +179,7 @@ def _write_series(results: UnitResults, folder: Path) -> None:
     reference = _anatomical_reference(results)
     _write_map(folder / f"{name}_dwiref", results.preprocessed.dwiref, reference=reference)
     _write_map(folder / f"{name}_desc-brain_mask", results.preprocessed.mask, True, reference)
-    model = "3dSHORE" if "SHORE" in results.motions[0].model else "tensor"
+    model = "tensor" if "tensor" in results.motions[0].model else "3dSHORE"  # as quality measures it
     if results.quality.cnr is not None:
         _write_map(folder / f"{name}_model-{model}_stat-cnr_dwimap", results.quality.cnr, reference=reference)
     if results.quality.tsnr is not None:
@@ -226,7 +245,7 @@ def _write_tables(results: UnitResults, folder: Path) -> None:
     _write_json(
         folder / f"{stem}_space-ACPC_desc-slice_qc.json",
         {"Description": "Robust z-score of each slice's residual against the prediction, volume by slice",
-         "slice_z": np.round(np.nan_to_num(quality.slice_z), 3).tolist(),
+         "slice_z": [[round(z, 3) if np.isfinite(z) else None for z in row] for row in quality.slice_z.tolist()],
          "lost": [[int(v), int(k)] for v, k in lost_slices(results.motions)],
          "replaced": results.settings.motion.outliers == "replace"},
     )  # fmt: skip
@@ -316,11 +335,19 @@ def _cell(value: object) -> str:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
-    """A hidden folder in `out` whose files are moved to their places when all went well."""
+def _staged(out: Path, owner: str = "") -> Iterator[Path]:
+    """A hidden folder in `out` whose files are moved to their places when all went well.
+
+    A unit, as `owner`, always takes the same one, so that what a killed run left there does not stay.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=".dsiprep-", dir=out))
+        if owner:
+            stage = out / f".dsiprep-{owner}"
+            shutil.rmtree(stage, ignore_errors=True)
+            stage.mkdir()
+        else:
+            stage = Path(tempfile.mkdtemp(prefix=".dsiprep-", dir=out))
     except OSError as error:
         raise OutputError(f"{out} cannot be written ({error.strerror}); choose another output folder") from error
     try:

@@ -14,21 +14,27 @@ with phi dy/dx + phi' y / 2, which noise does not correlate with.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
 import torch
 
+from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EDDY_MM, EddyCurrents
-from dsiprep.ops.align import FREEDOM, Rest, pull_to_rest
+from dsiprep.ops.align import FREEDOM, Rest, moved_by, pull_to_rest
 from dsiprep.ops.bend import eddy_terms
-from dsiprep.ops.points import PointSet
+from dsiprep.ops.level import Level, Place
+from dsiprep.ops.points import PointSet, target_gradients
 from dsiprep.ops.predict import Prediction
 
-__all__ = ["TERMS", "no_eddy_currents", "strength", "tied_step", "with_response"]
+__all__ = ["QUIET_MM", "TERMS", "bend_step", "beyond_chance", "no_eddy_currents", "strength", "tied_step"]
 
+log = logging.getLogger("dsiprep")
 MISLED_MM = 0.025  # eddy currents that errors of predictions would feign if predictions did not follow the data
+QUIET_MM = 3.9  # voxels on which eddy currents are found: noise of smaller ones enters their predictions too
+SAMPLE = 2000  # points of the brain that they are found from
 TERMS = {"linear": 4, "quadratic": 10}
 
 
@@ -37,7 +43,7 @@ def no_eddy_currents(count: int, grid: Grid, along: int) -> EddyCurrents:
     return EddyCurrents(np.zeros((count, 10)), grid.directions, grid.centre, along)
 
 
-def with_response(eddy: EddyCurrents, response: np.ndarray, gradients: np.ndarray) -> EddyCurrents:
+def _with_response(eddy: EddyCurrents, response: np.ndarray, gradients: np.ndarray) -> EddyCurrents:
     """Coefficients R g_v, for R (10, 3) in mm and gradients (n, 3) relative to the strongest."""
     return replace(eddy, coefficients=gradients @ response.T)
 
@@ -145,3 +151,92 @@ def _bending(
     seen = np.einsum("nba,b->na", transforms[:, :3, :3], eddy.axes[:, eddy.along])  # the axis as the head sees it
     steep = torch.einsum("nka,na->nk", slopes, torch.as_tensor(seen, dtype=torch.float32, device=values.device))
     return (terms * steep).transpose(0, 1), (rises * values / EDDY_MM).transpose(0, 1)
+
+
+def bend_step(
+    dwi: DWI, level: Level, place: Place, seen: torch.Tensor, predicted: Prediction, rest: Rest, terms: int
+) -> Place:
+    """One step of the eddy currents' response to the gradient, and of all poses with it.
+
+    Parameters
+    ----------
+    dwi : DWI
+    level : Level
+        Of voxels above `QUIET_MM`.
+    place : Place
+        With `eddy`.
+    seen : Tensor, (n, m)
+        Diffusion-weighted volumes at the points of `level`.
+    predicted : Prediction
+        Of those volumes.
+    rest : Rest
+        Of all volumes.
+    terms : int
+        From `TERMS`.
+    """
+    assert place.eddy is not None
+    index = np.flatnonzero(~dwi.is_b0)
+    change, moves = _sampled_step(dwi, level, place, seen, predicted, rest, terms, place.eddy, place.response)
+    response, out = place.response - change, place.transforms.copy()
+    out[index], _ = moved_by(out[index], moves, level.points)
+    eddy = _with_response(place.eddy, response, _gradients(dwi))
+    return replace(place, transforms=out, response=response, eddy=eddy)
+
+
+def _sampled_step(
+    dwi: DWI,
+    level: Level,
+    place: Place,
+    seen: torch.Tensor,
+    predicted: Prediction,
+    rest: Rest,
+    terms: int,
+    eddy: EddyCurrents,
+    response: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """`tied_step` on a sample of the brain."""
+    index = np.flatnonzero(~dwi.is_b0)
+    step = max(1, len(level.points) // SAMPLE)
+    slopes = [target_gradients(row[None], level.points)[0, ::step] for row in predicted.values]
+    values = predicted.values[:, ::step].contiguous()
+    return tied_step(
+        seen[:, ::step] - values,
+        predicted,
+        values,
+        torch.stack(slopes),
+        level.points.every(step),
+        place.transforms[index],
+        eddy.take(index),
+        _gradients(dwi)[index],
+        Rest(rest.poses[index], rest.jitter),
+        response,
+        max(0.1, strength(eddy, level.few())) if response.any() else 0.5,
+        terms,
+    )
+
+
+def _gradients(dwi: DWI) -> np.ndarray:
+    """World RAS+, relative to the strongest; zero at b=0."""
+    return np.where(dwi.is_b0[:, None], 0, dwi.q) / np.sqrt(dwi.bvals.max())
+
+
+def beyond_chance(
+    dwi: DWI, level: Level, place: Place, seen: torch.Tensor, predicted: Prediction, rest: Rest, terms: int
+) -> Place:
+    """Eddy currents as far as they are more than what would be found along the axes where there are none.
+
+    Errors of the predictions look like a response to the gradient along any axis; eddy currents act along one.
+    Parameters as for `bend_step`.
+    """
+    assert place.eddy is not None
+    gradients, few = _gradients(dwi), level.few()
+    found = strength(place.eddy, few)
+    null = 0.0
+    for axis in {0, 1, 2} - {place.eddy.along}:
+        other = replace(place.eddy, along=axis)
+        change, _ = _sampled_step(dwi, level, place, seen, predicted, rest, terms, other, np.zeros((10, 3)))
+        null += 0.5 * strength(_with_response(other, change, gradients), few) ** 2
+    share = max(0.0, 1 - null / max(found, 1e-9) ** 2)
+    log.info("motion: eddy currents of %.3f mm, %.3f mm by chance", found, null**0.5)
+    response = share * place.response
+    return replace(place, response=response, eddy=_with_response(place.eddy, response, gradients))

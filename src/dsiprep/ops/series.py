@@ -1,4 +1,4 @@
-"""What a whole series says of itself: slices out of line, how well a model explains it, where fibres point.
+"""What a whole series says of itself: slices out of line, how well a model explains it.
 
 NumPy on the CPU: each of these runs once, and none of them takes more than seconds.
 """
@@ -10,9 +10,7 @@ from scipy.ndimage import gaussian_filter1d
 
 from dsiprep.ops.shore import shore_basis, shore_regulariser, shore_size
 
-__all__ = ["contrast_to_noise", "main_directions", "outlier_slices", "shore_projection", "tensor_projection"]
-
-CHUNK = 20_000  # voxels at a time
+__all__ = ["contrast_to_noise", "outlier_slices", "shore_projection"]
 
 
 def outlier_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, threshold: float = 2.5) -> np.ndarray:
@@ -90,61 +88,3 @@ def contrast_to_noise(signals: np.ndarray, fitted: np.ndarray, freedom: float) -
     """
     noise = np.sqrt(((signals - fitted) ** 2).sum(0) / max(freedom, 1.0))
     return np.divide(fitted.std(0), noise, out=np.zeros_like(noise), where=noise > 0)
-
-
-def tensor_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
-    """As `shore_projection`, for the logarithms of the signals and the diffusion tensor."""
-    scaled, _ = _scaled_design(q)
-    return scaled @ np.linalg.pinv(scaled), float(len(q) - 7)
-
-
-def main_directions(signals: np.ndarray, q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where tensors point, by least squares of the logarithms with the squared signals as weights.
-
-    Parameters
-    ----------
-    signals : ndarray, (n, voxels)
-    q : ndarray, (n, 3)
-        Root of the b-value (s/mm²) times the b-vector.
-
-    Returns
-    -------
-    fa : ndarray, (voxels,)
-        Fractional anisotropy, 0 to 1; eigenvalues below zero count as zero.
-    direction : ndarray, (voxels, 3)
-        Unit eigenvectors of the largest eigenvalue, in the frame of `q`.
-
-    References
-    ----------
-    Salvador et al. 2005, doi 10.1002/hbm.20076.
-    """
-    tensors = np.empty((signals.shape[1], 3, 3))
-    for start in range(0, signals.shape[1], CHUNK):
-        tensors[start : start + CHUNK] = _tensors(signals[:, start : start + CHUNK], q)
-    values, vectors = np.linalg.eigh(tensors)
-    values = np.maximum(values, 0)
-    spread = ((values - values.mean(1, keepdims=True)) ** 2).sum(1)
-    size = (values**2).sum(1)
-    fa = np.sqrt(1.5 * np.divide(spread, size, out=np.zeros_like(size), where=size > 0))
-    return np.minimum(fa, 1.0), vectors[:, :, 2]
-
-
-def _tensors(signals: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """Tensors (voxels, 3, 3) in mm²/s of (n, voxels) signals."""
-    design, scale = _scaled_design(q)
-    products = (design[:, :, None] * design[:, None, :]).reshape(len(design), 49)
-    positive = np.maximum(signals, 1e-3 * np.maximum(signals.max(0), 1e-6)).astype(float)
-    weights = (positive / positive.mean(0)) ** 2
-    normal = (products.T @ weights).T.reshape(-1, 7, 7) + 1e-9 * len(design) * np.eye(7)
-    right = (design.T @ (weights * np.log(positive))).T
-    d = np.linalg.solve(normal, right[..., None])[..., 0] / scale
-    return d[:, [1, 4, 5, 4, 2, 6, 5, 6, 3]].reshape(-1, 3, 3)
-
-
-def _scaled_design(q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of log S: 1, then -(xx, yy, zz, 2xy, 2xz, 2yz), over their largest values; and these."""
-    x, y, z = np.asarray(q, float).T
-    columns = [np.ones_like(x), -x * x, -y * y, -z * z, -2 * x * y, -2 * x * z, -2 * y * z]
-    design = np.stack(columns, axis=1)
-    scale = np.maximum(np.abs(design).max(0), 1e-12)
-    return design / scale, scale

@@ -47,7 +47,7 @@ def shore_basis(q: np.ndarray, radial_order: int = 6, zeta: float = ZETA) -> np.
 
     References
     ----------
-    Ozarslan et al. 2008, ISMRM 16:35. Merlet & Deriche 2013, doi 10.1016/j.media.2013.04.013.
+    Ozarslan et al. 2008, ISMRM 16:35. Merlet & Deriche 2013, doi 10.1016/j.media.2013.02.010.
     """
     q = np.asarray(q, float)
     radius = np.linalg.norm(q, axis=1)

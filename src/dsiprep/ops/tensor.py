@@ -1,11 +1,13 @@
-"""The diffusion tensor as a predictor: each sample from the tensor of the others."""
+"""The diffusion tensor: each sample predicted by the others, the series fitted, and where fibres point."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-__all__ = ["tensor_basis", "tensor_prediction"]
+__all__ = ["main_directions", "tensor_basis", "tensor_prediction", "tensor_projection"]
+
+CHUNK = 20_000  # voxels at a time
 
 
 def tensor_basis(bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
@@ -47,3 +49,65 @@ def tensor_prediction(signals: torch.Tensor, matrix: np.ndarray) -> torch.Tensor
     logs = torch.log(torch.maximum(signals, 1e-3 * top))
     predicted = torch.as_tensor(matrix, dtype=signals.dtype, device=signals.device) @ logs
     return torch.minimum(torch.exp(predicted), 1.5 * top)
+
+
+def tensor_projection(bvals: np.ndarray, bvecs: np.ndarray) -> tuple[np.ndarray, float]:
+    """The matrix that replaces logarithms of signals by their fit, and the degrees of freedom of the residual.
+
+    Parameters
+    ----------
+    bvals, bvecs : ndarray, (n,), (n, 3)
+        s/mm²; unit vectors, or zero.
+
+    Returns
+    -------
+    matrix : ndarray, (n, n)
+    freedom : float
+        Expected square of the residual, for noise of variance 1.
+    """
+    basis = tensor_basis(bvals, bvecs)
+    return basis @ np.linalg.pinv(basis), float(len(basis) - 7)
+
+
+def main_directions(signals: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where tensors point, by least squares of the logarithms with the squared signals as weights.
+
+    Parameters
+    ----------
+    signals : ndarray, (n, voxels)
+        b=0 volumes among them.
+    bvals, bvecs : ndarray, (n,), (n, 3)
+        s/mm²; unit vectors, or zero.
+
+    Returns
+    -------
+    fa : ndarray, (voxels,)
+        Fractional anisotropy, 0 to 1; eigenvalues below zero count as zero.
+    direction : ndarray, (voxels, 3)
+        Unit eigenvectors of the largest eigenvalue, in the frame of `bvecs`.
+
+    References
+    ----------
+    Salvador et al. 2005, doi 10.1002/hbm.20076.
+    """
+    basis = tensor_basis(bvals, bvecs)
+    tensors = np.empty((signals.shape[1], 3, 3))
+    for start in range(0, signals.shape[1], CHUNK):
+        tensors[start : start + CHUNK] = _tensors(signals[:, start : start + CHUNK], basis)
+    values, vectors = np.linalg.eigh(tensors)
+    values = np.maximum(values, 0)
+    spread = ((values - values.mean(1, keepdims=True)) ** 2).sum(1)
+    size = (values**2).sum(1)
+    fa = np.sqrt(1.5 * np.divide(spread, size, out=np.zeros_like(size), where=size > 0))
+    return np.minimum(fa, 1.0), vectors[:, :, 2]
+
+
+def _tensors(signals: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Tensors (voxels, 3, 3) in µm²/ms of (n, voxels) signals."""
+    products = (basis[:, :, None] * basis[:, None, :]).reshape(len(basis), 49)
+    positive = np.maximum(signals, 1e-3 * np.maximum(signals.max(0), 1e-6)).astype(float)
+    weights = (positive / positive.mean(0)) ** 2
+    normal = (products.T @ weights).T.reshape(-1, 7, 7) + 1e-9 * len(basis) * np.eye(7)
+    right = (basis.T @ (weights * np.log(positive))).T
+    d = np.linalg.solve(normal, right[..., None])[..., 0]
+    return d[:, [1, 4, 5, 4, 2, 6, 5, 6, 3]].reshape(-1, 3, 3)

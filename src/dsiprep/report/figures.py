@@ -19,6 +19,7 @@ from dsiprep.data.results import (
     Preprocessed,
     Quality,
 )
+from dsiprep.ops.tensor import main_directions
 from dsiprep.report.paint import BRAIN, GREY, SIGNED, WHITE, Bar, Contour, colour, picture
 from dsiprep.report.planes import ACROSS, Group, Layout, View, sample_at, symmetric, window
 
@@ -250,46 +251,6 @@ def tensor_volumes(bvals: np.ndarray, is_b0: np.ndarray) -> np.ndarray:
     return ~is_b0 & (bvals <= max(TENSOR_B, needed + 50))
 
 
-def fit_tensor(signal: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Fractional anisotropy and principal direction from a weighted linear fit of log signal.
-
-    Parameters
-    ----------
-    signal : ndarray, (n, m)
-        n volumes, the b=0 ones too, of m points.
-    bvals, bvecs : ndarray, (n,), (n, 3)
-        s/mm²; unit vectors.
-
-    Returns
-    -------
-    fa : ndarray, (m,)
-        0 to 1.
-    direction : ndarray, (m, 3)
-        Unit vectors in the frame of the b-vectors.
-
-    References
-    ----------
-    Basser et al. 1994, 10.1006/jmrb.1994.1037.
-    """
-    b, g = bvals[:, None], bvecs
-    design = np.concatenate(
-        [np.ones_like(b), -b * g**2, -2 * b * g[:, [0]] * g[:, [1]], -2 * b * g[:, [0]] * g[:, [2]],
-         -2 * b * g[:, [1]] * g[:, [2]]], 1,
-    )  # fmt: skip
-    scale = np.abs(design).max(0)
-    floor = np.maximum(signal.max(0) * 1e-3, 1e-6)
-    weight = np.maximum(signal, floor) ** 2
-    moments = np.einsum("np,nm,nq->mpq", design / scale, weight, design / scale, optimize=True)
-    right = np.einsum("np,nm->mp", design / scale, weight * np.log(np.maximum(signal, floor)), optimize=True)
-    moments += np.eye(7) * 1e-9 * np.trace(moments, axis1=1, axis2=2)[:, None, None]
-    d = np.linalg.solve(moments, right[..., None])[..., 0] / scale
-    tensor = d[:, [1, 4, 5, 4, 2, 6, 5, 6, 3]].reshape(-1, 3, 3)
-    values, vectors = np.linalg.eigh(tensor)
-    values = np.maximum(values, 0)
-    spread = np.sqrt(1.5 * np.square(values - values.mean(1, keepdims=True)).sum(1))
-    return np.clip(spread / np.maximum(np.linalg.norm(values, axis=1), 1e-12), 0, 1), vectors[:, :, 2]
-
-
 def _directions(preprocessed: Preprocessed, layout: Layout) -> tuple[np.ndarray, np.ndarray] | None:
     """FA (h, w) and principal direction (h, w, 3) inside the mask; None for too few directions."""
     dwi = preprocessed.dwi
@@ -301,7 +262,7 @@ def _directions(preprocessed: Preprocessed, layout: Layout) -> tuple[np.ndarray,
     points, places = points[keep], places[keep]
     used = np.flatnonzero(chosen | dwi.is_b0)
     signal = np.stack([sample_at(dwi.volume(int(v)), points) for v in used])
-    fa, direction = fit_tensor(signal, np.where(dwi.is_b0, 0, dwi.bvals)[used], dwi.bvecs[used])
+    fa, direction = main_directions(signal, np.where(dwi.is_b0, 0, dwi.bvals)[used], dwi.bvecs[used])
     return layout.scatter(fa, places), layout.scatter(direction, places)
 
 

@@ -22,7 +22,7 @@ from dsiprep.ops.sample import pull
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 
-VERSION = 1
+VERSION = 2
 METHODS = {
     "T1w": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
@@ -59,7 +59,6 @@ MARGIN_MM = 5.0  # around the head, on each side
 AGREE_DICE = 0.9  # below it the two brain masks are worth a look
 LEAST_BRAIN_ML, MOST_BRAIN_ML = 300.0, 2500.0  # no human brain outside of it
 LEAST_PIECE = 0.05  # of the largest piece of the head; smaller ones are noise
-FINEST_MM = 1.5  # voxels of the last level of the normalisation
 DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
 
 
@@ -101,7 +100,7 @@ def process_anatomy(
 
 def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings) -> Anatomy:
     device = images[0].data.device
-    native, notes = _average(images)
+    native, poses, notes = _average(images)
     mask, doubt = _brain(native)
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
@@ -114,7 +113,7 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
     image = Volume(pull(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
     inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
     brain = Volume(image.data * inside.data, grid)
-    forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings.normalize)
+    forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
     priors = pull(
         template.tissue.to(device),
         template.brain.grid,
@@ -133,6 +132,7 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
         template_image=template.brain if settings.normalize else None,
         warped=_brought(brain, forward, template.brain.grid) if settings.normalize else None,
         notes=(*notes, *doubt, *opinion),
+        orig_to_anat=poses,
     )
 
 
@@ -161,23 +161,25 @@ def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
     )
 
 
-def _average(images: tuple[Volume, ...]) -> tuple[Volume, tuple[str, ...]]:
+def _average(images: tuple[Volume, ...]) -> tuple[Volume, tuple[Affine, ...], tuple[str, ...]]:
     """All images in the space of the first, scaled to its brightness, as their mean where they cover it."""
+    poses = [Affine(np.eye(4), "orig", "anat")]
     first = Volume(torch.nan_to_num(images[0].data.float()), images[0].grid)
     level = _brightness(first)
     if len(images) == 1:
-        return first, ()
+        return first, tuple(poses), ()
     total, weight = first.data.clone(), torch.ones_like(first.data)
     for other in images[1:]:
         data = torch.nan_to_num(other.data.float())
         matrix = register_linear(Volume(data, other.grid), first, dof=6, metric="cc").matrix
+        poses.append(Affine(matrix, "orig", "anat"))
         scale = level / _brightness(Volume(data, other.grid))
         covered = pull(torch.ones_like(data)[None], other.grid, first.grid, matrix)[0]
         brought = pull(data[None], other.grid, first.grid, matrix, cubic=True)[0].clamp(min=0)
         total += scale * brought * (covered > 0.99)
         weight += covered > 0.99
     note = f"{len(images)} T1w images were aligned to the first and averaged."
-    return Volume(total / weight, first.grid), (note,)
+    return Volume(total / weight, first.grid), tuple(poses), (note,)
 
 
 def _brightness(volume: Volume) -> float:
@@ -264,14 +266,14 @@ def _head_voxels(native: Volume) -> np.ndarray:
 
 
 def _normalise(
-    brain: Volume, template: Template, rim: Volume, initial: np.ndarray, diffeomorphic: bool
+    brain: Volume, template: Template, rim: Volume, initial: np.ndarray, settings: AnatomySettings
 ) -> tuple[Chain, Chain]:
     """ACPC to template and back; affine only where the diffeomorphic part is not wanted."""
     there = Affine(initial, "ACPC", template.name)
-    if not diffeomorphic:
+    if not settings.normalize:
         return Chain((there,), "ACPC", template.name), Chain((there.inverse(),), template.name, "ACPC")
     device = brain.data.device
-    finest = max(FINEST_MM, float(template.brain.grid.voxel_sizes.max()))
+    finest = max(settings.finest_mm, float(template.brain.grid.voxel_sizes.max()))
     fit = register_diffeomorphic(brain, template.brain.to(device), initial, fixed_mask=rim.to(device), finest_mm=finest)
     return (
         Chain((fit.forward, there), "ACPC", template.name),

@@ -16,11 +16,10 @@ from dsiprep.data.results import Motion
 from dsiprep.errors import InputError
 from dsiprep.ops.affine import point_displacement, rigid_matrix
 from dsiprep.ops.agreement import agreement, lost_slices, slice_losses, slice_scores, trust
-from dsiprep.ops.align import Rest, align, moved_by
-from dsiprep.ops.eddy import TERMS, no_eddy_currents, strength, tied_step, with_response
+from dsiprep.ops.align import Rest, align
+from dsiprep.ops.eddy import QUIET_MM, TERMS, bend_step, beyond_chance, no_eddy_currents
 from dsiprep.ops.level import CHUNK, Level, Place, levels_of
 from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.points import target_gradients
 from dsiprep.ops.pose import decompose, interpolate_poses, jitter, median_pose, resting_poses, without_trend
 from dsiprep.ops.predict import Model, Prediction, choose_model, predict
 from dsiprep.ops.replace import replaced_slices
@@ -69,8 +68,6 @@ COARSE_MM = (8.0, 5.0)  # voxel sizes before the volumes' own
 COARSE_ROUNDS = 10
 STEPS = 3  # Gauss-Newton steps per round
 MISFIT = 0.45  # trust below which other starts are tried: a residual 1.5 times the usual
-QUIET_MM = 3.9  # voxels on which eddy currents are found: noise of smaller ones enters their predictions too
-SAMPLE = 2000  # points of the brain from which eddy currents are found
 
 
 def explain_model(scheme: SamplingScheme, settings: MotionSettings) -> str:
@@ -78,6 +75,8 @@ def explain_model(scheme: SamplingScheme, settings: MotionSettings) -> str:
     if settings.method == "none":
         return "none: switched off"
     model = choose_model(scheme.n_directions, len(scheme.bvalues) + (scheme.n_b0 > 0), settings.model)
+    if model.name == "none":
+        return f"{model.note}; diffusion-weighted volumes take the motion of those around them"
     eddy = "no eddy currents" if settings.eddy == "none" else f"{settings.eddy} eddy currents"
     return f"SHORELine with {model.name} ({model.note}), {settings.transform}, {eddy}, up to {settings.iters} rounds"
 
@@ -229,7 +228,7 @@ def _rounds(
             place = replace(place, lost=_lost(dwi, level, place, seen, predicted.values, multiband))
         before, rest = place.transforms[index], _rest(dwi, level, place.transforms) if number > 2 else None
         if rest is not None and place.eddy is not None and quiet:
-            place = _bend(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
+            place = bend_step(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
         place = _register(level, index, place, predicted.values, settings.transform == "Affine", rest)
         if number > done + 1:
             q = np.where(dwi.is_b0[:, None], 0, dwi.q)
@@ -241,7 +240,7 @@ def _rounds(
         if moved.max() < settings.tolerance:
             break
     if rest is not None and place.eddy is not None and quiet:
-        place = _believe(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
+        place = beyond_chance(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
     return place, trace
 
 
@@ -309,77 +308,6 @@ def _rest(dwi: DWI, level: Level, transforms: np.ndarray) -> Rest:
     return Rest(poses, jitter(np.sqrt((away**2).mean(1))))
 
 
-def _bend(
-    dwi: DWI, level: Level, place: Place, seen: torch.Tensor, predicted: Prediction, rest: Rest, terms: int
-) -> Place:
-    """One step of the eddy currents' response to the gradient, and of all poses with it."""
-    assert place.eddy is not None
-    index = np.flatnonzero(~dwi.is_b0)
-    change, moves = _tied(dwi, level, place, seen, predicted, rest, terms, place.eddy, place.response)
-    response, out = place.response - change, place.transforms.copy()
-    out[index], _ = moved_by(out[index], moves, level.points)
-    eddy = with_response(place.eddy, response, _gradients(dwi))
-    return replace(place, transforms=out, response=response, eddy=eddy)
-
-
-def _tied(
-    dwi: DWI,
-    level: Level,
-    place: Place,
-    seen: torch.Tensor,
-    predicted: Prediction,
-    rest: Rest,
-    terms: int,
-    eddy: EddyCurrents,
-    response: np.ndarray,
-) -> tuple[np.ndarray, np.ndarray]:
-    """`tied_step` on a sample of the brain."""
-    index = np.flatnonzero(~dwi.is_b0)
-    step = max(1, len(level.points) // SAMPLE)
-    slopes = [target_gradients(row[None], level.points)[0, ::step] for row in predicted.values]
-    values = predicted.values[:, ::step].contiguous()
-    return tied_step(
-        seen[:, ::step] - values,
-        predicted,
-        values,
-        torch.stack(slopes),
-        level.points.every(step),
-        place.transforms[index],
-        eddy.take(index),
-        _gradients(dwi)[index],
-        Rest(rest.poses[index], rest.jitter),
-        response,
-        max(0.1, strength(eddy, level.few())) if response.any() else 0.5,
-        terms,
-    )
-
-
-def _gradients(dwi: DWI) -> np.ndarray:
-    """World RAS+, relative to the strongest; zero at b=0."""
-    return np.where(dwi.is_b0[:, None], 0, dwi.q) / np.sqrt(dwi.bvals.max())
-
-
-def _believe(
-    dwi: DWI, level: Level, place: Place, seen: torch.Tensor, predicted: Prediction, rest: Rest, terms: int
-) -> Place:
-    """Eddy currents as far as they are more than what would be found along the axes where there are none.
-
-    Errors of the predictions look like a response to the gradient along any axis; eddy currents act along one.
-    """
-    assert place.eddy is not None
-    gradients, few = _gradients(dwi), level.few()
-    found = strength(place.eddy, few)
-    null = 0.0
-    for axis in {0, 1, 2} - {place.eddy.along}:
-        other = replace(place.eddy, along=axis)
-        change, _ = _tied(dwi, level, place, seen, predicted, rest, terms, other, np.zeros((10, 3)))
-        null += 0.5 * strength(with_response(other, change, gradients), few) ** 2
-    share = max(0.0, 1 - null / max(found, 1e-9) ** 2)
-    log.info("motion: eddy currents of %.3f mm, %.3f mm by chance", found, null**0.5)
-    response = share * place.response
-    return replace(place, response=response, eddy=with_response(place.eddy, response, gradients))
-
-
 def _register(
     level: Level, index: np.ndarray, place: Place, predicted: torch.Tensor, affine: bool, rest: Rest | None
 ) -> Place:
@@ -435,6 +363,8 @@ def _finish(
     if model.name in ("3dSHORE", "tensor"):
         lost = _lost(dwi, level, place, seen[rows], predicted[rows], multiband)
     place = replace(place, lost=lost)
+    if model.name in ("none", "off"):  # nothing predicts them, so there is nothing to agree with
+        r2[weighted] = xcorr[weighted] = z[weighted] = np.nan
     dwiref = _reference(dwi, place.transforms)
     return Motion(
         transforms=place.transforms,

@@ -21,14 +21,8 @@ from dsiprep.data.results import (
 from dsiprep.data.transform import EDDY_TERMS
 from dsiprep.ops.affine import rigid_parameters
 from dsiprep.ops.sample import pull
-from dsiprep.ops.series import (
-    CHUNK,
-    contrast_to_noise,
-    main_directions,
-    outlier_slices,
-    shore_projection,
-    tensor_projection,
-)
+from dsiprep.ops.series import contrast_to_noise, outlier_slices, shore_projection
+from dsiprep.ops.tensor import main_directions, tensor_projection
 
 VERSION = 2
 
@@ -38,11 +32,12 @@ METHODS = {
         "[@power2012]. Neighbouring DWI correlation [@yeh2019], DWI contrast, slices out of line and the "
         "coherence of fibre directions were measured as cs_dmri defines them, before and after "
         "preprocessing. The contrast-to-noise ratio is the standard deviation of the model's signal over "
-        "that of its residual; temporal SNR was taken over b=0 volumes."
+        "that of its residual [@bastiani2019]; temporal SNR was taken over b=0 volumes."
     ),
 }
 
 SPHERE_MM = 50.0
+CHUNK = 20_000  # voxels at a time
 TENSOR_LIMIT = 3000.0  # s/mm²; beyond, signals are not Gaussian enough for a tensor to give directions
 
 Row = dict[str, float | str | None]
@@ -174,7 +169,7 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
     if (used & ~dwi.is_b0).sum() < 6 or not inside.any():
         return None
     signals = dwi.data.numpy()[used][:, inside]
-    fa, direction = main_directions(signals, dwi.q[used])
+    fa, direction = main_directions(signals, dwi.bvals[used], dwi.bvecs[used])
     maps = np.zeros((*inside.shape, 4), np.float32)
     maps[inside] = np.column_stack([fa, direction])
     found = qc.fixel_coherence(maps[..., 1:], maps[..., 0], inside, dwi.grid.affine, world_directions=True)
@@ -182,11 +177,11 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
 
 
 def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
-    """Contrast over noise of the diffusion-weighted volumes under the model that motion was found with."""
+    """Contrast over noise of the diffusion-weighted volumes under the model of the motion; without one, 3dSHORE."""
     use, tensor = ~dwi.is_b0, "tensor" in model
     if use.sum() < 14:
         return None
-    matrix, freedom = tensor_projection(dwi.q) if tensor else shore_projection(dwi.q)
+    matrix, freedom = tensor_projection(dwi.bvals, dwi.bvecs) if tensor else shore_projection(dwi.q)
     matrix = matrix.astype(np.float32)
     inside = mask.numpy() > 0.5
     where = np.flatnonzero(inside)
