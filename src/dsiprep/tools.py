@@ -1,4 +1,4 @@
-"""`dsiprep-tools`: phantom, score, demo."""
+"""`dsiprep-tools`: phantom, score, demo, drbuddi."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ def build_parser() -> Parser:
     demo.add_argument("out", type=Path, help="gets bids/, truth/ and derivatives/")
     demo.add_argument("--device", default="auto", help="where to compute")
     demo.set_defaults(run=_demo)
+
+    drbuddi = tools.add_parser("drbuddi", help="blip-up/blip-down distortion correction of two files")
+    drbuddi.add_argument("--up", type=Path, required=True, metavar="FILE", help="b=0 image or series")
+    drbuddi.add_argument("--down", type=Path, required=True, metavar="FILE", help="the same, phase encoding reversed")
+    drbuddi.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder for the results")
+    drbuddi.add_argument("--pe-dir", metavar="DIR", help="phase encoding of --up (j, i-); else from the sidecars")
+    drbuddi.add_argument("--readout-time", type=float, metavar="S", help="total readout time; else from the sidecars")
+    drbuddi.add_argument("--mask", type=Path, metavar="FILE", help="brain in --up; else found in it")
+    drbuddi.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
+    drbuddi.set_defaults(run=_drbuddi)
     return parser
 
 
@@ -81,6 +91,22 @@ def _demo(options: argparse.Namespace) -> int:
         print_scores(score(derivatives, out / "truth"))
         print(f"Open the report: {derivatives / 'sub-01.html'}")
     return code
+
+
+def _drbuddi(options: argparse.Namespace) -> int:
+    from dsiprep.pair import correct_pair, write_pair
+
+    result = correct_pair(
+        options.up,
+        options.down,
+        pe_dir=options.pe_dir,
+        readout_time=options.readout_time,
+        mask=options.mask,
+        device=options.device,
+    )
+    write_pair(result, options.out)
+    print(f"Corrected: {options.out / 'dwiref.nii.gz'}")
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
