@@ -37,7 +37,7 @@ def simulate(out: Path, voxel: float, largest: float, degrees: float, mm: float,
     head = make_head(rng)
     affine = np.diag([-voxel, voxel, voxel, 1.0])
     shape = SHAPES[voxel]
-    affine[:3, 3] = head.centre + [0, 0, -6] - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    affine[:3, 3] = head.centre + np.array([0, 0, -6]) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     grid = Grid(shape, affine)
     tissue = make_tissue(head, head.box(voxel * np.array(shape) + 40, voxel / 2))
     field, field_grid = make_field(head, largest, voxel * READOUT_TIME)

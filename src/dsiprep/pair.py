@@ -77,9 +77,7 @@ def correct_pair(
     grid = first[1]
     images = (first[0], second[0] if grid.matches(second[1]) else pull(second[0], second[1], grid, np.eye(4)))
     encodings = _encodings(files, pe_dir, readout_time)
-    blips = tuple(
-        Blip("up" if pe.polarity > 0 else "down", pe, torch.zeros(0, *grid.shape)) for pe in encodings
-    )
+    blips = tuple(Blip("up" if pe.polarity > 0 else "down", pe, torch.zeros(0, *grid.shape)) for pe in encodings)
     brain = _mask(mask, grid) if mask else brain_mask_b0(Volume(images[0].mean(0), grid))
 
     def correct(*b0s: torch.Tensor) -> Distortion:
