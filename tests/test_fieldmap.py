@@ -126,3 +126,27 @@ def test_real_fieldmap_agrees_with_the_real_pair() -> None:
     apart = np.abs(gre.fieldmap_hz.numpy() - pair.fieldmap_hz.numpy())[inside] * 3 * 0.0475693
     assert apart.mean() < 0.8
     assert correlation(pair.after[0].numpy(), pair.after[1].numpy(), inside) > 0.97
+
+
+def test_choice_of_method_is_told(tmp_path: Path) -> None:
+    """A pair first, then a fieldmap with a known readout time, else nothing; each with its reason."""
+    from types import SimpleNamespace
+    from typing import Any, cast
+
+    from dsiprep.data.acquisition import GreFieldmap, Unit
+    from dsiprep.pipeline import choose_distortion
+    from dsiprep.settings import DistortionSettings
+
+    gre = GreFieldmap("phasediff", (tmp_path / "p",), tmp_path / "m", ECHOES)
+    unit, bare = Unit("01", None, "sub-01", (), gre=gre), Unit("01", None, "sub-01", ())
+
+    def choose(unit: Unit, *encodings: PhaseEncoding | None) -> tuple[str, str]:
+        blips = [SimpleNamespace(pe=pe) for pe in encodings]
+        return choose_distortion(unit, cast(Any, SimpleNamespace(blips=blips)), DistortionSettings())
+
+    timed = PhaseEncoding(1, -1, 0.05)
+    assert choose(unit, PhaseEncoding(1, 1, 0.05), timed)[0] == "drbuddi"
+    assert choose(unit, timed)[0] == "gre" and "phasediff" in choose(unit, timed)[1]
+    assert choose(unit, PhaseEncoding(1, -1)) == ("none", choose(unit, PhaseEncoding(1, -1))[1])
+    assert "TotalReadoutTime" in choose(unit, PhaseEncoding(1, -1))[1]
+    assert choose(bare, timed)[0] == "none" and choose(unit, None)[0] == "none"
