@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from dsiprep.data.acquisition import PhaseEncoding, Unit
+from dsiprep.data.acquisition import GreFieldmap, PhaseEncoding, Unit
 from dsiprep.data.grid import Grid
 from dsiprep.errors import GradientError, InputError, MetadataError, SettingsError
 from dsiprep.io.bids import explain, find_units, read_unit, require_files, scheme_of
+from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_image, read_series, read_shape, read_volume, to_lps, write_image
 from dsiprep.settings import Settings
 
@@ -224,14 +225,76 @@ def test_axis_without_a_sign(dataset: Dataset) -> None:
     assert unit.runs[0].pe is None and told(unit, "PhaseEncodingAxis j without a sign")
 
 
-def test_gre_fieldmap_is_left_with_a_note(dataset: Dataset) -> None:
+LINK = {"IntendedFor": "bids::sub-01/dwi/sub-01_dwi.nii.gz"}
+
+
+def test_gre_phase_difference_corrects_series_without_a_pair(dataset: Dataset) -> None:
     dataset.dwi("sub-01", AP)
-    link = {"IntendedFor": "bids::sub-01/dwi/sub-01_dwi.nii.gz"}
-    dataset.image("sub-01_phasediff", 1, {"EchoTime1": 0.01, "EchoTime2": 0.012, **link})
+    phase = dataset.image("sub-01_phasediff", 1, {"EchoTime1": 0.01, "EchoTime2": 0.012, **LINK})
+    magnitude = dataset.image("sub-01_magnitude1", 1, {})
+    unit = dataset.unit()
+    assert unit.gre == GreFieldmap("phasediff", (phase,), magnitude, pytest.approx(0.002))
+    assert told(unit, "sub-01_phasediff.nii.gz", "corrects the distortion")
+    assert "field  sub-01_phasediff.nii.gz" in explain(unit, None)
+    read = read_fieldmap(unit.gre)
+    assert float(read.field.data.abs().max()) <= np.pi + 1e-5 and read.field.grid.shape == (4, 5, 3)
+    assert read_unit(unit, SETTINGS).name == "sub-01"
+    left = dataset.unit(ignore=frozenset({"fieldmaps"}))
+    assert left.gre is None and not told(left, "phasediff")
+    magnitude.unlink()
+    with pytest.raises(InputError, match="magnitude1"):
+        require_files(unit)
+
+
+def test_gre_two_phases_and_field_in_hertz(dataset: Dataset) -> None:
+    dataset.dwi("sub-01", AP)
+    dataset.image("sub-01_phase1", 1, {"EchoTime": 0.004, **LINK})
+    dataset.image("sub-01_phase2", 1, {"EchoTime": 0.0065, **LINK})
+    dataset.image("sub-01_magnitude1", 1, {})
+    gre = dataset.unit().gre
+    assert gre is not None and gre.kind == "phases" and gre.echo_difference == pytest.approx(0.0025)
+    assert [path.name for path in gre.images] == ["sub-01_phase1.nii.gz", "sub-01_phase2.nii.gz"]
+    dataset.dwi("sub-02", AP)
+    link = {"IntendedFor": "bids::sub-02/dwi/sub-02_dwi.nii.gz"}
+    field = dataset.image("sub-02_fieldmap", 1, {"Units": "rad/s", **link})
+    dataset.image("sub-02_magnitude", 1, {})
+    (unit,) = dataset.units(participants=["02"])
+    assert unit.gre is not None and unit.gre.units == "rad/s"
+    wanted = read_volume(field).data / (2 * np.pi)
+    torch.testing.assert_close(read_fieldmap(unit.gre).field.data, wanted)
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "message"),
+    [
+        ({"EchoTime1": 0.01}, r"phasediff.*no EchoTime2.*--ignore fieldmaps"),
+        ({"EchoTime1": 10, "EchoTime2": 12.46}, r"phasediff.*2\.46 s apart.*--ignore fieldmaps"),
+    ],
+)
+def test_gre_sidecars_that_cannot_be(dataset: Dataset, sidecar: dict[str, Any], message: str) -> None:
+    dataset.dwi("sub-01", AP)
+    dataset.image("sub-01_phasediff", 1, {**sidecar, **LINK})
+    dataset.image("sub-01_magnitude1", 1, {})
+    with pytest.raises(MetadataError, match=message):
+        dataset.units()
+
+
+def test_pair_goes_before_a_gre_fieldmap(dataset: Dataset) -> None:
+    dataset.dwi("sub-01", AP)
+    dataset.image("sub-01_dir-PA_epi", 1, {**PA, **LINK})
+    dataset.image("sub-01_phasediff", 1, {"EchoTime1": 0.01, "EchoTime2": 0.012, **LINK})
     dataset.image("sub-01_magnitude1", 1, {})
     unit = dataset.unit()
-    assert told(unit, "sub-01_phasediff.nii.gz", "distortion is not corrected", "--ignore fieldmaps")
-    assert not told(dataset.unit(ignore=frozenset({"fieldmaps"})), "phasediff")
+    assert unit.gre is None and unit.epis and told(unit, "phasediff", "not used", "better")
+
+
+def test_four_phase_encodings_do_not_mix(dataset: Dataset) -> None:
+    """No unit holds more than one axis of phase encoding."""
+    for name, direction in {"AP": "j-", "PA": "j", "LR": "i", "RL": "i-"}.items():
+        dataset.dwi(f"sub-01_dir-{name}", {"PhaseEncodingDirection": direction, "TotalReadoutTime": 0.05})
+    units = dataset.units()
+    axes = [{image.pe.axis for image in (*unit.runs, *unit.epis) if image.pe} for unit in units]
+    assert sorted(map(tuple, axes)) == [(0,), (1,)]
 
 
 def test_phase_images_are_left_with_a_note(dataset: Dataset) -> None:

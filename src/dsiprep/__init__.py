@@ -8,20 +8,36 @@ Names are loaded when they are first used, so that `import dsiprep` costs nothin
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsiprep.io.bids import find_units, read_unit
+    from dsiprep.pair import correct_pair
     from dsiprep.pipeline import preprocess
     from dsiprep.settings import Settings
     from dsiprep.shoreline import align_series, estimate_motion
 
+# Threads that wait sleep rather than spin. On a shared machine spinning cost three times the CPU time and more of wall
+# time. It has to be set before torch or Numba load OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 __version__ = version("dsiprep")
-__all__ = ["Settings", "__version__", "align_series", "estimate_motion", "find_units", "preprocess", "read_unit"]
+__all__ = [
+    "Settings",
+    "__version__",
+    "align_series",
+    "correct_pair",
+    "estimate_motion",
+    "find_units",
+    "preprocess",
+    "read_unit",
+]
 
 _HOMES = {
+    "correct_pair": "dsiprep.pair",
     "Settings": "dsiprep.settings",
     "align_series": "dsiprep.shoreline",
     "estimate_motion": "dsiprep.shoreline",

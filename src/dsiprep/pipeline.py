@@ -13,6 +13,7 @@ import torch
 from dsiprep.cache import Cache, Kept
 from dsiprep.data.acquisition import SamplingScheme, Unit
 from dsiprep.data.grid import Volume
+from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
     Acquired,
     Anatomy,
@@ -26,6 +27,7 @@ from dsiprep.data.results import (
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
 from dsiprep.io.bids import read_unit, require_files
+from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.ops.mask import brain_mask_b0
@@ -38,7 +40,17 @@ from dsiprep.settings import (
     ResampleSettings,
     Settings,
 )
-from dsiprep.stages import acquisition, anatomy, coregister, denoise, distortion, motion, quality, resample
+from dsiprep.stages import (
+    acquisition,
+    anatomy,
+    coregister,
+    denoise,
+    distortion,
+    fieldmap,
+    motion,
+    quality,
+    resample,
+)
 
 STEPS = ("acquisition", "denoise", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
 T = TypeVar("T")
@@ -79,10 +91,8 @@ def preprocess(
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
-    method, reason = choose_distortion(acquired.value, settings.distortion)
-    corrected = cache.run(
-        distortion, "distortion", partial(_distortion, on), acquired, motions, method, settings.distortion
-    )
+    method, reason = choose_distortion(unit, acquired.value, settings.distortion)
+    corrected = _correct_distortion(unit, settings, cache, on, (acquired, motions), method)
     anatomical = prepare_anatomy(unit, settings, cache, on, (motions[0], corrected))
     coregistered = cache.run(
         coregister, "coregister", _coregister, motions[0], corrected, anatomical, settings.coregister
@@ -128,19 +138,44 @@ def prepare_anatomy(
     return cache.run(anatomy, "anatomy-b0", prepare, reference, template.name, settings.anatomy)
 
 
-def choose_distortion(acquired: Acquired, settings: DistortionSettings) -> tuple[str, str]:
+def choose_distortion(unit: Unit, acquired: Acquired, settings: DistortionSettings) -> tuple[str, str]:
     """The method for these blips, and why, in a sentence."""
     if settings.method == "none":
         return "none", "Distortion is not corrected: it was switched off."
-    if len(acquired.blips) < 2:
-        pe = acquired.blips[0].pe
-        if pe is None:
-            found = "the sidecars do not tell the sign of the phase encoding"
-        else:
-            found = f"there are no images with phase encoding opposite to {pe.direction}"
-        return "none", f"Distortion is not corrected: {found}."
-    directions = " and ".join(blip.pe.direction for blip in acquired.blips if blip.pe)
-    return "drbuddi", f"Blip-up/blip-down correction of phase encodings {directions} (the DRBUDDI model)."
+    if len(acquired.blips) > 1:
+        directions = " and ".join(blip.pe.direction for blip in acquired.blips if blip.pe)
+        return "drbuddi", f"Blip-up/blip-down correction of phase encodings {directions} (the DRBUDDI model)."
+    pe = acquired.blips[0].pe
+    if pe is None:
+        return "none", "Distortion is not corrected: the sidecars do not tell the sign of the phase encoding."
+    alone = f"there are no images with phase encoding opposite to {pe.direction}"
+    if unit.gre and pe.readout_time is not None:
+        return "gre", f"A gradient-echo fieldmap ({unit.gre.kind}) corrects phase encoding {pe.direction}: {alone}."
+    if unit.gre:
+        alone = f"the GRE fieldmap needs TotalReadoutTime of the DWI, and {alone}"
+    return "none", f"Distortion is not corrected: {alone}."
+
+
+def _correct_distortion(
+    unit: Unit,
+    settings: Settings,
+    cache: Cache,
+    device: torch.device,
+    moved: tuple[Kept[Acquired], tuple[Kept[Motion], ...]],
+    method: str,
+) -> Kept[Distortion | None]:
+    acquired, motions = moved
+    if method == "gre" and unit.gre:
+        gre = unit.gre
+        field = cache.files(gre.files(), gre, lambda: read_fieldmap(gre))
+        return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
+    correct = partial(_distortion, device)
+    return cache.run(distortion, "distortion", correct, acquired, motions, method, settings.distortion)
+
+
+def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Distortion:
+    reference, grid = moved.dwiref.data[None], acquired.dwi.grid
+    return fieldmap.correct_with_fieldmap(acquired.blips[0], reference, grid, moved.mask, field)
 
 
 def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings) -> Denoised:
@@ -230,6 +265,8 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -
         susceptibility = "none: switched off"
     elif unit.reversed_pairs():
         susceptibility = "drbuddi: there are opposite phase encodings, " + " and ".join(unit.reversed_pairs())
+    elif unit.gre:
+        susceptibility = f"gre: a gradient-echo fieldmap ({unit.gre.kind}) goes with the series"
     else:
         susceptibility = "none: no opposite phase encodings (see the notes)"
     return {

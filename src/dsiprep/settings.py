@@ -86,7 +86,8 @@ class DistortionSettings:
 
     method: str = option(
         "auto",
-        "susceptibility distortion correction; auto takes drbuddi wherever there are reversed phase encodings",
+        "susceptibility distortion correction; auto takes drbuddi wherever there are reversed phase encodings, and a "
+        "gradient-echo fieldmap elsewhere",
         "--sdc-method",
         choices=("auto", "drbuddi", "none"),
     )

@@ -1,4 +1,4 @@
-"""`dsiprep-tools`: phantom, score, demo, shoreline."""
+"""`dsiprep-tools`: phantom, score, demo, shoreline, drbuddi."""
 
 from __future__ import annotations
 
@@ -54,6 +54,16 @@ def build_parser() -> Parser:
         if entry.metadata.get("flags"):
             add_setting(shoreline, "", entry)
     shoreline.set_defaults(run=_shoreline)
+
+    drbuddi = tools.add_parser("drbuddi", help="blip-up/blip-down distortion correction of two files")
+    drbuddi.add_argument("--up", type=Path, required=True, metavar="FILE", help="b=0 image or series")
+    drbuddi.add_argument("--down", type=Path, required=True, metavar="FILE", help="the same, phase encoding reversed")
+    drbuddi.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder for the results")
+    drbuddi.add_argument("--pe-dir", metavar="DIR", help="phase encoding of --up (j, i-); else from the sidecars")
+    drbuddi.add_argument("--readout-time", type=float, metavar="S", help="total readout time; else from the sidecars")
+    drbuddi.add_argument("--mask", type=Path, metavar="FILE", help="brain in --up; else found in it")
+    drbuddi.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
+    drbuddi.set_defaults(run=_drbuddi)
     return parser
 
 
@@ -107,6 +117,22 @@ def _shoreline(options: argparse.Namespace) -> int:
         options.dwi, options.out, options.bval, options.bvec, options.mask, options.pe, settings, options.device
     )
     print("\n".join(map(str, written)))
+    return 0
+
+
+def _drbuddi(options: argparse.Namespace) -> int:
+    from dsiprep.pair import correct_pair, write_pair
+
+    result = correct_pair(
+        options.up,
+        options.down,
+        pe_dir=options.pe_dir,
+        readout_time=options.readout_time,
+        mask=options.mask,
+        device=options.device,
+    )
+    write_pair(result, options.out)
+    print(f"Corrected: {options.out / 'dwiref.nii.gz'}")
     return 0
 
 

@@ -73,6 +73,34 @@ class EpiReference:
 
 
 @dataclass(frozen=True)
+class GreFieldmap:
+    """A gradient-echo fieldmap of fmap/ that is to correct the runs.
+
+    Attributes
+    ----------
+    kind : str
+        "phasediff" (one image), "phases" (phase1 and phase2) or "fieldmap" (in `units`).
+    images : tuple of Path
+    magnitude : Path
+        Of the same scan: it tells where the brain is, and what moved.
+    echo_difference : float or None
+        s, second echo less first; None for "fieldmap".
+    units : str
+        Of a "fieldmap": "Hz", "rad/s" or "T".
+    """
+
+    kind: str
+    images: tuple[Path, ...]
+    magnitude: Path
+    echo_difference: float | None = None
+    units: str = "Hz"
+
+    def files(self) -> tuple[Path, ...]:
+        """Every file of it."""
+        return (*self.images, self.magnitude)
+
+
+@dataclass(frozen=True)
 class Unit:
     """What is processed together into one output: the DWI of one subject's session, and what belongs to it.
 
@@ -88,6 +116,8 @@ class Unit:
         b=0 images of fmap/ that pair with the runs.
     t1w, t2w : tuple of Path
         Structural images, in order.
+    gre : GreFieldmap or None
+        Corrects the runs where no images of opposite phase encoding do.
     notes : tuple of str
         Why these files go together, what was derived, and what cannot be done, in sentences.
     """
@@ -100,6 +130,7 @@ class Unit:
     t1w: tuple[Path, ...] = ()
     t2w: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
+    gre: GreFieldmap | None = None
 
     def files(self) -> tuple[Path, ...]:
         """Every file that the diffusion series is made of."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import PhaseEncoding
-from dsiprep.data.grid import Grid
+from dsiprep.data.grid import Grid, Volume
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +48,28 @@ class RawEpi:
     data: torch.Tensor
     grid: Grid
     pe: PhaseEncoding
+
+
+@dataclass(frozen=True, eq=False)
+class RawFieldmap:
+    """A gradient-echo fieldmap.
+
+    Attributes
+    ----------
+    name : str
+        File name, for messages.
+    field : Volume
+        Off-resonance: Hz, or, where `echo_difference` is known, the phase in radians, wrapped into -pi to pi.
+    magnitude : Volume
+        On the same grid.
+    echo_difference : float or None
+        s.
+    """
+
+    name: str
+    field: Volume
+    magnitude: Volume
+    echo_difference: float | None
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from qsiplan.validation import GroupingIssue
 
 from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, Unit
 from dsiprep.errors import DsiprepError, InputError, MetadataError, SettingsError
+from dsiprep.io.fieldmaps import gre_fieldmap
 from dsiprep.io.filters import Filters, apply_filters, check_filters, entities
 from dsiprep.io.nifti import count_volumes
 from dsiprep.io.raw import explain, read_unit, require_files, scheme_of
@@ -326,7 +327,8 @@ def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool, alone: bool) 
     t1w, borrowed = subject.t1w(session)
     notes += [borrowed] if borrowed else []
     name = planned.output_name
-    return Unit(subject.label, session, name, runs, epis, t1w, subject.t2w(session), tuple(dict.fromkeys(notes)))
+    gre = None if subject.options.ignore & {"fieldmaps", "sdc"} else gre_fieldmap(planned)
+    return Unit(subject.label, session, name, runs, epis, t1w, subject.t2w(session), tuple(dict.fromkeys(notes)), gre)
 
 
 def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:

@@ -8,6 +8,7 @@ import torch
 from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit
 from dsiprep.data.raw import RawEpi, RawRun, RawUnit
 from dsiprep.errors import GradientError, InputError
+from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.gradients import read_bvals, read_gradients, require_b0
 from dsiprep.io.nifti import read_image, read_series, read_volume
 from dsiprep.io.sidecars import slice_times
@@ -26,7 +27,7 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
     Returns
     -------
     RawUnit
-        Structural images are checked, but not kept.
+        Structural images and GRE fieldmaps are checked, but not kept.
 
     Raises
     ------
@@ -46,6 +47,8 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
     if settings.anatomy.modality == "T1w":
         for path in unit.t1w:
             read_volume(path)
+    if unit.gre:
+        read_fieldmap(unit.gre)
     return RawUnit(unit.name, runs, epis)
 
 
@@ -58,7 +61,7 @@ def require_files(unit: Unit) -> None:
                     f"{run.image}: no {what}: {table.name} is neither beside it nor inherited; add it, or "
                     "leave the run out with --bids-filter-file"
                 )
-    for path in (*unit.files(), *unit.t1w):
+    for path in (*unit.files(), *unit.t1w, *(unit.gre.files() if unit.gre else ())):
         if not path.is_file():
             raise InputError(f"{path}: there is no such file; is it a dangling link (datalad get fetches it)?")
 
@@ -111,6 +114,7 @@ def explain(unit: Unit, scheme: SamplingScheme | None) -> str:
     lines = [unit.name]
     lines += [f"  DWI    {run.image.name}  ({_in_words(run.pe)})" for run in unit.runs]
     lines += [f"  b=0    {epi.image.name}  ({_in_words(epi.pe)})" for epi in unit.epis]
+    lines += [f"  field  {path.name}" for path in (unit.gre.files() if unit.gre else ())]
     lines += [f"  T1w    {path.name}" for path in unit.t1w]
     lines += [f"  T2w    {path.name}" for path in unit.t2w]
     if not unit.t1w:

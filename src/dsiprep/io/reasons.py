@@ -40,7 +40,7 @@ def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], spli
         )
     if not alone:
         notes.append("QSIPrep would merge this output with others of the session after correction; dsiprep does not.")
-    notes += _shifted(planned) + _unpaired(planned) + _unused_fieldmaps(planned, ignore)
+    notes += _shifted(planned) + _unpaired(planned) + _gre_fieldmaps(planned, ignore)
     phases = [Path(path).name for path in planned.dwi_phase_files.values()]
     if phases and "phase" not in ignore:
         notes.append(f"{', '.join(phases)}: phase images are not used (--ignore phase silences this).")
@@ -85,19 +85,26 @@ def _unpaired(planned: PreprocUnit) -> list[str]:
     ]
 
 
-def _unused_fieldmaps(planned: PreprocUnit, ignore: frozenset[str]) -> list[str]:
+def _gre_fieldmaps(planned: PreprocUnit, ignore: frozenset[str]) -> list[str]:
     if ignore & {"fieldmaps", "sdc"}:
         return []
     session = planned.dwi_records[0].session
-    unused = [
+    found = [
         record.filename
         for record in planned.grouping.files.values()
         if record.datatype == "fmap" and record.suffix in GRE_SUFFIXES and record.session in (session, None)
     ]
-    if not unused:
+    if not found:
         return []
-    instead = "" if planned.is_pepolar else ", so distortion is not corrected"
-    return [f"{', '.join(sorted(unused))}: GRE fieldmaps are not used{instead} (--ignore fieldmaps silences this)."]
+    if planned.is_gre:
+        how = f"{planned.gre_suffix} of a gradient-echo scan corrects the distortion"
+        return [f"{', '.join(sorted(found))}: the {how}."]
+    instead = (
+        "images of opposite phase encoding show the distortion better"
+        if planned.is_pepolar
+        else "no link leads from them to these series, so distortion is not corrected by them; add IntendedFor"
+    )
+    return [f"{', '.join(sorted(found))}: not used, as {instead} (--ignore fieldmaps silences this)."]
 
 
 def _concerns(issue: GroupingIssue, planned: PreprocUnit) -> bool:

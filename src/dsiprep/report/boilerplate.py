@@ -16,9 +16,20 @@ from pathlib import Path
 
 from dsiprep.data.results import UnitResults
 from dsiprep.report.album import write_atomically
-from dsiprep.stages import acquisition, anatomy, coregister, denoise, distortion, motion, quality, resample
+from dsiprep.stages import (
+    acquisition,
+    anatomy,
+    coregister,
+    denoise,
+    distortion,
+    fieldmap,
+    motion,
+    quality,
+    resample,
+)
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
+CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS}
 DASH = "\N{EN DASH}"
 KEY = re.compile(r"@([A-Za-z][\w-]*)")
 GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")
@@ -180,7 +191,7 @@ def _diffusion(results: UnitResults) -> list[str]:
         *(text for model in models for text in _named(motion.METHODS, model)),
         *(_named(motion.METHODS, "eddy") if any(moved.eddy is not None for moved in results.motions) else []),
         *(_named(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
-        *(_named(distortion.METHODS, corrected.method) if corrected else [results.distortion_reason]),
+        *(_named(CORRECTIONS, corrected.method) if corrected else [results.distortion_reason]),
         *_named(coregister.METHODS, registered),
         *_named(resample.METHODS, "resample"),
         *_named(resample.METHODS, biascorrect),

@@ -19,7 +19,10 @@ STAGES = {
     "resample": "Resampling",
     "quality": "Quality",
 }
-METHODS = {"drbuddi": "blip-up/blip-down (DRBUDDI model)"}
+METHODS = {
+    "drbuddi": "blip-up/blip-down (DRBUDDI model)",
+    "gre": "gradient-echo fieldmap",
+}
 MODELS = {
     "3dSHORE": "SHORELine, 3dSHORE model",
     "tensor": "SHORELine, tensor model",

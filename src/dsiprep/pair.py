@@ -1,0 +1,173 @@
+"""Blip-up/blip-down correction alone: two files in, the field and the corrected images out.
+
+`dsiprep-tools drbuddi` is this module on the command line; `correct_pair` is the same as a library call.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.results import Blip, Distortion
+from dsiprep.device import choose, with_cpu_fallback
+from dsiprep.errors import InputError, MetadataError, OutputError
+from dsiprep.io.derivatives import sdc_chain
+from dsiprep.io.gradients import read_bvals, require_b0
+from dsiprep.io.itk import write_composite_h5
+from dsiprep.io.nifti import read_image, read_volume, write_image
+from dsiprep.io.sidecars import phase_encoding
+from dsiprep.ops.mask import brain_mask_b0
+from dsiprep.ops.sample import pull
+from dsiprep.settings import DistortionSettings
+from dsiprep.stages.distortion import correct_distortion
+
+__all__ = ["correct_pair", "write_pair"]
+
+B0_THRESHOLD = 100.0  # s/mm²
+
+
+def correct_pair(
+    up: Path,
+    down: Path,
+    *,
+    pe_dir: str | None = None,
+    readout_time: float | None = None,
+    mask: Path | None = None,
+    device: str = "cpu",
+) -> Distortion:
+    """Correct two images, or series, of opposite phase encoding.
+
+    Parameters
+    ----------
+    up, down : Path
+        `.nii` or `.nii.gz`, 3-D or 4-D, of either polarity. Of a series with a `.bval` beside it the volumes at or
+        below 100 s/mm² are taken; without one, all. `down` is read onto the grid of `up` where theirs differ.
+    pe_dir : str, optional
+        Phase encoding of `up`, as BIDS writes it ("j", "i-"); that of `down` is its opposite. By default both
+        come from `PhaseEncodingDirection` in the sidecars.
+    readout_time : float, optional
+        Total readout time of both in s; by default `TotalReadoutTime` of the sidecars. Without it there is no field in
+        Hz, and the correction is the same.
+    mask : Path, optional
+        Brain in `up`, roughly (above 0.5); found in the image by default.
+    device : str
+        "cpu", "cuda", "cuda:N" or "auto".
+
+    Returns
+    -------
+    Distortion
+        In the space and on the grid of `up`; `poses[1]` says where the head was in `down`.
+
+    Raises
+    ------
+    InputError
+        If a file cannot be used; the message says what to do.
+    MetadataError
+        If the phase encoding is not known.
+    """
+    files = Path(up), Path(down)
+    first, second = (_read(path) for path in files)
+    grid = first[1]
+    images = (first[0], second[0] if grid.matches(second[1]) else pull(second[0], second[1], grid, np.eye(4)))
+    encodings = _encodings(files, pe_dir, readout_time)
+    blips = tuple(Blip("up" if pe.polarity > 0 else "down", pe, torch.zeros(0, *grid.shape)) for pe in encodings)
+    brain = _mask(mask, grid) if mask else brain_mask_b0(Volume(images[0].mean(0), grid))
+
+    def correct(*b0s: torch.Tensor) -> Distortion:
+        return correct_distortion(blips, b0s, grid, brain, DistortionSettings())
+
+    return with_cpu_fallback(correct, choose(device), images)
+
+
+def write_pair(result: Distortion, folder: Path) -> None:
+    """Write what was found into a folder.
+
+    `dwiref.nii.gz` (both blips corrected and averaged), `up_before` and `up_after`, `down_before` and `down_after`,
+    `fieldmap_hz.nii.gz`, `up_sdc.h5` and `down_sdc.h5` (ITK composites that bring `up` and `down` onto the
+    undistorted grid; they move, and do not modulate, intensities), and `result.json` with the trace.
+
+    Parameters
+    ----------
+    result : Distortion
+        From `correct_pair`.
+    folder : Path
+        Made where it is missing.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OutputError(f"{folder}: cannot be made ({problem.strerror}); choose another with -o") from None
+    grid = result.dwiref.grid
+    write_image(folder / "dwiref.nii.gz", result.dwiref.data, grid)
+    if result.fieldmap_hz is not None:
+        write_image(folder / "fieldmap_hz.nii.gz", result.fieldmap_hz.data, grid)
+    for blip, name in enumerate(("up", "down")):
+        write_image(folder / f"{name}_before.nii.gz", result.before[blip].data, grid)
+        write_image(folder / f"{name}_after.nii.gz", result.after[blip].data, grid)
+        write_composite_h5(folder / f"{name}_sdc.h5", sdc_chain(result.poses[blip], result.fields[blip], name))
+    facts: dict[str, Any] = {"method": result.method, "notes": list(result.notes), "trace": result.trace}
+    facts["pose_of_down"] = result.poses[1].tolist()
+    (folder / "result.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _read(path: Path) -> tuple[torch.Tensor, Grid]:
+    """The b=0 volumes of a file, (m, i, j, k)."""
+    data, grid = read_image(path)
+    volumes = data.reshape(-1, *grid.shape)
+    table = path.with_name(_stem(path) + ".bval")
+    if len(volumes) > 1 and table.is_file():
+        bvals = read_bvals(table, len(volumes))
+        require_b0(bvals, B0_THRESHOLD, str(table))
+        volumes = np.ascontiguousarray(volumes[bvals <= B0_THRESHOLD])
+    return torch.from_numpy(volumes), grid
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _encodings(
+    files: tuple[Path, Path], pe_dir: str | None, readout_time: float | None
+) -> tuple[PhaseEncoding, PhaseEncoding]:
+    given = [{"PhaseEncodingDirection": d} if d else {} for d in (pe_dir, _opposite(pe_dir))]
+    known = {} if readout_time is None else {"TotalReadoutTime": readout_time}
+    found = []
+    for path, told in zip(files, given, strict=True):
+        metadata = {**_sidecar(path), **told, **known}
+        pe = phase_encoding(metadata, path.name, "--readout-time and --pe-dir")[0]
+        if pe is None:
+            raise MetadataError(
+                f"{path}: no PhaseEncodingDirection in {_stem(path)}.json; add it, or give that of --up with --pe-dir"
+            )
+        found.append(pe)
+    if None in (found[0].readout_time, found[1].readout_time):
+        found = [replace(pe, readout_time=None) for pe in found]
+    return found[0], found[1]
+
+
+def _opposite(direction: str | None) -> str | None:
+    return direction and (direction[:-1] if direction.endswith("-") else direction + "-")
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    beside = path.with_name(_stem(path) + ".json")
+    if not beside.is_file():
+        return {}
+    try:
+        return dict(json.loads(beside.read_text()))
+    except (ValueError, TypeError) as problem:
+        raise MetadataError(f"{beside}: not readable as JSON ({problem}); correct it") from None
+
+
+def _mask(path: Path, grid: Grid) -> Volume:
+    volume = read_volume(path)
+    if not grid.matches(volume.grid):
+        raise InputError(f"{path}: the mask is not on the grid of --up; resample it, or leave it out")
+    return volume
