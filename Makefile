@@ -8,11 +8,14 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/dsiprep-tools demo demo
 
+# One thread each: tests are small, and threads that wait for one another cost more than they bring.
+TEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 NUMBA_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
 test: $(VENV)/.tested
-	$(BIN)/python -m pytest
+	$(TEST)
 
 test-slow: $(VENV)/.tested
-	$(BIN)/python -m pytest -m slow
+	$(TEST) -m slow
 
 lint: $(VENV)/.linted
 	$(BIN)/ruff check src tests benchmarks

@@ -112,7 +112,7 @@ def test_few_volumes_lower_the_order_and_then_the_model() -> None:
     tiny = small.dwi.select(np.arange(5))
     result = estimate_motion(tiny, small.mask, MotionSettings(iters=1))
     assert result.model == "none" and "too few" in result.notes[0]
-    assert set(METHODS) == {"3dSHORE", "tensor", "none", "off"}
+    assert set(METHODS) == {"3dSHORE", "tensor", "none", "off", "eddy", "replace"}
 
 
 def test_model_none_takes_the_b0s_in_between() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 # Threads that wait sleep rather than spin. On a shared machine spinning cost three times the CPU time and more of wall
 # time. It has to be set before torch or Numba load OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy: small matrices only
 
 __version__ = version("dsiprep")
 __all__ = [
