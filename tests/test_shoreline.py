@@ -23,7 +23,7 @@ FAST = MotionSettings(iters=2)
 
 @pytest.fixture(scope="module")
 def subject() -> Subject:
-    return make_subject(count=24, spacing=(6.0, 6.0, 6.0), moved=0.2)
+    return make_subject(count=32, spacing=(6.0, 6.0, 6.0), moved=0.2)
 
 
 def _arrays(subject: Subject) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

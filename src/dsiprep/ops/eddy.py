@@ -29,13 +29,27 @@ from dsiprep.ops.level import Level, Place
 from dsiprep.ops.points import PointSet, target_gradients
 from dsiprep.ops.predict import Prediction
 
-__all__ = ["QUIET_MM", "TERMS", "bend_step", "beyond_chance", "no_eddy_currents", "strength", "tied_step"]
+__all__ = ["QUIET_MM", "bend_step", "beyond_chance", "choose_terms", "no_eddy_currents", "strength", "tied_step"]
 
 log = logging.getLogger("dsiprep")
 MISLED_MM = 0.025  # eddy currents that errors of predictions would feign if predictions did not follow the data
 QUIET_MM = 3.9  # voxels on which eddy currents are found: noise of smaller ones enters their predictions too
 SAMPLE = 2000  # points of the brain that they are found from
+FEWEST_LINEAR, FEWEST_QUADRATIC = 30, 45  # directions
 TERMS = {"linear": 4, "quadratic": 10}
+
+
+def choose_terms(wanted: str, count: int) -> int:
+    """Terms of the polynomial for `count` directions: few directions predict each other too loosely for many terms.
+
+    Parameters
+    ----------
+    wanted : str
+        "none", "linear" or "quadratic".
+    """
+    if wanted == "none" or count < FEWEST_LINEAR:
+        return 0
+    return TERMS["linear" if count < FEWEST_QUADRATIC else wanted]
 
 
 def no_eddy_currents(count: int, grid: Grid, along: int) -> EddyCurrents:

@@ -17,7 +17,7 @@ from dsiprep.errors import InputError
 from dsiprep.ops.affine import point_displacement, rigid_matrix
 from dsiprep.ops.agreement import agreement, lost_slices, slice_losses, slice_scores, trust
 from dsiprep.ops.align import Rest, align
-from dsiprep.ops.eddy import QUIET_MM, TERMS, bend_step, beyond_chance, no_eddy_currents
+from dsiprep.ops.eddy import QUIET_MM, bend_step, beyond_chance, choose_terms, no_eddy_currents
 from dsiprep.ops.level import CHUNK, Level, Place, levels_of
 from dsiprep.ops.mask import brain_mask_b0
 from dsiprep.ops.pose import decompose, interpolate_poses, jitter, median_pose, resting_poses, without_trend
@@ -127,7 +127,8 @@ def estimate_motion(
     weighted = ~dwi.is_b0
     rings = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
     model = choose_model(int(weighted.sum()), rings, settings.model)
-    if pe is not None and settings.eddy != "none" and settings.transform == "Rigid" and model.name != "none":
+    terms = choose_terms(settings.eddy, int(weighted.sum()))
+    if pe is not None and terms and settings.transform == "Rigid" and model.name != "none":
         place = replace(place, eddy=no_eddy_currents(len(dwi), dwi.grid, pe.axis))
     trace: list[dict[str, Any]] = []
     for number, level in enumerate(levels):
@@ -228,7 +229,7 @@ def _rounds(
             place = replace(place, lost=_lost(dwi, level, place, seen, predicted.values, multiband))
         before, rest = place.transforms[index], _rest(dwi, level, place.transforms) if number > 2 else None
         if rest is not None and place.eddy is not None and quiet:
-            place = bend_step(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
+            place = bend_step(dwi, level, place, seen, predicted, rest, choose_terms(settings.eddy, len(index)))
         place = _register(level, index, place, predicted.values, settings.transform == "Affine", rest)
         if number > done + 1:
             q = np.where(dwi.is_b0[:, None], 0, dwi.q)
@@ -240,7 +241,7 @@ def _rounds(
         if moved.max() < settings.tolerance:
             break
     if rest is not None and place.eddy is not None and quiet:
-        place = beyond_chance(dwi, level, place, seen, predicted, rest, TERMS[settings.eddy])
+        place = beyond_chance(dwi, level, place, seen, predicted, rest, choose_terms(settings.eddy, len(index)))
     return place, trace
 
 
@@ -380,15 +381,17 @@ def _finish(
         eddy=place.eddy,
         lost=lost,
         replacements=replaced_slices(dwi, level, place, predicted) if settings.outliers == "replace" else None,
-        notes=_notes(model, settings, place),
+        notes=_notes(model, settings, place, dwi.is_b0),
     )
 
 
-def _notes(model: Model, settings: MotionSettings, place: Place) -> tuple[str, ...]:
+def _notes(model: Model, settings: MotionSettings, place: Place, is_b0: np.ndarray) -> tuple[str, ...]:
     notes = (f"{model.name}: {model.note}",) if model.name != "3dSHORE" or model.order < 6 else ()
     if settings.eddy == "none" or place.eddy is not None or model.name in ("none", "off"):
         return notes
     why = "affine transforms take their place" if settings.transform == "Affine" else "the phase encoding is not known"
+    if not choose_terms(settings.eddy, int((~is_b0).sum())):
+        why = "there are too few directions"
     return (*notes, f"Eddy currents were not looked for: {why}.")
 
 
