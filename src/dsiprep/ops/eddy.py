@@ -35,7 +35,7 @@ log = logging.getLogger("dsiprep")
 MISLED_MM = 0.025  # eddy currents that errors of predictions would feign if predictions did not follow the data
 QUIET_MM = 3.9  # voxels on which eddy currents are found: noise of smaller ones enters their predictions too
 SAMPLE = 2000  # points of the brain that they are found from
-FEWEST_LINEAR, FEWEST_QUADRATIC = 30, 45  # directions
+FEWEST_LINEAR, FEWEST_QUADRATIC = 15, 45  # directions
 TERMS = {"linear": 4, "quadratic": 10}
 
 
