@@ -1,4 +1,4 @@
-"""`dsiprep-tools`: phantom, score, demo, shoreline, drbuddi."""
+"""`dsiprep-tools`: phantom, score, demo, shoreline, drbuddi, qsiprep-image, qsiprep-command."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from dsiprep import __version__
 from dsiprep.cli import Parser, add_setting
 from dsiprep.cli import main as run_app
 from dsiprep.errors import DsiprepError, OutputError
+from dsiprep.qsiprep.options import add_command_options, add_image_options, run_command, run_image
 
 
 def build_parser() -> Parser:
@@ -64,6 +65,14 @@ def build_parser() -> Parser:
     drbuddi.add_argument("--mask", type=Path, metavar="FILE", help="brain in --up; else found in it")
     drbuddi.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
     drbuddi.set_defaults(run=_drbuddi)
+
+    image = tools.add_parser("qsiprep-image", help="a QSIPrep image whose DRBUDDI, or other commands, use the GPU")
+    add_image_options(image)
+    image.set_defaults(run=run_image)
+
+    command = tools.add_parser("qsiprep-command", help="QSIPrep's command for a dataset, with reasons")
+    add_command_options(command)
+    command.set_defaults(run=run_command)
     return parser
 
 
