@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ import pytest
 
 from dsiprep.qsiprep.releases import CHECKED
 
+UNREACHABLE: list[str] = []  # what pip said once, so that no other test waits for it again
 __all__ = ["CHECKED", "parser_of", "wheel_of"]
 
 
@@ -25,13 +25,27 @@ def wheel_of(version: str, config: pytest.Config) -> Path:
     kept = config.cache.mkdir("qsiprep") / f"qsiprep-{version}-py3-none-any.whl"
     if kept.is_file():
         return kept
+    if UNREACHABLE:
+        pytest.skip(UNREACHABLE[0])
     with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--retries",
+            "1",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+        ]
         done = subprocess.run([*command, "-d", folder, f"qsiprep=={version}"], capture_output=True, text=True)
         found = list(Path(folder).glob("*.whl"))
         if not found:
-            pytest.skip(f"QSIPrep {version} cannot be had from PyPI: {done.stderr.strip().splitlines()[-1:]}")
-        os.replace(found[0], kept)
+            UNREACHABLE.append(f"QSIPrep {version} cannot be had from PyPI: {done.stderr.strip().splitlines()[-1:]}")
+            pytest.skip(UNREACHABLE[0])
+        found[0].replace(kept)
     return kept
 
 

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from qsiprep_releases import CHECKED, wheel_of
 
 from dsiprep.errors import InputError, OutputError, SettingsError
 from dsiprep.qsiprep.gpu import gpu_tasks
@@ -19,6 +18,7 @@ from dsiprep.qsiprep.releases import Release
 from dsiprep.qsiprep.source import Source, find_source
 from dsiprep.qsiprep.swap import Swap, apply_swaps
 from dsiprep.tools import main
+from qsiprep_releases import CHECKED, wheel_of
 
 TORTOISE = "interfaces/tortoise.py"
 OLD = [version for version in CHECKED if not version.startswith("26.1")]
@@ -202,7 +202,9 @@ def test_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = tmp_path / "out"
     assert main(["qsiprep-image", "--version", "1.0.1", "-o", str(out), "--source", str(given)]) == 0
     said = capsys.readouterr().out
-    assert f"docker save -o qsiprep-1.0.1-gpu.tar {Release.of('1.0.1').custom}" in said and "tortoise.py, line 7" in said
+    assert (
+        f"docker save -o qsiprep-1.0.1-gpu.tar {Release.of('1.0.1').custom}" in said and "tortoise.py, line 7" in said
+    )
     assert sorted(path.name for path in out.iterdir()) == [
         "Dockerfile", "build.sh", "changes.diff", "check.py", "tortoise.py"]  # fmt: skip
     assert (out / "tortoise.py").stat().st_mode & 0o777 == 0o644
@@ -235,6 +237,24 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
     given.write_bytes(TINY)
     with pytest.raises(OutputError, match="choose another with -o"):
         write_image(plan_image("1.0.1", source=given), file / "out")
+
+
+def test_the_source_is_found_by_itself(
+    pytestconfig: pytest.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed QSIPrep of that release comes first; then PyPI; and if neither has it, what to do is told."""
+    wheel_of("1.0.1", pytestconfig)  # PyPI can be reached
+    assert find_source(Release.of("1.0.1")).origin == "PyPI's qsiprep-1.0.1-py3-none-any.whl"
+    module = tmp_path / "qsiprep" / "interfaces" / "tortoise.py"
+    module.parent.mkdir(parents=True)
+    module.write_bytes(TINY)
+    facts = tmp_path / "qsiprep-1.0.1.dist-info" / "METADATA"
+    facts.parent.mkdir()
+    facts.write_text("Metadata-Version: 2.1\nName: qsiprep\nVersion: 1.0.1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_source(Release.of("1.0.1")).modules[TORTOISE] == TINY
+    with pytest.raises(InputError, match=r"no wheel from PyPI .* --source:\s+docker run .*cat pennlinc/qsiprep:99"):
+        find_source(Release.of("99.0.0"))
 
 
 def test_releases_that_are_not_known() -> None:

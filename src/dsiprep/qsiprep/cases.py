@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dsiprep.data.acquisition import SamplingScheme, Unit
@@ -85,8 +85,12 @@ def _of_subject(label: str, units: list[Unit], b0_threshold: float) -> Case:
     schemes = [scheme for unit in units if (scheme := _scheme(unit, b0_threshold)).kind != "b0-only"]
     if not schemes:
         raise InputError(f"sub-{label}: only b=0 volumes; there is nothing for QSIPrep to do")
-    if len({scheme.shelled for scheme in schemes}) > 1:
-        kinds = "; ".join(dict.fromkeys(scheme.description for scheme in schemes))
+    # what QSIPrep would join into one series is looked at run by run too
+    runs = [_scheme(replace(unit, runs=(run,)), b0_threshold) for unit in units for run in unit.runs]
+    grids = [scheme for scheme in runs if scheme.kind in ("DSI", "CS-DSI")]
+    shells = [scheme for scheme in runs if scheme.shelled]
+    if len({scheme.shelled for scheme in schemes}) > 1 or (grids and shells):
+        kinds = "; ".join(dict.fromkeys(scheme.description for scheme in (*grids, *shells) or schemes))
         raise InputError(
             f"sub-{label} has shelled and other sampling ({kinds}); QSIPrep takes one motion model a run: choose "
             "series with --bids-filter-file or --session-label, and ask once for each"
