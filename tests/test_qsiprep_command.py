@@ -17,6 +17,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from dsiprep.cli import main as run_app
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.phantom.dataset import make_phantom
 from dsiprep.phantom.schemes import gradient_table
@@ -88,14 +89,20 @@ def run_it(text: str, folder: Path) -> list[list[str]]:
     return [line.split("\0")[:-1] for line in record.read_text().splitlines()]
 
 
-def accepted(command: list[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """QSIPrep's part of a container command, given to its own parser with the container's paths put back."""
+def outside(command: list[str]) -> list[str]:
+    """QSIPrep's part of a container command, with the machine's paths in place of the container's."""
     mounts = [word for flag, word in pairwise(command) if flag in ("-v", "-B")]
-    outside = {inside: path for path, inside in (mount.removesuffix(":ro").split(":") for mount in mounts)}
-    start = command.index("/data")
-    words = [next((outside[inside] + word[len(inside) :] for inside in outside if word == inside
-                   or word.startswith(inside + "/")), word) for word in command[start:]]  # fmt: skip
-    return parser.parse_args(words)
+    paths = {inside: path for path, inside in (mount.removesuffix(":ro").split(":") for mount in mounts)}
+    words = []
+    for word in command[command.index("/data") :]:
+        inside = next((place for place in paths if f"{word}/".startswith(f"{place}/")), "")
+        words.append(paths.get(inside, "") + word.removeprefix(inside))
+    return words
+
+
+def accepted(command: list[str], parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """What a release's own parser makes of the command."""
+    return parser.parse_args(outside(command))
 
 
 @pytest.fixture(scope="module", params=CHECKED)
@@ -158,6 +165,17 @@ def test_every_release_takes_its_command_for_shells(
             assert bool(found.eddy_config) == gpu
             assert not gpu or json.loads(Path(found.eddy_config).read_text())["use_cuda"] is True
     assert "eddy_cuda10.2=eddy_cuda11.0" in text if gpu and version == "26.0.0" else "eddy_cuda11.0" not in text
+
+
+def test_dsiprep_takes_the_same_words(
+    release: tuple[str, argparse.ArgumentParser], phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To move from QSIPrep: its arguments for DSI, as they stand, behind another program's name."""
+    version, _ = release
+    (command,) = run_it(script(version, phantom, tmp_path, "--skip-anat-based-spatial-normalization"), tmp_path)
+    assert run_app([*outside(command), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "SHORELine with 3dSHORE" in said and "up to 2 rounds" in said and "drbuddi: there are opposite" in said
 
 
 def test_eddy_settings_are_the_releases_own_but_for_cuda(release: tuple[str, argparse.ArgumentParser],
