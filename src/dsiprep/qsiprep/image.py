@@ -10,6 +10,7 @@ import difflib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from pprint import pformat
 
 from dsiprep.errors import OutputError, SettingsError
 from dsiprep.qsiprep.gpu import gpu_tasks, task_of
@@ -160,7 +161,13 @@ def _next_steps(recipe: Recipe, folder: Path) -> list[str]:
     steps = [f"Build it:  sh {folder / recipe.build}"]
     if "Dockerfile" in recipe.files:
         steps.append(f"Keep it:   docker save -o {_stem(release)}.tar {release.custom}")
-    return [*steps, f"Run it:    dsiprep-tools qsiprep-command BIDS_DIR OUT --version {release.version} --gpu"]
+    steps.append(f"Run it:    dsiprep-tools qsiprep-command BIDS_DIR OUT --version {release.version} --gpu")
+    if any(patch.module == "interfaces/tortoise.py" for patch in recipe.patched):
+        steps.append(
+            "DRBUDDI_cuda stops on some cards with `too many resources requested for launch` or out of memory "
+            f"(TORTOISEV4 issues 14, 22 and 35). Then use {release.image}, which runs DRBUDDI on the CPU."
+        )
+    return steps
 
 
 def _require_one_each(swaps: list[Swap]) -> None:
@@ -232,11 +239,16 @@ def _check(release: Release, patched: tuple[Patched, ...], swaps: list[Swap]) ->
         (names[patch.module], fact.owner, fact.expression, fact.value) for patch in patched for fact in patch.facts
     ]
     return CHECK.format(
-        modules=repr({names[patch.module]: _place(release, patch) for patch in patched}),
-        facts=repr(facts),
-        programs=repr([swap.command if swap.replacement == GPU else swap.replacement for swap in swaps]),
-        libraries=repr([LIBRARIES[swap.command] for swap in swaps if swap.replacement == GPU]),
+        modules=_literal({names[patch.module]: _place(release, patch) for patch in patched}),
+        facts=_literal(facts),
+        programs=_literal([swap.command if swap.replacement == GPU else swap.replacement for swap in swaps]),
+        libraries=_literal([LIBRARIES[swap.command] for swap in swaps if swap.replacement == GPU]),
     )
+
+
+def _literal(value: object) -> str:
+    """As Python reads it, over several lines where one would be long."""
+    return pformat(value, width=100)
 
 
 def _build_script(release: Release, apptainer: bool) -> str:
