@@ -34,6 +34,8 @@ def rows(name: str, folder: Path) -> None:
     poses = np.asarray(truth["head_to_scanner"])
     true = poses @ np.linalg.inv(poses[0])
     points = acquired.mask.grid.to_world(np.argwhere(acquired.mask.numpy() > 0.5)[::200])
+    one = replace(settings.motion, iters=1)  # compiled before anything is timed
+    estimate_motion(acquired.dwi, acquired.mask, one, acquired.blips[0].pe, acquired.multiband)
     for bound in BOUNDS:
         start = resource.getrusage(resource.RUSAGE_SELF)
         wanted = replace(settings.motion, iters=bound)
