@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import zipfile
 from contextlib import redirect_stdout
+from dataclasses import replace
 from io import StringIO
 from itertools import pairwise
 from pathlib import Path
@@ -264,8 +265,9 @@ def test_what_cannot_be_run_at_once(tmp_path: Path) -> None:
         write_command("1.0.1", Place(bids, bids, tmp_path / "work"), Wishes())
     with pytest.raises(SettingsError, match="inside the dataset"):
         write_command("1.0.1", Place(bids, tmp_path / "out", bids / "work"), Wishes())
-    with pytest.raises(SettingsError, match="1 or more"):
-        write_command("1.0.1", place, Wishes(filters=chosen, iterations=0))
+    for wrong in (Wishes(iterations=0), Wishes(nprocs=-1), Wishes(omp_nthreads=0), Wishes(resolution=0.0)):
+        with pytest.raises(SettingsError, match="more than 0 is wanted"):
+            write_command("1.0.1", place, replace(wrong, filters=chosen))
 
 
 def test_sessions_are_chosen_in_each_releases_words(

@@ -36,7 +36,10 @@ class Wishes:
     resolution : float or None
         mm; None takes that of the data.
     skip_normalization : bool
-    nprocs, omp_nthreads : int
+    nprocs : int
+        Threads in all.
+    omp_nthreads : int or None
+        Threads of one step; by default all of them, 8 at most.
     sessions : tuple of str
         Labels.
     license, filters : Path or None
@@ -49,7 +52,7 @@ class Wishes:
     resolution: float | None = None
     skip_normalization: bool = False
     nprocs: int = os.cpu_count() or 1
-    omp_nthreads: int = min(8, os.cpu_count() or 1)
+    omp_nthreads: int | None = None
     sessions: tuple[str, ...] = ()
     license: Path | None = None
     filters: Path | None = None
@@ -108,8 +111,15 @@ def choose_options(release: Release, case: Case, wishes: Wishes) -> Choices:
             f"--hmc-method tortoise: QSIPrep has it from 26.1.0 on, not in {release.version}; leave it out, or take "
             "--version 26.1.1"
         )
-    if wishes.iterations < 1:
-        raise SettingsError(f"--shoreline-iters {wishes.iterations}: 1 or more is wanted")
+    given = {
+        "--shoreline-iters": wishes.iterations,
+        "--nprocs": wishes.nprocs,
+        "--omp-nthreads": wishes.omp_nthreads,
+        "--output-resolution": wishes.resolution,
+    }
+    for option, number in given.items():
+        if number is not None and not number > 0:
+            raise SettingsError(f"{option} {number}: more than 0 is wanted")
     chosen = _shells(release, case, wishes) if case.shelled else _q_space(release, case, wishes)
     chosen.options.extend([*_anatomy(case, wishes), *_shape(case, wishes), *_selection(release, case, wishes)])
     return chosen
@@ -213,7 +223,10 @@ def _shape(case: Case, wishes: Wishes) -> list[Choice]:
     return [
         Choice(("--output-resolution", f"{size:g}"), why),
         Choice(("--nprocs", str(wishes.nprocs)), f"threads in all{side_by_side}"),
-        Choice(("--omp-nthreads", str(wishes.omp_nthreads)), f"threads of one step, such as {steps}"),
+        Choice(
+            ("--omp-nthreads", str(wishes.omp_nthreads or min(8, wishes.nprocs))),
+            f"threads of one step, such as {steps}",
+        ),
     ]
 
 

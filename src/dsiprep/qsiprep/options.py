@@ -51,8 +51,7 @@ def add_command_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shoreline-iters", type=int, default=usual.iterations, metavar="N",
                         help="rounds of SHORELine (default: %(default)s)")  # fmt: skip
     parser.add_argument("--nprocs", type=int, default=usual.nprocs, metavar="N", help="threads in all (default: cores)")
-    parser.add_argument("--omp-nthreads", type=int, default=usual.omp_nthreads, metavar="N",
-                        help="threads of one step (default: cores, 8 at most)")  # fmt: skip
+    parser.add_argument("--omp-nthreads", type=int, metavar="N", help="threads of one step (default: all, 8 at most)")
     parser.add_argument("-w", "--work-dir", type=Path, metavar="DIR", help="default: OUTPUT_DIR with _work")
     parser.add_argument("--fs-license-file", type=Path, metavar="FILE", help="FreeSurfer's licence, up to 26.0")
     parser.add_argument("--image", metavar="NAME", help="another image than that of the release")
