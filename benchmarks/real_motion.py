@@ -3,7 +3,7 @@
 For every series of one phase encoding, in the brain: neighbouring-DWI correlation as cs_dmri measures it, and
 sharpness, the root mean square gradient of the mean diffusion-weighted volume over its mean intensity. Interpolation
 alone smooths, which raises the first and lowers the second, so besides the raw series there is one that was only
-interpolated: all volumes moved by the same half voxel along each axis. A correction worth its name beats both.
+interpolated, and as much as can be: all volumes moved by the same half voxel along each axis.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ prints one Markdown row per case: RMSE over b > 100 and three axes less one comm
 brain points, its mean by b-value, the error of eddy currents, lost slices found, CPU time and peak memory.
 
 With --floor, a second row: the same volumes registered one by one to their noise-free images, as good as predictions
-could ever be. With --scaling, the cases of `SCALING` in place of `CASES`. `shoreline_peers.py` times QSIPrep's recipe.
+could ever be. With --scaling, the cases of `SCALING` in place of `CASES` (dsi257 at 2.5 mm is the
+first of those). `shoreline_peers.py` times QSIPrep's recipe.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ CASES = {
 }
 SCALING = {
     "dsi101 2.5 mm": ["--scheme", "dsi101"],
-    "dsi257 2.5 mm": ["--scheme", "dsi257"],
     "dsi515 2.5 mm": ["--scheme", "dsi515"],
     "dsi101 2 mm": ["--scheme", "dsi101", "--resolution", "2"],
     "dsi101 1.5 mm": ["--scheme", "dsi101", "--resolution", "1.5"],
