@@ -50,7 +50,7 @@ def shore_model(source: Path) -> types.ModuleType:
     package = types.ModuleType("qsiprep_utils")
     package.__path__ = [str(source / "utils")]
     sys.modules[package.__name__] = package
-    np.ComplexWarning = np.exceptions.ComplexWarning  # its name before NumPy 2, under which QSIPrep looks for it
+    vars(np)["ComplexWarning"] = np.exceptions.ComplexWarning  # NumPy 1 had it there, and QSIPrep looks for it
     return importlib.import_module("qsiprep_utils.brainsuite_shore")
 
 
