@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -57,7 +58,11 @@ T = TypeVar("T")
 
 
 def preprocess(
-    unit: Unit, settings: Settings, cache: Cache | None = None, device: torch.device | str = "cpu"
+    unit: Unit,
+    settings: Settings,
+    cache: Cache | None = None,
+    device: torch.device | str = "cpu",
+    lead: Unit | None = None,
 ) -> UnitResults:
     """One unit from raw data to results.
 
@@ -70,6 +75,9 @@ def preprocess(
         Where results of stages are kept and found; in memory by default.
     device : torch.device or str
         Where tensors are worked on.
+    lead : Unit, optional
+        From `choose_lead`: the unit whose b=0 reference stands in where there is no structural image, so that all
+        series of a person come to lie in one space. The unit itself by default.
 
     Returns
     -------
@@ -82,20 +90,18 @@ def preprocess(
     """
     cache = cache or Cache(None)
     on = torch.device(device)
-    require_files(unit)
-    raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
-    acquired = cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
+    acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
-    motions = tuple(
-        cache.run(motion, f"motion-{blip.name}", partial(_motion, on), acquired, b, settings.motion)
-        for b, blip in enumerate(acquired.value.blips)
-        if (acquired.value.dwi.blip == b).any()
-    )
-    method, reason = choose_distortion(unit, acquired.value, settings.distortion)
-    corrected = _correct_distortion(unit, settings, cache, on, (acquired, motions), method)
-    anatomical = prepare_anatomy(unit, settings, cache, on, (motions[0], corrected))
+    motions, corrected = _undistort(unit, settings, cache, on, acquired)
+    led_by = "" if lead is None or lead.name == unit.name or structural_images(unit, settings) else lead.name
+    reference = motions[0], corrected
+    if lead is not None and led_by:
+        beside = cache.beside()
+        moved, undistorted = _undistort(lead, settings, beside, on, _acquire(lead, settings, beside))
+        reference = moved[0], undistorted
+    anatomical = prepare_anatomy(unit, settings, cache, on, reference)
     coregistered = cache.run(
-        coregister, "coregister", _coregister, motions[0], corrected, anatomical, settings.coregister
+        coregister, "coregister", _coregister, motions[0], corrected, anatomical, led_by, settings.coregister
     )
     aligned = (motions, corrected, coregistered, anatomical)
     preprocessed = cache.run(
@@ -111,7 +117,7 @@ def preprocess(
         denoised=denoised.value,
         motions=tuple(kept.value for kept in motions),
         distortion=corrected.value,
-        distortion_reason=reason,
+        distortion_reason=choose_distortion(unit, acquired.value, settings.distortion)[1],
         anatomy=anatomical.value,
         coregistration=coregistered.value,
         preprocessed=preprocessed.value,
@@ -119,6 +125,48 @@ def preprocess(
         seconds=dict(cache.seconds),
         device=str(on),
     )
+
+
+def _acquire(unit: Unit, settings: Settings, cache: Cache) -> Kept[Acquired]:
+    require_files(unit)
+    raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
+    return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
+
+
+def _undistort(
+    unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: Kept[Acquired]
+) -> tuple[tuple[Kept[Motion], ...], Kept[Distortion | None]]:
+    """Motion of each blip, and the distortion between them."""
+    motions = tuple(
+        cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion)
+        for b, blip in enumerate(acquired.value.blips)
+        if (acquired.value.dwi.blip == b).any()
+    )
+    method, _ = choose_distortion(unit, acquired.value, settings.distortion)
+    return motions, _correct_distortion(unit, settings, cache, device, (acquired, motions), method)
+
+
+def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
+    """The unit whose b=0 reference stands in for the structural image that `unit` lacks.
+
+    It is the same for all units of a subject: the first whose distortion can be corrected, or else the first.
+
+    Parameters
+    ----------
+    unit : Unit
+    units : sequence of Unit
+        Those that are processed, of this subject and perhaps of others.
+    settings : Settings
+    """
+    alike = [other for other in units if other.subject == unit.subject]
+    if settings.distortion.method != "none":
+        alike.sort(key=lambda other: not (other.reversed_pairs() or other.gre))
+    return alike[0] if alike else unit
+
+
+def structural_images(unit: Unit, settings: Settings) -> tuple[Path, ...]:
+    """The images that the anatomy of a unit is made from; none where its b=0 reference stands in."""
+    return unit.t1w if settings.anatomy.modality == "T1w" else ()
 
 
 def prepare_anatomy(
@@ -130,8 +178,8 @@ def prepare_anatomy(
 ) -> Kept[Anatomy]:
     """The structural image of a unit; where it has none, the b=0 reference of `reference` stands in."""
     template = load_template()
-    if unit.t1w and settings.anatomy.modality == "T1w":
-        images = cache.files(unit.t1w, "T1w", lambda: tuple(read_volume(path) for path in unit.t1w))
+    if paths := structural_images(unit, settings):
+        images = cache.files(paths, "T1w", lambda: tuple(read_volume(path) for path in paths))
         prepare = partial(_anatomy, device, template)
         return cache.run(anatomy, "anatomy", prepare, images, template.name, settings.anatomy)
     prepare = partial(_anatomy_from_b0, device, template)
@@ -241,9 +289,9 @@ def reference_image(moved: Motion, corrected: Distortion | None) -> tuple[Volume
 
 
 def _coregister(
-    moved: Motion, corrected: Distortion | None, anatomical: Anatomy, settings: CoregisterSettings
+    moved: Motion, corrected: Distortion | None, anatomical: Anatomy, led_by: str, settings: CoregisterSettings
 ) -> Coregistration:
-    return coregister.coregister(*reference_image(moved, corrected), anatomical, settings)
+    return coregister.coregister(*reference_image(moved, corrected), anatomical, settings, led_by)
 
 
 def _resample(
@@ -258,9 +306,10 @@ def _resample(
     )
 
 
-def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> dict[str, str]:
-    """What each stage would do for a unit, and why; nothing is computed."""
-    has_t1w = bool(unit.t1w) and settings.anatomy.modality == "T1w"
+def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit) -> dict[str, str]:
+    """What each stage would do for a unit, and why; nothing is computed. `lead` as `choose_lead` gives it."""
+    has_t1w = bool(structural_images(unit, settings))
+    b0_way = "not needed" if lead.name == unit.name else f"its b=0 reference to that of {lead.name}"
     if settings.distortion.method == "none":
         susceptibility = "none: switched off"
     elif unit.reversed_pairs():
@@ -277,9 +326,9 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -
             f"{len(unit.t1w)} T1w image{'s' if len(unit.t1w) > 1 else ''}: N4, brain mask, ACPC, "
             + ("template" if settings.anatomy.normalize else "no template (switched off)")
             if has_t1w
-            else "none: the b=0 reference is rotated to the template's axes"
+            else f"none: the b=0 reference of {lead.name} is rotated to the template's axes"
         ),
-        "coregister": f"{settings.coregister.dof} degrees of freedom" if has_t1w else "not needed",
+        "coregister": f"{settings.coregister.dof} degrees of freedom" if has_t1w else b0_way,
         "resample": f"one cubic B-spline interpolation at {settings.resample.resolution:g} mm, "
         f"bias correction {settings.denoise.biascorrect}",
     }

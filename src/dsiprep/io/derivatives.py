@@ -285,7 +285,8 @@ CONFOUNDS = {
 def _anatomical_reference(results: UnitResults) -> str:
     subject, modality = results.unit.subject, results.anatomy.modality
     if modality == "none":
-        return "The b=0 reference, rotated to the template's axes"
+        of = f" of {results.coregistration.led_by}" if results.coregistration.led_by else ""
+        return f"The b=0 reference{of}, rotated to the template's axes"
     return f"sub-{subject}/anat/sub-{subject}_space-ACPC_desc-preproc_{modality}.nii.gz"
 
 

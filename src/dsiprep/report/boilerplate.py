@@ -184,7 +184,7 @@ def _diffusion(results: UnitResults) -> list[str]:
     biascorrect = results.settings.denoise.biascorrect
     corrected = results.distortion
     models = list(dict.fromkeys(motion.model for motion in results.motions))
-    registered = "none" if results.anatomy.modality == "none" else "mi"
+    registered = results.coregistration.metric
     return [
         *_reading(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
