@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,8 +28,10 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
+from dsiprep.errors import SettingsError
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
+from dsiprep.io.masks import find_mask
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.ops.mask import brain_mask_b0
@@ -55,6 +58,7 @@ from dsiprep.stages import (
 
 STEPS = ("acquisition", "denoise", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
 T = TypeVar("T")
+log = logging.getLogger("dsiprep")
 
 
 def preprocess(
@@ -93,7 +97,8 @@ def preprocess(
     acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
     motions, corrected = _undistort(unit, settings, cache, on, acquired)
-    led_by = "" if lead is None or lead.name == unit.name or structural_images(unit, settings) else lead.name
+    modality = settings.anatomy.modality
+    led_by = "" if lead is None or lead.name == unit.name or unit.structural(modality) else lead.name
     reference = motions[0], corrected
     if lead is not None and led_by:
         beside = cache.beside()
@@ -128,7 +133,7 @@ def preprocess(
 
 
 def _acquire(unit: Unit, settings: Settings, cache: Cache) -> Kept[Acquired]:
-    require_files(unit)
+    require_files(unit, settings.anatomy.modality)
     raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
     return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
 
@@ -149,7 +154,8 @@ def _undistort(
 def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
     """The unit whose b=0 reference stands in for the structural image that `unit` lacks.
 
-    It is the same for all units of a subject: the first whose distortion can be corrected, or else the first.
+    It is the same for all units of a subject, or, sessionwise, of a session: the first whose distortion can be
+    corrected, or else the first.
 
     Parameters
     ----------
@@ -158,15 +164,37 @@ def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
         Those that are processed, of this subject and perhaps of others.
     settings : Settings
     """
-    alike = [other for other in units if other.subject == unit.subject]
+    sessionwise = settings.anatomy.reference == "sessionwise"
+    alike = [
+        other for other in units if other.subject == unit.subject and (not sessionwise or other.session == unit.session)
+    ]
     if settings.distortion.method != "none":
         alike.sort(key=lambda other: not (other.reversed_pairs() or other.gre))
     return alike[0] if alike else unit
 
 
-def structural_images(unit: Unit, settings: Settings) -> tuple[Path, ...]:
-    """The images that the anatomy of a unit is made from; none where its b=0 reference stands in."""
-    return unit.t1w if settings.anatomy.modality == "T1w" else ()
+def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
+    """Find template and masks before anything long is begun; a template asked for by name is fetched if need be.
+
+    Raises
+    ------
+    InputError
+        If one is not to be had.
+    SettingsError
+        If one mask is to serve several subjects.
+    """
+    wanted = settings.anatomy
+    if wanted.mask and len({unit.subject for unit in units}) > 1 and Path(wanted.mask).is_file():
+        raise SettingsError(
+            f"--anat-mask {wanted.mask}: one mask for several subjects; put {{subject}} in place of the label, give a "
+            "folder of derivatives, or choose the subject with --participant-label"
+        )
+    note = load_template(wanted.template, wanted.modality, allow_network=bool(wanted.template)).note
+    if note and wanted.normalize and any(unit.structural(wanted.modality) for unit in units):
+        log.warning(note)
+    for unit in units:
+        if unit.structural(wanted.modality):
+            find_mask(unit, wanted)
 
 
 def prepare_anatomy(
@@ -177,13 +205,16 @@ def prepare_anatomy(
     reference: tuple[Kept[Motion], Kept[Distortion | None]] | None = None,
 ) -> Kept[Anatomy]:
     """The structural image of a unit; where it has none, the b=0 reference of `reference` stands in."""
-    template = load_template()
-    if paths := structural_images(unit, settings):
-        images = cache.files(paths, "T1w", lambda: tuple(read_volume(path) for path in paths))
-        prepare = partial(_anatomy, device, template)
-        return cache.run(anatomy, "anatomy", prepare, images, template.name, settings.anatomy)
-    prepare = partial(_anatomy_from_b0, device, template)
-    return cache.run(anatomy, "anatomy-b0", prepare, reference, template.name, settings.anatomy)
+    found = load_template(settings.anatomy.template, settings.anatomy.modality)
+    template = cache.files(found.files, [found.name, found.note], lambda: found)
+    if paths := unit.structural(settings.anatomy.modality):
+        images = cache.files(paths, settings.anatomy.modality, lambda: tuple(read_volume(path) for path in paths))
+        given = find_mask(unit, settings.anatomy)
+        mask = cache.files((given,) if given else (), "mask", lambda: read_volume(given) if given else None)
+        prepare = partial(_anatomy, device)
+        return cache.run(anatomy, "anatomy", prepare, images, template, mask, settings.anatomy)
+    prepare = partial(_anatomy_from_b0, device)
+    return cache.run(anatomy, "anatomy-b0", prepare, reference, template, settings.anatomy)
 
 
 def choose_distortion(unit: Unit, acquired: Acquired, settings: DistortionSettings) -> tuple[str, str]:
@@ -261,18 +292,21 @@ def _distortion(
 
 
 def _anatomy(
-    device: torch.device, template: Template, images: tuple[Volume, ...], name: str, settings: AnatomySettings
+    device: torch.device,
+    images: tuple[Volume, ...],
+    template: Template,
+    mask: Volume | None,
+    settings: AnatomySettings,
 ) -> Anatomy:
     return with_cpu_fallback(
-        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings), device, images
+        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, mask), device, images
     )
 
 
 def _anatomy_from_b0(
     device: torch.device,
-    template: Template,
     reference: tuple[Motion, Distortion | None],
-    name: str,
+    template: Template,
     settings: AnatomySettings,
 ) -> Anatomy:
     dwiref, mask = reference_image(*reference)
@@ -308,7 +342,7 @@ def _resample(
 
 def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit) -> dict[str, str]:
     """What each stage would do for a unit, and why; nothing is computed. `lead` as `choose_lead` gives it."""
-    has_t1w = bool(structural_images(unit, settings))
+    images = unit.structural(settings.anatomy.modality)
     b0_way = "not needed" if lead.name == unit.name else f"its b=0 reference to that of {lead.name}"
     if settings.distortion.method == "none":
         susceptibility = "none: switched off"
@@ -323,12 +357,13 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": susceptibility,
         "anatomy": (
-            f"{len(unit.t1w)} T1w image{'s' if len(unit.t1w) > 1 else ''}: N4, brain mask, ACPC, "
+            f"{len(images)} {settings.anatomy.modality} image{'s' if len(images) > 1 else ''}: "
+            f"{'N4, ' if settings.anatomy.biascorrect == 'n4' else ''}brain mask, ACPC, "
             + ("template" if settings.anatomy.normalize else "no template (switched off)")
-            if has_t1w
+            if images
             else f"none: the b=0 reference of {lead.name} is rotated to the template's axes"
         ),
-        "coregister": f"{settings.coregister.dof} degrees of freedom" if has_t1w else b0_way,
+        "coregister": f"{settings.coregister.dof} degrees of freedom" if images else b0_way,
         "resample": f"one cubic B-spline interpolation at {settings.resample.resolution:g} mm, "
         f"bias correction {settings.denoise.biascorrect}",
     }

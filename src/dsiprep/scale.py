@@ -189,13 +189,16 @@ def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
     redraw = job.mode in ("reports_only", "boilerplate_only")
     cache = Cache(_work_folder(job), lambda step: tell(unit.name, step), only_found=redraw)
     device = choose(job.device)
-    template = load_template() if job.settings.anatomy.normalize else None
+    template = None
+    if job.settings.anatomy.normalize:
+        template = load_template(job.settings.anatomy.template, job.settings.anatomy.modality)
     if job.mode == "anat_only":
-        if not unit.t1w:
-            raise DsiprepError(f"{unit.name}: --anat-only, but there is no T1w image; leave the option out")
+        modality = job.settings.anatomy.modality
+        if not unit.structural(modality):
+            raise DsiprepError(f"{unit.name}: --anat-only, but there is no {modality} image; leave the option out")
         anatomy = prepare_anatomy(unit, job.settings, cache, device)
         write_root(job.out, __version__)
-        write_anatomy_of(anatomy.value, unit, job.out, template)
+        write_anatomy_of(anatomy.value, unit, job.out, template, job.settings.anatomy)
         return None
     results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))
     if not redraw:

@@ -128,7 +128,8 @@ def acquisition(results: UnitResults, album: Album) -> Section:
         scale = acquired.scales[index] if index < len(acquired.scales) else 1.0
         rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
     rows += [(epi.image.name, "EPI reference", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
-    rows += [(path.name, "T1w", "", "", "") for path in unit.t1w]
+    modality = results.settings.anatomy.modality
+    rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(
         "acquisition",
         "Acquisition",
