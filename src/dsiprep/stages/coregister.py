@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -9,7 +11,7 @@ from scipy import ndimage
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Anatomy, Coregistration
 from dsiprep.data.transform import Affine
-from dsiprep.ops.linear import register_linear
+from dsiprep.ops.linear import LinearFit, register_linear
 from dsiprep.settings import CoregisterSettings
 
 VERSION = 2
@@ -18,7 +20,8 @@ METHODS = {
         "The undistorted b=0 reference was registered to the structural image with a rigid (or, where asked "
         "for, an affine) transform that maximises normalised mutual information [@studholme1999; "
         "@mattes2003] in the brain and 6 mm around it, from 8 to 2 mm resolution. The search started from the "
-        "scanner's coordinates and from aligned centres of mass, each in 27 orientations, and took the best."
+        "scanner's coordinates and from aligned centres of mass, each in 27 orientations, and from where the two brain "
+        "masks overlap best; the best of all was taken."
     ),
     "cc": (
         "Without a structural image, the b=0 reference of one series of the person was brought to ACPC space. Those "
@@ -31,6 +34,7 @@ METHODS = {
     ),
 }
 
+LEAST_CORRELATION, LEAST_INFORMATION = 0.6, 1.01  # below, something is wrong: real heads gave 0.88 and 1.03
 MARGIN_MM = 6.0  # the edge of the brain tells more than its inside, where b=0 and T1w are both grey
 
 __all__ = ["METHODS", "VERSION", "coregister"]
@@ -63,18 +67,34 @@ def coregister(
     start = np.asarray(anatomy.anat_to_acpc.matrix, float)
     if anatomy.modality == "none" and not led_by:
         return Coregistration(Affine(start, "dwiref", "ACPC"), float("nan"), float("nan"), "none")
-    alike = anatomy.modality == "none"
-    fit = register_linear(
+    near, alike = _with_margin(anatomy.mask), anatomy.modality == "none"
+    align = partial(
+        register_linear,
         dwiref,
         anatomy.image,
         dof=6 if alike else settings.dof,
         metric="cc" if alike else "mi",
-        fixed_mask=_with_margin(anatomy.mask),
+        fixed_mask=near,
         moving_mask=dwiref_mask,
-        initial=start,
-        search=True,
     )
-    return Coregistration(Affine(fit.matrix, "dwiref", "ACPC"), fit.score_before, fit.score_after, fit.metric, led_by)
+    fit = align(initial=start, search=True)
+    # where part of the brain was not scanned, coarse images can mislead; the shapes of the two brains do not
+    shapes = register_linear(dwiref_mask, anatomy.mask, dof=6, metric="cc", fixed_mask=near, initial=start)
+    by_shape = align(initial=shapes.matrix, search=False)
+    before, best = fit.score_before, max((fit, by_shape), key=lambda found: found.score_after)
+    way = Affine(best.matrix, "dwiref", "ACPC")
+    return Coregistration(way, before, best.score_after, best.metric, led_by, _doubts(before, best))
+
+
+def _doubts(before: float, best: LinearFit) -> tuple[str, ...]:
+    """A note where the images hardly agree, or the search found nothing better than the header."""
+    least = LEAST_CORRELATION if best.metric == "cc" else LEAST_INFORMATION
+    if best.score_after >= least and best.score_after >= before:
+        return ()
+    return (
+        f"The b=0 reference agrees badly with what it was registered to ({best.score_after:.3f}, {before:.3f} as the "
+        "scanner's coordinates had it). Look at the pictures under Coregistration before you use the data.",
+    )
 
 
 def _with_margin(mask: Volume) -> Volume:
