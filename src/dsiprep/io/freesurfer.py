@@ -24,7 +24,7 @@ from dsiprep.data.transform import Affine, DisplacementField
 from dsiprep.errors import InputError
 from dsiprep.io.vectors import VectorImage, absolute_or_displacement, finite, read_vectors, write_vectors
 
-__all__ = ["LAYOUTS", "FreeSurferWarp", "is_mgh", "read_lta", "read_warp", "write_warp"]
+__all__ = ["LAYOUTS", "FreeSurferWarp", "is_mgh", "mgh_grid", "read_lta", "read_warp", "warp_of", "write_warp"]
 
 LAYOUTS = ("voxel-absolute", "voxel-displacement", "absolute", "displacement")  # in the order of their codes
 INTENT = 1006  # NIFTI_INTENT_DISPVECT
@@ -61,8 +61,8 @@ def read_warp(path: Path | str, layout: str | None = None, moving: Grid | None =
     ----------
     path : Path
     layout : str, optional
-        One of `LAYOUTS`. By default that of the file's tag; without a tag, RAS displacements or RAS coordinates, told
-        from the data.
+        One of `LAYOUTS`, for files without the tag that tells it; by default RAS displacements or RAS coordinates, as
+        the data say.
     moving : Grid, optional
         Of the moving image, for layouts in voxels; by default from the file.
 
@@ -78,10 +78,20 @@ def read_warp(path: Path | str, layout: str | None = None, moving: Grid | None =
     path = Path(path)
     if is_mgh(path):
         image, tags = _read_mgh(path)
-    else:
-        image = read_vectors(path)
-        tags = dict(_extension_tags(image.extension))
-    source, target = _geometries(tags, 0 if is_mgh(path) else 4, path)
+        return _warp(image, tags, 0, layout, moving)
+    return warp_of(read_vectors(path), layout, moving)
+
+
+def warp_of(image: VectorImage, layout: str | None = None, moving: Grid | None = None) -> FreeSurferWarp:
+    """The same, of a NIfTI image that was read already."""
+    return _warp(image, dict(_extension_tags(image.extension)), 4, layout, moving)
+
+
+def _warp(
+    image: VectorImage, tags: dict[int, bytes], name_length: int, layout: str | None, moving: Grid | None
+) -> FreeSurferWarp:
+    path = image.path
+    source, target = _geometries(tags, name_length, path)
     grid = image.grid if target is None else target
     if grid.shape != image.data.shape[1:]:
         raise InputError(
@@ -89,9 +99,7 @@ def read_warp(path: Path | str, layout: str | None = None, moving: Grid | None =
             f"{_times(grid.shape)} voxels; write the warp again, with one vector per voxel"
         )
     moving = moving or source
-    told = _layout(tags, path)
-    if layout is None:
-        layout = told or _layout_of_data(image, grid, path)
+    layout = _layout(tags, path) or layout or _layout_of_data(image, grid)
     return FreeSurferWarp(_displacement(image.data, grid, layout, moving, path), moving, layout)
 
 
@@ -176,8 +184,19 @@ def is_mgh(path: Path | str) -> bool:
     return len(start) == 4 and start[0] == 0 and start[3] == 1
 
 
-def _read_mgh(path: Path) -> tuple[VectorImage, dict[int, bytes]]:
-    """Vectors and tags. nibabel takes version 1 only; warps carry their intent above it: 769 is 3 * 256 + 1."""
+def mgh_grid(path: Path | str) -> Grid:
+    """Where the voxels of an .mgz image or warp are."""
+    return _mgh_grid(_unpacked(Path(path)), Path(path))
+
+
+def _mgh_grid(content: bytes, path: Path) -> Grid:
+    i, j, k, valid = *struct.unpack_from(">3i", content, 4), struct.unpack_from(">h", content, 28)[0]
+    if not valid:
+        raise InputError(f"{path}: the header does not say where the voxels are; convert the image again")
+    return _grid((i, j, k), struct.unpack_from(">15f", content, 30))
+
+
+def _unpacked(path: Path) -> bytes:
     try:
         content = path.read_bytes()
         content = gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
@@ -185,23 +204,26 @@ def _read_mgh(path: Path) -> tuple[VectorImage, dict[int, bytes]]:
         raise InputError(f"{path}: truncated or damaged ({problem}); copy it again") from None
     if len(content) < MGH_HEADER:
         raise InputError(f"{path}: the file is truncated; copy it again")
-    version, i, j, k, frames, kind, _, valid = struct.unpack_from(">7ih", content)
+    return content
+
+
+def _read_mgh(path: Path) -> tuple[VectorImage, dict[int, bytes]]:
+    """Vectors and tags. nibabel takes version 1 only; warps carry their intent above it: 769 is 3 * 256 + 1."""
+    content = _unpacked(path)
+    version, i, j, k, frames, kind = struct.unpack_from(">6i", content)
     intent = version >> 8
     if frames != 3 or intent not in (0, WARP) or kind not in MGH_TYPES:
         raise InputError(
             f"{path}: {frames} frames of type {kind} and intent {intent}; a warp has 3 frames of real numbers"
         )
-    if not valid:
-        raise InputError(f"{path}: the header does not say where the voxels are; make the warp again")
     dtype = np.dtype(MGH_TYPES[kind])
     stop = MGH_HEADER + dtype.itemsize * 3 * i * j * k
     if min(i, j, k) < 1 or len(content) < stop:
         raise InputError(f"{path}: the file is truncated; copy it again")
     data = np.frombuffer(content[MGH_HEADER:stop], dtype).astype(np.float32).reshape(3, k, j, i)
     finite(data, path)
-    numbers = struct.unpack_from(">15f", content, 30)
-    grid = _grid((i, j, k), numbers)
-    image = VectorImage(np.ascontiguousarray(data.transpose(0, 3, 2, 1)), grid, intent, b"", "")
+    grid = _mgh_grid(content, path)
+    image = VectorImage(np.ascontiguousarray(data.transpose(0, 3, 2, 1)), grid, 4, intent, b"", "", path)
     return image, dict(_mgh_tags(content[stop + 20 :]))  # after five numbers about the scan
 
 
@@ -293,13 +315,13 @@ def _layout(tags: dict[int, bytes], path: Path) -> str | None:
     return LAYOUTS[code]
 
 
-def _layout_of_data(image: VectorImage, grid: Grid, path: Path) -> str:
+def _layout_of_data(image: VectorImage, grid: Grid) -> str:
     found = absolute_or_displacement(image.data, _points(grid))
     if found is None and image.intent == INTENT:
         return "displacement"
     if found is None:
         raise InputError(
-            f"{path}: the values could be displacements or coordinates; say which with "
+            f"{image.path}: the values could be displacements or coordinates; say which with "
             "--kind freesurfer or --kind easyreg"
         )
     return found

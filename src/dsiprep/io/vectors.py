@@ -16,7 +16,16 @@ from dsiprep.data.grid import Grid
 from dsiprep.errors import InputError, OutputError
 from dsiprep.io.nifti import grid_of, open_nifti
 
-__all__ = ["FREESURFER_CODE", "VectorImage", "absolute_or_displacement", "read_vectors", "write_vectors"]
+__all__ = [
+    "FREESURFER_CODE",
+    "SHARE",
+    "VectorImage",
+    "absolute_or_displacement",
+    "distance_from_identity",
+    "finite",
+    "read_vectors",
+    "write_vectors",
+]
 
 FREESURFER_CODE = 14  # of the header extension in which FreeSurfer keeps geometries
 SHARE = 0.6  # one reading of the values must fit this much better than the other to be taken
@@ -30,28 +39,41 @@ class VectorImage:
     ----------
     data : ndarray, (3, i, j, k), float32
     grid : Grid
+    axes : int
+        Of the array in the file: 5 as NIfTI wants it for vectors, or 4.
     intent : int
         NIfTI's intent code; 0 where there is none.
     extension : bytes
         FreeSurfer's header extension, empty where there is none.
     description : str
         The header's text.
+    path : Path
+        Where it came from, for messages.
     """
 
     data: np.ndarray
     grid: Grid
+    axes: int
     intent: int
     extension: bytes
     description: str
+    path: Path
 
 
-def read_vectors(path: Path | str) -> VectorImage:
+def read_vectors(path: Path | str, instead: Grid | None = None) -> VectorImage:
     """An image of (i, j, k, 1, 3) or (i, j, k, 3) voxels.
+
+    Parameters
+    ----------
+    path : Path
+    instead : Grid, optional
+        Taken where the header does not say where the voxels are, if it has as many.
 
     Raises
     ------
     InputError
-        If the file cannot be read, has another shape, or holds values that are not numbers.
+        If the file cannot be read, has another shape, does not say where its voxels are, or holds values that are not
+        numbers.
     """
     path = Path(path)
     image = open_nifti(path)
@@ -68,9 +90,16 @@ def read_vectors(path: Path | str) -> VectorImage:
     finite(data, path)
     extension = b"".join(e.get_content() for e in image.header.extensions if e.get_code() == FREESURFER_CODE)
     header = image.header
-    description = bytes(header["descrip"].tobytes()).split(b"\0")[0].decode("latin-1")
+    description = header["descrip"].tobytes().split(b"\0")[0].decode("latin-1")
+    placed = int(header["sform_code"]) or int(header["qform_code"])
+    if not placed and (instead is None or instead.shape != shape[:3]):
+        raise InputError(
+            f"{path}: the header does not say where the voxels are (sform and qform codes are 0); name an image of "
+            "the same voxels with --reference"
+        )
+    grid = grid_of(image, path) if placed or instead is None else instead
     data = np.ascontiguousarray(np.moveaxis(data, 3, 0))
-    return VectorImage(data, grid_of(image, path), int(header["intent_code"]), extension, description)
+    return VectorImage(data, grid, len(shape), int(header["intent_code"]), extension, description, path)
 
 
 def write_vectors(path: Path | str, data: np.ndarray, grid: Grid, intent: int, extension: bytes = b"") -> None:
@@ -133,15 +162,20 @@ def absolute_or_displacement(values: np.ndarray, points: np.ndarray) -> str | No
     str or None
         "absolute", "displacement", or None where neither fits clearly: maps turned by more than about 45 degrees.
     """
-    values, points = values.reshape(3, -1).astype(float), points.reshape(3, -1).astype(float)
-    used = (values != 0).any(axis=0)
+    used = (values.reshape(3, -1) != 0).any(axis=0)
     if not used.any():
         return "displacement"
-    values, points = values[:, used], points[:, used]
-    values, points = (x - x.mean(axis=1, keepdims=True) for x in (values, points))
-    slope = np.linalg.lstsq(points.T, values.T, rcond=None)[0].T
-    same = np.linalg.lstsq(points.T, points.T, rcond=None)[0].T  # the identity, unless an axis has one voxel
-    to_absolute, to_displacement = np.linalg.norm(slope - same), np.linalg.norm(slope)
+    values, points = values.reshape(3, -1)[:, used], points.reshape(3, -1)[:, used]
+    to_absolute = distance_from_identity(values, points)
+    to_displacement = distance_from_identity(values + points, points)
     if to_absolute < SHARE * to_displacement:
         return "absolute"
     return "displacement" if to_displacement < SHARE * to_absolute else None
+
+
+def distance_from_identity(places: np.ndarray, points: np.ndarray) -> float:
+    """How far the linear part of a map (3, ...) -> (3, ...) is from the identity, as a norm; shifts do not count."""
+    change = (places.reshape(3, -1) - points.reshape(3, -1)).astype(float)
+    points = points.reshape(3, -1).astype(float)
+    change, points = (x - x.mean(axis=1, keepdims=True) for x in (change, points))
+    return float(np.linalg.norm(np.linalg.lstsq(points.T, change.T, rcond=None)[0]))
