@@ -10,8 +10,9 @@ nitransforms 25.1.0):
   here); in .h5 they keep the shear.
 - nitransforms is right at voxel centres for .h5 and for 1007 with `fmt="itk"`; between them it interpolates by cubic
   splines, so it is asked at the centres. With `fmt="itk"` it takes 1006 for LPS and is wrong by up to twice the
-  displacement; opened as a plain field it is right. Its FSL reader only turns the sign of the first component, which is
-  right for no grid that is not parallel to the world's axes, so fslpy is the reference there.
+  displacement; opened as a plain field it is right. Its FSL reader turns the sign of the first component and no more,
+  which is right for axis-parallel LAS and RAS grids of two images that begin at the same corner, and wrong by
+  millimetres elsewhere, so fslpy is the reference there.
 - fslpy takes the nearest voxel's displacement, so it is asked at the centres.
 - surfa is right in all; `test_freesurfer.py` tells more.
 """
