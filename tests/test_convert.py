@@ -19,6 +19,7 @@ nitransforms 25.1.0):
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,7 +223,7 @@ def test_fsl_warps_without_a_place_take_the_reference(tmp_path: Path) -> None:
     np.testing.assert_allclose(by_simpleitk(tmp_path / "out.h5", points), truth(grid, u)(points), atol=1e-3)
 
 
-@pytest.mark.parametrize("suffix", [".lta", ".mat", ".txt", ".tfm", ".h5"])
+@pytest.mark.parametrize("suffix", [".lta", ".mat", "float.mat", ".txt", ".tfm", ".h5"])
 def test_an_affine_follows_the_warp_as_in_ants(tmp_path: Path, suffix: str) -> None:
     ants, pandas = pytest.importorskip("ants"), pytest.importorskip("pandas")
     grid, moving = make_grid("oblique", FIXED, (1.7, 2.3, 3.1)), moving_grid()
@@ -234,6 +235,11 @@ def test_an_affine_follows_the_warp_as_in_ants(tmp_path: Path, suffix: str) -> N
         surfa = pytest.importorskip("surfa")
         ends = [surfa.ImageGeometry(shape=g.shape, vox2world=g.affine) for g in (moving, grid)]
         surfa.Affine(np.linalg.inv(linear), *ends, space="world").convert(space="voxel").save(str(given))
+    elif suffix == "float.mat":  # what antsRegistration --float writes
+        parameters = sitk.ReadTransform(str(mat)).GetParameters()
+        blocks = [(b"AffineTransform_float_3_3\0", np.asarray(parameters, "<f4")), (b"fixed\0", np.zeros(3, "<f4"))]
+        given.write_bytes(b"".join(struct.pack("<5i", 10, len(v), 1, 0, len(n)) + n + v.tobytes() for n, v in blocks))
+        np.testing.assert_allclose(sitk.ReadTransform(str(given)).GetParameters(), parameters, rtol=1e-6)
     else:
         sitk.WriteTransform(sitk.ReadTransform(str(mat)), str(given))
     warp, _ = make_input("itk .nii", tmp_path, grid, moving, displacement(grid))

@@ -27,6 +27,7 @@ __all__ = ["KINDS", "Transform", "convert_warp", "read_transform"]
 KINDS = ("itk", "freesurfer", "easyreg", "fsl", "fsl-absolute")
 LAYOUTS = {"freesurfer": "displacement", "easyreg": "absolute"}  # of the kinds that are FreeSurfer's
 LINEAR = (".mat", ".txt", ".tfm")
+MATLAB = re.compile(rb".{20}\w*Transform\w*_3_3\0", re.DOTALL)  # five integers, then the name of the first variable
 STAMP = re.compile(r"FSL|\d+(\.\d+)+:[0-9a-f]+")  # "FSL5.0", "6.0.5:9e026117": what FSL leaves in headers
 CHECKED = 100_000  # points at which an inverse is tried
 
@@ -147,7 +148,7 @@ def read_transform(
     if start[:4] == b"\x89HDF":
         chain = itk.read_composite_h5(path, *names)
         return Transform(chain, None, f"ITK transform of {len(chain.steps)} step(s).")
-    if start[:8] == b"#Insight" or start[:4] == b"\0\0\0\0":
+    if start[:8] == b"#Insight" or MATLAB.match(start):
         step = itk.read_affine(path, *names)
         return Transform(Chain((step,), *names), None, "linear transform of ITK.")
     if start[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c"):
