@@ -27,7 +27,7 @@ from dsiprep.io.derivatives import write_anatomy
 from dsiprep.io.nifti import write_image
 from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.diffeomorphic import register_diffeomorphic
-from dsiprep.ops.field import chain_displacement
+from dsiprep.ops.field import chain_displacement, fit_between
 from dsiprep.ops.sample import pull
 from report_subject import make_subject
 
@@ -99,7 +99,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         tissue=None,
         anat_to_acpc=Affine(POSE, "anat", "ACPC"),
         acpc_to_template=Chain((fit.forward, there), "ACPC", SPACE),
-        template_to_acpc=Chain((there.inverse(), fit.inverse), SPACE, "ACPC"),
+        template_to_acpc=Chain((there.inverse(), fit_between(fit.inverse)), SPACE, "ACPC"),
         template=SPACE,
         orig_to_anat=(Affine(np.linalg.inv(POSE), "orig", "anat"),),
     )

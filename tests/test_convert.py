@@ -19,6 +19,7 @@ nitransforms 25.1.0):
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -279,12 +280,13 @@ def test_the_inverse_leads_back(tmp_path: Path, orientation: str, kind: str, cap
     assert main(["convert-warp", str(path), str(out), *options]) == 0
     assert main(["convert-warp", str(path), str(back), "--invert", *options]) == 0
     assert "forward after inverse" in capsys.readouterr().out
-    there = by_simpleitk(back, centres(moving).reshape(-1, 3))
+    start = moving.to_world(np.random.default_rng(0).uniform(0, np.asarray(MOVING) - 1.0, (2000, 3)))
+    there = by_simpleitk(back, start)
     voxels = grid.to_voxels(there)
     inside = ((voxels >= 0) & (voxels <= np.asarray(grid.shape) - 1)).all(axis=1)
     assert inside.mean() > 0.9
-    error = np.linalg.norm(by_simpleitk(out, there[inside]) - centres(moving).reshape(-1, 3)[inside], axis=1)
-    assert error.max() < 5e-3
+    error = np.linalg.norm(by_simpleitk(out, there) - start, axis=1)[inside]
+    assert error.mean() < 0.01 and error.max() < 0.05  # what interpolation between voxels of 2 mm leaves
 
 
 def test_an_inverse_is_exact_for_chains_too() -> None:
@@ -296,20 +298,21 @@ def test_an_inverse_is_exact_for_chains_too() -> None:
 
 
 def test_the_said_residual_is_that_of_the_files(tmp_path: Path) -> None:
-    """A field too steep for its grid: the inverse is worse between voxels, and that is what is said."""
+    """A field too steep for its grid: the inverse is bad between voxels, and that is what is said."""
     grid = make_grid("LAS", FIXED, (2, 2, 2))
     u = displacement(grid, size=4.5)
     path, _ = make_input("itk .nii", tmp_path, grid, grid, u)
     said = convert_warp(path, tmp_path / "back.h5", invert=True)
     assert any("--source" in sentence for sentence in said)
-    sentence = next(s for s in said if "at worst" in s)
-    worst = float(sentence.split("at 99.9 % and ")[1].split(" mm")[0])
-    start = grid.to_world(np.argwhere(np.ones(np.asarray(grid.shape) - 1)) + 0.5)
+    sentence = next(s for s in said if "on average" in s)
+    mean, nearly_all = (float(number) for number in re.findall(r"([\d.]+) mm (?:on average|at 99.9 %)", sentence))
+    start = grid.to_world(np.random.default_rng(5).uniform(0, np.asarray(grid.shape) - 1.0, (20_000, 3)))
     there = by_simpleitk(tmp_path / "back.h5", start)
     voxels = grid.to_voxels(there)
     inside = ((voxels >= 0) & (voxels <= np.asarray(grid.shape) - 1)).all(axis=1)
     error = np.linalg.norm(truth(grid, u)(there) - start, axis=1)[inside]
-    assert worst == pytest.approx(error.max(), abs=2e-3) and worst > 0.01
+    assert mean == pytest.approx(error.mean(), rel=0.05) and mean > 0.002
+    assert nearly_all == pytest.approx(np.quantile(error, 0.999), rel=0.25)
 
 
 def test_a_reference_gives_the_grid(tmp_path: Path) -> None:
