@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import ants
 import nibabel as nib
 import numpy as np
 import pytest
@@ -30,6 +29,8 @@ from dsiprep.ops.diffeomorphic import register_diffeomorphic
 from dsiprep.ops.field import chain_displacement, fit_between
 from dsiprep.ops.sample import pull
 from report_subject import make_subject
+
+ants = pytest.importorskip("ants")
 
 LPS = np.array([-1.0, -1, 1])
 RADII = np.array([33.0, 42, 31])
