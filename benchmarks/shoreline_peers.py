@@ -138,11 +138,15 @@ def race(source: Path, folder: Path, ours: dict, true: np.ndarray, sample: np.nd
     """CPU seconds of QSIPrep's steps, and everybody's mean errors (mm), each one number a volume."""
     import nibabel as nib
 
-    from dsiprep.ops.affine import point_displacement
+    from dsiprep.ops.affine import mean_rigid, point_displacement
 
     settings = json.loads((source / "data" / "shoreline_precise_Rigid.json").read_text())
     flip = np.diag([-1.0, -1.0, 1.0, 1.0])
     points = np.argwhere(ours["mask"])[::200] @ ours["affine"][:3, :3].T + ours["affine"][:3, 3]
+    weighted = ours["bvals"] > 100
+    frame = mean_rigid(
+        np.linalg.inv(true)[weighted] @ ours["poses"][weighted]
+    )  # of dsiprep's reference, in the truth's
     rows: dict[str, list[float]] = {}
     for volume in sample:
         predicted, taken = predict(source, folder, int(volume))
@@ -156,7 +160,7 @@ def race(source: Path, folder: Path, ours: dict, true: np.ndarray, sample: np.nd
             rows.setdefault(name, []).append(taken)
             found[name] = flip @ matrix @ flip
         for name, matrix in found.items():
-            away = point_displacement(matrix[None], true[volume][None], points).mean()
+            away = point_displacement((matrix @ np.linalg.inv(frame))[None], true[volume][None], points).mean()
             rows.setdefault(f"{name} mm", []).append(float(away))
     return {name: np.asarray(row) for name, row in rows.items()}
 
