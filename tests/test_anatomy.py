@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -17,9 +19,11 @@ from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.field import chain_points
 from dsiprep.ops.filter import resample_to_spacing
 from dsiprep.ops.sample import pull
-from dsiprep.settings import AnatomySettings
+from dsiprep.ops.size import enlarge_matrix, enlarge_volume
+from dsiprep.settings import AnatomySettings, CoregisterSettings
 from dsiprep.stages import anatomy
 from dsiprep.stages.anatomy import process_anatomy
+from dsiprep.stages.coregister import coregister
 
 POSE = rigid_matrix(np.array([0.22, -0.06, 0.12, 8.0, -14.0, 22.0]))  # points of ACPC to the scanner
 
@@ -170,7 +174,7 @@ def test_without_normalisation_and_with_two_images(head, template):
     assert degrees < 2 and millimetres < 1.5
     assert found.acpc_to_template is None and found.template_to_acpc is None and found.warped is None
     assert found.tissue is not None
-    assert any("2 T1w images" in note for note in found.notes)
+    assert any("2 structural images" in note for note in found.notes)
     first, other = found.orig_to_anat  # points of the first image to points of each as it was acquired
     np.testing.assert_array_equal(first.matrix, np.eye(4))
     degrees, millimetres = _pose_error(other.matrix, moved)
@@ -196,3 +200,46 @@ def test_the_dwiref_stands_in(head, template, given):
 def test_nothing_to_work_with_is_told(template):
     with pytest.raises(InputError, match="b=0"):
         process_anatomy((), None, None, template, AnatomySettings())
+
+
+def test_an_animal_is_treated_like_a_person_of_its_size(head, template):
+    """The same head at a twentieth of the length, with its mask and a template of its size; and its b=0 onto it."""
+    small = 0.05
+    image, brain, _ = head
+    own = replace(
+        template, name="Mouse", brain=enlarge_volume(template.brain, small), mask=enlarge_volume(template.mask, small)
+    )
+    mask = Volume(torch.from_numpy(brain.astype(np.float32)), image.grid)
+    settings = AnatomySettings(normalize=False, biascorrect="none")
+    found = process_anatomy((enlarge_volume(image, small),), None, None, own, settings, enlarge_volume(mask, small))
+    np.testing.assert_allclose(found.image.grid.voxel_sizes, 2.0 * small, rtol=1e-6)
+    degrees, millimetres = _pose_error(found.anat_to_acpc.matrix, enlarge_matrix(POSE, small))
+    assert degrees < 2 and millimetres < 1.5 * small
+    series, inside, _ = _subject(_scanner_grid(3.0, "LAS"), (200, 90, 65), 12)
+    inside = enlarge_volume(Volume(torch.from_numpy(inside.astype(np.float32)), series.grid), small)
+    onto = coregister(enlarge_volume(series, small), inside, found, CoregisterSettings())
+    degrees, millimetres = _pose_error(onto.dwiref_to_acpc.matrix, found.anat_to_acpc.matrix)
+    assert degrees < 1 and millimetres < 1.0 * small
+    with pytest.raises(InputError, match="--anat-mask"):
+        process_anatomy((enlarge_volume(image, small),), None, None, own, settings)
+
+
+def test_a_t2w_with_a_mask_of_its_own(template):
+    """CSF brightest, white matter darkest; the mask is the one that was given."""
+    image, brain, _ = _subject(_scanner_grid(3.0, "RAS"), (200, 100, 70), 40)
+    mask = Volume(torch.from_numpy(brain.astype(np.float32)), image.grid)
+    settings = AnatomySettings(modality="T2w", normalize=False, biascorrect="none")
+    found = process_anatomy((image,), None, None, template, settings, mask)
+    degrees, millimetres = _pose_error(found.anat_to_acpc.matrix, POSE)
+    assert degrees < 2 and millimetres < 1.5
+    assert found.modality == "T2w" and found.notes == ()
+    volume = float(found.mask.data.sum()) * np.prod(found.mask.grid.voxel_sizes)
+    assert abs(volume / (brain.sum() * 27.0) - 1) < 0.02
+
+
+def test_a_template_without_priors_gives_no_tissue(head, template):
+    bare = replace(template, tissue=None, note="Another one was taken.")
+    found = process_anatomy((head[0],), None, None, bare, AnatomySettings(biascorrect="none", finest_mm=8.0))
+    assert found.tissue is None and found.acpc_to_template is not None
+    assert any("without tissue priors" in note for note in found.notes)
+    assert "Another one was taken." in found.notes

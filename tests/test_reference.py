@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,12 @@ from conftest import make_grid
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.template import Template
-from dsiprep.errors import InputError
+from dsiprep.errors import InputError, SettingsError
 from dsiprep.io.masks import find_mask
 from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.sample import pull
-from dsiprep.settings import AnatomySettings
+from dsiprep.pipeline import check_anatomy
+from dsiprep.settings import AnatomySettings, Settings
 from dsiprep.stages.anatomy import _taken
 from dsiprep.stages.reference import _mean, average_images
 from test_registration import GRID, blobs, volume
@@ -144,3 +146,16 @@ def test_masks_are_found_in_derivatives(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="several"):
         find_mask(unit, AnatomySettings(mask=str(tmp_path)))
     assert find_mask(unit, AnatomySettings(mask=str(tmp_path), reference="sessionwise")) == own
+
+
+def test_one_mask_file_does_not_serve_several_subjects(tmp_path: Path) -> None:
+    file = tmp_path / "mask.nii.gz"
+    file.touch()
+    units = [Unit(label, None, f"sub-{label}", (), t1w=(Path("T1w.nii.gz"),)) for label in ("01", "02")]
+    settings = Settings(anatomy=AnatomySettings(mask=str(file), template="MNI152NLin2009aSym"))
+    with pytest.raises(SettingsError, match="several subjects"):
+        check_anatomy(units, settings)
+    check_anatomy(units[:1], settings)
+    pattern = replace(settings, anatomy=replace(settings.anatomy, mask=f"{tmp_path}/{{subject}}.nii.gz"))
+    with pytest.raises(InputError, match=r"01.nii.gz: there is no such file"):
+        check_anatomy(units, pattern)

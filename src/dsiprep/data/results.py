@@ -196,7 +196,9 @@ class Anatomy:
     template_image : Volume or None
         The template's brain, and `warped`, the structural brain brought onto it.
     orig_to_anat : tuple of Affine
-        For each structural image as it was acquired: points of the first one to points of it.
+        For each structural image as it was acquired: points of their average to points of it.
+    enlarged : float
+        How many times larger the head was made while it was worked on: 1 for people, more for animals.
     """
 
     modality: str
@@ -211,6 +213,7 @@ class Anatomy:
     warped: Volume | None
     notes: tuple[str, ...] = ()
     orig_to_anat: tuple[Affine, ...] = ()
+    enlarged: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)

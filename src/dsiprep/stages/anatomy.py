@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -19,6 +21,7 @@ from dsiprep.ops.field import chain_displacement, fit_between
 from dsiprep.ops.linear import register_linear
 from dsiprep.ops.mask import brain_mask_b0, brain_mask_t1w
 from dsiprep.ops.sample import pull
+from dsiprep.ops.size import enlarge_affine, enlarge_chain, enlarge_volume, enlargement
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 from dsiprep.stages.reference import average_images
@@ -102,11 +105,46 @@ def process_anatomy(
     InputError
         If there is neither a structural image nor a b=0 reference, an image is empty, or `mask` is not its brain.
     """
-    if images and settings.modality != "none":
-        return _from_t1w(images, template, settings, mask)
-    if dwiref is None:
+    structural = bool(images) and settings.modality != "none"
+    if not structural and dwiref is None:
         raise InputError("no structural image and no b=0 reference: give one of them")
-    return _from_dwiref(dwiref, dwiref_mask or brain_mask_b0(dwiref), template)
+    by = enlargement(template.mask)
+    if by != 1 and structural and mask is None:
+        raise InputError(
+            f"the brain of {template.name} has not the size of a person's, and only people's brains can be found: give "
+            "the brain mask of the structural image with --anat-mask"
+        )
+    large = [enlarge_volume(image, by) for image in images]
+    one = _enlarged(template, by)
+    if structural:
+        given = None if mask is None else enlarge_volume(mask, by)
+        return _as_large_as_it_was(_from_t1w(tuple(large), one, settings, given), by)
+    assert dwiref is not None
+    brain = dwiref_mask or brain_mask_b0(dwiref)
+    return _as_large_as_it_was(_from_dwiref(enlarge_volume(dwiref, by), enlarge_volume(brain, by), one), by)
+
+
+def _enlarged(template: Template, by: float) -> Template:
+    return replace(template, brain=enlarge_volume(template.brain, by), mask=enlarge_volume(template.mask, by))
+
+
+def _as_large_as_it_was(found: Anatomy, by: float) -> Anatomy:
+    """Lengths as they were before everything was enlarged."""
+    if by == 1:
+        return found
+    small, there, back = 1 / by, found.acpc_to_template, found.template_to_acpc
+    return replace(
+        found,
+        image=enlarge_volume(found.image, small),
+        mask=enlarge_volume(found.mask, small),
+        template_image=None if found.template_image is None else enlarge_volume(found.template_image, small),
+        warped=None if found.warped is None else enlarge_volume(found.warped, small),
+        acpc_to_template=None if there is None else enlarge_chain(there, small),
+        template_to_acpc=None if back is None else enlarge_chain(back, small),
+        anat_to_acpc=enlarge_affine(found.anat_to_acpc, small),
+        orig_to_anat=tuple(enlarge_affine(pose, small) for pose in found.orig_to_anat),
+        enlarged=by,
+    )
 
 
 def _from_t1w(

@@ -12,6 +12,7 @@ from dsiprep.data.grid import Volume
 from dsiprep.data.results import Anatomy, Coregistration
 from dsiprep.data.transform import Affine
 from dsiprep.ops.linear import LinearFit, register_linear
+from dsiprep.ops.size import enlarge_matrix, enlarge_volume
 from dsiprep.settings import CoregisterSettings
 
 VERSION = 2
@@ -67,11 +68,15 @@ def coregister(
     start = np.asarray(anatomy.anat_to_acpc.matrix, float)
     if anatomy.modality == "none" and not led_by:
         return Coregistration(Affine(start, "dwiref", "ACPC"), float("nan"), float("nan"), "none")
-    near, alike = _with_margin(anatomy.mask), anatomy.modality == "none"
+    alike, by = anatomy.modality == "none", anatomy.enlarged
+    dwiref, dwiref_mask, image, mask = (
+        enlarge_volume(volume, by) for volume in (dwiref, dwiref_mask, anatomy.image, anatomy.mask)
+    )
+    near, start = _with_margin(mask), enlarge_matrix(start, by)
     align = partial(
         register_linear,
         dwiref,
-        anatomy.image,
+        image,
         dof=6 if alike else settings.dof,
         metric="cc" if alike else "mi",
         fixed_mask=near,
@@ -79,10 +84,10 @@ def coregister(
     )
     fit = align(initial=start, search=True)
     # where part of the brain was not scanned, coarse images can mislead; the shapes of the two brains do not
-    shapes = register_linear(dwiref_mask, anatomy.mask, dof=6, metric="cc", fixed_mask=near, initial=start)
+    shapes = register_linear(dwiref_mask, mask, dof=6, metric="cc", fixed_mask=near, initial=start)
     by_shape = align(initial=shapes.matrix, search=False)
     before, best = fit.score_before, max((fit, by_shape), key=lambda found: found.score_after)
-    way = Affine(best.matrix, "dwiref", "ACPC")
+    way = Affine(enlarge_matrix(best.matrix, 1 / by), "dwiref", "ACPC")
     return Coregistration(way, before, best.score_after, best.metric, led_by, _doubts(before, best))
 
 
