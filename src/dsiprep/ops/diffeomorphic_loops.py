@@ -1,0 +1,289 @@
+"""Loops of the diffeomorphic registration on the CPU: one iteration without a temporary volume.
+
+Everything is done row by row and only near the mask: row (i, j) has its span of k, from `spans[0, i, j]` to
+`spans[1, i, j]`, and nothing is written outside of it. Parallel over planes i; every voxel is summed in one
+order, so that the number of threads does not change a bit.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+__all__ = ["compose_loop", "correlation_loop", "power_loop", "smooth_loop", "warp_loop"]
+
+SLAB = 24  # planes that one thread correlates in one go: the sums of planes at both ends are made twice
+
+
+@numba.njit(inline="always", fastmath=True)
+def _read(volume: np.ndarray, x: float, y: float, z: float) -> float:
+    """Trilinear interpolation; zero outside."""
+    ni, nj, nk = volume.shape
+    if not (x > -1 and y > -1 and z > -1 and x < ni and y < nj and z < nk):
+        return np.float32(0)
+    i, j, k = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
+    fx, fy, fz = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+    if i >= 0 and j >= 0 and k >= 0 and i < ni - 1 and j < nj - 1 and k < nk - 1:
+        v00 = volume[i, j, k] + fz * (volume[i, j, k + 1] - volume[i, j, k])
+        v01 = volume[i, j + 1, k] + fz * (volume[i, j + 1, k + 1] - volume[i, j + 1, k])
+        v10 = volume[i + 1, j, k] + fz * (volume[i + 1, j, k + 1] - volume[i + 1, j, k])
+        v11 = volume[i + 1, j + 1, k] + fz * (volume[i + 1, j + 1, k + 1] - volume[i + 1, j + 1, k])
+        v0, v1 = v00 + fy * (v01 - v00), v10 + fy * (v11 - v10)
+        return v0 + fx * (v1 - v0)
+    total = np.float32(0)
+    for a in range(2):
+        for b in range(2):
+            for c in range(2):
+                if 0 <= i + a < ni and 0 <= j + b < nj and 0 <= k + c < nk:
+                    w = (fx if a else 1 - fx) * (fy if b else 1 - fy) * (fz if c else 1 - fz)
+                    total += np.float32(w) * volume[i + a, j + b, k + c]
+    return total
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def warp_loop(moving: np.ndarray, u: np.ndarray, spans: np.ndarray, out: np.ndarray) -> None:
+    """out(x) = moving(x + u(x))."""
+    for i in numba.prange(out.shape[0]):
+        for j in range(out.shape[1]):
+            for k in range(spans[0, i, j], spans[1, i, j]):
+                out[i, j, k] = _read(moving, i + u[0, i, j, k], j + u[1, i, j, k], k + u[2, i, j, k])
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def compose_loop(
+    u: np.ndarray, force: np.ndarray, scale: float, longest: float, spans: np.ndarray, out: np.ndarray
+) -> None:
+    """out(x) = v(x) + u(x + v(x)), where v is the force scaled, and bent to stay shorter than `longest`."""
+    inverse = np.float32(1 / longest**2)
+    factor = np.float32(scale)
+    for i in numba.prange(u.shape[1]):
+        for j in range(u.shape[2]):
+            for k in range(spans[0, i, j], spans[1, i, j]):
+                a, b, c = factor * force[0, i, j, k], factor * force[1, i, j, k], factor * force[2, i, j, k]
+                shorter = 1 / np.sqrt(1 + (a * a + b * b + c * c) * inverse)
+                a, b, c = a * shorter, b * shorter, c * shorter
+                out[0, i, j, k] = a + _read(u[0], i + a, j + b, k + c)
+                out[1, i, j, k] = b + _read(u[1], i + a, j + b, k + c)
+                out[2, i, j, k] = c + _read(u[2], i + a, j + b, k + c)
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def power_loop(force: np.ndarray, spans: np.ndarray) -> float:
+    """Sum of squares."""
+    planes = np.zeros(force.shape[1])
+    for i in numba.prange(force.shape[1]):
+        for j in range(force.shape[2]):
+            part = np.float32(0)
+            for k in range(spans[0, i, j], spans[1, i, j]):
+                part += force[0, i, j, k] ** 2 + force[1, i, j, k] ** 2 + force[2, i, j, k] ** 2
+            planes[i] += part
+    return planes.sum()
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def smooth_loop(
+    volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, half: np.ndarray, out: np.ndarray
+) -> None:
+    """Convolve (n, i, j, k) along all axes, edges repeated; `half` holds what is done along j and k.
+
+    `half` must hold outside the spans what `volumes` holds there. `out` may be `volumes`.
+    """
+    n, ni, nj, nk = volumes.shape
+    radius = len(kernel) // 2
+    for row in numba.prange(n * ni):
+        v, i = row // ni, row % ni
+        padded = np.empty(nk + 2 * radius, np.float32)
+        for j in range(nj):
+            first, last = spans[0, i, j], spans[1, i, j]
+            if first >= last:
+                continue
+            begin, end = max(first - radius, 0), min(last + radius, nk)
+            line = padded[radius + begin : radius + end]
+            line[:] = kernel[radius] * volumes[v, i, j, begin:end]
+            for t in range(1, radius + 1):
+                below, above = volumes[v, i, max(j - t, 0)], volumes[v, i, min(j + t, nj - 1)]
+                w = kernel[radius + t]
+                for k in range(end - begin):
+                    line[k] += w * (below[begin + k] + above[begin + k])
+            for t in range(radius):
+                padded[t] = padded[radius]
+                padded[radius + nk + t] = padded[radius + nk - 1]
+            target = half[v, i, j]
+            for k in range(first, last):
+                target[k] = kernel[0] * padded[k]
+            for t in range(1, 2 * radius + 1):
+                w = kernel[t]
+                for k in range(first, last):
+                    target[k] += w * padded[k + t]
+    for row in numba.prange(n * ni):
+        v, i = row // ni, row % ni
+        for j in range(nj):
+            first, last = spans[0, i, j], spans[1, i, j]
+            target, middle = out[v, i, j], half[v, i, j]
+            for k in range(first, last):
+                target[k] = kernel[radius] * middle[k]
+            for t in range(1, radius + 1):
+                below, above = half[v, max(i - t, 0), j], half[v, min(i + t, ni - 1), j]
+                w = kernel[radius + t]
+                for k in range(first, last):
+                    target[k] += w * (below[k] + above[k])
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def correlation_loop(
+    fixed: np.ndarray,
+    moving: np.ndarray,
+    weights: np.ndarray,
+    radius: int,
+    floor: float,
+    spans: np.ndarray,
+    wide: np.ndarray,
+    force: np.ndarray,
+) -> float:
+    """The mean of `similarity.local_correlation` over the weights; `force` gets its derivative by the displacement.
+
+    A slab of planes at a time: sums over the cube of the five products, plane by plane, then the three maps of the
+    derivative and their sums, all in buffers that stay in the processor's cache. `spans` hold all voxels of all
+    cubes that count, and no voxel on a face of the volume; elsewhere in the spans `wide` the force becomes zero.
+    """
+    ni, nj, nk = fixed.shape
+    size = 2 * radius + 1
+    slabs = -(-ni // SLAB)
+    found = np.zeros((slabs, 2))
+    for slab in numba.prange(slabs):
+        start, stop = slab * SLAB, min(slab * SLAB + SLAB, ni)
+        sums = np.zeros((size, 5, nj, nk), np.float32)  # of the planes around the middle one, in turn
+        maps = np.zeros((size, 3, nj, nk), np.float32)
+        rows = np.zeros((5, nk + 2 * radius), np.float32)
+        flat = np.empty((3, nj, nk), np.float32)
+        for plane in range(start - 2 * radius, stop + 2 * radius):
+            if 0 <= plane < ni:
+                _plane_sums(fixed[plane], moving[plane], radius, spans[:, plane], rows, sums[plane % size])
+            else:
+                sums[plane % size] = 0
+            middle, target = plane - radius, plane - 2 * radius
+            if start - radius <= middle < ni and middle >= 0:
+                part = _plane_maps(sums, weights[middle], floor, spans[:, middle], rows, maps[middle % size])
+                if start <= middle < stop:
+                    found[slab] += part
+            elif middle >= start - radius:
+                maps[middle % size] = 0
+            if start <= target < stop:
+                _plane_force(fixed, moving, target, maps, spans[:, target], wide[:, target], rows, flat, force)
+    return found[:, 0].sum() / max(found[:, 1].sum(), 1e-6)
+
+
+@numba.njit(fastmath=True, cache=True)
+def _plane_sums(
+    fixed: np.ndarray, moving: np.ndarray, radius: int, spans: np.ndarray, rows: np.ndarray, out: np.ndarray
+) -> None:
+    """Sums of f, m, ff, mm, fm over the squares of one plane."""
+    nj, nk = fixed.shape
+    r0, r1, r2, r3, r4 = rows[0], rows[1], rows[2], rows[3], rows[4]
+    for j in range(nj):
+        first, last = spans[0, j], spans[1, j]
+        out[:, j] = 0
+        if first >= last:
+            continue
+        begin, end = max(first - radius, 0), min(last + radius, nk)
+        rows[:, begin : end + 2 * radius] = 0
+        for b in range(max(j - radius, 0), min(j + radius, nj - 1) + 1):
+            f, m = fixed[b], moving[b]
+            for k in range(begin, end):
+                fk, mk = f[k], m[k]
+                r0[radius + k] += fk
+                r1[radius + k] += mk
+                r2[radius + k] += fk * fk
+                r3[radius + k] += mk * mk
+                r4[radius + k] += fk * mk
+        for p in range(5):
+            target, line = out[p, j], rows[p]
+            for t in range(2 * radius + 1):
+                for k in range(first, last):
+                    target[k] += line[k + t]
+
+
+@numba.njit(fastmath=True, cache=True)
+def _plane_maps(
+    sums: np.ndarray, weights: np.ndarray, floor: float, spans: np.ndarray, rows: np.ndarray, out: np.ndarray
+) -> np.ndarray:
+    """What every cube of one plane gives to the derivative; sum of scores and of weights."""
+    size = sums.shape[0]
+    r, e, zero = np.float32(1 / size**3), np.float32(floor), np.float32(0)
+    r0, r1, r2, r3, r4 = rows[0], rows[1], rows[2], rows[3], rows[4]
+    found = np.zeros(2)
+    for j in range(weights.shape[0]):
+        first, last = spans[0, j], spans[1, j]
+        out[:, j] = 0
+        for p in range(5):
+            line = rows[p]
+            line[first:last] = sums[0, p, j, first:last]
+            for t in range(1, size):
+                plane = sums[t, p, j]
+                for k in range(first, last):
+                    line[k] += plane[k]
+        w = weights[j]
+        score, total = np.float32(0), np.float32(0)
+        for k in range(first, last):
+            f, m = r0[k] * r, r1[k] * r
+            ff, mm = max(r2[k] * r - f * f, zero) + e, max(r3[k] * r - m * m, zero) + e
+            fm = r4[k] * r - f * m
+            a = 2 * w[k] * r * fm / (ff * mm)
+            b = a * fm / mm
+            out[0, j, k] = a
+            out[1, j, k] = b
+            out[2, j, k] = b * m - a * f
+            score += w[k] * fm * fm / (ff * mm)
+            total += w[k]
+        found[0] += score
+        found[1] += total
+    return found
+
+
+@numba.njit(fastmath=True, cache=True)
+def _plane_force(
+    fixed: np.ndarray,
+    moving: np.ndarray,
+    i: int,
+    maps: np.ndarray,
+    spans: np.ndarray,
+    wide: np.ndarray,
+    rows: np.ndarray,
+    flat: np.ndarray,
+    force: np.ndarray,
+) -> None:
+    """The derivative of all scores by the intensities of plane i, times the slopes of the moving image."""
+    _, nj, nk = fixed.shape
+    size = maps.shape[0]
+    radius = size // 2
+    half = np.float32(0.5)
+    flat[:] = maps[0]
+    for t in range(1, size):
+        flat += maps[t]
+    r0, r1, r2 = rows[0], rows[1], rows[2]
+    for j in range(nj):
+        first, last = spans[0, j], spans[1, j]
+        force[:, i, j, wide[0, j] : wide[1, j]] = 0
+        if first >= last:
+            continue
+        begin, end = max(first - radius, 0), min(last + radius, nk)
+        rows[:, begin : end + 2 * radius] = 0
+        for p in range(3):
+            line = rows[p]
+            for b in range(max(j - radius, 0), min(j + radius, nj - 1) + 1):
+                plane = flat[p, b]
+                for k in range(begin, end):
+                    line[radius + k] += plane[k]
+        right, left = moving[i, j + 1], moving[i, j - 1]
+        above, below, own, f = moving[i + 1, j], moving[i - 1, j], moving[i, j], fixed[i, j]
+        fi, fj, fk = force[0, i, j], force[1, i, j], force[2, i, j]
+        for k in range(first, last):
+            a, b, c = np.float32(0), np.float32(0), np.float32(0)
+            for t in range(size):
+                a += r0[k + t]
+                b += r1[k + t]
+                c += r2[k + t]
+            d = half * (f[k] * a - own[k] * b + c)
+            fi[k] = d * (above[k] - below[k])
+            fj[k] = d * (right[k] - left[k])
+            fk[k] = d * (own[k + 1] - own[k - 1])
