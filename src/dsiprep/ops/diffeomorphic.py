@@ -1,8 +1,9 @@
 """Nonlinear registration of two volumes: greedy diffeomorphic, driven by local cross-correlation.
 
-At every step the force is smoothed, scaled to a fraction of a voxel, composed with what was found so far, and
-the whole is smoothed a little: small smooth maps composed do not fold. The scale follows the mean square of the
-force and what would be longer than `LONGEST` is bent back to it, so that one sharp edge does not slow the rest.
+At every step the force is smoothed, added to what is left of the step before (momentum), shortened to a fraction
+of a voxel, composed with what was found so far, and the whole is smoothed a little: small smooth maps composed do
+not fold. Correlation has no unit, so the force itself is a displacement of the right size: steps die away where
+the images agree, and images that are the same stay where they are.
 On the CPU an iteration runs in the loops of `diffeomorphic_loops`, near the mask only; on other devices the same
 sums are tensor operations. A test holds both to the same field.
 """
@@ -16,7 +17,7 @@ import torch
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.transform import DisplacementField
-from dsiprep.ops.diffeomorphic_loops import compose_loop, correlation_loop, power_loop, smooth_loop, warp_loop
+from dsiprep.ops.diffeomorphic_loops import compose_loop, correlation_loop, smooth_loop, warp_loop
 from dsiprep.ops.field import invert, jacobian_determinant
 from dsiprep.ops.filter import box_sum, gaussian, gaussian_kernel, gradient, resample_to_spacing
 from dsiprep.ops.sample import pull, sample_linear, voxel_points
@@ -24,13 +25,13 @@ from dsiprep.ops.similarity import VARIANCE_FLOOR, local_correlation
 
 __all__ = ["DiffeomorphicFit", "register_diffeomorphic"]
 
-LEVELS = ((8.0, 50), (4.0, 50), (2.0, 35), (1.0, 20))  # voxel size over the finest, iterations
+LEVELS = ((4.0, 40), (2.0, 30), (1.0, 12))  # voxel size over the finest, iterations
 WINDOW = 2  # half-width of the correlation's cube, voxels
 UPDATE_SIGMA = 1.732  # of the force, voxels
 TOTAL_SIGMA = 0.5  # of the whole displacement, voxels, at every iteration
 TRUNCATE = 3.0  # half-width of both kernels in sigmas
-STEP = 0.3  # root mean square of an update before it is bent, voxels; falls to half of it within a level
-LONGEST = 0.4  # what no update reaches, voxels
+MOMENTUM = 0.8  # share of a step that goes on in the next one
+LONGEST = 0.4  # which no step reaches, voxels
 MARGIN_MM = 12.0  # around the mask, for forces at its edge and smoothing beyond
 LEAST_SIZE = 8  # voxels along the shortest axis below which a coarse level is left out
 LEAST_VOLUME = 0.05  # Jacobian determinant, below which the field is smoothed
@@ -124,60 +125,57 @@ def _descend(
     u: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, weights: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, float]:
     """Iterations of one level; u in voxels, (3, i, j, k). Also the mean squared correlation at the last one."""
-    u = u * _rim(u)  # the field is zero outside its grid, so it must end at zero
-    steps = [STEP * (1 - 0.5 * iteration / iterations) for iteration in range(iterations)]
     body = _descend_loops if u.device.type == "cpu" else _descend_tensors
-    return body(u, moving, fixed, weights, steps)
+    return body(u * _rim(u), moving, fixed, weights, iterations)  # zero outside its grid, so it must end at zero
 
 
 def _descend_loops(
-    u: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, weights: torch.Tensor, steps: list[float]
+    u: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, weights: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, float]:
     m, f, w = (np.ascontiguousarray(t.numpy(), np.float32) for t in (moving, fixed, weights))
     smooth, polish = (gaussian_kernel(sigma, TRUNCATE) for sigma in (UPDATE_SIGMA, TOTAL_SIGMA))
     seen, moved = _spans(_near(weights, WINDOW + 1)), _spans(_near(weights, WINDOW + len(smooth) // 2))
-    now = np.ascontiguousarray(u.numpy())
+    now = u.numpy().copy()
     then, polished = now.copy(), now.copy()
-    force, smoothed = np.zeros_like(now), np.zeros_like(now)
-    warped = np.zeros_like(f)
-    count, score = max(float((weights > 0).sum()), 1.0), 0.0
-    for step in steps:
+    force, smoothed, step = np.zeros_like(now), np.zeros_like(now), np.zeros_like(now)
+    warped, score = np.zeros_like(f), 0.0
+    for _ in range(iterations):
         warp_loop(m, now, seen, warped)
-        score = correlation_loop(f, warped, w, WINDOW, VARIANCE_FLOOR, seen, moved, force)
-        smooth_loop(force, smooth, moved, smoothed, force)
-        size = (power_loop(force, moved) / count) ** 0.5
-        if size == 0:
-            break
-        compose_loop(now, force, step / size, LONGEST, moved, then)
-        smooth_loop(then, polish, moved, polished, now)
+        score = correlation_loop(f, warped, w, WINDOW, VARIANCE_FLOOR, seen, force)
+        smooth_loop(force, smooth, moved, MOMENTUM, smoothed, step)
+        compose_loop(now, step, LONGEST, moved, then)
+        smooth_loop(then, polish, moved, 0.0, polished, now)
     return torch.from_numpy(now), score
 
 
 def _descend_tensors(
-    u: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, weights: torch.Tensor, steps: list[float]
+    u: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, weights: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, float]:
     """The body for other devices."""
     grid = Grid((u.shape[1], u.shape[2], u.shape[3]), np.eye(4))
     points = voxel_points(grid, grid).to(u.device)
     near = _near(weights, WINDOW + len(gaussian_kernel(UPDATE_SIGMA, TRUNCATE)) // 2)
-    rim, count, total = _rim(u), (weights > 0).sum().clamp(min=1), weights.sum().clamp(min=1e-6)
-    score = torch.zeros((), device=u.device)
-    for step in steps:
+    rim, total = _rim(u), weights.sum().clamp(min=1e-6)
+    step, score = torch.zeros_like(u), torch.zeros((), device=u.device)
+    for _ in range(iterations):
         warped = sample_linear(moving[None], points + u)
         scores, derivative = local_correlation(fixed, warped[0], weights, WINDOW)
         score = (scores * weights).sum() / total
-        force = gaussian(gradient(warped)[0] * derivative * rim, UPDATE_SIGMA, TRUNCATE) * near
-        size = (force.square().sum() / count).sqrt()
-        force *= step / size.clamp(min=1e-30)
-        force /= (1 + force.square().sum(dim=0) / LONGEST**2).sqrt()
-        u = torch.where(near, gaussian(force + sample_linear(u, points + force), TOTAL_SIGMA, TRUNCATE), u)
+        force = gradient(warped)[0] * derivative * rim
+        step = MOMENTUM * step + gaussian(force, UPDATE_SIGMA, TRUNCATE) * near
+        update = step / (1 + step.square().sum(dim=0) / LONGEST**2).sqrt()
+        u = torch.where(near, gaussian(update + sample_linear(u, points + update), TOTAL_SIGMA, TRUNCATE), u)
     return u, float(score)
 
 
 def _near(weights: torch.Tensor, reach: int) -> torch.Tensor:
-    """Voxels within a cube of `reach` around one that counts, those on the faces of the volume left out."""
+    """Voxels within a cube of `reach` around one that counts, not on a face of the volume, and what is between them.
+
+    Between along k: every row has one span.
+    """
     counts = (weights > 0).float()[None]
-    return (box_sum(counts, reach)[0] > 0.5) & (_rim(counts) > 0)
+    near = (box_sum(counts, reach)[0] > 0.5) & (_rim(counts) > 0)
+    return (near.cumsum(2) > 0) & (near.flip(2).cumsum(2).flip(2) > 0)
 
 
 def _spans(near: torch.Tensor) -> np.ndarray:

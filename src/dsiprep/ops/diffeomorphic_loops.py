@@ -10,7 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-__all__ = ["compose_loop", "correlation_loop", "power_loop", "smooth_loop", "warp_loop"]
+__all__ = ["compose_loop", "correlation_loop", "smooth_loop", "warp_loop"]
 
 SLAB = 24  # planes that one thread correlates in one go: the sums of planes at both ends are made twice
 
@@ -51,15 +51,14 @@ def warp_loop(moving: np.ndarray, u: np.ndarray, spans: np.ndarray, out: np.ndar
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def compose_loop(
-    u: np.ndarray, force: np.ndarray, scale: float, longest: float, spans: np.ndarray, out: np.ndarray
+    u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndarray, out: np.ndarray
 ) -> None:
-    """out(x) = v(x) + u(x + v(x)), where v is the force scaled, and bent to stay shorter than `longest`."""
+    """out(x) = v(x) + u(x + v(x)), where v is the step, shortened to less than `longest`."""
     inverse = np.float32(1 / longest**2)
-    factor = np.float32(scale)
     for i in numba.prange(u.shape[1]):
         for j in range(u.shape[2]):
             for k in range(spans[0, i, j], spans[1, i, j]):
-                a, b, c = factor * force[0, i, j, k], factor * force[1, i, j, k], factor * force[2, i, j, k]
+                a, b, c = step[0, i, j, k], step[1, i, j, k], step[2, i, j, k]
                 shorter = 1 / np.sqrt(1 + (a * a + b * b + c * c) * inverse)
                 a, b, c = a * shorter, b * shorter, c * shorter
                 out[0, i, j, k] = a + _read(u[0], i + a, j + b, k + c)
@@ -68,26 +67,14 @@ def compose_loop(
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def power_loop(force: np.ndarray, spans: np.ndarray) -> float:
-    """Sum of squares."""
-    planes = np.zeros(force.shape[1])
-    for i in numba.prange(force.shape[1]):
-        for j in range(force.shape[2]):
-            part = np.float32(0)
-            for k in range(spans[0, i, j], spans[1, i, j]):
-                part += force[0, i, j, k] ** 2 + force[1, i, j, k] ** 2 + force[2, i, j, k] ** 2
-            planes[i] += part
-    return planes.sum()
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
 def smooth_loop(
-    volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, half: np.ndarray, out: np.ndarray
+    volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: float, half: np.ndarray, out: np.ndarray
 ) -> None:
-    """Convolve (n, i, j, k) along all axes, edges repeated; `half` holds what is done along j and k.
+    """out = keep * out + (n, i, j, k) volumes convolved along all axes, edges repeated.
 
-    `half` must hold outside the spans what `volumes` holds there. `out` may be `volumes`.
+    `half` gets what is done along j and k; it must hold outside the spans what `volumes` holds there.
     """
+    kept = np.float32(keep)
     n, ni, nj, nk = volumes.shape
     radius = len(kernel) // 2
     for row in numba.prange(n * ni):
@@ -121,7 +108,7 @@ def smooth_loop(
             first, last = spans[0, i, j], spans[1, i, j]
             target, middle = out[v, i, j], half[v, i, j]
             for k in range(first, last):
-                target[k] = kernel[radius] * middle[k]
+                target[k] = kept * target[k] + kernel[radius] * middle[k]
             for t in range(1, radius + 1):
                 below, above = half[v, max(i - t, 0), j], half[v, min(i + t, ni - 1), j]
                 w = kernel[radius + t]
@@ -137,14 +124,13 @@ def correlation_loop(
     radius: int,
     floor: float,
     spans: np.ndarray,
-    wide: np.ndarray,
     force: np.ndarray,
 ) -> float:
     """The mean of `similarity.local_correlation` over the weights; `force` gets its derivative by the displacement.
 
     A slab of planes at a time: sums over the cube of the five products, plane by plane, then the three maps of the
-    derivative and their sums, all in buffers that stay in the processor's cache. `spans` hold all voxels of all
-    cubes that count, and no voxel on a face of the volume; elsewhere in the spans `wide` the force becomes zero.
+    derivative and their sums, all in buffers that stay in the processor's cache. The spans hold all voxels of all
+    cubes that count, and no voxel on a face of the volume.
     """
     ni, nj, nk = fixed.shape
     size = 2 * radius + 1
@@ -169,7 +155,7 @@ def correlation_loop(
             elif middle >= start - radius:
                 maps[middle % size] = 0
             if start <= target < stop:
-                _plane_force(fixed, moving, target, maps, spans[:, target], wide[:, target], rows, flat, force)
+                _plane_force(fixed, moving, target, maps, spans[:, target], rows, flat, force)
     return found[:, 0].sum() / max(found[:, 1].sum(), 1e-6)
 
 
@@ -247,7 +233,6 @@ def _plane_force(
     i: int,
     maps: np.ndarray,
     spans: np.ndarray,
-    wide: np.ndarray,
     rows: np.ndarray,
     flat: np.ndarray,
     force: np.ndarray,
@@ -263,7 +248,6 @@ def _plane_force(
     r0, r1, r2 = rows[0], rows[1], rows[2]
     for j in range(nj):
         first, last = spans[0, j], spans[1, j]
-        force[:, i, j, wide[0, j] : wide[1, j]] = 0
         if first >= last:
             continue
         begin, end = max(first - radius, 0), min(last + radius, nk)

@@ -22,7 +22,7 @@ from dsiprep.ops.sample import pull
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 
-VERSION = 2
+VERSION = 3
 METHODS = {
     "T1w": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
