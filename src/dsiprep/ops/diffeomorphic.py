@@ -28,7 +28,7 @@ __all__ = ["DiffeomorphicFit", "register_diffeomorphic"]
 LEVELS = ((4.0, 40), (2.0, 30), (1.0, 12))  # voxel size over the finest, iterations
 WINDOW = 2  # half-width of the correlation's cube, voxels
 UPDATE_SIGMA = 1.732  # of the force, voxels
-TOTAL_SIGMA = 0.5  # of the whole displacement, voxels, at every iteration
+TOTAL_SIGMA = 0.6  # of the whole displacement, voxels, at every iteration
 TRUNCATE = 3.0  # half-width of both kernels in sigmas
 MOMENTUM = 0.8  # share of a step that goes on in the next one
 LONGEST = 0.4  # which no step reaches, voxels
@@ -93,16 +93,17 @@ def register_diffeomorphic(
     mask = fixed_mask if fixed_mask is not None else Volume((fixed.data != 0).float(), fixed.grid)
     corner, box = _box_around(mask, whole)
     still = _scaled(_onto(fixed, box, np.eye(4)))
+    blind = _blind(moving, box, np.asarray(initial, float))
     mover = _scaled(_onto(moving, box, np.asarray(initial, float)))
+    mover = Volume(mover.data * (1 - blind.data), box)
     weights = Volume(pull(mask.data[None].float(), mask.grid, box)[0], box)
     u = torch.zeros(3, 1, 1, 1, device=fixed.data.device)
     grid = Grid((1, 1, 1), box.affine)
-    blind = _blind(moving, box, np.asarray(initial, float))
     for level, iterations in _pyramid((still, mover, weights, blind), finest_mm):
         u = _carried(u, grid, level[0].grid)
         grid = level[0].grid
-        seen = box_sum(level[3].data[None], WINDOW)[0] < 0.5  # not even half a voxel of the cube is unknown
-        u, similarity = _descend(u, level[1].data, level[0].data, level[2].data * seen, iterations)
+        image, seen = _known(level[1].data, level[3].data)
+        u, similarity = _descend(u, image, level[0].data, level[2].data * seen, iterations)
     linear = torch.as_tensor(grid.affine[:3, :3], dtype=torch.float32, device=u.device)
     forward = _without_folds(DisplacementField(torch.einsum("ab,bijk->aijk", linear, u), grid))
     inverse = invert(forward)
@@ -198,6 +199,17 @@ def _blind(moving: Volume, box: Grid, initial: np.ndarray) -> Volume:
     """1 where the moving image does not reach: its zeros there are no anatomy."""
     seen = pull(torch.ones_like(moving.data, dtype=torch.float32)[None], moving.grid, box, initial)[0]
     return Volume((seen < 0.999).float(), box)
+
+
+def _known(image: torch.Tensor, blind: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image without the edge that its zeros make where it ends, and the voxels whose cube it covers."""
+    seen = box_sum(blind[None], WINDOW + 1)[0] < 0.5
+    if bool(seen.all()):
+        return image, seen
+    known = 1 - blind
+    beyond = gaussian(torch.stack([image, known]), 2.0, truncate=4.0)
+    filled = torch.where(known > 0.5, image / known.clamp(min=0.5), beyond[0] / beyond[1].clamp(min=1e-4))
+    return filled, seen
 
 
 def _box_around(mask: Volume, whole: Grid) -> tuple[tuple[int, int, int], Grid]:

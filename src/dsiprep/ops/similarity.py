@@ -18,7 +18,7 @@ __all__ = ["VARIANCE_FLOOR", "correlation", "local_correlation", "mutual_informa
 BINS = 32
 CHUNKS = 16  # partial histograms: fixed, so that sums come out the same on any number of threads
 EPSILON = 1e-12
-VARIANCE_FLOOR = 1e-4  # added to every variance: cubes flatter than 0.01 count little
+VARIANCE_FLOOR = 1e-5  # added to every variance: cubes flatter than 0.003 count little
 
 
 def to_bins(values: np.ndarray, low: float, high: float, bins: int = BINS) -> np.ndarray:
