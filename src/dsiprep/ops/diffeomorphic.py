@@ -17,7 +17,7 @@ import torch
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.transform import DisplacementField
-from dsiprep.ops.diffeomorphic_loops import compose_loop, correlation_loop, smooth_loop, warp_loop
+from dsiprep.ops.diffeomorphic_loops import compose_loop, correlation_loop, smooth_loop, volume_loop, warp_loop
 from dsiprep.ops.field import invert, jacobian_determinant
 from dsiprep.ops.filter import box_sum, gaussian, gaussian_kernel, gradient, resample_to_spacing
 from dsiprep.ops.sample import pull, sample_linear, voxel_points
@@ -104,8 +104,10 @@ def register_diffeomorphic(
         grid = level[0].grid
         image, seen = _known(level[1].data, level[3].data)
         u, similarity = _descend(u, image, level[0].data, level[2].data * seen, iterations)
+    u = _without_folds(u)
     linear = torch.as_tensor(grid.affine[:3, :3], dtype=torch.float32, device=u.device)
-    forward = _without_folds(DisplacementField(torch.einsum("ab,bijk->aijk", linear, u), grid))
+    forward = DisplacementField(torch.einsum("ab,bijk->aijk", linear, u), grid)
+    del u, image, level, still, mover, weights, blind  # half the memory: the inverse takes as much again
     inverse = invert(forward)
     return DiffeomorphicFit(_placed(forward, corner, whole), _placed(inverse, corner, whole), similarity)
 
@@ -127,26 +129,26 @@ def _descend(
 ) -> tuple[torch.Tensor, float]:
     """Iterations of one level; u in voxels, (3, i, j, k). Also the mean squared correlation at the last one."""
     body = _descend_loops if u.device.type == "cpu" else _descend_tensors
-    return body(u * _rim(u), moving, fixed, weights, iterations)  # zero outside its grid, so it must end at zero
+    return body(u, moving, fixed, weights, iterations)
 
 
 def _descend_loops(
     u: torch.Tensor, moving: torch.Tensor, fixed: torch.Tensor, weights: torch.Tensor, iterations: int
 ) -> tuple[torch.Tensor, float]:
+    """The body for the CPU; u is overwritten."""
     m, f, w = (np.ascontiguousarray(t.numpy(), np.float32) for t in (moving, fixed, weights))
     smooth, polish = (gaussian_kernel(sigma, TRUNCATE) for sigma in (UPDATE_SIGMA, TOTAL_SIGMA))
     seen, moved = _spans(_near(weights, WINDOW + 1)), _spans(_near(weights, WINDOW + len(smooth) // 2))
-    now = u.numpy().copy()
-    then, polished = now.copy(), now.copy()
-    force, smoothed, step = np.zeros_like(now), np.zeros_like(now), np.zeros_like(now)
+    now = u.numpy()
+    then, force, step = now.copy(), np.zeros_like(now), np.zeros_like(now)
     warped, score = np.zeros_like(f), 0.0
     for _ in range(iterations):
         warp_loop(m, now, seen, warped)
         score = correlation_loop(f, warped, w, WINDOW, VARIANCE_FLOOR, seen, force)
-        smooth_loop(force, smooth, moved, MOMENTUM, smoothed, step)
+        smooth_loop(force, smooth, moved, MOMENTUM, step)
         compose_loop(now, step, LONGEST, moved, then)
-        smooth_loop(then, polish, moved, 0.0, polished, now)
-    return torch.from_numpy(now), score
+        smooth_loop(then, polish, moved, 0.0, now)
+    return u, score
 
 
 def _descend_tensors(
@@ -156,6 +158,7 @@ def _descend_tensors(
     grid = Grid((u.shape[1], u.shape[2], u.shape[3]), np.eye(4))
     points = voxel_points(grid, grid).to(u.device)
     near = _near(weights, WINDOW + len(gaussian_kernel(UPDATE_SIGMA, TRUNCATE)) // 2)
+    near = (near.cumsum(2) > 0) & (near.flip(2).cumsum(2).flip(2) > 0)  # one span a row, as the loops have it
     rim, total = _rim(u), weights.sum().clamp(min=1e-6)
     step, score = torch.zeros_like(u), torch.zeros((), device=u.device)
     for _ in range(iterations):
@@ -170,13 +173,9 @@ def _descend_tensors(
 
 
 def _near(weights: torch.Tensor, reach: int) -> torch.Tensor:
-    """Voxels within a cube of `reach` around one that counts, not on a face of the volume, and what is between them.
-
-    Between along k: every row has one span.
-    """
+    """Voxels within a cube of `reach` around one that counts, those on the faces of the volume left out."""
     counts = (weights > 0).float()[None]
-    near = (box_sum(counts, reach)[0] > 0.5) & (_rim(counts) > 0)
-    return (near.cumsum(2) > 0) & (near.flip(2).cumsum(2).flip(2) > 0)
+    return (box_sum(counts, reach)[0] > 0.5) & (_rim(counts) > 0)
 
 
 def _spans(near: torch.Tensor) -> np.ndarray:
@@ -233,10 +232,11 @@ def _onto(volume: Volume, box: Grid, matrix: np.ndarray) -> Volume:
     """The volume, smoothed to the box's voxel size if that is larger, read at the points of the box."""
     size = float(box.voxel_sizes.mean())
     i, j, k = (max(size, float(s)) for s in volume.grid.voxel_sizes)
-    smooth = volume
     if not np.allclose((i, j, k), volume.grid.voxel_sizes, rtol=1e-3):
-        smooth = resample_to_spacing(volume, (i, j, k))
-    return Volume(pull(smooth.data[None], smooth.grid, box, matrix, cubic=True)[0], box)
+        volume = resample_to_spacing(volume, (i, j, k))
+    steps = np.linalg.inv(volume.grid.affine) @ matrix @ box.affine
+    between = not np.allclose(steps, np.round(steps), atol=1e-4)  # voxel on voxel: nothing to interpolate
+    return Volume(pull(volume.data[None], volume.grid, box, matrix, cubic=between)[0], box)
 
 
 def _scaled(volume: Volume) -> Volume:
@@ -248,22 +248,34 @@ def _scaled(volume: Volume) -> Volume:
 
 
 def _carried(u: torch.Tensor, source: Grid, target: Grid) -> torch.Tensor:
-    """A displacement in voxels of one level in voxels of the next."""
+    """A displacement in voxels of one level in voxels of the next; zero outside the grid, so zero at its end."""
     ratio = torch.as_tensor(source.voxel_sizes / target.voxel_sizes, dtype=torch.float32, device=u.device)
-    return pull(u, source, target) * ratio[:, None, None, None]
+    u = pull(u, source, target)
+    u *= ratio[:, None, None, None]
+    u *= _rim(u)
+    return u
 
 
-def _without_folds(field: DisplacementField) -> DisplacementField:
-    """The field, smoothed where a voxel's volume all but vanishes, until none does."""
+def _without_folds(u: torch.Tensor) -> torch.Tensor:
+    """The field in voxels, smoothed where a voxel's volume all but vanishes, until none does."""
     for attempt in range(20):
-        folded = jacobian_determinant(field) < LEAST_VOLUME
+        folded = _folded(u)
         if not bool(folded.any()):
             break
-        reach = 2 + attempt // 2
-        near = (box_sum(folded.float()[None], reach) > 0.5).float()
-        share = gaussian(near, 1.5) * _rim(field.data)
-        field = DisplacementField(torch.lerp(field.data, gaussian(field.data, 1.0), share), field.grid)
-    return field
+        near = (box_sum(folded[None], 2 + attempt // 2) > 0.5).float()
+        share = gaussian(near, 1.5)[0] * _rim(u)
+        i, j, k = (slice(int(w.min()), int(w.max()) + 1) for w in torch.nonzero(share, as_tuple=True))
+        part = u[:, i, j, k]
+        u[:, i, j, k] = torch.lerp(part, gaussian(part, 1.0), share[i, j, k])
+    return u
+
+
+def _folded(u: torch.Tensor) -> torch.Tensor:
+    """1 where the volume of a voxel falls below `LEAST_VOLUME`."""
+    if u.device.type == "cpu":
+        return torch.from_numpy(volume_loop(u.numpy(), LEAST_VOLUME))
+    grid = Grid((u.shape[1], u.shape[2], u.shape[3]), np.eye(4))
+    return (jacobian_determinant(DisplacementField(u, grid)) < LEAST_VOLUME) * _rim(u)
 
 
 def _placed(field: DisplacementField, corner: tuple[int, int, int], whole: Grid) -> DisplacementField:

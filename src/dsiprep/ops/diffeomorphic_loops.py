@@ -10,7 +10,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-__all__ = ["compose_loop", "correlation_loop", "smooth_loop", "warp_loop"]
+__all__ = ["compose_loop", "correlation_loop", "smooth_loop", "volume_loop", "warp_loop"]
 
 SLAB = 24  # planes that one thread correlates in one go: the sums of planes at both ends are made twice
 
@@ -67,53 +67,94 @@ def compose_loop(
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def smooth_loop(
-    volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: float, half: np.ndarray, out: np.ndarray
-) -> None:
-    """out = keep * out + (n, i, j, k) volumes convolved along all axes, edges repeated.
+def smooth_loop(volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: float, out: np.ndarray) -> None:
+    """out = keep * out + (n, i, j, k) volumes convolved along all axes, edges repeated."""
+    n, ni = volumes.shape[:2]
+    slabs = -(-ni // SLAB)
+    for number in numba.prange(n * slabs):
+        start = number % slabs * SLAB
+        _smooth_slab(volumes[number // slabs], kernel, spans, np.float32(keep), start, out[number // slabs])
 
-    `half` gets what is done along j and k; it must hold outside the spans what `volumes` holds there.
-    """
-    kept = np.float32(keep)
-    n, ni, nj, nk = volumes.shape
+
+@numba.njit(fastmath=True, cache=True)
+def _smooth_slab(
+    volume: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: float, start: int, out: np.ndarray
+) -> None:
+    """Some planes of one volume; those smoothed along j and k are kept as long as the sum along i needs them."""
+    ni, nj, nk = volume.shape
+    size, radius = len(kernel), len(kernel) // 2
+    stop = min(start + SLAB, ni)
+    planes = np.zeros((size, nj, nk), np.float32)
+    row = np.empty(nk + 2 * radius, np.float32)
+    for plane in range(start - radius, stop + radius):
+        if 0 <= plane < ni:
+            for j in range(nj):
+                first, last = nk, 0
+                for i in range(max(plane - radius, start), min(plane + radius + 1, stop)):
+                    if spans[0, i, j] < spans[1, i, j]:
+                        first, last = min(first, spans[0, i, j]), max(last, spans[1, i, j])
+                _smooth_row(volume[plane], kernel, j, first, last, row, planes[plane % size, j])
+        i = plane - radius
+        if i < start:
+            continue
+        for j in range(nj):
+            target = out[i, j]
+            for k in range(spans[0, i, j], spans[1, i, j]):
+                target[k] *= keep
+            for t in range(size):
+                line, w = planes[min(max(i + t - radius, 0), ni - 1) % size, j], kernel[t]
+                for k in range(spans[0, i, j], spans[1, i, j]):
+                    target[k] += w * line[k]
+
+
+@numba.njit(fastmath=True, cache=True)
+def _smooth_row(
+    plane: np.ndarray, kernel: np.ndarray, j: int, first: int, last: int, row: np.ndarray, out: np.ndarray
+) -> None:
+    """One row of a plane, from `first` to `last`, smoothed along j and k."""
+    nj, nk = plane.shape
     radius = len(kernel) // 2
-    for row in numba.prange(n * ni):
-        v, i = row // ni, row % ni
-        padded = np.empty(nk + 2 * radius, np.float32)
-        for j in range(nj):
-            first, last = spans[0, i, j], spans[1, i, j]
-            if first >= last:
-                continue
-            begin, end = max(first - radius, 0), min(last + radius, nk)
-            line = padded[radius + begin : radius + end]
-            line[:] = kernel[radius] * volumes[v, i, j, begin:end]
-            for t in range(1, radius + 1):
-                below, above = volumes[v, i, max(j - t, 0)], volumes[v, i, min(j + t, nj - 1)]
-                w = kernel[radius + t]
-                for k in range(end - begin):
-                    line[k] += w * (below[begin + k] + above[begin + k])
-            for t in range(radius):
-                padded[t] = padded[radius]
-                padded[radius + nk + t] = padded[radius + nk - 1]
-            target = half[v, i, j]
-            for k in range(first, last):
-                target[k] = kernel[0] * padded[k]
-            for t in range(1, 2 * radius + 1):
-                w = kernel[t]
-                for k in range(first, last):
-                    target[k] += w * padded[k + t]
-    for row in numba.prange(n * ni):
-        v, i = row // ni, row % ni
-        for j in range(nj):
-            first, last = spans[0, i, j], spans[1, i, j]
-            target, middle = out[v, i, j], half[v, i, j]
-            for k in range(first, last):
-                target[k] = kept * target[k] + kernel[radius] * middle[k]
-            for t in range(1, radius + 1):
-                below, above = half[v, max(i - t, 0), j], half[v, min(i + t, ni - 1), j]
-                w = kernel[radius + t]
-                for k in range(first, last):
-                    target[k] += w * (below[k] + above[k])
+    if first >= last:
+        return
+    begin, end = max(first - radius, 0), min(last + radius, nk)
+    for k in range(begin, end):
+        row[radius + k] = kernel[radius] * plane[j, k]
+    for t in range(1, radius + 1):
+        below, above, w = plane[max(j - t, 0)], plane[min(j + t, nj - 1)], kernel[radius + t]
+        for k in range(begin, end):
+            row[radius + k] += w * (below[k] + above[k])
+    for t in range(radius):
+        row[t] = row[radius] if begin == 0 else row[t]
+        row[radius + nk + t] = row[radius + nk - 1] if end == nk else row[radius + nk + t]
+    for k in range(first, last):
+        out[k] = kernel[0] * row[k]
+    for t in range(1, 2 * radius + 1):
+        w = kernel[t]
+        for k in range(first, last):
+            out[k] += w * row[k + t]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def volume_loop(u: np.ndarray, least: float) -> np.ndarray:
+    """1 where det(I + du/dx), central differences of u in voxels, is below `least`; not on the faces."""
+    _, ni, nj, nk = u.shape
+    out = np.zeros((ni, nj, nk), np.float32)
+    half = np.float32(0.5)
+    for i in numba.prange(1, ni - 1):
+        for j in range(1, nj - 1):
+            for k in range(1, nk - 1):
+                a = 1 + half * (u[0, i + 1, j, k] - u[0, i - 1, j, k])
+                b = half * (u[0, i, j + 1, k] - u[0, i, j - 1, k])
+                c = half * (u[0, i, j, k + 1] - u[0, i, j, k - 1])
+                d = half * (u[1, i + 1, j, k] - u[1, i - 1, j, k])
+                e = 1 + half * (u[1, i, j + 1, k] - u[1, i, j - 1, k])
+                f = half * (u[1, i, j, k + 1] - u[1, i, j, k - 1])
+                g = half * (u[2, i + 1, j, k] - u[2, i - 1, j, k])
+                h = half * (u[2, i, j + 1, k] - u[2, i, j - 1, k])
+                m = 1 + half * (u[2, i, j, k + 1] - u[2, i, j, k - 1])
+                if a * (e * m - f * h) - b * (d * m - f * g) + c * (d * h - e * g) < least:
+                    out[i, j, k] = 1
+    return out
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
