@@ -173,31 +173,55 @@ def correlation_loop(
     derivative and their sums, all in buffers that stay in the processor's cache. The spans hold all voxels of all
     cubes that count, and no voxel on a face of the volume.
     """
-    ni, nj, nk = fixed.shape
-    size = 2 * radius + 1
-    slabs = -(-ni // SLAB)
+    slabs = -(-fixed.shape[0] // SLAB)
     found = np.zeros((slabs, 2))
     for slab in numba.prange(slabs):
-        start, stop = slab * SLAB, min(slab * SLAB + SLAB, ni)
-        sums = np.zeros((size, 5, nj, nk), np.float32)  # of the planes around the middle one, in turn
-        maps = np.zeros((size, 3, nj, nk), np.float32)
-        rows = np.zeros((5, nk + 2 * radius), np.float32)
-        flat = np.empty((3, nj, nk), np.float32)
-        for plane in range(start - 2 * radius, stop + 2 * radius):
-            if 0 <= plane < ni:
-                _plane_sums(fixed[plane], moving[plane], radius, spans[:, plane], rows, sums[plane % size])
-            else:
-                sums[plane % size] = 0
-            middle, target = plane - radius, plane - 2 * radius
-            if start - radius <= middle < ni and middle >= 0:
-                part = _plane_maps(sums, weights[middle], floor, spans[:, middle], rows, maps[middle % size])
-                if start <= middle < stop:
-                    found[slab] += part
-            elif middle >= start - radius:
-                maps[middle % size] = 0
-            if start <= target < stop:
-                _plane_force(fixed, moving, target, maps, spans[:, target], rows, flat, force)
+        _correlate_slab(fixed, moving, weights, radius, floor, spans, slab * SLAB, force, found[slab])
     return found[:, 0].sum() / max(found[:, 1].sum(), 1e-6)
+
+
+@numba.njit(fastmath=True, cache=True)
+def _correlate_slab(
+    fixed: np.ndarray,
+    moving: np.ndarray,
+    weights: np.ndarray,
+    radius: int,
+    floor: float,
+    spans: np.ndarray,
+    start: int,
+    force: np.ndarray,
+    found: np.ndarray,
+) -> None:
+    """The planes of one slab; `found` gets the sums of scores and of weights."""
+    ni, nj, nk = fixed.shape
+    size = 2 * radius + 1
+    stop = min(start + SLAB, ni)
+    sums = np.zeros((size, 5, nj, nk), np.float32)  # of the planes around the middle one, in turn
+    maps = np.zeros((size, 3, nj, nk), np.float32)
+    rows = np.zeros((5, nk + 2 * radius), np.float32)
+    flat = np.empty((3, nj, nk), np.float32)
+    for plane in range(start - 2 * radius, stop + 2 * radius):
+        if 0 <= plane < ni:
+            _plane_sums(fixed[plane], moving[plane], radius, spans[:, plane], rows, sums[plane % size])
+        else:
+            sums[plane % size].fill(0)
+        middle, target = plane - radius, plane - 2 * radius
+        if 0 <= middle < ni and middle >= start - radius:
+            score, total = _plane_maps(sums, weights[middle], floor, spans[:, middle], rows, maps[middle % size])
+            if start <= middle < stop:
+                found[0] += score
+                found[1] += total
+        else:
+            maps[middle % size].fill(0)
+        if start <= target < stop:
+            _plane_force(fixed, moving, target, maps, spans[:, target], rows, flat, force)
+
+
+@numba.njit(cache=True)
+def _clear(rows: np.ndarray, begin: int, end: int) -> None:
+    for p in range(rows.shape[0]):
+        for k in range(begin, end):
+            rows[p, k] = 0
 
 
 @numba.njit(fastmath=True, cache=True)
@@ -209,11 +233,11 @@ def _plane_sums(
     r0, r1, r2, r3, r4 = rows[0], rows[1], rows[2], rows[3], rows[4]
     for j in range(nj):
         first, last = spans[0, j], spans[1, j]
-        out[:, j] = 0
+        _clear(out[:, j], 0, nk)
         if first >= last:
             continue
         begin, end = max(first - radius, 0), min(last + radius, nk)
-        rows[:, begin : end + 2 * radius] = 0
+        _clear(rows, begin, end + 2 * radius)
         for b in range(max(j - radius, 0), min(j + radius, nj - 1) + 1):
             f, m = fixed[b], moving[b]
             for k in range(begin, end):
@@ -233,19 +257,19 @@ def _plane_sums(
 @numba.njit(fastmath=True, cache=True)
 def _plane_maps(
     sums: np.ndarray, weights: np.ndarray, floor: float, spans: np.ndarray, rows: np.ndarray, out: np.ndarray
-) -> np.ndarray:
+) -> tuple[float, float]:
     """What every cube of one plane gives to the derivative; sum of scores and of weights."""
     size = sums.shape[0]
     r, e, zero = np.float32(1 / size**3), np.float32(floor), np.float32(0)
     r0, r1, r2, r3, r4 = rows[0], rows[1], rows[2], rows[3], rows[4]
-    found = np.zeros(2)
+    scores, totals = 0.0, 0.0
     for j in range(weights.shape[0]):
         first, last = spans[0, j], spans[1, j]
-        out[:, j] = 0
+        _clear(out[:, j], 0, weights.shape[1])
+        _clear(rows, first, last)
         for p in range(5):
             line = rows[p]
-            line[first:last] = sums[0, p, j, first:last]
-            for t in range(1, size):
+            for t in range(size):
                 plane = sums[t, p, j]
                 for k in range(first, last):
                     line[k] += plane[k]
@@ -262,9 +286,9 @@ def _plane_maps(
             out[2, j, k] = b * m - a * f
             score += w[k] * fm * fm / (ff * mm)
             total += w[k]
-        found[0] += score
-        found[1] += total
-    return found
+        scores += score
+        totals += total
+    return scores, totals
 
 
 @numba.njit(fastmath=True, cache=True)
@@ -283,16 +307,22 @@ def _plane_force(
     size = maps.shape[0]
     radius = size // 2
     half = np.float32(0.5)
-    flat[:] = maps[0]
-    for t in range(1, size):
-        flat += maps[t]
+    for p in range(3):
+        for j in range(nj):
+            line = flat[p, j]
+            for k in range(nk):
+                line[k] = 0
+            for t in range(size):
+                plane = maps[t, p, j]
+                for k in range(nk):
+                    line[k] += plane[k]
     r0, r1, r2 = rows[0], rows[1], rows[2]
     for j in range(nj):
         first, last = spans[0, j], spans[1, j]
         if first >= last:
             continue
         begin, end = max(first - radius, 0), min(last + radius, nk)
-        rows[:, begin : end + 2 * radius] = 0
+        _clear(rows, begin, end + 2 * radius)
         for p in range(3):
             line = rows[p]
             for b in range(max(j - radius, 0), min(j + radius, nj - 1) + 1):
