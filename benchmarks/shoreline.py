@@ -1,10 +1,12 @@
-"""Errors, time and memory of SHORELine on phantoms: `python benchmarks/shoreline.py OUT [CASE ...] [--peers]`.
+"""Errors, time and memory of SHORELine on phantoms: `python benchmarks/shoreline.py OUT [CASE ...] [--floor]`.
 
 Builds each phantom (2.5 mm, without susceptibility distortion, as published simulations) if OUT/CASE is not there, and
 prints one Markdown row per case: RMSE over b > 100 and three axes less one common rigid offset, mean displacement of
 brain points, its mean by b-value, the error of eddy currents, lost slices found, CPU time and peak memory.
-With --peers, the seconds that QSIPrep's recipe takes for one volume:
-antsRegistration of antspyx with QSIPrep's settings and with 100x60 iterations, on the same volume and prediction.
+
+With --floor, a second row: the same volumes registered one by one to their noise-free images, as good as predictions
+could ever be. With --scaling, the cases of `SCALING` in place of `CASES` (dsi257 at 2.5 mm is the
+first of those). `shoreline_peers.py` times QSIPrep's recipe.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 
 CASES = {
     "dsi257 15 % moved": ["--moved", "0.15"],
@@ -31,6 +34,12 @@ CASES = {
     "dsi257 15 % moved, 1 % of slices lost": ["--moved", "0.15", "--dropout", "0.01"],
     "dsi257 15 % moved, distortion 5 mm": ["--moved", "0.15", "--distortion", "5"],
 }
+SCALING = {
+    "dsi101 2.5 mm": ["--scheme", "dsi101"],
+    "dsi515 2.5 mm": ["--scheme", "dsi515"],
+    "dsi101 2 mm": ["--scheme", "dsi101", "--resolution", "2"],
+    "dsi101 1.5 mm": ["--scheme", "dsi101", "--resolution", "1.5"],
+}
 
 
 def measure(folder: Path) -> None:
@@ -42,24 +51,31 @@ def measure(folder: Path) -> None:
 
     settings = Settings()
     acquired = conform(read_unit(find_units(folder / "bids", settings)[0], settings), settings.acquisition)
-    truth = json.loads((folder / "truth" / "truth.json").read_text())
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    start = time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # peak memory counts from here
+    before, start = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     found = estimate_motion(acquired.dwi, acquired.mask, settings.motion, acquired.blips[0].pe, acquired.multiband)
-    wall = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF)
+    truth = json.loads((folder / "truth" / "truth.json").read_text())
     poses = np.asarray(truth["head_to_scanner"])
+    poses = poses @ np.linalg.inv(poses[0])
     points = acquired.mask.grid.to_world(np.argwhere(acquired.mask.numpy() > 0.5)[::200])
-    row = errors(found.transforms, poses @ np.linalg.inv(poses[0]), acquired.dwi.bvals, points)
-    row |= eddy_error(found.eddy, poses @ np.linalg.inv(poses[0]), truth, points)
+    row = errors(found.transforms, poses, acquired.dwi.bvals, points) | eddy_error(found.eddy, poses, truth, points)
     true = {(v, k) for v, k, _ in truth["lost_slices"]}
     lost = {(int(v), int(k)) for v, k in np.argwhere(found.lost)}
     row["lost slices"] = f"{len(lost & true)} of {len(true)}, {len(lost - true)} wrong"
     row["CPU s"] = f"{after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.0f}"
     row["wall s"] = f"{wall:.0f}"
-    series = acquired.dwi.data.numel() * 4 / 2**30
-    row["memory, of the series"] = f"{(after.ru_maxrss / 2**20) / series:.1f}"
+    peak, series = peak_memory(), acquired.dwi.data.numel() * 4
+    row["brain voxels"] = f"{int((acquired.mask.data > 0.5).sum())}"
+    row["peak GB"] = f"{peak / 1e9:.2f}"
+    row["of the series"] = f"{peak / series:.1f}"
     print(json.dumps(row))
+
+
+def peak_memory() -> int:
+    """Bytes of the process at most, since `clear_refs` was written; Python and its libraries are in it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 def errors(found: np.ndarray, true: np.ndarray, bvals: np.ndarray, points: np.ndarray) -> dict[str, str]:
@@ -96,46 +112,73 @@ def eddy_error(eddy: object, poses: np.ndarray, truth: dict, points: np.ndarray)
     return {"eddy currents mm": f"{np.mean(wrong):.3f} of {np.mean(size):.3f}"}
 
 
-def peers(folder: Path) -> None:
-    """Seconds for one volume by antsRegistration."""
-    import ants
-    from ants.internal import get_lib_fn
+def floor(folder: Path) -> None:
+    """The row of volumes registered to what they would be without noise, in the pose of the first volume."""
+    from dsiprep.io.bids import find_units, read_unit
+    from dsiprep.ops.align import align
+    from dsiprep.ops.points import point_set
+    from dsiprep.settings import Settings
+    from dsiprep.stages.acquisition import conform
 
-    image = ants.image_read(str(next((folder / "bids").rglob("*_dwi.nii.gz"))))
-    moving, fixed = (ants.slice_image(image, axis=3, idx=v) for v in (5, 6))
-    for name, steps in (("QSIPrep's settings", "[1000x1000,1e-8,20]"), ("100x60 iterations", "[100x60,1e-8,20]")):
-        with tempfile.TemporaryDirectory() as out:
-            start = time.perf_counter()
-            get_lib_fn("antsRegistration")(
-                ["-d", "3", "-o", f"{out}/x", "-t", "Rigid[0.2]", "-c", steps, "-f", "2x1", "-s", "1x0vox", "-u", "0",
-                 "-m", f"Mattes[{ants.get_pointer_string(fixed)},{ants.get_pointer_string(moving)},1,48,Random,0.5]"]
-            )  # fmt: skip
-            print(f"| antsRegistration, {name} | {time.perf_counter() - start:.1f} s a volume |", flush=True)
+    settings = Settings()
+    acquired = conform(read_unit(find_units(folder / "bids", settings)[0], settings), settings.acquisition)
+    dwi, points = acquired.dwi, point_set(acquired.mask.data, acquired.dwi.grid)
+    inside = acquired.mask.data > 0.5
+    truth = json.loads((folder / "truth" / "truth.json").read_text())
+    poses = np.asarray(truth["head_to_scanner"])
+    poses = poses @ np.linalg.inv(poses[0])
+    found = poses.copy()
+    for volume, image in noise_free(truth, dwi.bvals):
+        some = slice(volume, volume + 1)
+        found[some] = align(dwi.data[some], dwi.grid, points, image[inside][None], poses[some], steps=12).transforms
+    few = dwi.grid.to_world(np.argwhere(acquired.mask.numpy() > 0.5)[::200])
+    print(json.dumps(errors(found, poses, dwi.bvals, few)))
 
 
-def main(out: Path, names: list[str], beside: bool) -> None:
+def noise_free(truth: dict, bvals: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
+    """Every diffusion-weighted volume's number and image, from the settings that the phantom was made with."""
+    from dsiprep.phantom.head import make_head
+    from dsiprep.phantom.scan import FIELD_OF_VIEW
+    from dsiprep.phantom.schemes import load_scheme
+    from dsiprep.phantom.session import plan_session
+    from dsiprep.phantom.settings import PhantomSettings
+    from dsiprep.phantom.signal import make_tissue
+
+    settings = PhantomSettings(**truth["settings"])
+    streams = np.random.default_rng(settings.seed).spawn(4)
+    head = make_head(streams[0])
+    session = plan_session(head, load_scheme(settings.scheme), settings, streams[1])
+    tissue = make_tissue(head, head.box(np.asarray(FIELD_OF_VIEW) + 36, settings.resolution / 2))
+    gradients = session.head_bvecs @ session.poses[0, :3, :3].T
+    for volume in np.flatnonzero(bvals > 100):
+        yield int(volume), torch.as_tensor(session.ideal(tissue, bvals[volume], gradients[volume]))
+
+
+def main(out: Path, names: list[str], flags: set[str]) -> None:
     """All rows."""
     from dsiprep.tools import main as tools
 
-    first = True
-    for name in names or list(CASES):
+    cases, header = (SCALING if "--scaling" in flags else CASES), ""
+    for name in names or list(cases):
         folder = out / name.replace(" ", "_").replace("%", "pc").replace(",", "")
         if not (folder / "truth" / "truth.json").is_file():
-            tools(["phantom", str(folder), "--no-ideal", "--distortion", "0", *CASES[name]])
-        found = subprocess.run([sys.executable, __file__, "--measure", str(folder)], capture_output=True, text=True)
-        if found.returncode:
-            raise SystemExit(found.stderr)
-        row = json.loads(found.stdout.strip().splitlines()[-1])
-        if first:
-            print("| phantom | " + " | ".join(row) + " |\n|" + "---|" * (len(row) + 1))
-        print(f"| {name} | " + " | ".join(row.values()) + " |", flush=True)
-        first = False
-    if beside:
-        peers(folder)
+            tools(["phantom", str(folder), "--no-ideal", "--distortion", "0", *cases[name]])
+        for flag, row_name in (("--measure", name), ("--lowest", "its floor")):
+            if flag == "--lowest" and "--floor" not in flags:
+                continue
+            found = subprocess.run([sys.executable, __file__, flag, str(folder)], capture_output=True, text=True)
+            if found.returncode:
+                raise SystemExit(found.stderr)
+            row = json.loads(found.stdout.strip().splitlines()[-1])
+            if not header:
+                header = "| phantom | " + " | ".join(row) + " |\n|" + "---|" * (len(row) + 1)
+                print(header)
+            print(f"| {row_name} | " + " | ".join(row.values()) + " |", flush=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--measure":
-        measure(Path(sys.argv[2]))
+    if sys.argv[1] in ("--measure", "--lowest"):
+        {"--measure": measure, "--lowest": floor}[sys.argv[1]](Path(sys.argv[2]))
     else:
-        main(Path(sys.argv[1]).resolve(), [a for a in sys.argv[2:] if a != "--peers"], "--peers" in sys.argv)
+        words = sys.argv[2:]
+        main(Path(sys.argv[1]).resolve(), [w for w in words if w[:2] != "--"], {w for w in words if w[:2] == "--"})

@@ -183,7 +183,7 @@ def make_subject(
         distortion=_distortion(pe, grid, hz, dwiref, before) if blips == 2 else None,
         distortion_reason="two phase encodings, j- and j" if blips == 2 else "only one phase encoding",
         anatomy=_anatomy(labels, anat_spacing, rng),
-        coregistration=Coregistration(dwiref_to_acpc, 0.21, 0.38, "mutual information"),
+        coregistration=Coregistration(dwiref_to_acpc, 1.21, 1.38, "mi"),
         preprocessed=_preprocessed(labels, out, bvals, acpc_bvecs, blip_of, rng),
         quality=_quality(drift, bvals, acpc_bvecs, z, out, labels, unit),
         seconds={

@@ -18,7 +18,7 @@ from dsiprep.errors import GradientError, InputError, MetadataError, SettingsErr
 from dsiprep.io.bids import explain, find_units, read_unit, require_files, scheme_of
 from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_image, read_series, read_shape, read_volume, to_lps, write_image
-from dsiprep.settings import Settings
+from dsiprep.settings import AnatomySettings, Settings
 
 REAL = Path(__file__).parents[2] / "shared" / "data" / "bids"
 SETTINGS = Settings()
@@ -107,15 +107,38 @@ def test_sessions_are_never_mixed(dataset: Dataset) -> None:
         dataset.units(sessions=["c"])
 
 
-def test_one_anatomy_serves_all_sessions(dataset: Dataset) -> None:
-    """anat/ is written once per subject: sessions with T1w of their own would overwrite each other's space."""
+@pytest.mark.parametrize("suffix", ["T1w", "T2w"])
+@pytest.mark.parametrize("reference", ["first-lex", "unbiased"])
+def test_one_anatomy_serves_all_sessions(dataset: Dataset, reference: str, suffix: str) -> None:
+    """anat/ is written once per subject, from the images of all its sessions."""
     for session in ("a", "b"):
         dataset.dwi(f"sub-01_ses-{session}", AP)
         for run in (2, 1):
-            dataset.image(f"sub-01_ses-{session}_run-{run}_T1w", 1, {})
-    wanted = ["sub-01_ses-a_run-1_T1w.nii.gz", "sub-01_ses-a_run-2_T1w.nii.gz"]
-    units = [*dataset.units(), *dataset.units(sessions=["b"])]
-    assert [[path.name for path in unit.t1w] for unit in units] == [wanted] * 3
+            dataset.image(f"sub-01_ses-{session}_run-{run}_{suffix}", 1, {})
+    wanted = [f"sub-01_ses-{session}_run-{run}_{suffix}.nii.gz" for session in ("a", "b") for run in (1, 2)]
+    settings = Settings(anatomy=AnatomySettings(modality=suffix, reference=reference))
+    units = [*find_units(dataset.root, settings), *find_units(dataset.root, settings, sessions=["b"])]
+    assert [[path.name for path in unit.structural(suffix)] for unit in units] == [wanted] * 3
+    assert told(units[0], f"The {suffix} of ses-a and ses-b serve all sessions")
+
+
+def test_sessionwise_sessions_have_their_own_anatomy(dataset: Dataset) -> None:
+    for session in ("a", "b", "c"):
+        dataset.dwi(f"sub-01_ses-{session}", AP)
+    for name in ("ses-a", "ses-b"):
+        dataset.image(f"sub-01_{name}_T1w", 1, {})
+    settings = Settings(anatomy=AnatomySettings(reference="sessionwise"))
+    units = find_units(dataset.root, settings)
+    assert [[path.name for path in unit.t1w] for unit in units] == [
+        ["sub-01_ses-a_T1w.nii.gz"], ["sub-01_ses-b_T1w.nii.gz"], []
+    ]  # fmt: skip
+    assert told(units[2], "no T1w of its own") and not told(units[0], "T1w")
+
+
+def test_the_other_contrast_is_told_where_the_one_asked_for_lacks(dataset: Dataset) -> None:
+    dataset.dwi("sub-01", AP)
+    dataset.image("sub-01_T2w", 1, {})
+    assert told(dataset.unit(), "--anat-modality T2w would use it")
 
 
 def test_session_without_label_shares_its_structural_image(dataset: Dataset) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -40,3 +42,16 @@ def test_without_a_structural_image_the_way_to_acpc_is_the_answer() -> None:
     found = coregister(blank, blank, anatomy("none", matrix), CoregisterSettings())
     np.testing.assert_array_equal(found.dwiref_to_acpc.matrix, matrix)
     assert found.metric == "none"
+
+
+def test_another_b0_reference_is_found_from_afar() -> None:
+    """Same contrast: two series of one person, 30 degrees and 50 mm apart."""
+    pose, start = far_pose(5), rigid_matrix(np.array([0.1, -0.1, 0.05, 3, 8, -4]))
+    lead = anatomy("none", start)
+    lead = replace(lead, image=volume(blobs(0), (0.02, 1.0, 0.45, 0.3)))
+    dwiref = moved(lead.image, pose @ start, 0.05, (80, 90, 60))
+    mask = Volume((dwiref.data > 0.2).float(), dwiref.grid)
+    found = coregister(dwiref, mask, lead, CoregisterSettings(), "sub-01_acq-first")
+    assert error(found.dwiref_to_acpc.matrix, pose @ start) < 0.5
+    assert found.metric == "cc" and found.led_by == "sub-01_acq-first"
+    assert found.score_before < 0.7 < 0.9 < found.score_after

@@ -19,6 +19,7 @@ from dsiprep.errors import OutputError
 from dsiprep.io import derivatives, itk
 from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.sample import sample_linear, voxel_points
+from dsiprep.settings import AnatomySettings
 from report_subject import make_subject
 
 # What QSIRecon asks a folder for; it stops when a query matches two files.
@@ -120,11 +121,30 @@ def test_each_structural_image_has_its_own_way_to_the_first(
 ) -> None:
     poses = [Affine(rigid_matrix(np.full(6, 0.1 * index)), "orig", "anat") for index in range(len(originals))]
     unit = replace(subject.unit, t1w=tuple(map(Path, originals)))
-    derivatives.write_anatomy_of(replace(subject.anatomy, orig_to_anat=tuple(poses)), unit, tmp_path, None)
+    found = replace(subject.anatomy, orig_to_anat=tuple(poses))
+    derivatives.write_anatomy_of(found, unit, tmp_path, None, AnatomySettings())
     found = sorted((tmp_path / "sub-01" / "anat").glob("*_from-orig_to-anat_mode-image_xfm.txt"))
     assert [path.name.partition("_from")[0] for path in found] == names
     for path, pose in zip(found, poses, strict=True):
         np.testing.assert_allclose(itk.read_affine(path).matrix, pose.matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+def test_sessionwise_each_session_has_its_anat(subject: UnitResults, tmp_path: Path, modality: str) -> None:
+    """And nothing of another reference stays, where a query would find two."""
+    settings = AnatomySettings(reference="sessionwise", modality=modality)
+    image = {modality.lower(): (Path(f"sub-01_ses-b_{modality}.nii.gz"),)}
+    unit = replace(subject.unit, session="b", name="sub-01_ses-b_acq-dsi", **image)
+    anatomy = replace(subject.anatomy, modality=modality, orig_to_anat=(Affine(np.eye(4), "orig", "anat"),))
+    results = replace(subject, unit=unit, anatomy=anatomy)
+    derivatives.write_unit(results, tmp_path, None)
+    assert (tmp_path / "sub-01" / "anat" / f"sub-01_space-ACPC_desc-preproc_{modality}.nii.gz").exists()
+    derivatives.write_unit(replace(results, settings=replace(subject.settings, anatomy=settings)), tmp_path, None)
+    image = Path("sub-01", "ses-b", "anat", f"sub-01_ses-b_space-ACPC_desc-preproc_{modality}.nii.gz")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*_desc-preproc_T?w.nii.gz")] == [image]
+    sidecar = json.loads(next(tmp_path.rglob("*_desc-preproc_dwi.json")).read_text())
+    assert sidecar["SpatialReference"] == image.as_posix()
+    assert (tmp_path / image).with_name("sub-01_ses-b_from-orig_to-anat_mode-image_xfm.txt").exists()
 
 
 def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> None:

@@ -334,11 +334,15 @@ def test_without_structural_image_or_second_blip(tmp_path: Path) -> None:
     )  # fmt: skip
     quality = replace(subject.quality, cnr=None, tsnr=None, confounds={})
     denoised = replace(subject.denoised, dwi=subject.acquired.dwi, noise=None, method="The data were not denoised.")
-    subject = replace(subject, anatomy=bare, quality=quality, denoised=denoised)
+    itself = replace(subject.coregistration, metric="none", score_before=np.nan, score_after=np.nan)
+    subject = replace(subject, anatomy=bare, coregistration=itself, quality=quality, denoised=denoised)
     text = render_report([subject], tmp_path, "1").read_text(encoding="utf-8")
     assert "could not be drawn" not in text
-    assert "there was nothing to register to" in text
+    assert "was itself turned to ACPC space" in text
     assert "The data were not denoised." in text
+    led = replace(itself, metric="cc", score_before=0.41, score_after=0.93, led_by="sub-01_acq-first")
+    text = render_report([replace(subject, coregistration=led)], tmp_path, "1").read_text(encoding="utf-8")
+    assert "0.41 → 0.93" in text and "sub-01_acq-first" in text and "was itself turned" not in text
 
 
 def test_two_sessions_on_one_page(subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,9 +28,11 @@ def no_network(monkeypatch, tmp_path):
     return tmp_path / "templateflow"
 
 
-def _write_cache(home: Path, name: str, resolution: str = "01") -> np.ndarray:
+def _write_cache(home: Path, name: str, resolution: str = "01", cohort: str = "") -> np.ndarray:
     affine = np.diag([-1.0, 2, 3, 1])
-    folder = home / f"tpl-{name}"
+    folder, stem = home / f"tpl-{name}", f"tpl-{name}"
+    if cohort:
+        folder, stem = folder / f"cohort-{cohort}", f"{stem}_cohort-{cohort}"
     folder.mkdir(parents=True)
     rng = np.random.default_rng(0)
     mask = np.zeros((6, 7, 8), np.uint8)
@@ -39,7 +41,7 @@ def _write_cache(home: Path, name: str, resolution: str = "01") -> np.ndarray:
     values |= {f"label-{t}_probseg": np.full(mask.shape, p) for t, p in (("CSF", 0.2), ("GM", 0.5), ("WM", 0.3))}
     for ending, data in values.items():
         image = nib.Nifti1Image(np.asarray(data, np.float32), affine)
-        nib.save(image, folder / f"tpl-{name}_res-{resolution}_{ending}.nii.gz")
+        nib.save(image, folder / f"{stem}_res-{resolution}_{ending}.nii.gz")
     return affine
 
 
@@ -107,7 +109,7 @@ def test_a_template_that_is_not_there_is_told(no_network):
 def test_the_network_is_asked_only_on_request(no_network, monkeypatch):
     asked = []
 
-    def download(name: str) -> None:
+    def download(name: str, cohort: str) -> None:
         asked.append(name)
         _write_cache(no_network, name)
 
@@ -125,3 +127,61 @@ def test_loading_imports_neither_nilearn_nor_templateflow(tmp_path):
     )
     environment = {"TEMPLATEFLOW_HOME": str(tmp_path / "none"), "PATH": "", "HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_the_default_that_is_not_there_is_told_in_the_report(no_network):
+    assert "MNI152NLin2009cAsym is not in" in load_template().note
+    assert load_template("MNI152NLin2009aSym").note == ""
+    _write_cache(no_network, "MNI152NLin2009cAsym")
+    assert load_template().note == ""
+
+
+def test_the_default_asked_for_by_name_is_not_replaced_by_another(no_network):
+    with pytest.raises(InputError, match="leave --anatomical-template out"):
+        load_template("MNI152NLin2009cAsym")
+
+
+@pytest.mark.parametrize("wanted", ["MNIInfant+2", "MNIInfant:cohort-2"])
+def test_a_cohort_of_a_template(no_network, wanted):
+    _write_cache(no_network, "MNIInfant", "1", cohort="2")
+    template = load_template(wanted)
+    assert template.name == "MNIInfant+2" and len(template.files) == 5
+    with pytest.raises(InputError, match="MNIInfant"):
+        load_template("MNIInfant+3")
+
+
+def test_t2w_of_a_template_where_it_has_one(no_network):
+    _write_cache(no_network, "Baby")
+    folder = no_network / "tpl-Baby"
+    assert load_template("Baby", "T2w").files[-1].name == "tpl-Baby_res-01_T1w.nii.gz"
+    (folder / "tpl-Baby_res-01_T2w.nii.gz").write_bytes((folder / "tpl-Baby_res-01_T1w.nii.gz").read_bytes())
+    assert load_template("Baby", "T2w").files[-1].name == "tpl-Baby_res-01_T2w.nii.gz"
+    assert load_template("Baby", "T1w").files[-1].name == "tpl-Baby_res-01_T1w.nii.gz"
+
+
+def test_a_template_of_ones_own(no_network):
+    _write_cache(no_network, "Macaque")
+    folder = no_network / "tpl-Macaque"
+    head = folder / "tpl-Macaque_res-01_T1w.nii.gz"
+    template = load_template(str(head))
+    assert (template.name, template.origin, template.note) == ("Macaque", str(folder), "")
+    assert template.tissue is not None and np.count_nonzero(template.brain.numpy()) == 27
+    for prior in folder.glob("*_probseg.nii.gz"):
+        if "CSF" in prior.name:
+            continue
+        prior.unlink()
+    with pytest.raises(InputError, match="label-GM_probseg"):
+        load_template(str(head))
+    next(folder.glob("*CSF*")).unlink()
+    assert load_template(str(head)).tissue is None
+    next(folder.glob("*mask*")).unlink()
+    with pytest.raises(InputError, match="desc-brain_mask"):
+        load_template(str(head))
+    with pytest.raises(InputError, match="no such file"):
+        load_template(str(folder / "tpl-Ape_T1w.nii.gz"))
+
+
+def test_a_template_of_ones_own_does_not_pass_for_a_standard_one(no_network):
+    _write_cache(no_network, "MNI152NLin2009cAsym")
+    with pytest.raises(InputError, match="rename"):
+        load_template(str(no_network / "tpl-MNI152NLin2009cAsym" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"))

@@ -233,6 +233,8 @@ def _check_ranges(chosen: settings.Settings, options: argparse.Namespace) -> Non
         (window == 0 or (window > 0 and window % 2 == 1),
          f"--dwidenoise-window {window} is even or negative; take an odd number of voxels"),
         (threshold >= 0, f"--b0-threshold {threshold:g} is negative; give the largest b-value that counts as b=0"),
+        (chosen.anatomy.modality != "T2w" or "t2w" not in options.ignore,
+         "--anat-modality T2w and --ignore t2w contradict each other; leave one of them out"),
         (options.nprocs >= 1, f"--nprocs {options.nprocs}: give the number of cores to use, 1 or more"),
         (options.omp_nthreads >= 0, f"--omp-nthreads {options.omp_nthreads}: give the number of cores per subject"),
         (options.mem >= 0, f"--mem {options.mem}: give the memory to use in MB"),
@@ -369,6 +371,7 @@ def _unexpected(problem: Exception) -> str:
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str]) -> int:
     from dsiprep.io.bids import find_units
+    from dsiprep.pipeline import check_anatomy
     from dsiprep.show import print_plan, run_and_show
 
     failed: dict[str, DsiprepError] = {}
@@ -392,6 +395,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         return 1 if failed else 0
     if not units or (failed and options.stop_on_first_crash):
         return 1
+    check_anatomy(units, chosen)
     jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(words))
     processes = _processes(options, jobs)
     return run_and_show(jobs, processes, options.stop_on_first_crash, told)

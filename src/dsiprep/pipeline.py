@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -26,8 +28,10 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
+from dsiprep.errors import SettingsError
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
+from dsiprep.io.masks import find_mask
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.ops.mask import brain_mask_b0
@@ -54,10 +58,15 @@ from dsiprep.stages import (
 
 STEPS = ("acquisition", "denoise", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
 T = TypeVar("T")
+log = logging.getLogger("dsiprep")
 
 
 def preprocess(
-    unit: Unit, settings: Settings, cache: Cache | None = None, device: torch.device | str = "cpu"
+    unit: Unit,
+    settings: Settings,
+    cache: Cache | None = None,
+    device: torch.device | str = "cpu",
+    lead: Unit | None = None,
 ) -> UnitResults:
     """One unit from raw data to results.
 
@@ -70,6 +79,9 @@ def preprocess(
         Where results of stages are kept and found; in memory by default.
     device : torch.device or str
         Where tensors are worked on.
+    lead : Unit, optional
+        From `choose_lead`: the unit whose b=0 reference stands in where there is no structural image, so that all
+        series of a person come to lie in one space. The unit itself by default.
 
     Returns
     -------
@@ -82,20 +94,19 @@ def preprocess(
     """
     cache = cache or Cache(None)
     on = torch.device(device)
-    require_files(unit)
-    raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
-    acquired = cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
+    acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
-    motions = tuple(
-        cache.run(motion, f"motion-{blip.name}", partial(_motion, on), acquired, b, settings.motion)
-        for b, blip in enumerate(acquired.value.blips)
-        if (acquired.value.dwi.blip == b).any()
-    )
-    method, reason = choose_distortion(unit, acquired.value, settings.distortion)
-    corrected = _correct_distortion(unit, settings, cache, on, (acquired, motions), method)
-    anatomical = prepare_anatomy(unit, settings, cache, on, (motions[0], corrected))
+    motions, corrected = _undistort(unit, settings, cache, on, acquired)
+    modality = settings.anatomy.modality
+    led_by = "" if lead is None or lead.name == unit.name or unit.structural(modality) else lead.name
+    reference = motions[0], corrected
+    if lead is not None and led_by:
+        beside = cache.beside()
+        moved, undistorted = _undistort(lead, settings, beside, on, _acquire(lead, settings, beside))
+        reference = moved[0], undistorted
+    anatomical = prepare_anatomy(unit, settings, cache, on, reference)
     coregistered = cache.run(
-        coregister, "coregister", _coregister, motions[0], corrected, anatomical, settings.coregister
+        coregister, "coregister", _coregister, motions[0], corrected, anatomical, led_by, settings.coregister
     )
     aligned = (motions, corrected, coregistered, anatomical)
     preprocessed = cache.run(
@@ -111,7 +122,7 @@ def preprocess(
         denoised=denoised.value,
         motions=tuple(kept.value for kept in motions),
         distortion=corrected.value,
-        distortion_reason=reason,
+        distortion_reason=choose_distortion(unit, acquired.value, settings.distortion)[1],
         anatomy=anatomical.value,
         coregistration=coregistered.value,
         preprocessed=preprocessed.value,
@@ -119,6 +130,71 @@ def preprocess(
         seconds=dict(cache.seconds),
         device=str(on),
     )
+
+
+def _acquire(unit: Unit, settings: Settings, cache: Cache) -> Kept[Acquired]:
+    require_files(unit, settings.anatomy.modality)
+    raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
+    return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
+
+
+def _undistort(
+    unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: Kept[Acquired]
+) -> tuple[tuple[Kept[Motion], ...], Kept[Distortion | None]]:
+    """Motion of each blip, and the distortion between them."""
+    motions = tuple(
+        cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion)
+        for b, blip in enumerate(acquired.value.blips)
+        if (acquired.value.dwi.blip == b).any()
+    )
+    method, _ = choose_distortion(unit, acquired.value, settings.distortion)
+    return motions, _correct_distortion(unit, settings, cache, device, (acquired, motions), method)
+
+
+def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
+    """The unit whose b=0 reference stands in for the structural image that `unit` lacks.
+
+    It is the same for all units of a subject, or, sessionwise, of a session: the first whose distortion can be
+    corrected, or else the first.
+
+    Parameters
+    ----------
+    unit : Unit
+    units : sequence of Unit
+        Those that are processed, of this subject and perhaps of others.
+    settings : Settings
+    """
+    sessionwise = settings.anatomy.reference == "sessionwise"
+    alike = [
+        other for other in units if other.subject == unit.subject and (not sessionwise or other.session == unit.session)
+    ]
+    if settings.distortion.method != "none":
+        alike.sort(key=lambda other: not (other.reversed_pairs() or other.gre))
+    return alike[0] if alike else unit
+
+
+def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
+    """Find template and masks before anything long is begun; a template asked for by name is fetched if need be.
+
+    Raises
+    ------
+    InputError
+        If one is not to be had.
+    SettingsError
+        If one mask is to serve several subjects.
+    """
+    wanted = settings.anatomy
+    if wanted.mask and len({unit.subject for unit in units}) > 1 and Path(wanted.mask).is_file():
+        raise SettingsError(
+            f"--anat-mask {wanted.mask}: one mask for several subjects; put {{subject}} in place of the label, give a "
+            "folder of derivatives, or choose the subject with --participant-label"
+        )
+    note = load_template(wanted.template, wanted.modality, allow_network=bool(wanted.template)).note
+    if note and wanted.normalize and any(unit.structural(wanted.modality) for unit in units):
+        log.warning(note)
+    for unit in units:
+        if unit.structural(wanted.modality):
+            find_mask(unit, wanted)
 
 
 def prepare_anatomy(
@@ -129,13 +205,16 @@ def prepare_anatomy(
     reference: tuple[Kept[Motion], Kept[Distortion | None]] | None = None,
 ) -> Kept[Anatomy]:
     """The structural image of a unit; where it has none, the b=0 reference of `reference` stands in."""
-    template = load_template()
-    if unit.t1w and settings.anatomy.modality == "T1w":
-        images = cache.files(unit.t1w, "T1w", lambda: tuple(read_volume(path) for path in unit.t1w))
-        prepare = partial(_anatomy, device, template)
-        return cache.run(anatomy, "anatomy", prepare, images, template.name, settings.anatomy)
-    prepare = partial(_anatomy_from_b0, device, template)
-    return cache.run(anatomy, "anatomy-b0", prepare, reference, template.name, settings.anatomy)
+    found = load_template(settings.anatomy.template, settings.anatomy.modality)
+    template = cache.files(found.files, [found.name, found.note], lambda: found)
+    if paths := unit.structural(settings.anatomy.modality):
+        images = cache.files(paths, settings.anatomy.modality, lambda: tuple(read_volume(path) for path in paths))
+        given = find_mask(unit, settings.anatomy)
+        mask = cache.files((given,) if given else (), "mask", lambda: read_volume(given) if given else None)
+        prepare = partial(_anatomy, device)
+        return cache.run(anatomy, "anatomy", prepare, images, template, mask, settings.anatomy)
+    prepare = partial(_anatomy_from_b0, device)
+    return cache.run(anatomy, "anatomy-b0", prepare, reference, template, settings.anatomy)
 
 
 def choose_distortion(unit: Unit, acquired: Acquired, settings: DistortionSettings) -> tuple[str, str]:
@@ -213,18 +292,21 @@ def _distortion(
 
 
 def _anatomy(
-    device: torch.device, template: Template, images: tuple[Volume, ...], name: str, settings: AnatomySettings
+    device: torch.device,
+    images: tuple[Volume, ...],
+    template: Template,
+    mask: Volume | None,
+    settings: AnatomySettings,
 ) -> Anatomy:
     return with_cpu_fallback(
-        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings), device, images
+        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, mask), device, images
     )
 
 
 def _anatomy_from_b0(
     device: torch.device,
-    template: Template,
     reference: tuple[Motion, Distortion | None],
-    name: str,
+    template: Template,
     settings: AnatomySettings,
 ) -> Anatomy:
     dwiref, mask = reference_image(*reference)
@@ -241,9 +323,9 @@ def reference_image(moved: Motion, corrected: Distortion | None) -> tuple[Volume
 
 
 def _coregister(
-    moved: Motion, corrected: Distortion | None, anatomical: Anatomy, settings: CoregisterSettings
+    moved: Motion, corrected: Distortion | None, anatomical: Anatomy, led_by: str, settings: CoregisterSettings
 ) -> Coregistration:
-    return coregister.coregister(*reference_image(moved, corrected), anatomical, settings)
+    return coregister.coregister(*reference_image(moved, corrected), anatomical, settings, led_by)
 
 
 def _resample(
@@ -258,9 +340,10 @@ def _resample(
     )
 
 
-def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> dict[str, str]:
-    """What each stage would do for a unit, and why; nothing is computed."""
-    has_t1w = bool(unit.t1w) and settings.anatomy.modality == "T1w"
+def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit) -> dict[str, str]:
+    """What each stage would do for a unit, and why; nothing is computed. `lead` as `choose_lead` gives it."""
+    images = unit.structural(settings.anatomy.modality)
+    b0_way = "not needed" if lead.name == unit.name else f"its b=0 reference to that of {lead.name}"
     if settings.distortion.method == "none":
         susceptibility = "none: switched off"
     elif unit.reversed_pairs():
@@ -274,12 +357,13 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": susceptibility,
         "anatomy": (
-            f"{len(unit.t1w)} T1w image{'s' if len(unit.t1w) > 1 else ''}: N4, brain mask, ACPC, "
+            f"{len(images)} {settings.anatomy.modality} image{'s' if len(images) > 1 else ''}: "
+            f"{'N4, ' if settings.anatomy.biascorrect == 'n4' else ''}brain mask, ACPC, "
             + ("template" if settings.anatomy.normalize else "no template (switched off)")
-            if has_t1w
-            else "none: the b=0 reference is rotated to the template's axes"
+            if images
+            else f"none: the b=0 reference of {lead.name} is rotated to the template's axes"
         ),
-        "coregister": f"{settings.coregister.dof} degrees of freedom" if has_t1w else "not needed",
+        "coregister": f"{settings.coregister.dof} degrees of freedom" if images else b0_way,
         "resample": f"one cubic B-spline interpolation at {settings.resample.resolution:g} mm, "
         f"bias correction {settings.denoise.biascorrect}",
     }

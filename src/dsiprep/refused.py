@@ -7,9 +7,9 @@ NOT_HERE = {
     "--bids-database-dir": "the dataset is indexed in a second or two without a database; leave it out",
     "--low-mem": "series are memory-mapped anyway; leave it out",
     "--gpu": "one option serves all stages: use --device cuda",
-    "--infant": "infant templates are not built yet",
-    "--anatomical-template": "other templates are not built yet; MNI152NLin2009cAsym is used where TemplateFlow has it",
-    "--subject-anatomical-reference": "images of the first session serve all sessions of a subject (first-lex)",
+    "--infant": "ages are not read: name the template, as in --anatomical-template MNIInfant+2 --anat-modality T2w "
+    "--subject-anatomical-reference sessionwise (cohorts 1 to 11 of TemplateFlow's MNIInfant: 0-2, 2-5, 5-8, 8-11, "
+    "11-14, 14-17, 17-21, 21-27, 27-33, 33-44 and 44-60 months)",
     "--sdc-fieldmapless-method": "fieldmap-less correction is not built yet",
     "--sdc-anat-reference": "fieldmap-less correction is not built yet",
     "--use-syn-sdc": "fieldmap-less correction is not built yet",
@@ -40,7 +40,6 @@ NOT_BUILT = {
     ("--unringing-method", "svht"): "unringing is not built yet: use --unringing-method none",
     ("--dwi-biascorrect", "auto"): "use --dwi-biascorrect n4 or none",
     ("--anat-biascorrect", "auto"): "use --anat-biascorrect n4 or none",
-    ("--anat-modality", "T2w"): "T2w as the structural image is not built yet: use T1w or none",
     ("--distortion-group-merge", "average"): "averaging is not built yet: use none",
     ("--distortion-group-merge", "concat"): "joining outputs after their correction is not built yet: use none; "
     "blip-up and blip-down series that correct each other are one output anyway",

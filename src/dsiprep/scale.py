@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -146,11 +146,12 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
     use_threads(job.threads)
     finished: list[UnitResults] = []
     failures: list[tuple[str, str]] = []
-    for unit in job.units:
+    for unit in _leads_first(job):
         start = time.perf_counter()
         error, where = None, None
         try:
-            result = _run_unit(unit, job, tell)
+            good = tuple(other for other in job.units if other.name not in dict(failures))  # a failed one leads none
+            result = _run_unit(unit, replace(job, units=good), tell)
             finished += [result] if result is not None else []
         except Exception as problem:
             error, where = _explain(problem, unit.name, job.out)
@@ -158,6 +159,7 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
         yield Outcome(job.subject, unit.name, time.perf_counter() - start, error, where)
         if error and stop_on_first_crash:
             break
+    finished.sort(key=lambda result: [unit.name for unit in job.units].index(result.unit.name))
     if job.mode != "anat_only":
         start, name = time.perf_counter(), f"sub-{job.subject} report"
         try:
@@ -170,24 +172,35 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
         Cache(_work_folder(job)).clear()
 
 
+def _leads_first(job: Job) -> list[Unit]:
+    """Units in order, those first whose b=0 reference stands in for others' structural image."""
+    from dsiprep.pipeline import choose_lead
+
+    leading = {choose_lead(unit, job.units, job.settings).name for unit in job.units}
+    return sorted(job.units, key=lambda unit: unit.name not in leading)
+
+
 def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
     from dsiprep.device import choose
     from dsiprep.io.derivatives import write_anatomy_of, write_root, write_unit
     from dsiprep.io.templates import load_template
-    from dsiprep.pipeline import prepare_anatomy, preprocess
+    from dsiprep.pipeline import choose_lead, prepare_anatomy, preprocess
 
     redraw = job.mode in ("reports_only", "boilerplate_only")
     cache = Cache(_work_folder(job), lambda step: tell(unit.name, step), only_found=redraw)
     device = choose(job.device)
-    template = load_template() if job.settings.anatomy.normalize else None
+    template = None
+    if job.settings.anatomy.normalize:
+        template = load_template(job.settings.anatomy.template, job.settings.anatomy.modality)
     if job.mode == "anat_only":
-        if not unit.t1w:
-            raise DsiprepError(f"{unit.name}: --anat-only, but there is no T1w image; leave the option out")
+        modality = job.settings.anatomy.modality
+        if not unit.structural(modality):
+            raise DsiprepError(f"{unit.name}: --anat-only, but there is no {modality} image; leave the option out")
         anatomy = prepare_anatomy(unit, job.settings, cache, device)
         write_root(job.out, __version__)
-        write_anatomy_of(anatomy.value, unit, job.out, template)
+        write_anatomy_of(anatomy.value, unit, job.out, template, job.settings.anatomy)
         return None
-    results = preprocess(unit, job.settings, cache, device)
+    results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))
     if not redraw:
         tell(unit.name, "derivatives")
         write_unit(results, job.out, template)

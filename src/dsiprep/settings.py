@@ -98,7 +98,29 @@ class AnatomySettings:
     """The structural image: bias, brain, ACPC, template."""
 
     modality: str = option(
-        "T1w", "structural image; none works from the b=0 reference", "--anat-modality", choices=("T1w", "none")
+        "T1w", "structural image; none works from the b=0 reference", "--anat-modality", choices=("T1w", "T2w", "none")
+    )
+    reference: str = option(
+        "first-lex",
+        "where structural images are averaged: first-lex, all images of a subject in the space of the first by name; "
+        "unbiased, all in a space midway between them; sessionwise, those of each session by themselves, midway",
+        "--subject-anatomical-reference",
+        choices=("first-lex", "unbiased", "sessionwise"),
+    )
+    mask: str = option(
+        "",
+        "brain mask that is taken as it is: a file, a pattern with {subject} and {session}, or a folder of BIDS "
+        "derivatives with desc-brain_mask files",
+        "--anat-mask",
+        metavar="FILE|PATTERN|FOLDER",
+    )
+    template: str = option(
+        "",
+        "template: a name of TemplateFlow (MNI152NLin6Asym, MNIInfant+2), fetched where it is not on this machine, or "
+        "the T1w or T2w file of one of your own, with mask and tissue priors beside it under TemplateFlow's names; by "
+        "default MNI152NLin2009cAsym where TemplateFlow has it, otherwise MNI152NLin2009aSym",
+        "--anatomical-template",
+        metavar="NAME|FILE",
     )
     biascorrect: str = option(
         "n4", "N4 bias correction of the structural image", "--anat-biascorrect", choices=("n4", "none")

@@ -9,7 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 
 from dsiprep.data.acquisition import Unit
-from dsiprep.pipeline import STEPS, plan_stages
+from dsiprep.pipeline import STEPS, choose_lead, plan_stages
 from dsiprep.scale import Job, Outcome, run_jobs
 from dsiprep.settings import Settings
 
@@ -23,7 +23,7 @@ def print_plan(units: Sequence[Unit], settings: Settings) -> None:
         scheme = scheme_of(unit, settings.acquisition.b0_threshold)
         console.print(explain(unit, scheme), markup=False)
         console.print("  Stages:")
-        for stage, method in plan_stages(unit, scheme, settings).items():
+        for stage, method in plan_stages(unit, scheme, settings, choose_lead(unit, units, settings)).items():
             console.print(f"    {stage:<12} {method}", markup=False)
         console.print()
 

@@ -143,6 +143,10 @@ class Unit:
         directions = {run.pe.direction for run in self.runs if run.pe} | {epi.pe.direction for epi in self.epis}
         return sorted(d for d in directions if (d.rstrip("-") in directions and d.rstrip("-") + "-" in directions))
 
+    def structural(self, modality: str) -> tuple[Path, ...]:
+        """The images of "T1w" or "T2w"; none for "none"."""
+        return {"T1w": self.t1w, "T2w": self.t2w}.get(modality, ())
+
     def facts(self) -> list[object]:
         """What the sidecars say of those files: phase encodings and acquisition fields."""
         return [[run.pe, run.metadata] for run in self.runs] + [epi.pe for epi in self.epis]

@@ -215,12 +215,26 @@ class Anatomy:
 
 @dataclass(frozen=True, eq=False)
 class Coregistration:
-    """dwiref to ACPC: `dwiref_to_acpc` maps points of ACPC to points of the undistorted dwiref."""
+    """dwiref to ACPC.
+
+    Attributes
+    ----------
+    dwiref_to_acpc : Affine
+        Points of ACPC to points of the undistorted dwiref.
+    score_before, score_after : float
+        Agreement where the scanner's coordinates put the images, and after; larger is better.
+    metric : str
+        "mi" (normalised mutual information), "cc" (correlation) or "none" (there was nothing to register to).
+    led_by : str
+        The unit whose b=0 reference it was registered to; empty where that is a structural image, or its own.
+    """
 
     dwiref_to_acpc: Affine
     score_before: float
     score_after: float
     metric: str
+    led_by: str = ""
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

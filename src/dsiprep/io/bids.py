@@ -31,7 +31,7 @@ from dsiprep.io.fieldmaps import gre_fieldmap
 from dsiprep.io.filters import Filters, apply_filters, check_filters, entities
 from dsiprep.io.nifti import count_volumes
 from dsiprep.io.raw import explain, read_unit, require_files, scheme_of
-from dsiprep.io.reasons import reasons
+from dsiprep.io.reasons import reasons, structural_notes
 from dsiprep.io.sidecars import check_pair, kept_fields, phase_encoding
 from dsiprep.settings import Settings
 
@@ -48,6 +48,8 @@ class _Options:
     separate_all_dwis: bool
     merge: str
     b0_threshold: float
+    modality: str = "T1w"
+    reference: str = "first-lex"
 
 
 def find_units(
@@ -69,7 +71,7 @@ def find_units(
     bids_dir : Path
         Root of the dataset.
     settings : Settings
-        `acquisition.b0_threshold` matters.
+        `acquisition.b0_threshold`, `anatomy.modality` and `anatomy.reference` matter.
     participants, sessions : sequence of str, optional
         Labels, with or without `sub-` and `ses-`; all by default.
     filters : dict, optional
@@ -104,7 +106,10 @@ def find_units(
     catalog = Bids2TableCatalog(root)
     labels = _labels(catalog, participants)
     chosen = [session.removeprefix("ses-") for session in sessions] if sessions else None
-    options = _Options(frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold)
+    options = _Options(
+        frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold,
+        settings.anatomy.modality, settings.anatomy.reference,
+    )  # fmt: skip
     units: list[Unit] = []
     for label in labels:
         try:
@@ -174,12 +179,12 @@ def _units_of_subject(
 
 
 def _of_sessions(data: dict[str, list[str]], sessions: list[str] | None) -> dict[str, list[str]]:
-    """Series of the sessions asked for and fieldmaps they may use; T1w of all, since one anatomy serves a subject."""
+    """Series of the sessions asked for and fieldmaps they may use; structural images of all: one anatomy may serve."""
     if sessions is None:
         return data
-    wanted: dict[str, list[str | None]] = {"dwi": [*sessions], "fmap": [*sessions, None], "t2w": [*sessions, None]}
+    wanted: dict[str, list[str | None]] = {"dwi": [*sessions], "fmap": [*sessions, None]}
     return {
-        kind: [path for path in paths if kind == "t1w" or entities(path).get("ses") in wanted[kind]]
+        kind: [path for path in paths if kind in ("t1w", "t2w") or entities(path).get("ses") in wanted[kind]]
         for kind, paths in data.items()
     }
 
@@ -210,21 +215,12 @@ class _Subject:
         rounded = round(pe.readout_time / READOUT_TOLERANCE) * READOUT_TOLERANCE
         return replace(record, signature=replace(record.signature, readout_time=rounded))
 
-    def t1w(self, session: str | None) -> tuple[tuple[Path, ...], str | None]:
-        """The images of the first session that has any, for all sessions alike; a note if they were borrowed."""
-        images = [record for record in self.records if record.is_anat and record.suffix == "T1w"]
-        if not images:
-            return (), None
-        first = min(record.session or "" for record in images)
-        shared = sorted(record.path for record in images if (record.session or "") == first)
-        borrowed = first and first != session
-        note = f"The T1w of ses-{first} serves all sessions of the subject, this one too." if borrowed else None
-        return tuple(map(Path, shared)), note
-
-    def t2w(self, session: str | None) -> tuple[Path, ...]:
-        """The images of a session and those that all sessions share."""
-        images = [record for record in self.records if record.is_anat and record.suffix == "T2w"]
-        return tuple(Path(record.path) for record in images if session is None or record.session in (session, None))
+    def structural(self, suffix: str, session: str | None) -> tuple[Path, ...]:
+        """T1w or T2w by name: those of all sessions, or, sessionwise, a session's own and shared ones."""
+        images = [record for record in self.records if record.is_anat and record.suffix == suffix]
+        if self.options.reference == "sessionwise" and session is not None:
+            images = [record for record in images if record.session in (session, None)]
+        return tuple(Path(path) for path in sorted(record.path for record in images))
 
 
 def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWIGrouping, bool]]:
@@ -324,11 +320,12 @@ def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool, alone: bool) 
     if "sdc" not in subject.options.ignore:
         members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
         notes += [note for path in members for note in subject.notes.get(path, ())]
-    t1w, borrowed = subject.t1w(session)
-    notes += [borrowed] if borrowed else []
+    t1w, t2w = (subject.structural(suffix, session) for suffix in ("T1w", "T2w"))
+    modality, there = subject.options.modality, {record.suffix for record in subject.records if record.is_anat}
+    notes += structural_notes(modality, session, {"T1w": t1w, "T2w": t2w}.get(modality, ()), there)
     name = planned.output_name
     gre = None if subject.options.ignore & {"fieldmaps", "sdc"} else gre_fieldmap(planned)
-    return Unit(subject.label, session, name, runs, epis, t1w, subject.t2w(session), tuple(dict.fromkeys(notes)), gre)
+    return Unit(subject.label, session, name, runs, epis, t1w, t2w, tuple(dict.fromkeys(notes)), gre)
 
 
 def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:

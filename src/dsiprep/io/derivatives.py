@@ -27,6 +27,7 @@ from dsiprep.io import gradients, itk
 from dsiprep.io.nifti import write_image
 from dsiprep.ops.field import chain_displacement
 from dsiprep.ops.sample import pull
+from dsiprep.settings import AnatomySettings
 
 BIDSIGNORE = """\
 *_xfm.*
@@ -83,11 +84,12 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
     OutputError
         If the disk is full or the folder cannot be written.
     """
+    settings = results.settings.anatomy
     with _staged(out, results.unit.name) as stage:
         subject = stage / f"sub-{results.unit.subject}"
         session = subject / f"ses-{results.unit.session}" if results.unit.session else subject
         if results.anatomy.modality != "none":
-            write_anatomy(results.anatomy, results.unit, subject / "anat", template)
+            write_anatomy(results.anatomy, results.unit, stage, anatomy_stem(results.unit, settings), template)
         _write_series(results, session / "dwi")
         _write_transforms(results, session)
         _write_tables(results, session / "dwi")
@@ -96,7 +98,8 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
     _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*"), written)
     _sweep(place / "fmap", (f"{name}_desc-*",), written)
     if results.anatomy.modality != "none":
-        _sweep(out / subject.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
+        for folder in {subject, session}:
+            _sweep(out / folder.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
     return sorted(path.relative_to(out) for path in written)
 
 
@@ -108,16 +111,26 @@ def _sweep(folder: Path, patterns: tuple[str, ...], written: set[Path]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def write_anatomy_of(anatomy: Anatomy, unit: Unit, out: Path, template: Template | None) -> None:
+def write_anatomy_of(
+    anatomy: Anatomy, unit: Unit, out: Path, template: Template | None, settings: AnatomySettings
+) -> None:
     """Only the structural files of a unit, under the root of the derivatives (`--anat-only`)."""
     with _staged(out, f"{unit.name}-anat") as stage:
-        write_anatomy(anatomy, unit, stage / f"sub-{unit.subject}" / "anat", template)
+        write_anatomy(anatomy, unit, stage, anatomy_stem(unit, settings), template)
 
 
-def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template | None) -> None:
+def anatomy_stem(unit: Unit, settings: AnatomySettings) -> str:
+    """Where structural files of a unit lie and how they begin: one anatomy for a subject, or one for each session."""
+    subject = f"sub-{unit.subject}"
+    if unit.session is None or settings.reference != "sessionwise":
+        return f"{subject}/anat/{subject}"
+    return f"{subject}/ses-{unit.session}/anat/{subject}_ses-{unit.session}"
+
+
+def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template: Template | None) -> None:
     """The structural image, its tissues and its transforms, in ACPC and in the template's space."""
+    folder, name = (root / stem).parent, Path(stem).name
     folder.mkdir(parents=True, exist_ok=True)
-    name = f"sub-{unit.subject}"
     images: dict[str, tuple[torch.Tensor, bool]] = {
         f"desc-preproc_{anatomy.modality}": (anatomy.image.data, False),
         "desc-brain_mask": (anatomy.mask.data, True),
@@ -132,7 +145,7 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
     anat_to_acpc = anatomy.anat_to_acpc
     itk.write_affine(folder / f"{name}_from-anat_to-ACPC_mode-image_xfm.mat", anat_to_acpc)
     itk.write_affine(folder / f"{name}_from-ACPC_to-anat_mode-image_xfm.mat", anat_to_acpc.inverse())
-    for source, orig_to_anat in zip(_originals(unit), anatomy.orig_to_anat, strict=True):
+    for source, orig_to_anat in zip(_originals(unit.structural(anatomy.modality)), anatomy.orig_to_anat, strict=True):
         itk.write_affine(folder / f"{source}_from-orig_to-anat_mode-image_xfm.txt", orig_to_anat)
     if anatomy.acpc_to_template is None or anatomy.template_to_acpc is None:
         return
@@ -146,9 +159,9 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, folder: Path, template: Template
             _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space)
 
 
-def _originals(unit: Unit) -> tuple[str, ...]:
+def _originals(images: tuple[Path, ...]) -> tuple[str, ...]:
     """A name for each structural image: QSIPrep's where there is one, all its entities where there are several."""
-    stems = [path.name.partition(".")[0].rpartition("_")[0] for path in unit.t1w]
+    stems = [path.name.partition(".")[0].rpartition("_")[0] for path in images]
     if len(stems) > 1:
         return tuple(stems)
     return tuple("_".join(part for part in stem.split("_") if part.startswith(("sub-", "ses-"))) for stem in stems)
@@ -283,10 +296,11 @@ CONFOUNDS = {
 
 
 def _anatomical_reference(results: UnitResults) -> str:
-    subject, modality = results.unit.subject, results.anatomy.modality
+    modality = results.anatomy.modality
     if modality == "none":
-        return "The b=0 reference, rotated to the template's axes"
-    return f"sub-{subject}/anat/sub-{subject}_space-ACPC_desc-preproc_{modality}.nii.gz"
+        of = f" of {results.coregistration.led_by}" if results.coregistration.led_by else ""
+        return f"The b=0 reference{of}, rotated to the template's axes"
+    return f"{anatomy_stem(results.unit, results.settings.anatomy)}_space-ACPC_desc-preproc_{modality}.nii.gz"
 
 
 def _write_map(stem: Path, volume: Volume, discrete: bool = False, reference: str = "ACPC") -> None:

@@ -10,9 +10,10 @@ import gzip
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.errors import InputError, OutputError
 
+T = TypeVar("T")
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff"  # no name, no time: equal data give equal files
 
 
@@ -44,8 +46,8 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
         If the file is missing, unreadable, truncated, not real-valued, not 3-D or 4-D, has values that are
         not numbers, or does not say where its voxels are.
     """
-    image = _open(Path(path))
-    grid = _grid(image, path)
+    image = _checked(open_nifti(path), path)
+    grid = grid_of(image, path)
     shape = tuple(int(n) for n in image.shape)
     volumes = shape[3] if len(shape) == 4 else 1
     data = np.empty((volumes, *shape[:3]), np.float32)
@@ -79,23 +81,17 @@ def read_volume(path: Path) -> Volume:
 
 def read_shape(path: Path) -> tuple[int, ...]:
     """The shape that the header tells, (i, j, k) or (i, j, k, n), without reading the voxels."""
-    path = Path(path)
-    try:
-        with path.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else path.open("rb") as stream:
-            head = stream.read(540)
-        image = _header(head).from_fileobj(_Bytes(head), check=False)
-        return tuple(int(n) for n in image.get_data_shape())
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        ValueError,
-        struct.error,
-        nib.spatialimages.HeaderDataError,
-    ) as problem:
-        raise InputError(f"{path}: not readable as NIfTI ({_short(problem)})") from None
+    return _from_header(path, lambda header: tuple(int(n) for n in header.get_data_shape()))
+
+
+def read_spacing(path: Path) -> tuple[float, float, float]:
+    """The voxel size in mm that the header tells, without reading the voxels."""
+
+    def sizes(header: Any) -> tuple[float, float, float]:
+        i, j, k = (float(size) for size in header.get_zooms()[:3])
+        return i, j, k
+
+    return _from_header(path, sizes)
 
 
 def count_volumes(path: Path, unreadable: int) -> int:
@@ -188,7 +184,9 @@ def lps_axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]
     return (order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2])
 
 
-def _open(path: Path) -> Any:
+def open_nifti(path: Path) -> Any:
+    """The nibabel image of a file that was read whole, of any number of axes; errors as `read_image`."""
+    path = Path(path)
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
@@ -204,10 +202,9 @@ def _open(path: Path) -> Any:
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
     try:
-        image = (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(content)
+        return (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(content)
     except Exception as problem:  # nibabel raises many kinds
         raise InputError(f"{path}: not readable as NIfTI ({_short(problem)}); convert it again") from None
-    return _checked(image, path)
 
 
 def _checked(image: Any, path: Path) -> Any:
@@ -219,6 +216,26 @@ def _checked(image: Any, path: Path) -> Any:
     if image.get_data_dtype().kind not in "iuf":
         raise InputError(f"{path}: voxels are of type {image.get_data_dtype()}, but real numbers are wanted")
     return image if shape == image.shape else image.slicer[(..., *([0] * (len(image.shape) - 4)))]
+
+
+def _from_header(path: Path, ask: Callable[[Any], T]) -> T:
+    """What a header tells, from the first bytes of the file."""
+    path = Path(path)
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            head = stream.read(540)
+        return ask(_header(head).from_fileobj(_Bytes(head), check=False))
+    except (
+        OSError,
+        EOFError,
+        zlib.error,
+        ValueError,
+        struct.error,
+        nib.spatialimages.HeaderDataError,
+    ) as problem:
+        raise InputError(f"{path}: not readable as NIfTI ({_short(problem)})") from None
 
 
 def _header(content: bytes) -> Any:
@@ -250,7 +267,8 @@ class _Bytes:
         self.place = place
 
 
-def _grid(image: Any, path: Path) -> Grid:
+def grid_of(image: Any, path: Path) -> Grid:
+    """Where the voxels of a nibabel image are; `InputError` where its header does not say."""
     header = image.header
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         raise InputError(

@@ -36,7 +36,7 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
     GradientError
         If a b-table cannot be used, or no volume of a phase encoding is b=0.
     """
-    require_files(unit)
+    require_files(unit, settings.anatomy.modality)
     threshold = settings.acquisition.b0_threshold
     runs = tuple(_read_run(run, threshold) for run in unit.runs)
     for direction in {_direction(run) for run in runs}:
@@ -44,16 +44,15 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
         bvals = np.concatenate([run.bvals for run in same])
         require_b0(bvals, threshold, ", ".join(run.name for run in same))
     epis = tuple(_read_epi(epi, threshold) for epi in unit.epis)
-    if settings.anatomy.modality == "T1w":
-        for path in unit.t1w:
-            read_volume(path)
+    for path in unit.structural(settings.anatomy.modality):
+        read_volume(path)
     if unit.gre:
         read_fieldmap(unit.gre)
     return RawUnit(unit.name, runs, epis)
 
 
-def require_files(unit: Unit) -> None:
-    """Raise an InputError for the first file of the unit that is not there."""
+def require_files(unit: Unit, modality: str = "T1w") -> None:
+    """Raise an InputError for the first file of the unit that is not there; `modality` of the structural images."""
     for run in unit.runs:
         for table, what in ((run.bval, "b-values"), (run.bvec, "b-vectors")):
             if not table.is_file():
@@ -61,7 +60,7 @@ def require_files(unit: Unit) -> None:
                     f"{run.image}: no {what}: {table.name} is neither beside it nor inherited; add it, or "
                     "leave the run out with --bids-filter-file"
                 )
-    for path in (*unit.files(), *unit.t1w, *(unit.gre.files() if unit.gre else ())):
+    for path in (*unit.files(), *unit.structural(modality), *(unit.gre.files() if unit.gre else ())):
         if not path.is_file():
             raise InputError(f"{path}: there is no such file; is it a dangling link (datalad get fetches it)?")
 

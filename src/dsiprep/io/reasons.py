@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 from qsiplan import PreprocUnit, Provenance
 from qsiplan.validation import GroupingIssue
+
+from dsiprep.io.filters import entities
 
 # told here in other words, or about what dsiprep does not do
 OWN_WORDS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs"})
@@ -127,3 +130,31 @@ def _in_our_words(issue: GroupingIssue) -> str:
             "this one; add B0FieldIdentifier and B0FieldSource, or IntendedFor, to pair it."
         )
     return str(issue.message).replace("QSIPrep", "dsiprep").replace("qsiprep", "dsiprep")
+
+
+def structural_notes(modality: str, session: str | None, images: Sequence[Path], there: Set[str]) -> list[str]:
+    """Which sessions' structural images serve a session, where that is not plain; what else could serve.
+
+    Parameters
+    ----------
+    modality : str
+        That was asked for: "T1w", "T2w" or "none".
+    images : sequence of Path
+        Of that modality, as they serve the session.
+    there : set of str
+        Suffixes of all structural images of the subject.
+    """
+    sessions = sorted({entities(path).get("ses", "") for path in images} - {""})
+    if sessions and sessions != [session]:
+        several = "s" if len(sessions) == 1 else ""
+        names = " and ".join(f"ses-{name}" for name in sessions)
+        return [f"The {modality} of {names} serve{several} all sessions of the subject, this one too."]
+    if images or modality == "none":
+        return []
+    if modality in there:
+        return [f"This session has no {modality} of its own, and sessionwise it borrows none."]
+    return [
+        f"There is no {modality}, but there is a {other}: --anat-modality {other} would use it."
+        for other in ("T1w", "T2w")
+        if other in there
+    ]

@@ -28,12 +28,13 @@ def agreement(seen: torch.Tensor, predicted: torch.Tensor) -> tuple[np.ndarray, 
     r2, xcorr : ndarray, (n,), float64
         R² is 1 less the variance of the difference over that of the volume.
     """
-    one = seen - seen.mean(1, keepdim=True)
-    two = predicted - predicted.mean(1, keepdim=True)
-    total = one.square().sum(1).clamp(min=1e-12)
-    r2 = 1 - (one - two).square().sum(1) / total
-    xcorr = (one * two).sum(1) / (total * two.square().sum(1).clamp(min=1e-12)).sqrt()
-    return r2.cpu().numpy().astype(float), xcorr.cpu().numpy().astype(float)
+    r2, xcorr = np.empty(len(seen)), np.empty(len(seen))
+    for row, (value, expected) in enumerate(zip(seen, predicted, strict=True)):
+        one, two = value - value.mean(), expected - expected.mean()
+        total = one.square().sum().clamp(min=1e-12)
+        r2[row] = float(1 - (one - two).square().sum() / total)
+        xcorr[row] = float((one * two).sum() / (total * two.square().sum().clamp(min=1e-12)).sqrt())
+    return r2, xcorr
 
 
 def trust(seen: torch.Tensor, predicted: torch.Tensor, bvals: np.ndarray) -> np.ndarray:
@@ -49,7 +50,7 @@ def trust(seen: torch.Tensor, predicted: torch.Tensor, bvals: np.ndarray) -> np.
     -------
     ndarray, (n,)
     """
-    rms = (seen - predicted).square().mean(1).sqrt().cpu().numpy().astype(float)
+    rms = np.array([float((one - two).square().mean().sqrt()) for one, two in zip(seen, predicted, strict=True)])
     order = np.argsort(bvals, kind="stable")
     usual = np.empty(len(rms))
     for place, volume in enumerate(order):

@@ -8,7 +8,7 @@ import numpy as np
 
 from dsiprep.errors import GradientError, SettingsError
 
-SCHEMES = ("dsi257", "dsi101", "hasc55", "multishell")
+SCHEMES = ("dsi257", "dsi515", "dsi101", "hasc55", "multishell")
 PROTOCOL_SEED = 2008  # the order of a scheme is part of the protocol, not of the subject
 
 
@@ -17,6 +17,7 @@ def gradient_table(scheme: str) -> tuple[np.ndarray, np.ndarray]:
 
     - dsi257: half of the Cartesian lattice of radius 5, b to 7000 s/mm² (Wedeen et al. 2005,
       doi 10.1002/mrm.20642), 13 b=0.
+    - dsi515: the whole of that lattice, 26 b=0.
     - dsi101: half of the 203-point lattice, squared radius 13, b to 4000 (Kuo et al. 2008,
       doi 10.1016/j.neuroimage.2008.01.063), 6 b=0.
     - hasc55: 55 random points of the radius-5 lattice, b to 5000 (compressed sensing), 6 b=0.
@@ -37,6 +38,9 @@ def gradient_table(scheme: str) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(PROTOCOL_SEED)
     if scheme == "dsi257":
         q, top, n_b0 = half_lattice(25), 7000.0, 13
+    elif scheme == "dsi515":
+        half = half_lattice(25)
+        q, top, n_b0 = np.concatenate([half, -half]), 7000.0, 26
     elif scheme == "dsi101":
         q, top, n_b0 = half_lattice(13), 4000.0, 6
     elif scheme == "hasc55":

@@ -17,7 +17,7 @@ class PhantomSettings:
 
     scheme: str = option(
         "dsi257",
-        "sampling scheme: dsi257, dsi101, hasc55, multishell, or two FSL files BVAL,BVEC",
+        "sampling scheme: dsi257, dsi515, dsi101, hasc55, multishell, or two FSL files BVAL,BVEC",
         "--scheme",
         metavar="SCHEME",
     )

@@ -156,13 +156,16 @@ def _anatomy(results: UnitResults) -> list[str]:
         return [methods["none"]] if "none" in methods else []
     normalised = found.acpc_to_template is not None
     steps = {
-        "several": len(results.unit.t1w) > 1,
+        "several": len(found.orig_to_anat) > 1 and results.settings.anatomy.reference == "first-lex",
+        "unbiased": len(found.orig_to_anat) > 1 and results.settings.anatomy.reference != "first-lex",
         "n4": results.settings.anatomy.biascorrect == "n4",
-        found.modality: True,
+        "T1w": True,
         "tissue": found.tissue is not None,
         "normalize": normalised,
     }
-    texts = [methods[name] for name, applies in steps.items() if applies and name in methods]
+    texts = [
+        methods[name].replace("T1w", found.modality) for name, applies in steps.items() if applies and name in methods
+    ]
     if normalised:
         texts.append(f"The template was {found.template} [@fonov2011], under its name in TemplateFlow [@ciric2022].")
     return texts
@@ -184,7 +187,7 @@ def _diffusion(results: UnitResults) -> list[str]:
     biascorrect = results.settings.denoise.biascorrect
     corrected = results.distortion
     models = list(dict.fromkeys(motion.model for motion in results.motions))
-    registered = "none" if results.anatomy.modality == "none" else "mi"
+    registered = results.coregistration.metric
     return [
         *_reading(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],

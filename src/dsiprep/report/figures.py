@@ -206,7 +206,8 @@ def coregistration(preprocessed: Preprocessed, anatomy: Anatomy) -> list[tuple[s
     inside = layout.paint(anatomy.mask)
     contours = tissue_contour(layout, anatomy)
     frames = []
-    for name, volume in (("dwiref", preprocessed.dwiref), (anatomy.modality, anatomy.image)):
+    other = "reference" if anatomy.modality == "none" else anatomy.modality
+    for name, volume in (("dwiref", preprocessed.dwiref), (other, anatomy.image)):
         canvas = layout.paint(volume)
         frames.append((name, picture(layout, colour(canvas, window(canvas, inside, 99)), contours)))
     return frames

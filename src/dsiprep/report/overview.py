@@ -11,6 +11,7 @@ from dsiprep.report.words import (
     BLIPS,
     METHODS,
     MODELS,
+    SCORES,
     STAGES,
     duration,
     encoding,
@@ -35,6 +36,7 @@ def summary(results: UnitResults, album: Album) -> Section:
         "Head motion": [note for motion in results.motions for note in motion.notes],
         "Distortion": list(results.distortion.notes) if results.distortion else [results.distortion_reason],
         "Anatomy": list(results.anatomy.notes),
+        "Coregistration": list(results.coregistration.notes),
         "Quality": list(results.quality.notes),
     }
     models = dict.fromkeys(motion.model for motion in results.motions)
@@ -103,9 +105,10 @@ def _headline(results: UnitResults) -> tuple[tuple[str, ...], ...]:
             "How well each volume follows from all others",
         ),
         (
-            f"Coregistration ({score.metric})",
+            f"Coregistration ({SCORES[score.metric].lower()})",
             f"{number(score.score_before)} → {number(score.score_after)}",
-            "Agreement of b=0 and structural image before and after; compare it between your own subjects",
+            f"Agreement of b=0 and {'b=0 of ' + score.led_by if score.led_by else 'structural image'} before and "
+            "after; compare it between your own subjects",
         ),
         (
             "Mask overlap",
@@ -125,7 +128,8 @@ def acquisition(results: UnitResults, album: Album) -> Section:
         scale = acquired.scales[index] if index < len(acquired.scales) else 1.0
         rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
     rows += [(epi.image.name, "EPI reference", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
-    rows += [(path.name, "T1w", "", "", "") for path in unit.t1w]
+    modality = results.settings.anatomy.modality
+    rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(
         "acquisition",
         "Acquisition",

@@ -13,7 +13,7 @@ from dsiprep.ops.affine import rigid_parameters
 from dsiprep.report import figures, plots
 from dsiprep.report.album import Album, Fact, Picture, Section
 from dsiprep.report.overview import acquisition, quality, summary
-from dsiprep.report.words import BLIPS, LOST, encoding, in_words
+from dsiprep.report.words import BLIPS, LOST, SCORES, encoding, in_words
 
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
 
@@ -280,31 +280,29 @@ def anatomy(results: UnitResults, album: Album) -> Section:
 
 def coregistration(results: UnitResults, album: Album) -> Section:
     """The b=0 reference on the structural image."""
-    found = results.coregistration
-    if results.anatomy.modality == "none":
-        return Section(
-            "coregistration", "Coregistration", "Without a structural image there was nothing to register to."
-        )
+    found, title = results.coregistration, "Coregistration"
+    alike = results.anatomy.modality == "none"
+    if found.metric == "none":
+        lead = "Without a structural image, the b=0 reference of this series was itself turned to ACPC space."
+        return Section("coregistration", title, lead)
+    onto = f"b=0 reference of {found.led_by}" if alike else "structural image"
     pictures = album.turning(
         "coreg",
         figures.coregistration(results.preprocessed, results.anatomy),
-        "b=0 reference and structural image in turn, under outlines of brain and white matter.",
-        "The b=0 reference (corrected, ACPC) and the structural image under one set of outlines.",
+        f"b=0 reference and {onto} in turn, under outlines of the brain.",
+        f"The b=0 reference (corrected, ACPC) and the {onto} under one set of outlines.",
         "Follow the rim of the brain, the ventricles and the central sulcus as the pictures change: "
-        "nothing should jump.",
+        "nothing should jump" + (", but for distortion that only one of the two series has." if alike else "."),
     )
-    parameters = rigid_parameters(found.dwiref_to_acpc.matrix, results.anatomy.image.grid.centre)
+    there, middle = np.asarray(results.anatomy.anat_to_acpc.matrix), results.anatomy.image.grid.centre
+    moved = rigid_parameters(found.dwiref_to_acpc.matrix @ np.linalg.inv(there), there[:3] @ [*middle, 1])
     facts = (
-        Fact(f"{found.metric}", f"{found.score_before:.4g} → {found.score_after:.4g}", "before → after"),
-        Fact(
-            "Rotation",
-            f"{np.degrees(np.linalg.norm(parameters[:3])):.1f}°",
-            "of the head from scanner to ACPC axes",
-        ),
-        Fact("Translation", f"{np.linalg.norm(parameters[3:]):.1f} mm"),
+        Fact(SCORES[found.metric], f"{found.score_before:.4g} → {found.score_after:.4g}", "before → after"),
+        Fact("Rotation", f"{np.degrees(np.linalg.norm(moved[:3])):.1f}°", f"of the head between the {onto} and this"),
+        Fact("Translation", f"{np.linalg.norm(moved[3:]):.1f} mm", "at the middle of the head"),
     )
-    lead = "How well the corrected b=0 lies on the structural image. All later results lean on this step."
-    return Section("coregistration", "Coregistration", lead, pictures, facts)
+    lead = f"How well the corrected b=0 lies on the {onto}. All later results lean on this step."
+    return Section("coregistration", title, lead, pictures, facts, found.notes)
 
 
 def output(results: UnitResults, album: Album) -> Section:

@@ -23,6 +23,11 @@ METHODS = {
     "drbuddi": "blip-up/blip-down (DRBUDDI model)",
     "gre": "gradient-echo fieldmap",
 }
+SCORES = {
+    "mi": "Normalised mutual information",
+    "cc": "Correlation of the b=0 images",
+    "none": "Not needed",
+}
 MODELS = {
     "3dSHORE": "SHORELine, 3dSHORE model",
     "tensor": "SHORELine, tensor model",

@@ -15,14 +15,15 @@ from dsiprep.errors import InputError
 from dsiprep.ops.affine import nearest_rotation
 from dsiprep.ops.bias import n4_bias
 from dsiprep.ops.diffeomorphic import register_diffeomorphic
-from dsiprep.ops.field import chain_displacement
+from dsiprep.ops.field import chain_displacement, fit_between
 from dsiprep.ops.linear import register_linear
 from dsiprep.ops.mask import brain_mask_b0, brain_mask_t1w
 from dsiprep.ops.sample import pull
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
+from dsiprep.stages.reference import average_images
 
-VERSION = 3
+VERSION = 4
 METHODS = {
     "T1w": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
@@ -33,6 +34,11 @@ METHODS = {
     ),
     "several": (
         "The T1w images were rigidly aligned to the first one by correlation, scaled to one brightness and averaged."
+    ),
+    "unbiased": (
+        "The T1w images were scaled to one brightness, rigidly aligned by correlation and averaged in the space midway "
+        "between them [@reuter2012], so that none of them is privileged; values far from the median of three or more "
+        "were left out."
     ),
     "n4": ("Intensities of the structural image were corrected for receive bias with N4 [@tustison2010]."),
     "tissue": (
@@ -58,6 +64,8 @@ SHRINK_MM = 4.0  # distance of the voxels that N4 sees
 MARGIN_MM = 5.0  # around the head, on each side
 AGREE_DICE = 0.9  # below it the two brain masks are worth a look
 LEAST_BRAIN_ML, MOST_BRAIN_ML = 300.0, 2500.0  # no human brain outside of it
+LEAST_OVERLAP = 0.9  # of a given mask inside the field of view
+LEAST_SHARE, MOST_SHARE = 0.15, 2.0  # of the template's brain: from the newborn's to the largest
 LEAST_PIECE = 0.05  # of the largest piece of the head; smaller ones are noise
 DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
 
@@ -68,19 +76,22 @@ def process_anatomy(
     dwiref_mask: Volume | None,
     template: Template,
     settings: AnatomySettings,
+    mask: Volume | None = None,
 ) -> Anatomy:
     """Bring the structural image to ACPC space and find brain, tissue and template in it.
 
     Parameters
     ----------
     images : tuple of Volume
-        Native T1w images, possibly none; several are averaged in the space of the first.
+        Native images of `settings.modality`, possibly none; several are averaged as `settings.reference` says.
     dwiref, dwiref_mask : Volume or None
-        The undistorted b=0 reference and its brain, which stand in where there is no T1w, or
+        The undistorted b=0 reference and its brain, which stand in where there is no structural image, or
         `settings.modality` is "none"; the mask is found where it is None.
     template : Template
         Its world is ACPC-like, with the anterior commissure at the origin.
     settings : AnatomySettings
+    mask : Volume, optional
+        The brain in the (average) structural image, on any grid; found where it is None.
 
     Returns
     -------
@@ -89,19 +100,21 @@ def process_anatomy(
     Raises
     ------
     InputError
-        If there is neither a T1w nor a b=0 reference, or an image is empty.
+        If there is neither a structural image nor a b=0 reference, an image is empty, or `mask` is not its brain.
     """
     if images and settings.modality != "none":
-        return _from_t1w(images, template, settings)
+        return _from_t1w(images, template, settings, mask)
     if dwiref is None:
         raise InputError("no structural image and no b=0 reference: give one of them")
     return _from_dwiref(dwiref, dwiref_mask or brain_mask_b0(dwiref), template)
 
 
-def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings) -> Anatomy:
+def _from_t1w(
+    images: tuple[Volume, ...], template: Template, settings: AnatomySettings, given: Volume | None
+) -> Anatomy:
     device = images[0].data.device
-    native, poses, notes = _average(images)
-    mask, doubt = _brain(native)
+    native, poses, notes = average_images(images, unbiased=settings.reference != "first-lex")
+    mask, doubt = _brain(native) if given is None else (_taken(given, native, template), ())
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
     brain = Volume(native.data * mask.data, native.grid)
@@ -114,24 +127,19 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
     inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
     brain = Volume(image.data * inside.data, grid)
     forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
-    priors = pull(
-        template.tissue.to(device),
-        template.brain.grid,
-        grid,
-        displacement=chain_displacement(back, grid, device),
-    )
+    priors = _priors(template, back, grid, device)
     return Anatomy(
-        modality="T1w",
+        modality=settings.modality,
         image=image,
         mask=inside,
-        tissue=segment_tissue(image, inside, priors),
+        tissue=None if priors is None else segment_tissue(image, inside, priors),
         anat_to_acpc=Affine(pose, "anat", "ACPC"),
         acpc_to_template=forward if settings.normalize else None,
         template_to_acpc=back if settings.normalize else None,
         template=template.name,
         template_image=template.brain if settings.normalize else None,
         warped=_brought(brain, forward, template.brain.grid) if settings.normalize else None,
-        notes=(*notes, *doubt, *opinion),
+        notes=(*notes, *doubt, *opinion, *_on_template(template, settings)),
         orig_to_anat=poses,
     )
 
@@ -161,35 +169,6 @@ def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
     )
 
 
-def _average(images: tuple[Volume, ...]) -> tuple[Volume, tuple[Affine, ...], tuple[str, ...]]:
-    """All images in the space of the first, scaled to its brightness, as their mean where they cover it."""
-    poses = [Affine(np.eye(4), "orig", "anat")]
-    first = Volume(torch.nan_to_num(images[0].data.float()), images[0].grid)
-    level = _brightness(first)
-    if len(images) == 1:
-        return first, tuple(poses), ()
-    total, weight = first.data.clone(), torch.ones_like(first.data)
-    for other in images[1:]:
-        data = torch.nan_to_num(other.data.float())
-        matrix = register_linear(Volume(data, other.grid), first, dof=6, metric="cc").matrix
-        poses.append(Affine(matrix, "orig", "anat"))
-        scale = level / _brightness(Volume(data, other.grid))
-        covered = pull(torch.ones_like(data)[None], other.grid, first.grid, matrix)[0]
-        brought = pull(data[None], other.grid, first.grid, matrix, cubic=True)[0].clamp(min=0)
-        total += scale * brought * (covered > 0.99)
-        weight += covered > 0.99
-    note = f"{len(images)} T1w images were aligned to the first and averaged."
-    return Volume(total / weight, first.grid), tuple(poses), (note,)
-
-
-def _brightness(volume: Volume) -> float:
-    data = volume.numpy()
-    bright = data[data > data.mean()]
-    if bright.size == 0:
-        raise InputError("a structural image has the same value everywhere: replace the file or leave it out")
-    return float(np.median(bright))
-
-
 def _brain(native: Volume) -> tuple[Volume, tuple[str, ...]]:
     """The brain by the network; where it finds nothing of a brain's size, by brightness, and a note."""
     mask = brain_mask_t1w(native)
@@ -200,6 +179,30 @@ def _brain(native: Volume) -> tuple[Volume, tuple[str, ...]]:
         f"The network found no brain in the T1w image ({millilitres:.0f} ml): the mask is a rough one by "
         "brightness. Check the outlines in the report.",
     )
+
+
+def _taken(given: Volume, native: Volume, template: Template) -> Volume:
+    """A mask that came with the data, on the grid of the structural image, after a look at it."""
+    moved = Volume(given.data.to(native.data.device).float(), given.grid)
+    inside = (pull(moved.data[None], moved.grid, native.grid)[0] > 0.5).float()
+    voxel = [float(np.prod(grid.voxel_sizes)) / 1000 for grid in (given.grid, native.grid)]
+    whole, left = float((moved.data > 0.5).sum()) * voxel[0], float(inside.sum()) * voxel[1]
+    if whole == 0:
+        raise InputError("--anat-mask: the mask is empty; give one that is 1 (or above 0.5) in the brain")
+    if left < LEAST_OVERLAP * whole:
+        raise InputError(
+            f"--anat-mask: only {100 * left / whole:.0f} % of the mask lies in the structural image; give one in the "
+            "scanner coordinates of that image, not in those of a template"
+        )
+    usual = float(template.mask.data.sum()) * float(np.prod(template.mask.grid.voxel_sizes)) / 1000
+    if not LEAST_SHARE * usual <= left <= MOST_SHARE * usual:
+        raise InputError(
+            f"--anat-mask: the mask holds {left:.3g} ml, the brain of {template.name} {usual:.3g} ml; give the mask of "
+            "the brain, or a template of this species with --anatomical-template"
+        )
+    if float((native.data * inside).sum()) <= 0:
+        raise InputError("--anat-mask: the structural image is empty inside the mask; give the mask of this image")
+    return Volume(inside, native.grid)
 
 
 def _second_opinion(native: Volume, mask: Volume, template: Template, to_template: np.ndarray) -> tuple[str, ...]:
@@ -277,8 +280,23 @@ def _normalise(
     fit = register_diffeomorphic(brain, template.brain.to(device), initial, fixed_mask=rim.to(device), finest_mm=finest)
     return (
         Chain((fit.forward, there), "ACPC", template.name),
-        Chain((there.inverse(), fit.inverse), template.name, "ACPC"),
+        Chain((there.inverse(), fit_between(fit.inverse)), template.name, "ACPC"),
     )
+
+
+def _priors(template: Template, back: Chain, grid: Grid, device: torch.device) -> torch.Tensor | None:
+    """The template's tissues on the grid of the structural image, where it has them."""
+    if template.tissue is None:
+        return None
+    way = chain_displacement(back, grid, device)
+    return pull(template.tissue.to(device), template.brain.grid, grid, displacement=way)
+
+
+def _on_template(template: Template, settings: AnatomySettings) -> tuple[str, ...]:
+    """What is to be known of a template that is not the usual one."""
+    bare = f"{template.name} came without tissue priors, so there is no tissue segmentation."
+    notes = (template.note if settings.normalize else "", "" if template.tissue is not None else bare)
+    return tuple(note for note in notes if note)
 
 
 def _brought(brain: Volume, chain: Chain, grid: Grid) -> Volume:

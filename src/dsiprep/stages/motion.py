@@ -226,7 +226,9 @@ def _rounds(
         if number == 2:
             place = _try_other_starts(dwi, level, place, predicted.values, weights)
         if level.name == "full" and place.lost is None:
-            place = replace(place, lost=_lost(dwi, level, place, seen, predicted.values, multiband))
+            residual = _residual(seen, predicted.values)
+            place = replace(place, lost=_lost(dwi, level, place, residual, predicted.values, multiband))
+            del residual
         before, rest = place.transforms[index], _rest(dwi, level, place.transforms) if number > 2 else None
         if rest is not None and place.eddy is not None and quiet:
             place = bend_step(dwi, level, place, seen, predicted, rest, choose_terms(settings.eddy, len(index)))
@@ -257,14 +259,13 @@ def _lost(
     dwi: DWI,
     level: Level,
     place: Place,
-    seen: torch.Tensor,
+    residual: torch.Tensor,
     predicted: torch.Tensor,
     multiband: tuple[tuple[int, ...], ...],
 ) -> np.ndarray:
     """Slices of diffusion-weighted volumes that lost their signal, (n, slices) bool for all volumes."""
     index = np.flatnonzero(~dwi.is_b0)
     lost = np.zeros((len(dwi), dwi.grid.shape[place.slice_axis]), bool)
-    residual = _residual(seen, predicted)
     where = (level.points, dwi.grid, place.transforms[index], place.slice_axis)
     lost[index] = lost_slices(slice_scores(residual, *where), slice_losses(residual, predicted, *where), multiband)
     return lost
@@ -272,8 +273,8 @@ def _lost(
 
 def _residual(seen: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """Volumes less their predictions, each with the gain that fits best."""
-    gain = (seen * predicted).sum(1, keepdim=True) / predicted.square().sum(1, keepdim=True).clamp(min=1e-12)
-    return seen - gain * predicted
+    fit, size = (torch.einsum("nm,nm->n", values, predicted) for values in (seen, predicted))
+    return (predicted * (-fit / size.clamp(min=1e-12))[:, None]).add_(seen)
 
 
 def _try_other_starts(dwi: DWI, level: Level, place: Place, predicted: torch.Tensor, weights: np.ndarray) -> Place:
@@ -358,11 +359,14 @@ def _finish(
         for _ in range(2):  # lost slices are filled in the second
             used = level.read(everything[weighted], place, predicted[rows])
             predicted[rows] = _predicted(dwi, place, used, reference, model, np.ones(len(rows))).values
+        del used
     r2, xcorr = agreement(seen, predicted)
-    z = slice_scores(_residual(seen, predicted), level.points, dwi.grid, place.transforms, place.slice_axis)
+    residual = _residual(seen, predicted)
+    del seen  # of the size of the brain in the whole series, as are all of these
+    z = slice_scores(residual, level.points, dwi.grid, place.transforms, place.slice_axis)
     lost = np.zeros(z.shape, bool)
     if model.name in ("3dSHORE", "tensor"):
-        lost = _lost(dwi, level, place, seen[rows], predicted[rows], multiband)
+        lost = _lost(dwi, level, place, residual[rows], predicted[rows], multiband)
     place = replace(place, lost=lost)
     if model.name in ("none", "off"):  # nothing predicts them, so there is nothing to agree with
         r2[weighted] = xcorr[weighted] = z[weighted] = np.nan
