@@ -1,8 +1,11 @@
-"""Overlap, folding, time and memory of nonlinear registration beside its peers: `python benchmarks/normalisation.py OUT`.
+"""Nonlinear registration beside its peers: `python benchmarks/normalisation.py OUT --labels FOLDER`.
 
-Makes T1w-like brains from pairs of label maps of real heads, gives both images and one affine matrix to every
-program, each in a process of its own, carries the labels of the moving head over by the displacement each wrote, and
-prints Markdown tables. The affine is greedy's and is the same for all; neither it nor its time is part of the table.
+Makes T1w-like brains from pairs of label maps of real heads, gives both images, the brain mask of the fixed one and
+one affine matrix to every program, each in a process of its own, carries the labels of the moving head over by the
+displacement each wrote, and prints overlap, folding, time and memory as a Markdown table. The affine is greedy's and
+the same for all; the time it took is not in the table.
+
+Needs picsl_greedy and antspyx. The label maps are those that SynthSeg was trained on.
 """
 
 from __future__ import annotations
@@ -35,7 +38,10 @@ GROUPS = {
 
 
 def synthesise(labels: Path, out: Path, name: str, voxel: float, seed: int) -> None:
-    """`name`.nii, a T1w-like brain, and `name`_labels.nii, cropped; every head has contrast, bias and noise of its own."""
+    """`name`.nii, a T1w-like brain, its labels and its mask, cropped.
+
+    Every head has contrast, texture, bias and noise of its own.
+    """
     rng = np.random.default_rng(seed)
     image = nib.load(labels)
     atlas = np.asarray(image.dataobj).astype(np.int16)
@@ -74,8 +80,8 @@ def greedy_affine(folder: Path) -> None:
     from picsl_greedy import GreedyFloat3D
 
     GreedyFloat3D().execute(
-        f"-threads 1 -a -dof 12 -m NCC 2x2x2 -ia-image-centers -n 100x50x0 -seed 1 -gm {folder}/fixed_mask.nii -i {folder}/fixed.nii "
-        f"{folder}/moving.nii -o {folder}/affine.mat"
+        f"-threads 1 -a -dof 12 -m NCC 2x2x2 -ia-image-centers -n 100x50x0 -seed 1 -gm {folder}/fixed_mask.nii "
+        f"-i {folder}/fixed.nii {folder}/moving.nii -o {folder}/affine.mat"
     )
 
 
@@ -89,7 +95,8 @@ def dsiprep(folder: Path) -> None:
     torch.set_num_threads(1)
     fixed, moving = read_volume(folder / "fixed.nii"), read_volume(folder / "moving.nii")
     finest = float(fixed.grid.voxel_sizes.max())
-    fit = register_diffeomorphic(moving, fixed, np.loadtxt(folder / "affine.mat"), finest_mm=finest)
+    mask = read_volume(folder / "fixed_mask.nii")
+    fit = register_diffeomorphic(moving, fixed, np.loadtxt(folder / "affine.mat"), fixed_mask=mask, finest_mm=finest)
     for name, field in (("warp", fit.forward), ("inverse", fit.inverse)):
         lps = np.moveaxis(field.data.numpy(), 0, -1)[..., None, :] * np.float32([-1, -1, 1])
         warp = nib.Nifti1Image(lps, field.grid.affine)
@@ -102,7 +109,8 @@ def greedy(folder: Path) -> None:
     from picsl_greedy import GreedyFloat3D
 
     GreedyFloat3D().execute(
-        f"-threads 1 -m NCC 2x2x2 -n 100x50x10 -wp 0 -gm {folder}/fixed_mask.nii -i {folder}/fixed.nii {folder}/moving.nii -it {folder}/affine.mat "
+        f"-threads 1 -m NCC 2x2x2 -n 100x50x10 -wp 0 -gm {folder}/fixed_mask.nii "
+        f"-i {folder}/fixed.nii {folder}/moving.nii -it {folder}/affine.mat "
         f"-o {folder}/greedy_warp.nii -oinv {folder}/greedy_inverse.nii"
     )
 
@@ -128,7 +136,12 @@ def _ants(folder: Path, name: str, kind: str) -> None:
     ants.write_transform(start, str(folder / "affine_itk.mat"))
     fixed, moving = (ants.image_read(str(folder / f"{n}.nii")) for n in ("fixed", "moving"))
     found = ants.registration(
-        fixed, moving, kind, mask=ants.image_read(str(folder / 'fixed_mask.nii')), initial_transform=str(folder / "affine_itk.mat"), outprefix=str(folder / f"{name}_")
+        fixed,
+        moving,
+        kind,
+        mask=ants.image_read(str(folder / "fixed_mask.nii")),
+        initial_transform=str(folder / "affine_itk.mat"),
+        outprefix=str(folder / f"{name}_"),
     )
     for role, key in (("warp", "fwdtransforms"), ("inverse", "invtransforms")):
         path = next(p for p in found[key] if p.endswith("arp.nii.gz"))
@@ -213,7 +226,11 @@ def main() -> None:
     for engine, found in rows.items():
         means = np.mean(found, axis=0)
         worst = [np.min(found, axis=0)[-2], np.max(found, axis=0)[-1]]
-        print(f"| mean (worst of the last two) | {engine} | " + " | ".join(f"{v:.3f}" for v in (*means[:-2], *worst)) + " |")
+        print(
+            f"| mean (worst of the last two) | {engine} | "
+            + " | ".join(f"{v:.3f}" for v in (*means[:-2], *worst))
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -248,8 +248,8 @@ def test_a_known_deformation_is_found(t1w: Volume) -> None:
     assert float(jacobian_determinant(fit.forward).min()) > 0
     assert float(jacobian_determinant(fit.inverse).min()) > 0
     there_and_back = compose(fit.forward, fit.inverse).data.norm(dim=0)
-    # exact at the inverse's voxels (below); between them it is interpolated, which costs up to 0.1 mm at 2.5 mm
-    assert float(there_and_back[fit.forward.data.norm(dim=0) > 0.5].quantile(0.99)) < 0.1
+    # exact at the inverse's voxels (below); between them it is interpolated, which costs a twentieth of a voxel
+    assert float(there_and_back[fit.forward.data.norm(dim=0) > 0.5].quantile(0.99)) < 0.05 * 2.5
     assert float(compose(fit.inverse, fit.forward).data.norm(dim=0).quantile(0.999)) < 0.02
 
 

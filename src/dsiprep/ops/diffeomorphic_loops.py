@@ -16,7 +16,7 @@ SLAB = 24  # planes that one thread correlates in one go: the sums of planes at 
 
 
 @numba.njit(inline="always", fastmath=True)
-def _read(volume: np.ndarray, x: float, y: float, z: float) -> float:
+def _read(volume: np.ndarray, x: float, y: float, z: float) -> np.float32:
     """Trilinear interpolation; zero outside."""
     ni, nj, nk = volume.shape
     if not (x > -1 and y > -1 and z > -1 and x < ni and y < nj and z < nk):
@@ -50,9 +50,7 @@ def warp_loop(moving: np.ndarray, u: np.ndarray, spans: np.ndarray, out: np.ndar
 
 
 @numba.njit(parallel=True, fastmath=True, cache=True)
-def compose_loop(
-    u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndarray, out: np.ndarray
-) -> None:
+def compose_loop(u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndarray, out: np.ndarray) -> None:
     """out(x) = v(x) + u(x + v(x)), where v is the step, shortened to less than `longest`."""
     inverse = np.float32(1 / longest**2)
     for i in numba.prange(u.shape[1]):
@@ -78,7 +76,7 @@ def smooth_loop(volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep
 
 @numba.njit(fastmath=True, cache=True)
 def _smooth_slab(
-    volume: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: float, start: int, out: np.ndarray
+    volume: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: np.float32, start: int, out: np.ndarray
 ) -> None:
     """Some planes of one volume; those smoothed along j and k are kept as long as the sum along i needs them."""
     ni, nj, nk = volume.shape
@@ -286,8 +284,8 @@ def _plane_maps(
             out[2, j, k] = b * m - a * f
             score += w[k] * fm * fm / (ff * mm)
             total += w[k]
-        scores += score
-        totals += total
+        scores += float(score)
+        totals += float(total)
     return scores, totals
 
 
@@ -325,8 +323,8 @@ def _plane_force(
         _clear(rows, begin, end + 2 * radius)
         for p in range(3):
             line = rows[p]
-            for b in range(max(j - radius, 0), min(j + radius, nj - 1) + 1):
-                plane = flat[p, b]
+            for beside in range(max(j - radius, 0), min(j + radius, nj - 1) + 1):
+                plane = flat[p, beside]
                 for k in range(begin, end):
                     line[radius + k] += plane[k]
         right, left = moving[i, j + 1], moving[i, j - 1]
