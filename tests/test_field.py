@@ -9,9 +9,10 @@ import torch
 from conftest import make_grid
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, Chain, DisplacementField
+from dsiprep.ops import field as field_module
 from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.field import chain_displacement, chain_points, compose, fit_between, invert, jacobian_determinant
-from dsiprep.ops.sample import pull
+from dsiprep.ops.sample import pull, voxel_points
 
 SHAPE, SPACING = (26, 30, 24), (2.0, 1.6, 2.4)
 
@@ -131,3 +132,18 @@ def test_a_chain_brings_images() -> None:
     chain = Chain((bump(target, 2.0), Affine(rigid_matrix(np.full(6, 0.1)), "a", "b")), "a", "b")
     out = pull(image, source, target, displacement=chain_displacement(chain, target))[0].numpy()
     np.testing.assert_allclose(out.ravel(), chain_points(chain, world(target)) @ [1.0, 2.0, 3.0], atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [3.0, 7.0])
+def test_both_bodies_of_the_inverse_agree(size: float) -> None:
+    """Smooth and steep: the second one has voxels where fixed-point steps do not arrive."""
+    grid = make_grid("oblique", SHAPE, SPACING)
+    field = bump(grid, size)
+    to_voxel = torch.as_tensor(np.linalg.inv(grid.affine)[:3, :3]).float()
+    u = torch.einsum("ab,bijk->aijk", to_voxel, field.data)
+    points = voxel_points(grid, grid).reshape(3, -1)
+    to_world = torch.as_tensor(grid.affine[:3, :3]).float()
+    plain = to_world @ field_module._inverse_at(u, points, -u.reshape(3, -1), 30, 1e-4, to_world)
+    fast = invert(field, tolerance_mm=1e-4).data.reshape(3, -1)
+    assert float(jacobian_determinant(field).min()) > 0
+    assert float((fast - plain).norm(dim=0).max()) < 1e-3

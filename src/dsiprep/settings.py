@@ -128,7 +128,7 @@ class AnatomySettings:
     normalize: bool = option(
         True, "do not register the structural image to the template", "--skip-anat-based-spatial-normalization"
     )
-    finest_mm: float = option(1.5, "voxel size in mm at which the registration to the template ends")
+    finest_mm: float = option(1.0, "voxel size in mm at which the registration to the template ends")
 
 
 @dataclass(frozen=True)

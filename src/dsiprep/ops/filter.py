@@ -16,7 +16,7 @@ from torch.nn import functional
 from dsiprep.data.grid import Volume
 from dsiprep.ops.sample import pull
 
-__all__ = ["FWHM", "box_sum", "gaussian", "gradient", "resample_to_spacing"]
+__all__ = ["FWHM", "box_sum", "gaussian", "gaussian_kernel", "gradient", "resample_to_spacing"]
 
 FWHM = 2.3548200450309493  # full width at half maximum of a Gaussian of sigma 1
 
@@ -40,7 +40,7 @@ def gaussian(volumes: torch.Tensor, sigma: float | Sequence[float], truncate: fl
     result = volumes.detach().float()
     for axis, width in enumerate(np.broadcast_to(np.asarray(sigma, float), 3), start=1):
         if width > 0 and result.shape[axis] > 1:
-            result = _along(result, axis, _kernel(float(width), truncate))
+            result = _along(result, axis, gaussian_kernel(float(width), truncate))
     return result.clone() if result.data_ptr() == volumes.data_ptr() else result
 
 
@@ -120,7 +120,8 @@ def _fused(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _kernel(sigma: float, truncate: float) -> np.ndarray:
+def gaussian_kernel(sigma: float, truncate: float) -> np.ndarray:
+    """Weights that `gaussian` gives to the voxels along one axis, (odd,) float32; their sum is 1."""
     radius = int(truncate * sigma + 0.5)
     x = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (x / sigma) ** 2)

@@ -13,11 +13,12 @@ import torch
 
 from dsiprep.ops.filter import box_sum
 
-__all__ = ["correlation", "local_correlation", "mutual_information", "to_bins"]
+__all__ = ["VARIANCE_FLOOR", "correlation", "local_correlation", "mutual_information", "to_bins"]
 
 BINS = 32
 CHUNKS = 16  # partial histograms: fixed, so that sums come out the same on any number of threads
 EPSILON = 1e-12
+VARIANCE_FLOOR = 1e-5  # added to every variance: cubes flatter than 0.003 count little
 
 
 def to_bins(values: np.ndarray, low: float, high: float, bins: int = BINS) -> np.ndarray:
@@ -106,7 +107,7 @@ def local_correlation(
     Parameters
     ----------
     fixed, moving : Tensor, (i, j, k), float32
-        Of comparable scale (say 0 to 1): windows whose variance is below 1e-5 do not count.
+        Of comparable scale, say 0 to 1: `VARIANCE_FLOOR` is in their units, squared.
     weights : Tensor, (i, j, k), float32
         How much the cube around each voxel counts.
     radius : int
@@ -123,54 +124,22 @@ def local_correlation(
     ----------
     Avants et al. 2008 (doi 10.1016/j.media.2007.06.004).
     """
-    products = torch.stack([fixed, moving, fixed * fixed, moving * moving, fixed * moving])
-    sums = box_sum(products, radius)
-    if fixed.device.type == "cpu":
-        arrays = _correlation_loop(sums.numpy(), weights.float().contiguous().numpy(), (2 * radius + 1) ** 3)
-        score, maps = (torch.from_numpy(a) for a in arrays)
-    else:
-        score, maps = _correlation_maps(sums, weights, (2 * radius + 1) ** 3)
+    count = (2 * radius + 1) ** 3
+    sums = box_sum(torch.stack([fixed, moving, fixed * fixed, moving * moving, fixed * moving]), radius)
+    score, maps = _correlation_maps(sums, weights, count)
     back = box_sum(maps, radius)
     return score, fixed * back[0] - moving * back[1] + back[2]
 
 
-VARIANCE_FLOOR = 1e-5
-
-
 def _correlation_maps(sums: torch.Tensor, weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The score of each cube, and what it gives to the derivative: factors of f, of -m, and a constant."""
     mean_f, mean_m = sums[0] / count, sums[1] / count
-    ff = sums[2] / count - mean_f**2
-    mm = sums[3] / count - mean_m**2
+    ff = (sums[2] / count - mean_f**2).clamp(min=0) + VARIANCE_FLOOR
+    mm = (sums[3] / count - mean_m**2).clamp(min=0) + VARIANCE_FLOOR
     fm = sums[4] / count - mean_f * mean_m
-    valid = (ff > VARIANCE_FLOOR) & (mm > VARIANCE_FLOOR) & (weights > 0)
-    ff, mm = ff.clamp(min=VARIANCE_FLOOR), mm.clamp(min=VARIANCE_FLOOR)
-    score = torch.where(valid, fm * fm / (ff * mm), 0.0)
-    a = torch.where(valid, weights * 2 * fm / (ff * mm) / count, 0.0)
+    a = weights * 2 * fm / (ff * mm) / count
     b = a * fm / mm
-    return score, torch.stack([a, b, b * mean_m - a * mean_f])
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
-def _correlation_loop(sums: np.ndarray, weights: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    _, ni, nj, nk = sums.shape
-    score = np.zeros((ni, nj, nk), np.float32)
-    maps = np.zeros((3, ni, nj, nk), np.float32)
-    r = np.float32(1 / count)
-    for i in numba.prange(ni):
-        for j in range(nj):
-            for k in range(nk):
-                w = weights[i, j, k]
-                f, m = sums[0, i, j, k] * r, sums[1, i, j, k] * r
-                ff, mm = sums[2, i, j, k] * r - f * f, sums[3, i, j, k] * r - m * m
-                if w > 0 and ff > VARIANCE_FLOOR and mm > VARIANCE_FLOOR:
-                    fm = sums[4, i, j, k] * r - f * m
-                    score[i, j, k] = fm * fm / (ff * mm)
-                    a = 2 * w * r * fm / (ff * mm)
-                    b = a * fm / mm
-                    maps[0, i, j, k] = a
-                    maps[1, i, j, k] = b
-                    maps[2, i, j, k] = b * m - a * f
-    return score, maps
+    return fm * fm / (ff * mm), torch.stack([a, b, b * mean_m - a * mean_f])
 
 
 @numba.njit(inline="always", fastmath=True)

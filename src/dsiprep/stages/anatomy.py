@@ -26,7 +26,7 @@ from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 from dsiprep.stages.reference import average_images
 
-VERSION = 3
+VERSION = 4
 METHODS = {
     "T1w": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
