@@ -25,6 +25,7 @@ from dsiprep.stages import (
     fieldmap,
     motion,
     quality,
+    reference,
     resample,
 )
 
@@ -151,7 +152,7 @@ def _named(methods: dict[str, str], told: str) -> list[str]:
 
 def _anatomy(results: UnitResults) -> list[str]:
     """Structural processing: what applies of bias, brain, tissue, ACPC and template."""
-    found, methods = results.anatomy, anatomy.METHODS
+    found, methods = results.anatomy, {**reference.METHODS, **anatomy.METHODS}
     if found.modality == "none":
         return [methods["none"]] if "none" in methods else []
     normalised = found.acpc_to_template is not None
