@@ -10,6 +10,7 @@ NOT_HERE = {
     "--infant": "ages are not read: name the template, as in --anatomical-template MNIInfant+2 --anat-modality T2w "
     "--subject-anatomical-reference sessionwise (cohorts 1 to 11 of TemplateFlow's MNIInfant: 0-2, 2-5, 5-8, 8-11, "
     "11-14, 14-17, 17-21, 21-27, 27-33, 33-44 and 44-60 months)",
+    "--longitudinal": "its name is --subject-anatomical-reference unbiased now",
     "--sdc-fieldmapless-method": "fieldmap-less correction is not built yet",
     "--sdc-anat-reference": "fieldmap-less correction is not built yet",
     "--use-syn-sdc": "fieldmap-less correction is not built yet",

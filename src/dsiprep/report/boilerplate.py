@@ -25,6 +25,7 @@ from dsiprep.stages import (
     fieldmap,
     motion,
     quality,
+    reference,
     resample,
 )
 
@@ -151,7 +152,7 @@ def _named(methods: dict[str, str], told: str) -> list[str]:
 
 def _anatomy(results: UnitResults) -> list[str]:
     """Structural processing: what applies of bias, brain, tissue, ACPC and template."""
-    found, methods = results.anatomy, anatomy.METHODS
+    found, methods = results.anatomy, {**reference.METHODS, **anatomy.METHODS}
     if found.modality == "none":
         return [methods["none"]] if "none" in methods else []
     normalised = found.acpc_to_template is not None
@@ -230,11 +231,11 @@ def methods_html(results: UnitResults | Sequence[UnitResults]) -> str:
         body = _markup(GROUP.sub(_html_citation, html.escape((head[2] if head else block).strip())))
         parts.append(f"<h4>{body}</h4>" if head else f"<p>{body}</p>")
     entries = []
-    for reference in _references(text):
-        line = html.escape(reference.line)
-        if reference.link:
-            line += f' <a href="{html.escape(reference.link)}">{html.escape(reference.link)}</a>'
-        entries.append(f'<li id="ref-{reference.key}">{line}</li>')
+    for entry in _references(text):
+        line = html.escape(entry.line)
+        if entry.link:
+            line += f' <a href="{html.escape(entry.link)}">{html.escape(entry.link)}</a>'
+        entries.append(f'<li id="ref-{entry.key}">{line}</li>')
     return "\n".join([*parts, "<h4>References</h4>", "<ol>", *entries, "</ol>"])
 
 

@@ -29,9 +29,8 @@ def _stages(seconds: dict[str, float]) -> tuple[tuple[str, float], ...]:
     return tuple(total.items())
 
 
-def summary(results: UnitResults, album: Album) -> Section:
-    """What was done, how long it took, and the numbers people ask for first."""
-    acquired, out = results.acquired, results.preprocessed
+def _notes(results: UnitResults) -> tuple[str, ...]:
+    """What the stages have to tell, each with the stage's name."""
     stages = {
         "Head motion": [note for motion in results.motions for note in motion.notes],
         "Distortion": list(results.distortion.notes) if results.distortion else [results.distortion_reason],
@@ -39,6 +38,12 @@ def summary(results: UnitResults, album: Album) -> Section:
         "Coregistration": list(results.coregistration.notes),
         "Quality": list(results.quality.notes),
     }
+    return tuple(f"{stage}: {note}" for stage, notes in stages.items() for note in notes)
+
+
+def summary(results: UnitResults, album: Album) -> Section:
+    """What was done, how long it took, and the numbers people ask for first."""
+    acquired, out = results.acquired, results.preprocessed
     models = dict.fromkeys(motion.model for motion in results.motions)
     corrected = METHODS.get(results.distortion.method, results.distortion.method) if results.distortion else "not done"
     seconds = sum(results.seconds.values())
@@ -72,7 +77,7 @@ def summary(results: UnitResults, album: Album) -> Section:
         "What was acquired and what was done to it. Nothing here is a verdict: look at the pictures below "
         "before you use the data, and read the notes first.",
         facts=facts,
-        notes=tuple(f"{stage}: {note}" for stage, notes in stages.items() for note in notes),
+        notes=_notes(results),
         shares=_stages(results.seconds),
         tables=(("Numbers to begin with", ("Measure", "Value", "What it means"), _headline(results)),),
     )

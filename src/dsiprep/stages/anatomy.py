@@ -35,14 +35,6 @@ METHODS = {
         " the template that maximises normalised mutual information [@studholme1999; @mattes2003], with "
         "cubic B-splines [@unser1999]."
     ),
-    "several": (
-        "The T1w images were rigidly aligned to the first one by correlation, scaled to one brightness and averaged."
-    ),
-    "unbiased": (
-        "The T1w images were scaled to one brightness, rigidly aligned by correlation and averaged in the space midway "
-        "between them [@reuter2012], so that none of them is privileged; values far from the median of three or more "
-        "were left out."
-    ),
     "n4": ("Intensities of the structural image were corrected for receive bias with N4 [@tustison2010]."),
     "tissue": (
         "Cerebrospinal fluid, grey matter and white matter were segmented with a Gaussian mixture whose "

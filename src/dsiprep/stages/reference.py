@@ -12,7 +12,18 @@ from dsiprep.ops.affine import point_displacement, rigid_matrix, rigid_parameter
 from dsiprep.ops.linear import register_linear
 from dsiprep.ops.sample import pull
 
-__all__ = ["average_images"]
+METHODS = {
+    "several": (
+        "The T1w images were rigidly aligned to the first one by correlation, scaled to one brightness and averaged."
+    ),
+    "unbiased": (
+        "The T1w images were scaled to one brightness, rigidly aligned by correlation and averaged in the space midway "
+        "between them [@reuter2012], so that none of them is privileged; values far from the median of three or more "
+        "were left out."
+    ),
+}
+
+__all__ = ["METHODS", "average_images"]
 
 MOST_ROUNDS = 4  # of averaging and aligning to the average
 AT_REST_MM = 0.05  # mean movement in the head between rounds that ends them
