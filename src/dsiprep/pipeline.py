@@ -20,6 +20,7 @@ from dsiprep.data.results import (
     Coregistration,
     Denoised,
     Distortion,
+    Joined,
     Motion,
     Preprocessed,
     UnitResults,
@@ -256,6 +257,28 @@ def _resample(
     return with_cpu_fallback(
         lambda dwi: resample.resample(dwi, *aligned, settings, denoising.biascorrect), device, (denoised.dwi,)
     )
+
+
+def join_units(name: str, parts: list[UnitResults]) -> Joined:
+    """Finished units of one session as one series in ACPC space.
+
+    Parameters
+    ----------
+    name : str
+        Prefix of the output.
+    parts : list of UnitResults
+        With one structural image and one set of settings.
+    """
+    settings, anatomical = parts[0].settings, parts[0].anatomy
+    series = tuple(part.preprocessed for part in parts)
+    asked = tuple(part.acquired.dwi for part in parts)
+    merge = settings.resample.merge
+    together = resample.join(series, asked, anatomical, merge, settings.acquisition.harmonize_b0)
+    model = parts[0].motions[0].model
+    found, runs = tuple(part.quality for part in parts), tuple(dwi.run for dwi in asked)
+    measured = quality.measure_joined(name, found, runs, anatomical, together, model)
+    files = tuple(part.unit.runs[run].image.name for part in parts for run in part.acquired.dwi.run)
+    return Joined(name, tuple(part.unit.name for part in parts), merge, files, together, measured, model)
 
 
 def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> dict[str, str]:

@@ -41,9 +41,6 @@ NOT_BUILT = {
     ("--dwi-biascorrect", "auto"): "use --dwi-biascorrect n4 or none",
     ("--anat-biascorrect", "auto"): "use --anat-biascorrect n4 or none",
     ("--anat-modality", "T2w"): "T2w as the structural image is not built yet: use T1w or none",
-    ("--distortion-group-merge", "average"): "averaging is not built yet: use none",
-    ("--distortion-group-merge", "concat"): "joining outputs after their correction is not built yet: use none; "
-    "blip-up and blip-down series that correct each other are one output anyway",
     ("--b1-biascorrect-stage", "legacy"): "use --b1-biascorrect-stage final or none",
 }
 SHELL_TOOLS = {("--hmc-method", "eddy"), ("--hmc-model", "eddy"), ("--sdc-method", "topup"),

@@ -123,6 +123,14 @@ class ResampleSettings:
     """The one interpolation."""
 
     resolution: float = option(0.0, "voxel size of the output in mm (required)", "--output-resolution", metavar="MM")
+    merge: str = option(
+        "none",
+        "what becomes of corrected series of different phase encoding: concat joins all corrected outputs of a session "
+        "into one; average does so too, and makes one volume of those with the same b-value and b-vector; "
+        "least-squares is average with the weights that follow from how much each phase encoding stretched the image",
+        "--distortion-group-merge",
+        choices=("none", "concat", "average", "least-squares"),
+    )
 
 
 @dataclass(frozen=True)

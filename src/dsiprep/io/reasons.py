@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qsiplan import PreprocUnit, Provenance
 from qsiplan.validation import GroupingIssue
+
+from dsiprep.data.acquisition import Unit
+from dsiprep.errors import SettingsError
 
 # told here in other words, or about what dsiprep does not do
 OWN_WORDS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs"})
 GRE_SUFFIXES = ("phasediff", "phase1", "fieldmap")
 
 
-def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, alone: bool) -> list[str]:
+@dataclass(frozen=True)
+class Options:
+    """What decides which files go together; `has_t1w` tells whether the structural image is to be used."""
+
+    ignore: frozenset[str]
+    separate_all_dwis: bool
+    merge: str
+    b0_threshold: float
+    has_t1w: bool
+
+
+def joined(unit: Unit, output: str, options: Options) -> Unit:
+    """The unit, to be joined with others into `output` unless joining is off.
+
+    Raises
+    ------
+    SettingsError
+        If there is no structural image, hence no space that all of them share.
+    """
+    if options.merge == "none":
+        return unit
+    if not (unit.t1w and options.has_t1w):
+        raise SettingsError(
+            f"--distortion-group-merge {options.merge}: {unit.name} is to be joined with others, but without a T1w "
+            "they have no common space; use none"
+        )
+    return replace(unit, output=output)
+
+
+def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, merge: str) -> list[str]:
     """Sentences on one of qsiplan's units.
 
     Parameters
@@ -24,8 +57,8 @@ def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], spli
         Series that only serve as b=0 references.
     split : bool
         Whether series of the session were taken apart because their grids differ.
-    alone : bool
-        Whether QSIPrep would not merge the unit with another after correction.
+    merge : str
+        How the unit is merged with others after correction ("concat", ...); empty where it stays alone.
     """
     notes = [_why_together(planned, ignore)]
     if short:
@@ -38,8 +71,10 @@ def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], spli
             "The series of this session differ in slice orientation, position or voxel grid, so each grid "
             "is processed by itself."
         )
-    if not alone:
-        notes.append("QSIPrep would merge this output with others of the session after correction; dsiprep does not.")
+    if merge == "none":
+        notes.append("QSIPrep can join this output with others of the session: --distortion-group-merge concat does.")
+    elif merge:
+        notes.append(f"Once corrected, it is joined with others of the session (--distortion-group-merge {merge}).")
     notes += _shifted(planned) + _unpaired(planned) + _gre_fieldmaps(planned, ignore)
     phases = [Path(path).name for path in planned.dwi_phase_files.values()]
     if phases and "phase" not in ignore:
