@@ -23,7 +23,7 @@ from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
 from dsiprep.io.nifti import write_image
-from dsiprep.io.tables import lost_slices, write_confounds, write_json, write_tables, write_tsv
+from dsiprep.io.tables import lost_slices, write_json, write_tables
 from dsiprep.ops.field import chain_displacement
 from dsiprep.ops.sample import pull
 
@@ -89,12 +89,14 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
             write_anatomy(results.anatomy, results.unit, subject / "anat", template)
         (session / "dwi").mkdir(parents=True, exist_ok=True)
         _write_transforms(results, session)
-        if not results.unit.output:  # else the joined output holds the series
+        if not results.unit.output:  # else the joined output holds series and tables
             _write_series(results, session / "dwi")
-        write_tables(results, session / "dwi")
+            files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
+            stem = session / "dwi" / results.unit.name
+            write_tables(stem, results.quality, files, [results], results.preprocessed.sources)
         written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
     name, place = results.unit.name, out / session.relative_to(stage)
-    _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*"), written)
+    _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*", f"{name}_hmc*"), written)
     _sweep(place / "fmap", (f"{name}_desc-*",), written)
     if results.anatomy.modality != "none":
         _sweep(out / subject.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
@@ -125,13 +127,7 @@ def write_joined(joined: Joined, results: list[UnitResults], out: Path) -> list[
         folder = stage / place
         folder.mkdir(parents=True)
         _write_preprocessed(folder, joined.name, joined.preprocessed, joined.quality, sidecar, joined.model)
-        columns = {k: column for k, column in joined.quality.confounds.items() if k != "run"}
-        columns["original_file"] = np.array(joined.files, dtype=object)
-        write_confounds(folder / joined.name, columns, joined.preprocessed.sources)
-        write_tsv(
-            folder / f"{joined.name}_space-ACPC_desc-image_qc.tsv",
-            {k: np.array([v]) for k, v in joined.quality.table.items()},
-        )
+        write_tables(folder / joined.name, joined.quality, joined.files, results, joined.preprocessed.sources)
         written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
     _sweep(out / place, (f"{joined.name}_space-*",), written)
     return sorted(path.relative_to(out) for path in written)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from dsiprep.data.results import Motion, UnitResults
+from dsiprep.data.results import Motion, Quality, UnitResults
 from dsiprep.data.transform import EDDY_TERMS
 
-__all__ = ["lost_slices", "write_confounds", "write_json", "write_tables", "write_tsv"]
+__all__ = ["lost_slices", "write_json", "write_tables"]
 
 
 def lost_slices(motions: tuple[Motion, ...]) -> list[tuple[int, int]]:
@@ -24,41 +24,60 @@ def lost_slices(motions: tuple[Motion, ...]) -> list[tuple[int, int]]:
     return sorted(pairs)
 
 
-def write_tables(results: UnitResults, folder: Path) -> None:
-    """Confounds, image and slice quality, and hmcOptimization.csv of one unit."""
-    stem, quality = results.unit.name, results.quality
-    files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
+def write_tables(
+    stem: Path, quality: Quality, files: Sequence[str], members: Sequence[UnitResults], sources: Sequence[Sequence[int]]
+) -> None:
+    """Confounds, image and slice quality, and hmcOptimization.csv of one output.
+
+    Parameters
+    ----------
+    stem : Path
+        Folder and prefix of the output.
+    quality : Quality
+    files : sequence of str
+        The run that every volume acquired came from.
+    members : sequence of UnitResults
+        The units that make up the output, in order.
+    sources : sequence of sequence of int
+        Which volumes acquired were made one; empty where none was.
+    """
     columns = {name: column for name, column in quality.confounds.items() if name != "run"}
     columns["original_file"] = np.array(files, dtype=object)
-    write_confounds(folder / stem, columns, results.preprocessed.sources)
-    write_tsv(folder / f"{stem}_space-ACPC_desc-image_qc.tsv", {k: np.array([v]) for k, v in quality.table.items()})
+    _write_confounds(stem, columns, sources)
+    _write_tsv(_named(stem, "_space-ACPC_desc-image_qc.tsv"), {k: np.array([v]) for k, v in quality.table.items()})
+    starts = np.cumsum([0, *(len(unit.acquired.dwi) for unit in members)])
+    lost = [(v + start, k) for unit, start in zip(members, starts, strict=False) for v, k in lost_slices(unit.motions)]
     write_json(
-        folder / f"{stem}_space-ACPC_desc-slice_qc.json",
-        {"Description": "Robust z-score of each slice's residual against the prediction, volume by slice",
+        _named(stem, "_space-ACPC_desc-slice_qc.json"),
+        {"Description": "Robust z-score of each slice's residual against the prediction, volume acquired by slice",
          "slice_z": [[round(z, 3) if np.isfinite(z) else None for z in row] for row in quality.slice_z.tolist()],
-         "lost": [[int(v), int(k)] for v, k in lost_slices(results.motions)],
-         "replaced": results.settings.motion.outliers == "replace"},
+         "lost": [[int(v), int(k)] for v, k in lost],
+         "replaced": members[0].settings.motion.outliers == "replace"},
     )  # fmt: skip
-    rows = [row for moved in results.motions for row in moved.trace]
-    with (folder / f"{stem}_hmcOptimization.csv").open("w", newline="") as stream:
+    rows = [row for unit in members for moved in unit.motions for row in moved.trace]
+    with _named(stem, "_hmcOptimization.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["iter_num"])
         writer.writeheader()
         writer.writerows(rows)
 
 
+def _named(stem: Path, ending: str) -> Path:
+    return stem.with_name(stem.name + ending)
+
+
 WORST = ("framewise_displacement", "trans_", "rot_", "eddy_")  # of volumes made one, the largest is told
 
 
-def write_confounds(stem: Path, columns: dict[str, np.ndarray], sources: tuple[tuple[int, ...], ...]) -> None:
+def _write_confounds(stem: Path, columns: dict[str, np.ndarray], sources: Sequence[Sequence[int]]) -> None:
     """The confounds table, a row for every volume of the output."""
     if sources:
         columns = {name: _of_merged(name, column, sources) for name, column in columns.items()}
-    write_tsv(stem.with_name(stem.name + "_desc-confounds_timeseries.tsv"), columns)
+    _write_tsv(_named(stem, "_desc-confounds_timeseries.tsv"), columns)
     known = {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS}
-    write_json(stem.with_name(stem.name + "_desc-confounds_timeseries.json"), known)
+    write_json(_named(stem, "_desc-confounds_timeseries.json"), known)
 
 
-def _of_merged(name: str, column: np.ndarray, sources: tuple[tuple[int, ...], ...]) -> np.ndarray:
+def _of_merged(name: str, column: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:
     groups = [column[list(members)] for members in sources]
     if column.dtype == object:
         return np.array(["+".join(dict.fromkeys(map(str, group))) for group in groups], dtype=object)
@@ -99,7 +118,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_tsv(path: Path, columns: dict[str, np.ndarray]) -> None:
+def _write_tsv(path: Path, columns: dict[str, np.ndarray]) -> None:
     """Columns under their names; what is not finite is n/a."""
     with path.open("w") as stream:
         stream.write("\t".join(columns) + "\n")

@@ -115,7 +115,7 @@ def measure_joined(
     Returns
     -------
     Quality
-        `table` says nothing of the raw series: the units' own tables do.
+        Numbers of slices and directions of the raw series are sums over the units, the other raw measures means.
     """
     shared = [column for column in parts[0].confounds if all(column in part.confounds for part in parts)]
     confounds = {column: np.concatenate([part.confounds[column] for part in parts]) for column in shared}
@@ -127,12 +127,22 @@ def measure_joined(
             confounds[column][list(members)] = dwi.bvecs[volume, axis]
         confounds["bval"][list(members)] = dwi.bvals[volume]
     cnr, tsnr = _cnr(dwi, preprocessed.mask, model), _tsnr(dwi, preprocessed.mask)
-    table: Row = _series("t1_", dwi, preprocessed.mask.numpy() > 0.5, 2)
+    table = _raw_of_all(parts) | _series("t1_", dwi, preprocessed.mask.numpy() > 0.5, 2)
     table |= _motion_summary(confounds, confounds["run"]) | _overlaps(anatomy, preprocessed)
     table |= _names(name)
     width = max(part.slice_z.shape[1] for part in parts)
     padded = [np.pad(p.slice_z, ((0, 0), (0, width - p.slice_z.shape[1])), constant_values=np.nan) for p in parts]
     return Quality(table, confounds, np.concatenate(padded), cnr, tsnr)
+
+
+def _raw_of_all(parts: tuple[Quality, ...]) -> Row:
+    row: Row = {}
+    for name in parts[0].table:
+        values = [part.table.get(name) for part in parts]
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        if name.startswith("raw_") and len(numbers) == len(values):
+            row[name] = sum(numbers) if name.startswith("raw_num_") else sum(numbers) / len(numbers)
+    return row
 
 
 def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarray:
