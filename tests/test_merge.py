@@ -26,15 +26,14 @@ from report_subject import make_subject
 from test_bids import Dataset
 from test_resample import anatomy, coregistration, one_motion
 
+
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
 BVALS = np.array([0, 1000, 2000, 2000, 5, 1010, 2000, 1000.0])
-BVECS = np.array(
-    [[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0], [0, -1, 0], [0.6, 0.8, 0]], float
-)
+BVECS = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0], [0, -1, 0], [0.6, 0.8, 0]], float)
 BLIP = np.array([0, 0, 0, 0, 1, 1, 1, 1])
 
 
@@ -65,7 +64,7 @@ def test_merging_in_place_reads_nothing_twice(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(found.numpy(), torch.stack(wanted).numpy(), atol=1e-5)
 
 
-def noisy_pair(rng: np.random.Generator) -> tuple[DWI, tuple[int, ...], Distortion]:
+def noisy_pair(rng: np.random.Generator) -> tuple[DWI, Distortion]:
     """Two blips that see the same gradients in white noise, one stretched by half and the other squeezed by half."""
     grid = Grid((40, 48, 40), np.diag([2.0, 2.0, 2.0, 1.0]) @ np.eye(4))
     affine = grid.affine.copy()
@@ -81,12 +80,16 @@ def noisy_pair(rng: np.random.Generator) -> tuple[DWI, tuple[int, ...], Distorti
     bvecs = np.concatenate([np.zeros((1, 3)), np.eye(3)] * 2)
     dwi = DWI(data, grid, bvals, bvecs, np.repeat([0, 1], 4), np.repeat([0, 1], 4))
     zero = Volume(torch.zeros(grid.shape), grid)
-    return dwi, grid.shape, Distortion(np.stack([np.eye(4)] * 2), fields, None, zero, (zero, zero), (zero,), [], "known")
+    return (
+        dwi,
+        grid.shape,
+        Distortion(np.stack([np.eye(4)] * 2), fields, None, zero, (zero, zero), (zero,), [], "known"),
+    )
 
 
 def test_least_squares_leaves_the_noise_that_theory_says(rng: np.random.Generator) -> None:
     """Noise of weights w is sqrt(sum w² J²) / sum w with J = 1.5 and 0.5: 1/J is best, the mean is not."""
-    dwi, shape, corrected = noisy_pair(rng)
+    dwi, corrected = noisy_pair(rng)
     motions = tuple(one_motion(dwi.grid, np.stack([np.eye(4)] * 4), np.arange(4) + 4 * blip) for blip in (0, 1))
     noise = {}
     for merge in ("none", "average", "least-squares"):
@@ -109,7 +112,7 @@ def test_least_squares_leaves_the_noise_that_theory_says(rng: np.random.Generato
 
 
 def test_blips_that_share_no_gradient_are_refused(rng: np.random.Generator) -> None:
-    dwi, _, corrected = noisy_pair(rng)
+    dwi, corrected = noisy_pair(rng)
     dwi = replace(dwi, bvals=np.array([0, 1000, 1000, 1000, 0, 3000, 3000, 3000.0]))
     motions = tuple(one_motion(dwi.grid, np.stack([np.eye(4)] * 4), np.arange(4) + 4 * blip) for blip in (0, 1))
     settings = ResampleSettings(resolution=2, merge="average")
