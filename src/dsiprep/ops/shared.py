@@ -2,7 +2,8 @@
 
 Displacements s_0 f + g and s_1 f + g leave both images as alike as s_0 f and s_1 f do, to first order: g moves the
 undistorted image as a whole. It is where the two fields differ by more than opposite signs explain, as when the head
-turned and its field with it. A structural image, undistorted and of any contrast, sees it.
+turned and its field with it. A structural image, undistorted and of any contrast, sees it; the prior is strong, for
+contrasts never match and what looks like displacement may be anatomy.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ __all__ = ["locally_predicted", "shared_displacement"]
 
 WINDOW_MM = 8.0  # standard deviation of the window in which contrasts are compared
 WEAK, STIFF = 0.2, 2000.0  # weights of squared gradient and Laplacian, per mm³ and in mm²: smoother than the field
+RIM_MM = 4.0
 ALIKE = 20.0  # neighbours whose misfit is one and the same: contrast, not noise, is what is left
 MISFIT = 0.03  # of the brain's intensity: no structural image predicts better
 STEPS, SETTLED = 8, 0.03  # mm
@@ -72,13 +74,14 @@ def shared_displacement(
     Returns
     -------
     g : Tensor, (a, b, y)
-        mm; the image is read at x + g(x) and multiplied by 1 + dg/dy. What an error of the structural image's pose would
+        mm; the image is read at x + g(x) and multiplied by 1 + dg/dy. What an error of the structural pose would
         look like is taken out.
     trace : list of dict
         Iteration, change in mm and misfit of each Gauss-Newton step.
     """
     a, b, y = image.shape
     h, volume = float(grid.voxel_sizes[2]), float(np.prod(grid.voxel_sizes))
+    inner = _deep(inner, grid)
     lines = spline_coefficients(image.reshape(-1, 1, 1, y)).reshape(a, b, y)
     stiff, none = torch.full_like(image, STIFF * volume), torch.zeros(0, device=image.device)
     g, trace = torch.zeros_like(image), []
@@ -103,6 +106,13 @@ def shared_displacement(
         if moved < SETTLED:
             break
     return _without_pose(g, inner), trace
+
+
+def _deep(inner: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """The brain less its rim: outside of it another relation holds between the contrasts."""
+    soft = gaussian(inner.float()[None].contiguous(), (RIM_MM / grid.voxel_sizes).tolist())[0]
+    deep = inner & (soft > 0.84)  # one standard deviation from a plane edge
+    return deep if bool(deep.any()) else inner
 
 
 def _without_pose(g: torch.Tensor, inner: torch.Tensor) -> torch.Tensor:
