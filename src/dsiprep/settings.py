@@ -91,6 +91,19 @@ class DistortionSettings:
         "--sdc-method",
         choices=("auto", "drbuddi", "none"),
     )
+    anat_reference: str = option(
+        "none",
+        "correct series that no fieldmap reaches against a structural image: t2w, invt1w (the T1w, its contrast "
+        "inverted), or auto, the T2w where there is one; needs the program unpile",
+        "--sdc-anat-reference",
+        choices=("none", "auto", "t2w", "invt1w"),
+    )
+    fieldmapless: str = option(
+        "unpile",
+        "program that corrects without a fieldmap (see --sdc-anat-reference)",
+        "--sdc-fieldmapless-method",
+        choices=("unpile",),
+    )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ STAGES = {
 METHODS = {
     "drbuddi": "blip-up/blip-down (DRBUDDI model)",
     "gre": "gradient-echo fieldmap",
+    "unpile": "fieldmap-less, against the structural image",
 }
 MODELS = {
     "3dSHORE": "SHORELine, 3dSHORE model",
