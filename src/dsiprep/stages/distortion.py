@@ -26,7 +26,7 @@ from dsiprep.ops.sample import pull, spline_coefficients
 from dsiprep.ops.shared import shared_displacement
 from dsiprep.settings import DistortionSettings
 
-VERSION = 1
+VERSION = 2
 
 METHODS = {
     "drbuddi": (
@@ -101,15 +101,19 @@ def correct_distortion(
     i, j, k = (grid.shape[a] for a in order)
     last = Grid((i, j, k), grid.affine[:, [*order, 3]])
     inner = (mask.data.to(before[0].device) > 0.5).permute(order).contiguous()
-    unit = _brightness(before, mask)
-    pairs = _pyramid([b.permute(order).contiguous() / unit for b in before], last, inner, scales)
+    units = [_brightness(b, mask) for b in before]
+    pairs = _pyramid(
+        [b.permute(order).contiguous() / u for b, u in zip(before, units, strict=True)], last, inner, scales
+    )
     state, trace, notes = _estimate(pairs)
     if structural is not None:
         state, rows, told = _with_structural(pairs[-1], state, structural)
         trace, notes = [*trace, *rows], (*notes, told)
     compared = compare(pairs[-1], state)
-    after = [unit * v * j for v, j in zip(compared.values, compared.jacobians, strict=True)]
-    mean = (after[0] + float(np.exp(state.gain)) * after[1]) / 2
+    after = [u * v * j for u, v, j in zip(units, compared.values, compared.jacobians, strict=True)]
+    gain = units[0] / units[1]  # the rows tell of images whose brains are equally bright
+    mean = (after[0] + float(np.exp(state.gain)) * gain * after[1]) / 2
+    trace = [{**row, "gain": gain * row["gain"]} if "gain" in row else row for row in trace]
 
     def as_given(data: torch.Tensor) -> torch.Tensor:
         return data.permute(np.argsort(order).tolist()).contiguous()
@@ -166,12 +170,10 @@ def _checked(
     return first, second
 
 
-def _brightness(images: tuple[torch.Tensor, ...], mask: Volume) -> float:
-    """Median intensity of the brain in both images; the brightest voxel where the brain is mostly empty."""
-    inner = mask.data.to(images[0].device) > 0.5
-    values = torch.stack(images)[:, inner]
-    median = float(values.median())
-    return median if median > 0 else float(torch.stack(images).abs().max())
+def _brightness(image: torch.Tensor, mask: Volume) -> float:
+    """Median intensity of the brain; the brightest voxel where the brain is mostly empty."""
+    median = float(image[mask.data.to(image.device) > 0.5].median())
+    return median if median > 0 else float(image.abs().max())
 
 
 def _finite_mean(volumes: torch.Tensor) -> torch.Tensor:
