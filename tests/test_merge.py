@@ -82,7 +82,6 @@ def noisy_pair(rng: np.random.Generator) -> tuple[DWI, Distortion]:
     zero = Volume(torch.zeros(grid.shape), grid)
     return (
         dwi,
-        grid.shape,
         Distortion(np.stack([np.eye(4)] * 2), fields, None, zero, (zero, zero), (zero,), [], "known"),
     )
 
@@ -173,6 +172,20 @@ def test_pairs_of_two_axes_become_one_output(tmp_path: Path) -> None:
     bare = Settings(anatomy=AnatomySettings(modality="none"))
     with pytest.raises(SettingsError, match="T1w"):
         find_units(dataset.root, bare, distortion_group_merge="average")
+
+
+def test_three_phase_encodings_are_a_pair_and_one_alone(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "bids")
+    for name in ("AP", "PA", "LR"):
+        dataset.dwi(f"sub-01_dir-{name}", {"PhaseEncodingDirection": PAIRS[name], "TotalReadoutTime": 0.05})
+    dataset.image("sub-01_T1w", 1, {})
+    units = find_units(dataset.root, Settings(), distortion_group_merge="concat")
+    assert sorted(len({run.pe for run in unit.runs}) for unit in units) == [1, 2]
+    alone = next(unit for unit in units if len(unit.runs) == 1)
+    assert not alone.output and not alone.reversed_pairs()
+    assert any("distortion is not corrected" in note for note in alone.notes)
+    pair = next(unit for unit in units if len(unit.runs) == 2)
+    assert not pair.output and any("none to join" in note for note in pair.notes)
 
 
 def test_joined_files_are_one_series(tmp_path: Path) -> None:

@@ -298,22 +298,25 @@ def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) ->
     selection = selection_for_config("shoreline", "drbuddi")
     scheme = concatenation_scheme(grouping, selection)
     finals = list(scheme.values())
-    units = []
+    units: list[Unit] = []
+    together: dict[str, list[Unit]] = {}
     for planned in to_preproc_units(grouping, selection):
         final = scheme[planned.output_name]
-        alone = finals.count(final) == 1
-        unit = _as_unit(subject, planned, split, alone)
+        unit = _as_unit(subject, planned, split)
         if planned.is_pepolar and planned.estimation.b0field_id in pair_notes:
             unit = replace(unit, notes=(*unit.notes, pair_notes[planned.estimation.b0field_id]))
-        units.append(replace(unit, name=final) if alone else joined(unit, final, subject.options))
-    return units
+        if finals.count(final) == 1:
+            units.append(replace(unit, name=final))
+        else:
+            together.setdefault(final, []).append(unit)
+    return units + [unit for final, members in together.items() for unit in joined(members, final, subject.options)]
 
 
-def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool, alone: bool) -> Unit:
+def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool) -> Unit:
     session = planned.dwi_records[0].session
     _require_directions(subject, planned)
     runs, epis, short = _runs_and_references(subject, planned)
-    notes = reasons(planned, subject.options.ignore, short, split, "" if alone else subject.options.merge)
+    notes = reasons(planned, subject.options.ignore, short, split)
     if "sdc" not in subject.options.ignore:
         members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
         notes += [note for path in members for note in subject.notes.get(path, ())]

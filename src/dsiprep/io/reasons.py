@@ -27,8 +27,10 @@ class Options:
     has_t1w: bool
 
 
-def joined(unit: Unit, output: str, options: Options) -> Unit:
-    """The unit, to be joined with others into `output` unless joining is off.
+def joined(units: list[Unit], output: str, options: Options) -> list[Unit]:
+    """The units that QSIPrep's grouping puts into one output, to be joined unless joining is off.
+
+    Those whose distortion is not corrected stay apart: corrected and uncorrected volumes never share a file.
 
     Raises
     ------
@@ -36,16 +38,32 @@ def joined(unit: Unit, output: str, options: Options) -> Unit:
         If there is no structural image, hence no space that all of them share.
     """
     if options.merge == "none":
-        return unit
-    if not (unit.t1w and options.has_t1w):
-        raise SettingsError(
-            f"--distortion-group-merge {options.merge}: {unit.name} is to be joined with others, but without a T1w "
-            "they have no common space; use none"
-        )
-    return replace(unit, output=output)
+        note = "It can be joined with others of the session: --distortion-group-merge concat does."
+        return [_noted(unit, note) for unit in units]
+    corrected = [bool(unit.reversed_pairs() or unit.gre) for unit in units]
+    if sum(corrected) < 2:
+        return [
+            _noted(unit, "No other output of the session is corrected, so there is none to join.") for unit in units
+        ]
+    for unit in units:
+        if not (unit.t1w and options.has_t1w):
+            raise SettingsError(
+                f"--distortion-group-merge {options.merge}: {unit.name} is to be joined with others, but without a T1w "
+                "they have no common space; use none"
+            )
+    told = f"Once corrected, it is joined with others of the session (--distortion-group-merge {options.merge})."
+    apart = "It is not joined with the others of the session, for its distortion is not corrected."
+    return [
+        replace(_noted(unit, told), output=output) if fine else _noted(unit, apart)
+        for unit, fine in zip(units, corrected, strict=True)
+    ]
 
 
-def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, merge: str) -> list[str]:
+def _noted(unit: Unit, note: str) -> Unit:
+    return replace(unit, notes=(*unit.notes, note))
+
+
+def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool) -> list[str]:
     """Sentences on one of qsiplan's units.
 
     Parameters
@@ -57,8 +75,6 @@ def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], spli
         Series that only serve as b=0 references.
     split : bool
         Whether series of the session were taken apart because their grids differ.
-    merge : str
-        How the unit is merged with others after correction ("concat", ...); empty where it stays alone.
     """
     notes = [_why_together(planned, ignore)]
     if short:
@@ -71,10 +87,6 @@ def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], spli
             "The series of this session differ in slice orientation, position or voxel grid, so each grid "
             "is processed by itself."
         )
-    if merge == "none":
-        notes.append("QSIPrep can join this output with others of the session: --distortion-group-merge concat does.")
-    elif merge:
-        notes.append(f"Once corrected, it is joined with others of the session (--distortion-group-merge {merge}).")
     notes += _shifted(planned) + _unpaired(planned) + _gre_fieldmaps(planned, ignore)
     phases = [Path(path).name for path in planned.dwi_phase_files.values()]
     if phases and "phase" not in ignore:

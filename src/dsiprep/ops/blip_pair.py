@@ -188,7 +188,8 @@ def cost(pair: Pair, state: State, compared: Comparison, limit: float) -> float:
     proportional beyond.
     """
     wall = barrier(state.field, pair.steepness)[0]
-    if not bool(torch.isfinite(wall)) or not bool((compared.jacobians[1] > 0).all()):
+    shared = state.shared is not None  # the barrier does not know of it
+    if not bool(torch.isfinite(wall)) or not all(bool((j > 0).all()) for j in compared.jacobians[0 if shared else 1 :]):
         return float("inf")
     z = compared.residual / limit
     misfit = 0.5 * (limit / pair.noise) ** 2 * (compared.inside * torch.log1p(z * z)).sum()
