@@ -20,6 +20,7 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.io.nifti import read_volume, write_image
+from dsiprep.ops.bias import n4_bias
 from dsiprep.ops.linear import register_linear
 from dsiprep.ops.mask import brain_mask_t1w
 from dsiprep.ops.offresonance import unfolded
@@ -29,6 +30,8 @@ from dsiprep.stages.fieldmap import apply_shift
 VERSION = 1
 # knots down to 6 mm: a step to 3 mm costs several times as much and follows contrast rather than displacement
 FIT = ("--metric", "lncc", "--levels", "24,12,6", "--iters", "30", "--lam-mm", "60")
+SHRINK = 4  # receive bias misleads mutual information
+LEAST_COVERED = 0.7
 AROUND_MM = 8.0  # of the brain, where its rim tells of the pose
 
 __all__ = ["VERSION", "check", "correct_without_fieldmap", "structural_reference"]
@@ -106,8 +109,15 @@ def structural_reference(b0: Volume, mask: Volume, structural: Volume, inverted:
     structural : Volume
     inverted : bool
         Whether to invert its contrast.
+
+    Raises
+    ------
+    InputError
+        If they cannot be aligned.
     """
     brain = brain_mask_t1w(structural)
+    bias = n4_bias(structural, brain, SHRINK)
+    structural = Volume(structural.data / bias.data, structural.grid)
     outside = ndimage.distance_transform_edt(brain.numpy() < 0.5, sampling=structural.grid.voxel_sizes)
     near = Volume(torch.from_numpy((outside <= AROUND_MM).astype(np.float32)), structural.grid)
     fit = register_linear(b0, structural, fixed_mask=near, moving_mask=mask)
@@ -117,6 +127,12 @@ def structural_reference(b0: Volume, mask: Volume, structural: Volume, inverted:
     if inverted:
         top = float(np.percentile(structural.numpy()[brain.numpy() > 0.5], 99))
         there = (top - there).clamp(min=0)
+    covered = float((inside[mask.data > 0.5] > 0.5).float().mean())
+    if covered < LEAST_COVERED:
+        raise InputError(
+            f"the structural image could not be aligned with the distorted b=0: its brain covers {covered:.0%} of the "
+            "other's; run with --sdc-anat-reference none"
+        )
     return Volume((there * inside).contiguous(), b0.grid)
 
 
