@@ -87,9 +87,6 @@ def _add_selection(group: argparse._ArgumentGroup) -> None:
                        choices=("fieldmaps", "pepolar-dwis", "t2w", "phase", "sdc", "shims", "fov"),
                        help="fieldmaps, pepolar-dwis, t2w, phase, sdc, shims, fov: leave these aside")  # fmt: skip
     group.add_argument("--separate-all-dwis", action="store_true", help="every DWI run becomes its own output")
-    group.add_argument("--distortion-group-merge", default="none", metavar="none",
-                       type=_one_of("--distortion-group-merge", str, ("none",)),
-                       help="series that do not correct each other's distortion stay apart")  # fmt: skip
 
 
 def _add_running(group: argparse._ArgumentGroup) -> None:
@@ -383,7 +380,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
         filters=_read_json("--bids-filter-file", options.bids_filter_file) if options.bids_filter_file else None,
         ignore=frozenset(options.ignore),
         separate_all_dwis=options.separate_all_dwis,
-        distortion_group_merge=options.distortion_group_merge,
+        distortion_group_merge=chosen.resample.merge,
         failed=failed,
     )
     refuse_shell_tools(chosen, units)

@@ -40,6 +40,7 @@ def correct_pair(
     pe_dir: str | None = None,
     readout_time: float | None = None,
     mask: Path | None = None,
+    structural: Path | None = None,
     device: str = "cpu",
 ) -> Distortion:
     """Correct two images, or series, of opposite phase encoding.
@@ -57,6 +58,9 @@ def correct_pair(
         Hz, and the correction is the same.
     mask : Path, optional
         Brain in `up`, roughly (above 0.5); found in the image by default.
+    structural : Path, optional
+        Undistorted T2w or T1w of the same head in the same session: it tells the part of the displacements that both
+        blips share. The head need not lie quite the same in it.
     device : str
         "cpu", "cuda", "cuda:N" or "auto".
 
@@ -80,8 +84,10 @@ def correct_pair(
     blips = tuple(Blip("up" if pe.polarity > 0 else "down", pe, torch.zeros(0, *grid.shape)) for pe in encodings)
     brain = _mask(mask, grid) if mask else brain_mask_b0(Volume(images[0].mean(0), grid))
 
+    anatomical = None if structural is None else read_volume(structural)
+
     def correct(*b0s: torch.Tensor) -> Distortion:
-        return correct_distortion(blips, b0s, grid, brain, DistortionSettings())
+        return correct_distortion(blips, b0s, grid, brain, DistortionSettings(), anatomical)
 
     return with_cpu_fallback(correct, choose(device), images)
 

@@ -22,12 +22,14 @@ from dsiprep.data.results import (
     Coregistration,
     Denoised,
     Distortion,
+    Joined,
     Motion,
     Preprocessed,
     UnitResults,
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
+from dsiprep.engines import unpile
 from dsiprep.errors import SettingsError
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
@@ -94,6 +96,8 @@ def preprocess(
     """
     cache = cache or Cache(None)
     on = torch.device(device)
+    if settings.distortion.anat_reference != "none" and not cache.only_found:
+        unpile.check()
     acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
     motions, corrected = _undistort(unit, settings, cache, on, acquired)
@@ -232,7 +236,19 @@ def choose_distortion(unit: Unit, acquired: Acquired, settings: DistortionSettin
         return "gre", f"A gradient-echo fieldmap ({unit.gre.kind}) corrects phase encoding {pe.direction}: {alone}."
     if unit.gre:
         alone = f"the GRE fieldmap needs TotalReadoutTime of the DWI, and {alone}"
+    chosen = choose_structural(unit, settings)
+    if chosen and pe.readout_time is not None:
+        kind = "T1w, its contrast inverted" if chosen[1] else "T2w"
+        return "unpile", f"Phase encoding {pe.direction} is corrected against the {kind}, by unpile: {alone}."
     return "none", f"Distortion is not corrected: {alone}."
+
+
+def choose_structural(unit: Unit, settings: DistortionSettings) -> tuple[Path, bool] | None:
+    """The structural image for fieldmap-less correction, and whether its contrast has to be inverted; None if none."""
+    wanted = settings.anat_reference
+    if wanted in ("auto", "t2w") and unit.t2w:
+        return unit.t2w[0], False
+    return (unit.t1w[0], True) if wanted in ("auto", "invt1w") and unit.t1w else None
 
 
 def _correct_distortion(
@@ -248,6 +264,10 @@ def _correct_distortion(
         gre = unit.gre
         field = cache.files(gre.files(), gre, lambda: read_fieldmap(gre))
         return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
+    chosen = choose_structural(unit, settings.distortion)
+    if method == "unpile" and chosen:
+        structural = cache.files((chosen[0],), chosen[1], lambda: read_volume(chosen[0]))
+        return cache.run(unpile, "distortion-unpile", _without_fieldmap, acquired, motions[0], structural, chosen[1])
     correct = partial(_distortion, device)
     return cache.run(distortion, "distortion", correct, acquired, motions, method, settings.distortion)
 
@@ -255,6 +275,11 @@ def _correct_distortion(
 def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Distortion:
     reference, grid = moved.dwiref.data[None], acquired.dwi.grid
     return fieldmap.correct_with_fieldmap(acquired.blips[0], reference, grid, moved.mask, field)
+
+
+def _without_fieldmap(acquired: Acquired, moved: Motion, structural: Volume, inverted: bool) -> Distortion:
+    reference, grid = moved.dwiref.data[None], acquired.dwi.grid
+    return unpile.correct_without_fieldmap(acquired.blips[0], reference, grid, moved.mask, structural, inverted)
 
 
 def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings) -> Denoised:
@@ -340,6 +365,28 @@ def _resample(
     )
 
 
+def join_units(name: str, parts: list[UnitResults]) -> Joined:
+    """Finished units of one session as one series in ACPC space.
+
+    Parameters
+    ----------
+    name : str
+        Prefix of the output.
+    parts : list of UnitResults
+        With one structural image and one set of settings.
+    """
+    settings, anatomical = parts[0].settings, parts[0].anatomy
+    series = tuple(part.preprocessed for part in parts)
+    asked = tuple(part.acquired.dwi for part in parts)
+    merge = settings.resample.merge
+    together = resample.join(series, asked, anatomical, merge, settings.acquisition.harmonize_b0)
+    model = parts[0].motions[0].model
+    found, runs = tuple(part.quality for part in parts), tuple(dwi.run for dwi in asked)
+    measured = quality.measure_joined(name, found, runs, anatomical, together, model)
+    files = tuple(part.unit.runs[run].image.name for part in parts for run in part.acquired.dwi.run)
+    return Joined(name, tuple(part.unit.name for part in parts), merge, files, together, measured, model)
+
+
 def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit) -> dict[str, str]:
     """What each stage would do for a unit, and why; nothing is computed. `lead` as `choose_lead` gives it."""
     images = unit.structural(settings.anatomy.modality)
@@ -350,6 +397,8 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
         susceptibility = "drbuddi: there are opposite phase encodings, " + " and ".join(unit.reversed_pairs())
     elif unit.gre:
         susceptibility = f"gre: a gradient-echo fieldmap ({unit.gre.kind}) goes with the series"
+    elif chosen := choose_structural(unit, settings.distortion):
+        susceptibility = f"unpile: no fieldmap, so the b=0 goes to {chosen[0].name}"
     else:
         susceptibility = "none: no opposite phase encodings (see the notes)"
     return {

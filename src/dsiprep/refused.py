@@ -11,10 +11,8 @@ NOT_HERE = {
     "--subject-anatomical-reference sessionwise (cohorts 1 to 11 of TemplateFlow's MNIInfant: 0-2, 2-5, 5-8, 8-11, "
     "11-14, 14-17, 17-21, 21-27, 27-33, 33-44 and 44-60 months)",
     "--longitudinal": "its name is --subject-anatomical-reference unbiased now",
-    "--sdc-fieldmapless-method": "fieldmap-less correction is not built yet",
-    "--sdc-anat-reference": "fieldmap-less correction is not built yet",
-    "--use-syn-sdc": "fieldmap-less correction is not built yet",
-    "--force-syn": "fieldmap-less correction is not built yet",
+    "--use-syn-sdc": "there is no SyN in here: use --sdc-anat-reference invt1w, which needs the program unpile",
+    "--force-syn": "a fieldmap is always better where there is one; use --ignore fieldmaps --sdc-anat-reference invt1w",
     "--dwiref-definition": "the dwiref is the unbiased b=0 template",
     "--report-output-level": "reports are written to the root of the output folder",
     "--fs-license-file": "no FreeSurfer is used and no licence is needed; leave it out",
@@ -33,6 +31,9 @@ NOT_BUILT = {
     ("--hmc-model", "tortoise"): "TORTOISE as an engine is not built yet: use --hmc-model 3dSHORE",
     ("--sdc-method", "topup"): "dsiprep has no TOPUP: use --sdc-method drbuddi, which serves shells too",
     ("--sdc-method", "topup+drbuddi"): "dsiprep has no TOPUP: use --sdc-method drbuddi",
+    ("--sdc-fieldmapless-method", "topup"): "dsiprep has no TOPUP: use --sdc-fieldmapless-method unpile",
+    ("--sdc-fieldmapless-method", "syn"): "there is no SyN in here: use --sdc-fieldmapless-method unpile",
+    ("--sdc-anat-reference", "synb0"): "SynB0 is not built in: use --sdc-anat-reference invt1w or t2w",
     ("--denoise-method", "patch2self"): "Patch2Self is not built yet: use --denoise-method dwidenoise",
     ("--denoise-method", "dwidenoise2"): "dwidenoise2 is not built yet: use --denoise-method dwidenoise",
     ("--denoise-method", "svht"): "svht is not built yet: use --denoise-method dwidenoise",
@@ -41,9 +42,6 @@ NOT_BUILT = {
     ("--unringing-method", "svht"): "unringing is not built yet: use --unringing-method none",
     ("--dwi-biascorrect", "auto"): "use --dwi-biascorrect n4 or none",
     ("--anat-biascorrect", "auto"): "use --anat-biascorrect n4 or none",
-    ("--distortion-group-merge", "average"): "averaging is not built yet: use none",
-    ("--distortion-group-merge", "concat"): "joining outputs after their correction is not built yet: use none; "
-    "blip-up and blip-down series that correct each other are one output anyway",
     ("--b1-biascorrect-stage", "legacy"): "use --b1-biascorrect-stage final or none",
 }
 SHELL_TOOLS = {("--hmc-method", "eddy"), ("--hmc-model", "eddy"), ("--sdc-method", "topup"),

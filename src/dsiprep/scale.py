@@ -160,6 +160,14 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
         if error and stop_on_first_crash:
             break
     finished.sort(key=lambda result: [unit.name for unit in job.units].index(result.unit.name))
+    for name in dict.fromkeys(unit.output for unit in job.units if unit.output) if not job.mode else ():
+        start = time.perf_counter()
+        try:
+            _write_joined(name, finished, job, tell)
+        except Exception as problem:
+            error, where = _explain(problem, name, job.out)
+            failures.append((name, error))
+            yield Outcome(job.subject, name, time.perf_counter() - start, error, where)
     if job.mode != "anat_only":
         start, name = time.perf_counter(), f"sub-{job.subject} report"
         try:
@@ -205,6 +213,20 @@ def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
         tell(unit.name, "derivatives")
         write_unit(results, job.out, template)
     return results
+
+
+def _write_joined(name: str, finished: list[UnitResults], job: Job, tell: Tell) -> None:
+    """The output that several finished units make together."""
+    from dsiprep.io.derivatives import write_joined
+    from dsiprep.pipeline import join_units
+
+    parts = [results for results in finished if results.unit.output == name]
+    wanted = [unit.name for unit in job.units if unit.output == name]
+    missing = sorted(set(wanted) - {results.unit.name for results in parts})
+    if missing:
+        raise DsiprepError(f"{name}: not joined, for {', '.join(missing)} did not finish")
+    tell(name, "join")
+    write_joined(join_units(name, parts), parts, job.out)
 
 
 def _write_reports(finished: list[UnitResults], failures: list[tuple[str, str]], job: Job, tell: Tell) -> None:

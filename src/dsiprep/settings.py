@@ -91,6 +91,19 @@ class DistortionSettings:
         "--sdc-method",
         choices=("auto", "drbuddi", "none"),
     )
+    anat_reference: str = option(
+        "none",
+        "correct series that no fieldmap reaches against a structural image: t2w, invt1w (the T1w, its contrast "
+        "inverted), or auto, the T2w where there is one; needs the program unpile",
+        "--sdc-anat-reference",
+        choices=("none", "auto", "t2w", "invt1w"),
+    )
+    fieldmapless: str = option(
+        "unpile",
+        "program that corrects without a fieldmap (see --sdc-anat-reference)",
+        "--sdc-fieldmapless-method",
+        choices=("unpile",),
+    )
 
 
 @dataclass(frozen=True)
@@ -145,6 +158,14 @@ class ResampleSettings:
     """The one interpolation."""
 
     resolution: float = option(0.0, "voxel size of the output in mm (required)", "--output-resolution", metavar="MM")
+    merge: str = option(
+        "none",
+        "what becomes of corrected series of different phase encoding: concat joins all corrected outputs of a session "
+        "into one; average does so too, and makes one volume of those with the same b-value and b-vector; "
+        "least-squares is average with the weights that follow from how much each phase encoding stretched the image",
+        "--distortion-group-merge",
+        choices=("none", "concat", "average", "least-squares"),
+    )
 
 
 @dataclass(frozen=True)

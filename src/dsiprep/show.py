@@ -62,10 +62,10 @@ class _Bars:
                 self.tasks[unit.name] = progress.add_task(unit.name, total=len(STEPS) + 2, step="waiting")
 
     def tell(self, unit: str, step: str) -> None:
-        """A step of a unit begins."""
+        """A step of a unit begins; an output that joins several units has no bar."""
         order = [*STEPS, "derivatives", "report"]
-        done = order.index(step.split("-")[0])
-        self.progress.update(self.tasks[unit], completed=done, step=step)
+        if unit in self.tasks:
+            self.progress.update(self.tasks[unit], completed=order.index(step.split("-")[0]), step=step)
         if not self.progress.console.is_terminal:
             self.progress.console.print(f"{unit}: {step}")
 

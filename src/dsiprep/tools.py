@@ -63,6 +63,7 @@ def build_parser() -> Parser:
     drbuddi.add_argument("--pe-dir", metavar="DIR", help="phase encoding of --up (j, i-); else from the sidecars")
     drbuddi.add_argument("--readout-time", type=float, metavar="S", help="total readout time; else from the sidecars")
     drbuddi.add_argument("--mask", type=Path, metavar="FILE", help="brain in --up; else found in it")
+    drbuddi.add_argument("--structural", type=Path, metavar="FILE", help="T2w or T1w: lets the two fields differ")
     drbuddi.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
     drbuddi.set_defaults(run=_drbuddi)
 
@@ -150,6 +151,7 @@ def _drbuddi(options: argparse.Namespace) -> int:
         pe_dir=options.pe_dir,
         readout_time=options.readout_time,
         mask=options.mask,
+        structural=options.structural,
         device=options.device,
     )
     write_pair(result, options.out)

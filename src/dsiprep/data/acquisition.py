@@ -120,6 +120,9 @@ class Unit:
         Corrects the runs where no images of opposite phase encoding do.
     notes : tuple of str
         Why these files go together, what was derived, and what cannot be done, in sentences.
+    output : str
+        Name of the output that this unit's corrected series is joined into with others'; empty where it is an output
+        of its own.
     """
 
     subject: str
@@ -131,6 +134,7 @@ class Unit:
     t2w: tuple[Path, ...] = ()
     notes: tuple[str, ...] = ()
     gre: GreFieldmap | None = None
+    output: str = ""
 
     def files(self) -> tuple[Path, ...]:
         """Every file that the diffusion series is made of."""

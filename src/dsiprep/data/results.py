@@ -242,12 +242,16 @@ class Coregistration:
 
 @dataclass(frozen=True, eq=False)
 class Preprocessed:
-    """The series in ACPC space, resampled once."""
+    """The series in ACPC space, resampled once.
+
+    `sources` tells which volumes went into each volume of `dwi`, where some were made one; empty where none was.
+    """
 
     dwi: DWI
     dwiref: Volume
     mask: Volume
     interpolation: str
+    sources: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -271,6 +275,22 @@ class Quality:
     cnr: Volume | None
     tsnr: Volume | None
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """The series that several corrected units were joined into.
+
+    `files` names the run that each volume acquired came from; `members` the units; `merge` how they were joined.
+    """
+
+    name: str
+    members: tuple[str, ...]
+    merge: str
+    files: tuple[str, ...]
+    preprocessed: Preprocessed
+    quality: Quality
+    model: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -305,6 +325,7 @@ __all__ = [
     "Denoised",
     "Distortion",
     "Grid",
+    "Joined",
     "Motion",
     "Preprocessed",
     "Quality",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from qsiplan import (
@@ -31,7 +31,7 @@ from dsiprep.io.fieldmaps import gre_fieldmap
 from dsiprep.io.filters import Filters, apply_filters, check_filters, entities
 from dsiprep.io.nifti import count_volumes
 from dsiprep.io.raw import explain, read_unit, require_files, scheme_of
-from dsiprep.io.reasons import reasons, structural_notes
+from dsiprep.io.reasons import Options, joined, reasons, structural_notes
 from dsiprep.io.sidecars import check_pair, kept_fields, phase_encoding
 from dsiprep.settings import Settings
 
@@ -40,16 +40,6 @@ __all__ = ["explain", "find_units", "read_unit", "require_files", "scheme_of"]
 log = logging.getLogger("dsiprep")
 IGNORABLE = ("fieldmaps", "t2w", "phase", "sdc", "pepolar-dwis", "shims", "fov")
 SHORT_SERIES = 16
-
-
-@dataclass(frozen=True)
-class _Options:
-    ignore: frozenset[str]
-    separate_all_dwis: bool
-    merge: str
-    b0_threshold: float
-    modality: str = "T1w"
-    reference: str = "first-lex"
 
 
 def find_units(
@@ -81,7 +71,7 @@ def find_units(
     separate_all_dwis : bool
         Every run is a unit of its own; it may still borrow b=0 images from its opposite.
     distortion_group_merge : str
-        QSIPrep's option. Groups of different distortion stay separate here, whatever it says; a note tells.
+        QSIPrep's option: "concat", "average" or "least-squares" join the corrected units of a session (`Unit.output`).
     failed : dict, optional
         Takes the errors of subjects by label, so that the others go on; by default the first error is raised.
 
@@ -106,7 +96,7 @@ def find_units(
     catalog = Bids2TableCatalog(root)
     labels = _labels(catalog, participants)
     chosen = [session.removeprefix("ses-") for session in sessions] if sessions else None
-    options = _Options(
+    options = Options(
         frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold,
         settings.anatomy.modality, settings.anatomy.reference,
     )  # fmt: skip
@@ -156,7 +146,7 @@ def _units_of_subject(
     label: str,
     sessions: list[str] | None,
     filters: Filters | None,
-    options: _Options,
+    options: Options,
 ) -> list[Unit]:
     data = apply_filters(_of_sessions(catalog.subject_data(label), sessions), filters)
     if not data["dwi"]:
@@ -192,7 +182,7 @@ def _of_sessions(data: dict[str, list[str]], sessions: list[str] | None) -> dict
 class _Subject:
     """The files of one subject and their phase encodings, readout times derived where they have to be."""
 
-    def __init__(self, label: str, records: list[FileRecord], options: _Options) -> None:
+    def __init__(self, label: str, records: list[FileRecord], options: Options) -> None:
         self.label = label
         self.options = options
         self.encodings: dict[str, PhaseEncoding | None] = {}
@@ -266,7 +256,7 @@ def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIs
         ignore_shims="shims" in ignore,
         ignore_fov="fov" in ignore,
         ignore_sdc="sdc" in ignore,
-        distortion_group_merge=subject.options.merge,
+        distortion_group_merge="average" if subject.options.merge == "least-squares" else subject.options.merge,
         extra_issues=issues,
     )
     _raise_errors(grouping, except_for=("fov-oblique", "fov-grid-mismatch"))
@@ -301,22 +291,25 @@ def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) ->
     selection = selection_for_config("shoreline", "drbuddi")
     scheme = concatenation_scheme(grouping, selection)
     finals = list(scheme.values())
-    units = []
+    units: list[Unit] = []
+    together: dict[str, list[Unit]] = {}
     for planned in to_preproc_units(grouping, selection):
         final = scheme[planned.output_name]
-        alone = finals.count(final) == 1
-        unit = _as_unit(subject, planned, split, alone)
+        unit = _as_unit(subject, planned, split)
         if planned.is_pepolar and planned.estimation.b0field_id in pair_notes:
             unit = replace(unit, notes=(*unit.notes, pair_notes[planned.estimation.b0field_id]))
-        units.append(replace(unit, name=final) if alone else unit)
-    return units
+        if finals.count(final) == 1:
+            units.append(replace(unit, name=final))
+        else:
+            together.setdefault(final, []).append(unit)
+    return units + [unit for final, members in together.items() for unit in joined(members, final, subject.options)]
 
 
-def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool, alone: bool) -> Unit:
+def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool) -> Unit:
     session = planned.dwi_records[0].session
     _require_directions(subject, planned)
     runs, epis, short = _runs_and_references(subject, planned)
-    notes = reasons(planned, subject.options.ignore, short, split, alone)
+    notes = reasons(planned, subject.options.ignore, short, split)
     if "sdc" not in subject.options.ignore:
         members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
         notes += [note for path in members for note in subject.notes.get(path, ())]

@@ -6,11 +6,9 @@ under a final name.
 
 from __future__ import annotations
 
-import csv
-import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,12 +17,13 @@ import torch
 
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Anatomy, Motion, UnitResults, eddy_currents
+from dsiprep.data.results import Anatomy, Joined, Preprocessed, Quality, UnitResults, eddy_currents
 from dsiprep.data.template import Template
-from dsiprep.data.transform import EDDY_TERMS, Affine, Chain, DisplacementField
+from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
 from dsiprep.io.nifti import write_image
+from dsiprep.io.tables import lost_slices, write_json, write_tables
 from dsiprep.ops.field import chain_displacement
 from dsiprep.ops.sample import pull
 from dsiprep.settings import AnatomySettings
@@ -59,7 +58,7 @@ def write_root(out: Path, version: str) -> None:
         "HowToAcknowledge": "Please cite the methods listed in logs/CITATION.md.",
     }
     with _staged(out) as stage:
-        _write_json(stage / "dataset_description.json", description)
+        write_json(stage / "dataset_description.json", description)
         (stage / ".bidsignore").write_text(BIDSIGNORE)
 
 
@@ -90,16 +89,50 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
         session = subject / f"ses-{results.unit.session}" if results.unit.session else subject
         if results.anatomy.modality != "none":
             write_anatomy(results.anatomy, results.unit, stage, anatomy_stem(results.unit, settings), template)
-        _write_series(results, session / "dwi")
+        (session / "dwi").mkdir(parents=True, exist_ok=True)
         _write_transforms(results, session)
-        _write_tables(results, session / "dwi")
+        if not results.unit.output:  # else the joined output holds series and tables
+            _write_series(results, session / "dwi")
+            files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
+            stem = session / "dwi" / results.unit.name
+            write_tables(stem, results.quality, files, [results], results.preprocessed.sources)
         written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
     name, place = results.unit.name, out / session.relative_to(stage)
-    _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*"), written)
+    _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*", f"{name}_hmc*"), written)
     _sweep(place / "fmap", (f"{name}_desc-*",), written)
     if results.anatomy.modality != "none":
         for folder in {subject, session}:
             _sweep(out / folder.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
+    return sorted(path.relative_to(out) for path in written)
+
+
+def write_joined(joined: Joined, results: list[UnitResults], out: Path) -> list[Path]:
+    """The series that several units were joined into, with its tables; as `write_unit`.
+
+    Parameters
+    ----------
+    joined : Joined
+    results : list of UnitResults
+        Its members, in order.
+    out : Path
+        Root of the derivatives.
+    """
+    first = results[0]
+    place = Path(f"sub-{first.unit.subject}") / (f"ses-{first.unit.session}" if first.unit.session else "") / "dwi"
+    sidecar = {
+        "SpatialReference": _anatomical_reference(first),
+        "SkullStripped": False,
+        "Sources": sorted({f"bids:raw:{name}" for name in joined.files}),
+        "ScanGrouping": {"output_name": joined.name, "merge_strategy": joined.merge, "runs": list(joined.members)},
+        "Interpolation": joined.preprocessed.interpolation,
+    }
+    with _staged(out, joined.name) as stage:
+        folder = stage / place
+        folder.mkdir(parents=True)
+        _write_preprocessed(folder, joined.name, joined.preprocessed, joined.quality, sidecar, joined.model)
+        write_tables(folder / joined.name, joined.quality, joined.files, results, joined.preprocessed.sources)
+        written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
+    _sweep(out / place, (f"{joined.name}_space-*",), written)
     return sorted(path.relative_to(out) for path in written)
 
 
@@ -168,11 +201,6 @@ def _originals(images: tuple[Path, ...]) -> tuple[str, ...]:
 
 
 def _write_series(results: UnitResults, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    name = f"{results.unit.name}_space-ACPC"
-    dwi = results.preprocessed.dwi
-    stem = folder / f"{name}_desc-preproc_dwi"
-    write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid)
     sidecar = {
         "SpatialReference": _anatomical_reference(results),
         "SkullStripped": False,
@@ -184,19 +212,31 @@ def _write_series(results: UnitResults, folder: Path) -> None:
         "DistortionCorrection": results.distortion.method if results.distortion else "none",
         "Interpolation": results.preprocessed.interpolation,
     }
-    _write_json(_with(stem, ".json"), sidecar)
+    if results.preprocessed.sources:
+        sidecar["VolumesMerged"] = results.settings.resample.merge
+    model, quality = results.motions[0].model, results.quality
+    _write_preprocessed(folder, results.unit.name, results.preprocessed, quality, sidecar, model)
+
+
+def _write_preprocessed(
+    folder: Path, owner: str, preprocessed: Preprocessed, quality: Quality, sidecar: dict[str, object], model: str
+) -> None:
+    """A series in ACPC space with its b-tables, mask and maps."""
+    name, dwi, reference = f"{owner}_space-ACPC", preprocessed.dwi, str(sidecar["SpatialReference"])
+    stem = folder / f"{name}_desc-preproc_dwi"
+    write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid)
+    write_json(_with(stem, ".json"), sidecar)
     gradients.write_bvals(_with(stem, ".bval"), dwi.bvals)
     gradients.write_fsl_bvecs(_with(stem, ".bvec"), dwi.bvecs, dwi.grid)
     gradients.write_mrtrix_b(_with(stem, ".b"), dwi.bvals, dwi.bvecs)
     gradients.write_dsi_studio(_with(stem, ".b_table.txt"), dwi.bvals, dwi.bvecs, dwi.grid)
-    reference = _anatomical_reference(results)
-    _write_map(folder / f"{name}_dwiref", results.preprocessed.dwiref, reference=reference)
-    _write_map(folder / f"{name}_desc-brain_mask", results.preprocessed.mask, True, reference)
-    model = "tensor" if "tensor" in results.motions[0].model else "3dSHORE"  # as quality measures it
-    if results.quality.cnr is not None:
-        _write_map(folder / f"{name}_model-{model}_stat-cnr_dwimap", results.quality.cnr, reference=reference)
-    if results.quality.tsnr is not None:
-        _write_map(folder / f"{name}_stat-tsnr_dwimap", results.quality.tsnr, reference=reference)
+    _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, reference=reference)
+    _write_map(folder / f"{name}_desc-brain_mask", preprocessed.mask, True, reference)
+    kind = "tensor" if "tensor" in model else "3dSHORE"  # as quality measures it
+    if quality.cnr is not None:
+        _write_map(folder / f"{name}_model-{kind}_stat-cnr_dwimap", quality.cnr, reference=reference)
+    if quality.tsnr is not None:
+        _write_map(folder / f"{name}_stat-tsnr_dwimap", quality.tsnr, reference=reference)
 
 
 def _write_transforms(results: UnitResults, session: Path) -> None:
@@ -226,7 +266,7 @@ def _write_transforms(results: UnitResults, session: Path) -> None:
         (session / "fmap").mkdir(exist_ok=True)
         stem = session / "fmap" / f"{name}_desc-preproc_fieldmap"
         write_image(_with(stem, ".nii.gz"), corrected.fieldmap_hz.data, corrected.fieldmap_hz.grid)
-        _write_json(_with(stem, ".json"), {"Units": "Hz", "Sources": [], "EstimationMethod": corrected.method})
+        write_json(_with(stem, ".json"), {"Units": "Hz", "Sources": [], "EstimationMethod": corrected.method})
 
 
 def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
@@ -236,63 +276,6 @@ def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
     )
     before = DisplacementField(turned, field.grid)
     return Chain((before, Affine(pose, f"distorted-{blip}", "dwiref")), f"distorted-{blip}", "dwiref")
-
-
-def lost_slices(motions: tuple[Motion, ...]) -> list[tuple[int, int]]:
-    """Volume of the conformed series and slice, for all slices that lost their signal."""
-    pairs = []
-    for moved in motions:
-        if moved.lost is not None:
-            pairs += [(int(moved.volumes[row]), int(cut)) for row, cut in np.argwhere(moved.lost)]
-    return sorted(pairs)
-
-
-def _write_tables(results: UnitResults, folder: Path) -> None:
-    stem, quality = results.unit.name, results.quality
-    files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
-    columns = {name: column for name, column in quality.confounds.items() if name != "run"}
-    columns["original_file"] = np.array(files, dtype=object)
-    _write_tsv(folder / f"{stem}_desc-confounds_timeseries.tsv", columns)
-    _write_json(folder / f"{stem}_desc-confounds_timeseries.json", {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS})
-    _write_tsv(folder / f"{stem}_space-ACPC_desc-image_qc.tsv", {k: np.array([v]) for k, v in quality.table.items()})
-    _write_json(
-        folder / f"{stem}_space-ACPC_desc-slice_qc.json",
-        {"Description": "Robust z-score of each slice's residual against the prediction, volume by slice",
-         "slice_z": [[round(z, 3) if np.isfinite(z) else None for z in row] for row in quality.slice_z.tolist()],
-         "lost": [[int(v), int(k)] for v, k in lost_slices(results.motions)],
-         "replaced": results.settings.motion.outliers == "replace"},
-    )  # fmt: skip
-    rows = [row for moved in results.motions for row in moved.trace]
-    with (folder / f"{stem}_hmcOptimization.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["iter_num"])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-CONFOUNDS = {
-    "framewise_displacement": {"Description": "Framewise displacement, SPM parameters, 50 mm sphere", "Units": "mm"},
-    "trans_x": {"Description": "Translation towards R at the image centre", "Units": "mm"},
-    "trans_y": {"Description": "Translation towards A at the image centre", "Units": "mm"},
-    "trans_z": {"Description": "Translation towards S at the image centre", "Units": "mm"},
-    "rot_x": {"Description": "Rotation vector about the image centre, R component", "Units": "rad"},
-    "rot_y": {"Description": "Rotation vector about the image centre, A component", "Units": "rad"},
-    "rot_z": {"Description": "Rotation vector about the image centre, S component", "Units": "rad"},
-    **{
-        f"eddy_{name}": {
-            "Description": f"Displacement by eddy currents along the phase-encoding axis: coefficient of {term}, "
-            "i, j, k from the centre of the image along the voxel axes, in units of 100 mm",
-            "Units": "mm",
-        }
-        for name, term in EDDY_TERMS.items()
-    },
-    "hmc_r2": {"Description": "R² of the aligned volume with its prediction"},
-    "hmc_xcorr": {"Description": "Correlation of the aligned volume with its prediction"},
-    "grad_x": {"Description": "b-vector, R component, ACPC world"},
-    "grad_y": {"Description": "b-vector, A component, ACPC world"},
-    "grad_z": {"Description": "b-vector, S component, ACPC world"},
-    "bval": {"Description": "b-value", "Units": "s/mm^2"},
-    "original_file": {"Description": "The run that the volume came from"},
-}
 
 
 def _anatomical_reference(results: UnitResults) -> str:
@@ -310,7 +293,7 @@ def _write_map(stem: Path, volume: Volume, discrete: bool = False, reference: st
         sidecar["Type"] = "Brain"
     if "preproc" in stem.name:
         sidecar["SkullStripped"] = False
-    _write_json(_with(stem, ".json"), sidecar)
+    write_json(_with(stem, ".json"), sidecar)
 
 
 def _through(chain: Chain, data: torch.Tensor, source: Grid, target: Grid, discrete: bool) -> torch.Tensor:
@@ -329,23 +312,6 @@ def _labels(tissue: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 def _with(stem: Path, extension: str) -> Path:
     return stem.parent / (stem.name + extension)
-
-
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _write_tsv(path: Path, columns: dict[str, np.ndarray]) -> None:
-    with path.open("w") as stream:
-        stream.write("\t".join(columns) + "\n")
-        for row in zip(*columns.values(), strict=True):
-            stream.write("\t".join(_cell(value) for value in row) + "\n")
-
-
-def _cell(value: object) -> str:
-    if value is None or (isinstance(value, float | np.floating) and not np.isfinite(value)):
-        return "n/a"
-    return f"{value:.6g}" if isinstance(value, float | np.floating) else str(value)
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qsiplan import PreprocUnit, Provenance
 from qsiplan.validation import GroupingIssue
 
+from dsiprep.data.acquisition import Unit
+from dsiprep.errors import SettingsError
 from dsiprep.io.filters import entities
 
 # told here in other words, or about what dsiprep does not do
@@ -15,7 +18,55 @@ OWN_WORDS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "est
 GRE_SUFFIXES = ("phasediff", "phase1", "fieldmap")
 
 
-def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, alone: bool) -> list[str]:
+@dataclass(frozen=True)
+class Options:
+    """What decides which files go together, and which structural images serve."""
+
+    ignore: frozenset[str]
+    separate_all_dwis: bool
+    merge: str
+    b0_threshold: float
+    modality: str
+    reference: str
+
+
+def joined(units: list[Unit], output: str, options: Options) -> list[Unit]:
+    """The units that QSIPrep's grouping puts into one output, to be joined unless joining is off.
+
+    Those whose distortion is not corrected stay apart: corrected and uncorrected volumes never share a file.
+
+    Raises
+    ------
+    SettingsError
+        If there is no structural image, hence no space that all of them share.
+    """
+    if options.merge == "none":
+        note = "It can be joined with others of the session: --distortion-group-merge concat does."
+        return [_noted(unit, note) for unit in units]
+    corrected = [bool(unit.reversed_pairs() or unit.gre) for unit in units]
+    if sum(corrected) < 2:
+        return [
+            _noted(unit, "No other output of the session is corrected, so there is none to join.") for unit in units
+        ]
+    for unit in units:
+        if not unit.structural(options.modality):
+            raise SettingsError(
+                f"--distortion-group-merge {options.merge}: {unit.name} is to be joined with others, but without a "
+                "structural image their spaces agree only as well as their b=0 images do; use none"
+            )
+    told = f"Once corrected, it is joined with others of the session (--distortion-group-merge {options.merge})."
+    apart = "It is not joined with the others of the session, for its distortion is not corrected."
+    return [
+        replace(_noted(unit, told), output=output) if fine else _noted(unit, apart)
+        for unit, fine in zip(units, corrected, strict=True)
+    ]
+
+
+def _noted(unit: Unit, note: str) -> Unit:
+    return replace(unit, notes=(*unit.notes, note))
+
+
+def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool) -> list[str]:
     """Sentences on one of qsiplan's units.
 
     Parameters
@@ -27,8 +78,6 @@ def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], spli
         Series that only serve as b=0 references.
     split : bool
         Whether series of the session were taken apart because their grids differ.
-    alone : bool
-        Whether QSIPrep would not merge the unit with another after correction.
     """
     notes = [_why_together(planned, ignore)]
     if short:
@@ -41,8 +90,6 @@ def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], spli
             "The series of this session differ in slice orientation, position or voxel grid, so each grid "
             "is processed by itself."
         )
-    if not alone:
-        notes.append("QSIPrep would merge this output with others of the session after correction; dsiprep does not.")
     notes += _shifted(planned) + _unpaired(planned) + _gre_fieldmaps(planned, ignore)
     phases = [Path(path).name for path in planned.dwi_phase_files.values()]
     if phases and "phase" not in ignore:

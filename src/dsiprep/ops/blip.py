@@ -197,7 +197,7 @@ class Normal:
 
     def apply(self, field: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrix times a vector."""
-        flat = self.coupling.reshape(len(pose), -1)
+        flat = self.coupling.flatten(1)
         out = self._apply_loops(field) if field.device.type == "cpu" else self._apply_tensors(field)
         out += (pose @ flat).reshape(field.shape)
         return out, flat @ field.reshape(-1) + self.pose @ pose

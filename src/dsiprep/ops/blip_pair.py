@@ -1,8 +1,9 @@
 """The model of a blip-up/blip-down pair: how images, field, head pose and gain fit, and the equations of the next step.
 
-Point x of the undistorted head is found in blip 0 at x + s_0 f(x) e and in blip 1 at P x + s_1 f(x) e: f the field in
-mm, e the phase-encoding axis, P the pose of the head in blip 1. Intensities are multiplied by the Jacobian
-determinants of these maps. All arrays have the phase-encoding axis last, (a, b, y).
+Point x of the undistorted head is found in blip 0 at x + (s_0 f(x) + g(x)) e, in blip 1 at P x + (s_1 f(x) + g(x)) e:
+f the field in mm, e the phase-encoding axis, P the pose of the head in blip 1, and g what both displacements share, 0
+where no structural image tells. Intensities are multiplied by the Jacobian determinants of these maps. All arrays have
+the phase-encoding axis last, (a, b, y).
 """
 
 from __future__ import annotations
@@ -77,11 +78,19 @@ class State:
         P, world RAS+ mm.
     gain : float
         Logarithm of the factor that brings blip 1 to the intensities of blip 0.
+    shared : Tensor, (a, b, y), or None
+        g, mm.
     """
 
     field: torch.Tensor
     pose: np.ndarray
     gain: float
+    shared: torch.Tensor | None = None
+
+    def displacements(self, scales: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of both blips along the phase-encoding axis, (a, b, y), mm."""
+        both = (scales[0] * self.field, scales[1] * self.field)
+        return both if self.shared is None else (both[0] + self.shared, both[1] + self.shared)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,16 +155,16 @@ def _noise(images: tuple[torch.Tensor, torch.Tensor], inner: torch.Tensor) -> fl
 def compare(pair: Pair, state: State) -> Comparison:
     """Both images at the points of the undistorted head, and how they differ."""
     affine, h = pair.grid.affine, float(pair.grid.voxel_sizes[2])
-    s0, s1 = pair.scales
-    v0, slope, in0 = sample_lines(pair.lines, s0 / h * state.field)
+    u0, u1 = state.displacements(pair.scales)
+    v0, slope, in0 = sample_lines(pair.lines, u0 / h)
     matrix = np.linalg.inv(affine) @ state.pose @ affine
-    v1, gradient, in1 = sample_solid(pair.solid, matrix, s1 / h * state.field)
-    j0 = 1 + s0 / h * along(state.field, 2)
+    v1, gradient, in1 = sample_solid(pair.solid, matrix, u1 / h)
+    j0 = 1 + along(u0, 2) / h
     # det(R + s e grad(f)') = 1 + s grad(f)' R' e
     turned = np.linalg.inv(affine[:3, :3]) @ state.pose[:3, :3].T @ pair.grid.directions[:, 2]
     j1 = torch.ones_like(j0)
     for axis in range(3):
-        j1 += s1 * float(turned[axis]) * along(state.field, axis)
+        j1 += float(turned[axis]) * along(u1, axis)
     residual = v0 * j0 - float(np.exp(state.gain)) * v1 * j1
     return Comparison((v0, v1), (j0, j1), slope, gradient, in0 * in1, residual)
 
@@ -179,7 +188,8 @@ def cost(pair: Pair, state: State, compared: Comparison, limit: float) -> float:
     proportional beyond.
     """
     wall = barrier(state.field, pair.steepness)[0]
-    if not bool(torch.isfinite(wall)) or not bool((compared.jacobians[1] > 0).all()):
+    shared = state.shared is not None  # the barrier does not know of it
+    if not bool(torch.isfinite(wall)) or not all(bool((j > 0).all()) for j in compared.jacobians[0 if shared else 1 :]):
         return float("inf")
     z = compared.residual / limit
     misfit = 0.5 * (limit / pair.noise) ** 2 * (compared.inside * torch.log1p(z * z)).sum()

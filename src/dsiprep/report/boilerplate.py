@@ -183,6 +183,13 @@ def _reading(results: UnitResults) -> list[str]:
     return [acquisition.METHODS[name] for name, applies in steps.items() if applies]
 
 
+def _merging(results: UnitResults) -> list[str]:
+    """How volumes or series were made one, where any were."""
+    merge = results.settings.resample.merge
+    averaged = _named(resample.METHODS, merge) if results.preprocessed.sources else []
+    return averaged + (_named(resample.METHODS, "concat") if results.unit.output else [])
+
+
 def _diffusion(results: UnitResults) -> list[str]:
     """Processing of the diffusion series, stage by stage."""
     biascorrect = results.settings.denoise.biascorrect
@@ -199,6 +206,7 @@ def _diffusion(results: UnitResults) -> list[str]:
         *_named(coregister.METHODS, registered),
         *_named(resample.METHODS, "resample"),
         *_named(resample.METHODS, biascorrect),
+        *_merging(results),
         *quality.METHODS.values(),
     ]
 

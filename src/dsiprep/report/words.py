@@ -22,6 +22,7 @@ STAGES = {
 METHODS = {
     "drbuddi": "blip-up/blip-down (DRBUDDI model)",
     "gre": "gradient-echo fieldmap",
+    "unpile": "fieldmap-less, against the structural image",
 }
 SCORES = {
     "mi": "Normalised mutual information",

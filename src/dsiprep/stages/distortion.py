@@ -18,12 +18,15 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
-from dsiprep.ops.blip import conjugate_gradients, equal_mass_field
+from dsiprep.ops.blip import conjugate_gradients, equal_mass_field, sample_lines
 from dsiprep.ops.blip_pair import Pair, State, change, compare, cost, equations, make_pair, moved, outlier
 from dsiprep.ops.filter import gaussian
+from dsiprep.ops.linear import register_linear
+from dsiprep.ops.sample import pull, spline_coefficients
+from dsiprep.ops.shared import shared_displacement
 from dsiprep.settings import DistortionSettings
 
-VERSION = 1
+VERSION = 2
 
 METHODS = {
     "drbuddi": (
@@ -52,6 +55,7 @@ def correct_distortion(
     grid: Grid,
     mask: Volume,
     settings: DistortionSettings,
+    structural: Volume | None = None,
 ) -> Distortion:
     """Displacement field and pose from b=0 images of two opposite phase encodings.
 
@@ -66,6 +70,10 @@ def correct_distortion(
     mask : Volume
         Rough brain mask on `grid`.
     settings : DistortionSettings
+    structural : Volume, optional
+        Undistorted T2w or T1w of the same head, anywhere near it: it is aligned rigidly. With it both displacements get
+        a smooth part that they share, which the pair alone cannot tell; they are no exact opposites then, and
+        `fieldmap_hz` is half their difference.
 
     Returns
     -------
@@ -93,23 +101,31 @@ def correct_distortion(
     i, j, k = (grid.shape[a] for a in order)
     last = Grid((i, j, k), grid.affine[:, [*order, 3]])
     inner = (mask.data.to(before[0].device) > 0.5).permute(order).contiguous()
-    unit = _brightness(before, mask)
-    pairs = _pyramid([b.permute(order).contiguous() / unit for b in before], last, inner, scales)
+    units = [_brightness(b, mask) for b in before]
+    pairs = _pyramid(
+        [b.permute(order).contiguous() / u for b, u in zip(before, units, strict=True)], last, inner, scales
+    )
     state, trace, notes = _estimate(pairs)
+    if structural is not None:
+        state, rows, told = _with_structural(pairs[-1], state, structural)
+        trace, notes = [*trace, *rows], (*notes, told)
     compared = compare(pairs[-1], state)
-    after = [unit * v * j for v, j in zip(compared.values, compared.jacobians, strict=True)]
-    mean = (after[0] + float(np.exp(state.gain)) * after[1]) / 2
+    after = [u * v * j for u, v, j in zip(units, compared.values, compared.jacobians, strict=True)]
+    gain = units[0] / units[1]  # the rows tell of images whose brains are equally bright
+    mean = (after[0] + float(np.exp(state.gain)) * gain * after[1]) / 2
+    trace = [{**row, "gain": gain * row["gain"]} if "gain" in row else row for row in trace]
 
     def as_given(data: torch.Tensor) -> torch.Tensor:
         return data.permute(np.argsort(order).tolist()).contiguous()
 
     field = as_given(state.field)
     direction = torch.as_tensor(grid.directions[:, axis], dtype=torch.float32, device=field.device)
-    along = field * direction[:, None, None, None]
     hertz = None if readout is None else field / (float(grid.voxel_sizes[axis]) * readout)
     return Distortion(
         poses=np.stack([np.eye(4), state.pose]),
-        fields=tuple(DisplacementField(s * along, grid) for s in scales),
+        fields=tuple(
+            DisplacementField(as_given(u) * direction[:, None, None, None], grid) for u in state.displacements(scales)
+        ),
         fieldmap_hz=None if hertz is None else Volume(hertz, grid),
         dwiref=Volume(as_given(mean), grid),
         before=tuple(Volume(b, grid) for b in before),
@@ -154,12 +170,10 @@ def _checked(
     return first, second
 
 
-def _brightness(images: tuple[torch.Tensor, ...], mask: Volume) -> float:
-    """Median intensity of the brain in both images; the brightest voxel where the brain is mostly empty."""
-    inner = mask.data.to(images[0].device) > 0.5
-    values = torch.stack(images)[:, inner]
-    median = float(values.median())
-    return median if median > 0 else float(torch.stack(images).abs().max())
+def _brightness(image: torch.Tensor, mask: Volume) -> float:
+    """Median intensity of the brain; the brightest voxel where the brain is mostly empty."""
+    median = float(image[mask.data.to(image.device) > 0.5].median())
+    return median if median > 0 else float(image.abs().max())
 
 
 def _finite_mean(volumes: torch.Tensor) -> torch.Tensor:
@@ -207,6 +221,29 @@ def _estimate(pairs: list[Pair]) -> tuple[State, list[dict[str, float]], tuple[s
         trace += [{"level": number, **row} for row in rows]
     unsettled = "the distortion field had not quite settled when its last level's iterations ran out"
     return state, trace, () if settled else (unsettled,)
+
+
+def _with_structural(pair: Pair, state: State, structural: Volume) -> tuple[State, list[dict[str, float]], str]:
+    """The state with the displacement that both blips share, its trace, and a sentence about it."""
+    compared = compare(pair, state)
+    (v0, v1), (j0, j1) = compared.values, compared.jacobians
+    image = (v0 * j0 + float(np.exp(state.gain)) * v1 * j1) / 2
+    inner = Volume(pair.inner.float(), pair.grid)
+    fit = register_linear(structural.to("cpu"), Volume(image, pair.grid).to("cpu"), fixed_mask=inner.to("cpu"))
+    there = pull(structural.data[None].float().to(image.device), structural.grid, pair.grid, fit.matrix)[0]
+    level = there[pair.inner].median().clamp(min=1e-6)
+    shared, rows = shared_displacement(image, there / level, pair.inner, pair.grid)
+    lines = spline_coefficients(state.field.reshape(-1, 1, 1, shared.shape[2])).reshape(shared.shape)
+    carried, _, inside = sample_lines(lines, shared / float(pair.grid.voxel_sizes[2]))
+    moved = replace(state, field=torch.where(inside > 0, carried, state.field), shared=shared)
+    if not np.isfinite(cost(pair, moved, compare(pair, moved), 1.0)):
+        return state, [], "the structural image was left aside: with what it told, the image would have folded"
+    size = shared[pair.inner].abs()
+    told = (
+        f"the structural image moved both blips together by {float(size.mean()):.2f} mm on average and "
+        f"{float(size.max()):.2f} mm at most along the phase-encoding axis"
+    )
+    return moved, [{"level": -1, **row} for row in rows], told
 
 
 def _start(pair: Pair) -> State:

@@ -24,7 +24,7 @@ from dsiprep.ops.sample import pull
 from dsiprep.ops.series import contrast_to_noise, outlier_slices, shore_projection
 from dsiprep.ops.tensor import main_directions, tensor_projection
 
-VERSION = 2
+VERSION = 3
 
 METHODS = {
     "quality": (
@@ -64,13 +64,14 @@ def measure_quality(
     -------
     Quality
         `table` has the columns of image_qc.tsv, None where there is nothing to measure; `confounds` the
-        columns of the confounds table with `run` (index into the unit's runs) for `original_file`.
+        columns of the confounds table with `run` (index into the unit's runs) for `original_file`, a row for every
+        volume acquired: volumes made one share b-value and b-vector.
         Translations in mm, rotation vectors about the image centre in radians, RAS+; FD is NaN in the first
         volume of a run.
     """
     dwi = preprocessed.dwi.to("cpu")
     inside = preprocessed.mask.numpy() > 0.5
-    confounds = _confounds(acquired, denoised, motions, dwi)
+    confounds = _confounds(acquired, denoised, motions, dwi, preprocessed.sources)
     cnr, tsnr = _cnr(dwi, preprocessed.mask, motions[0].model), _tsnr(dwi, preprocessed.mask)
     raw = acquired.dwi.to("cpu")
     table: Row = _series("raw_", raw, acquired.mask.numpy() > 0.5, motions[0].slice_axis)
@@ -85,6 +86,63 @@ def measure_quality(
     table |= _names(unit_name)
     slices = _slice_z(motions, len(raw))
     return Quality(table, confounds, slices, cnr, tsnr, _notes(motions, raw, distortion, cnr))
+
+
+def measure_joined(
+    name: str,
+    parts: tuple[Quality, ...],
+    runs: tuple[np.ndarray, ...],
+    anatomy: Anatomy,
+    preprocessed: Preprocessed,
+    model: str,
+) -> Quality:
+    """Measure the series that several units were joined into.
+
+    Parameters
+    ----------
+    name : str
+        Prefix of the output.
+    parts : tuple of Quality
+        Of the units, in order; their confounds are put one after the other.
+    runs : tuple of ndarray of int
+        The run of every volume of each unit; numbered on from unit to unit.
+    anatomy : Anatomy
+    preprocessed : Preprocessed
+        From `dsiprep.stages.resample.join`.
+    model : str
+        Signal model of the motion.
+
+    Returns
+    -------
+    Quality
+        Numbers of slices and directions of the raw series are sums over the units, the other raw measures means.
+    """
+    shared = [column for column in parts[0].confounds if all(column in part.confounds for part in parts)]
+    confounds = {column: np.concatenate([part.confounds[column] for part in parts]) for column in shared}
+    offsets = np.cumsum([0, *(int(run.max()) + 1 for run in runs)])
+    confounds["run"] = np.concatenate([run + offset for run, offset in zip(runs, offsets, strict=False)])
+    dwi = preprocessed.dwi.to("cpu")
+    for volume, members in enumerate(preprocessed.sources):
+        for axis, column in enumerate(("grad_x", "grad_y", "grad_z")):
+            confounds[column][list(members)] = dwi.bvecs[volume, axis]
+        confounds["bval"][list(members)] = dwi.bvals[volume]
+    cnr, tsnr = _cnr(dwi, preprocessed.mask, model), _tsnr(dwi, preprocessed.mask)
+    table = _raw_of_all(parts) | _series("t1_", dwi, preprocessed.mask.numpy() > 0.5, 2)
+    table |= _motion_summary(confounds, confounds["run"]) | _overlaps(anatomy, preprocessed)
+    table |= _names(name)
+    width = max(part.slice_z.shape[1] for part in parts)
+    padded = [np.pad(p.slice_z, ((0, 0), (0, width - p.slice_z.shape[1])), constant_values=np.nan) for p in parts]
+    return Quality(table, confounds, np.concatenate(padded), cnr, tsnr)
+
+
+def _raw_of_all(parts: tuple[Quality, ...]) -> Row:
+    row: Row = {}
+    for name in parts[0].table:
+        values = [part.table.get(name) for part in parts]
+        numbers = [float(value) for value in values if isinstance(value, int | float)]
+        if name.startswith("raw_") and len(numbers) == len(values):
+            row[name] = sum(numbers) if name.startswith("raw_num_") else sum(numbers) / len(numbers)
+    return row
 
 
 def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarray:
@@ -110,8 +168,11 @@ def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarra
     return np.append(np.nan, steps.sum(1))
 
 
-def _confounds(acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI) -> dict[str, np.ndarray]:
-    parameters, r2, xcorr = np.zeros((len(dwi), 6)), np.full(len(dwi), np.nan), np.full(len(dwi), np.nan)
+def _confounds(
+    acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI, sources: tuple[tuple[int, ...], ...]
+) -> dict[str, np.ndarray]:
+    count = len(acquired.dwi)
+    parameters, r2, xcorr = np.zeros((count, 6)), np.full(count, np.nan), np.full(count, np.nan)
     for motion in motions:
         turned = rigid_parameters(motion.transforms, motion.dwiref.grid.centre)
         parameters[motion.volumes] = turned[:, [3, 4, 5, 0, 1, 2]]
@@ -119,12 +180,15 @@ def _confounds(acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ..
     columns = {"framewise_displacement": framewise_displacement(parameters, acquired.dwi.run)}
     names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
     columns |= dict(zip(names, parameters.T, strict=True))
-    eddy = eddy_currents(motions, len(dwi))
+    eddy = eddy_currents(motions, count)
     if eddy is not None:
         columns |= {f"eddy_{name}": eddy.coefficients[:, term] for term, name in enumerate(EDDY_TERMS)}
     columns |= {"hmc_r2": r2, "hmc_xcorr": xcorr, "run": acquired.dwi.run.astype(int)}
-    columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs.T, strict=True))
-    columns["bval"] = dwi.bvals
+    row = np.arange(count)
+    for volume, members in enumerate(sources):
+        row[list(members)] = volume
+    columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs[row].T, strict=True))
+    columns["bval"] = dwi.bvals[row]
     return columns | _denoising(acquired, denoised)
 
 
