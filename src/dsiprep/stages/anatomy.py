@@ -17,12 +17,12 @@ from dsiprep.ops.bias import n4_bias
 from dsiprep.ops.diffeomorphic import register_diffeomorphic
 from dsiprep.ops.field import chain_displacement
 from dsiprep.ops.linear import register_linear
-from dsiprep.ops.mask import brain_mask_b0, brain_mask_t1w
+from dsiprep.ops.mask import brain_mask_b0, brain_mask_dwiref, brain_mask_t1w, brain_mask_t2w
 from dsiprep.ops.sample import pull
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 
-VERSION = 2
+VERSION = 3
 METHODS = {
     "T1w": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
@@ -95,13 +95,13 @@ def process_anatomy(
         return _from_t1w(images, template, settings)
     if dwiref is None:
         raise InputError("no structural image and no b=0 reference: give one of them")
-    return _from_dwiref(dwiref, dwiref_mask or brain_mask_b0(dwiref), template)
+    return _from_dwiref(dwiref, dwiref_mask or brain_mask_dwiref(dwiref), template)
 
 
 def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings) -> Anatomy:
     device = images[0].data.device
     native, poses, notes = _average(images)
-    mask, doubt = _brain(native)
+    mask, doubt = _brain(native, settings.modality)
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
     brain = Volume(native.data * mask.data, native.grid)
@@ -190,14 +190,14 @@ def _brightness(volume: Volume) -> float:
     return float(np.median(bright))
 
 
-def _brain(native: Volume) -> tuple[Volume, tuple[str, ...]]:
+def _brain(native: Volume, modality: str) -> tuple[Volume, tuple[str, ...]]:
     """The brain by the network; where it finds nothing of a brain's size, by brightness, and a note."""
-    mask = brain_mask_t1w(native)
+    mask = brain_mask_t2w(native) if modality == "T2w" else brain_mask_t1w(native)
     millilitres = float(mask.data.sum()) * float(np.prod(native.grid.voxel_sizes)) / 1000
     if LEAST_BRAIN_ML <= millilitres <= MOST_BRAIN_ML:
         return mask, ()
     return brain_mask_b0(native), (
-        f"The network found no brain in the T1w image ({millilitres:.0f} ml): the mask is a rough one by "
+        f"The network found no brain in the {modality} image ({millilitres:.0f} ml): the mask is a rough one by "
         "brightness. Check the outlines in the report.",
     )
 
