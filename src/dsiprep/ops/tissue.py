@@ -18,7 +18,9 @@ DEEP_MM, DEEP_RAMP_MM = 22.0, 4.0  # from the brain's surface to where grey matt
 DEEP_SHARE = 0.8  # of the grey matter there
 TRUST = 0.5  # in how much of each tissue there seems to be, against the atlas; 1 lets WM creep into cortex
 PRIOR_FLOOR = 0.1  # least prior of each tissue: the atlas lies a few mm off, and must not draw the borders
-POOLED = 0.5  # share of the common variance in each: a class of mixed voxels would widen until it takes all
+POOLED = 0.5  # share of the common variance in each (all of it without an atlas): a class of mixed voxels would widen
+WIDENING = 1.3  # of grey matter's Gaussian at the end: cortex is a sheet of few voxels, mixed on both its sides
+LAST_ROUNDS = 4
 MOST_ROUNDS = 40
 TOLERANCE = 2e-4
 
@@ -85,25 +87,40 @@ def _expectation_maximisation(
 ) -> np.ndarray:
     """Probability of each Gaussian, (i, j, k, 4), or (i, j, k, 3) without a prior."""
     image = image / max(float(np.percentile(image[inside], 95)), 1e-12)
-    atlas = prior is not None
-    now = prior * inside[..., None] if prior is not None else _by_brightness(image, inside)
-    if prior is None:
-        prior = np.full(now.shape, 1 / 3, np.float32)
     bonds = (SMOOTHNESS / sizes).astype(np.float32)
-    share = np.ones(now.shape[-1])
+    if prior is None:
+        now = _by_brightness(image, inside)
+        given = np.full(now.shape, 1 / 3, np.float32)
+    else:
+        now, given = prior * inside[..., None], prior
+    now, model = _fitted(image, inside, given, now, bonds, atlas=prior is not None)
+    if prior is None:
+        return now
+    model[1, 1::2] *= WIDENING**2
+    for _ in range(LAST_ROUNDS):
+        now, _, _ = _round(image, inside, given, now, model, bonds)
+    return now
+
+
+def _fitted(
+    image: np.ndarray, inside: np.ndarray, prior: np.ndarray, now: np.ndarray, bonds: np.ndarray, atlas: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities, and the model: means, variances and shares of the Gaussians, (3, 4) or (3, 3)."""
+    share, pooled = np.ones(now.shape[-1]), POOLED if atlas else 1.0
     means, variances = _gaussians(image, now, inside)
     for _ in range(MOST_ROUNDS):
         if atlas:
             means[3], variances[3] = means[1] + DEEP_LEVEL * (means[2] - means[1]), variances[1]
-        now, sums, change = _round(image, inside, prior, now, np.stack([means, variances, share]), bonds)
+        model = np.stack([means, variances, share])
+        now, sums, change = _round(image, inside, prior, now, model, bonds)
         total = np.maximum(sums[:, 0], 1e-6)
         means = sums[:, 1] / total
         variances = np.maximum(sums[:, 2] / total - means**2, 1e-4)
-        variances = POOLED * (total @ variances / total.sum()) + (1 - POOLED) * variances
+        variances = pooled * (total @ variances / total.sum()) + (1 - pooled) * variances
         share = (total / np.maximum(sums[:, 3], 1e-6)) ** TRUST if atlas else total / total.sum()
         if change < TOLERANCE:
             break
-    return now
+    return now, model
 
 
 def _by_brightness(image: np.ndarray, inside: np.ndarray) -> np.ndarray:
