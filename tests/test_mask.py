@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.io.templates import load_template
-from dsiprep.ops.mask import brain_mask_b0, brain_mask_t1w, otsu
+from dsiprep.ops.mask import brain_mask_b0, brain_mask_dwiref, brain_mask_t1w, brain_mask_t2w, otsu
 from dsiprep.ops.sample import pull
 
 
@@ -132,3 +132,47 @@ def test_t1w_mask_of_a_turned_template_head():
     mask = brain_mask_t1w(Volume(head, turned))
     assert mask.grid is turned
     assert _dice(mask.numpy(), truth) > 0.93
+
+
+def _t2_head(grid: Grid, fat: float) -> tuple[Volume, np.ndarray]:
+    """The template's brain in the contrast of a T2w, with bias and noise, in a skull, in a scalp; the true brain.
+
+    CSF fills what the template leaves free between gyri, as it does in a head.
+    """
+    template = load_template("MNI152NLin2009aSym")
+    tissue = pull(template.tissue, template.brain.grid, grid).numpy()
+    brain = pull(template.mask.data[None], template.mask.grid, grid)[0].numpy() > 0.5
+    sizes = grid.voxel_sizes
+    near = ndimage.distance_transform_edt(~brain, sampling=sizes) <= 6
+    whole = ndimage.distance_transform_edt(near, sampling=sizes) > 4
+    away = ndimage.distance_transform_edt(~whole, sampling=sizes)
+    data = np.where(brain, np.tensordot([2.2, 1.0, 0.75], tissue, 1), np.where(whole, 2.2, 0.05))
+    data = np.where(away > 7, np.where(away < 12, fat, 0), data)
+    world = grid.to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
+    data = ndimage.gaussian_filter(data, 0.4) * np.exp(0.004 * world[..., 1] - 0.003 * world[..., 2])
+    noise = np.random.default_rng(0).normal(0, 0.04, (2, *grid.shape))
+    return Volume(torch.from_numpy(np.hypot(data + noise[0], noise[1]).astype(np.float32)), grid), whole
+
+
+def test_dwiref_mask_is_closer_than_the_fast_one():
+    volume, truth = _t2_head(_grid(2.5, "LPS"), fat=0.15)
+    mask = brain_mask_dwiref(volume)
+    found = mask.numpy()
+    assert mask.grid is volume.grid and set(np.unique(found)) == {0.0, 1.0}
+    assert _dice(found, truth) > 0.97
+    assert _dice(found, truth) > _dice(brain_mask_b0(volume).numpy(), truth) + 0.02
+    assert np.array_equal(ndimage.binary_fill_holes(found), found > 0.5)
+
+
+def test_t2w_mask_under_bright_fat():
+    volume, truth = _t2_head(_grid(2.0, "PSR"), fat=1.2)
+    mask = brain_mask_t2w(volume)
+    assert mask.grid is volume.grid
+    assert _dice(mask.numpy(), truth) > 0.95
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (12, 10, 3), (14, 14, 14)])
+def test_dwiref_mask_of_what_is_no_head_is_the_fast_one(shape):
+    data = np.random.default_rng(0).uniform(1, 100, shape).astype(np.float32)
+    volume = Volume(torch.from_numpy(data), Grid(shape, np.diag([3.0, 3, 3, 1])))
+    assert torch.equal(brain_mask_dwiref(volume).data, brain_mask_b0(volume).data)

@@ -58,6 +58,20 @@ def test_tissue_with_a_displaced_atlas(brain):
     assert csf > 0.75 and gm > 0.85 and wm > 0.88
 
 
+def test_deep_grey_matter_brighter_than_cortex(brain):
+    """Halfway to white matter, brightness alone cannot tell; half of it is found because the atlas expects it."""
+    image, mask, truth, priors = brain
+    depth = ndimage.distance_transform_edt(mask.numpy() > 0.5, sampling=2.0)
+    deep = (truth == 1) & (depth > 26) & (priors[1].numpy() > 0.6)
+    assert deep.sum() > 500
+    data = image.data + 20 * torch.from_numpy(deep.astype(np.float32))
+    bright = Volume(data, image.grid)
+    by_atlas = segment_tissue(bright, mask, priors).argmax(0).numpy()
+    alone = segment_tissue(bright, mask).argmax(0).numpy()
+    assert (by_atlas[deep] == 1).mean() > 0.8
+    assert (by_atlas[deep] == 1).mean() > (alone[deep] == 1).mean() + 0.1
+
+
 def test_neighbours_make_noise_harmless(brain):
     image, mask, truth, _ = brain
     rng = np.random.default_rng(1)

@@ -19,14 +19,14 @@ from dsiprep.ops.bias import n4_bias
 from dsiprep.ops.diffeomorphic import register_diffeomorphic
 from dsiprep.ops.field import chain_displacement, fit_between
 from dsiprep.ops.linear import register_linear
-from dsiprep.ops.mask import brain_mask_b0, brain_mask_t1w
+from dsiprep.ops.mask import brain_mask_b0, brain_mask_dwiref, brain_mask_t1w, brain_mask_t2w
 from dsiprep.ops.sample import pull
 from dsiprep.ops.size import enlarge_affine, enlarge_chain, enlarge_volume, enlargement
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 from dsiprep.stages.reference import average_images
 
-VERSION = 4
+VERSION = 5
 METHODS = {
     "T1w": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
@@ -112,7 +112,7 @@ def process_anatomy(
         given = None if mask is None else enlarge_volume(mask, by)
         return _as_large_as_it_was(_from_t1w(tuple(large), one, settings, given), by)
     assert dwiref is not None
-    brain = dwiref_mask or brain_mask_b0(dwiref)
+    brain = dwiref_mask or brain_mask_dwiref(dwiref)
     return _as_large_as_it_was(_from_dwiref(enlarge_volume(dwiref, by), enlarge_volume(brain, by), one), by)
 
 
@@ -144,7 +144,7 @@ def _from_t1w(
 ) -> Anatomy:
     device = images[0].data.device
     native, poses, notes = average_images(images, unbiased=settings.reference != "first-lex")
-    mask, doubt = _brain(native) if given is None else (_taken(given, native, template), ())
+    mask, doubt = _brain(native, settings.modality) if given is None else (_taken(given, native, template), ())
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
     brain = Volume(native.data * mask.data, native.grid)
@@ -199,14 +199,14 @@ def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
     )
 
 
-def _brain(native: Volume) -> tuple[Volume, tuple[str, ...]]:
+def _brain(native: Volume, modality: str) -> tuple[Volume, tuple[str, ...]]:
     """The brain by the network; where it finds nothing of a brain's size, by brightness, and a note."""
-    mask = brain_mask_t1w(native)
+    mask = brain_mask_t2w(native) if modality == "T2w" else brain_mask_t1w(native)
     millilitres = float(mask.data.sum()) * float(np.prod(native.grid.voxel_sizes)) / 1000
     if LEAST_BRAIN_ML <= millilitres <= MOST_BRAIN_ML:
         return mask, ()
     return brain_mask_b0(native), (
-        f"The network found no brain in the T1w image ({millilitres:.0f} ml): the mask is a rough one by "
+        f"The network found no brain in the {modality} image ({millilitres:.0f} ml): the mask is a rough one by "
         "brightness. Check the outlines in the report.",
     )
 

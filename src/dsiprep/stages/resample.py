@@ -16,7 +16,7 @@ from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.ops.affine import rotate_bvecs
 from dsiprep.ops.bias import n4_bias
-from dsiprep.ops.mask import brain_mask_b0
+from dsiprep.ops.mask import brain_mask_dwiref
 from dsiprep.ops.pairs import combine, merged_gradients, same_gradients
 from dsiprep.ops.sample import pull
 from dsiprep.ops.warp import distorted_at, warp_volume
@@ -28,7 +28,9 @@ METHODS = {
     "resample": (
         "Head motion, eddy currents, distortion, coregistration and the rotation to ACPC were composed, and each "
         "volume was resampled once with cubic B-splines [@unser1999]. Intensities were multiplied by the Jacobian "
-        "determinant of the distortion, and b-vectors were rotated with their volumes [@leemans2009]."
+        "determinant of the distortion, and b-vectors were rotated with their volumes [@leemans2009]. The brain in the "
+        "mean b=0 image was found by the deepbet network [@fisch2024], which was shown the image as it is and with its "
+        "brightness remapped to that of a T1w; its surface was moved to the rim of the bright tissue near it."
     ),
     "n4": ("Receive bias was estimated with N4 [@tustison2010] on the mean b=0 image and divided out of all volumes."),
     "none": "Receive bias was not corrected.",
@@ -280,7 +282,7 @@ def _finish(series: DWI, anatomy: Anatomy, bias: str, sources: tuple[tuple[int, 
 
 def _mask(reference: Volume, anatomy: Anatomy) -> Volume:
     """The brain of the mean b=0, but no further out of the structural brain than `DILATION_MM`."""
-    mask = brain_mask_b0(reference)
+    mask = brain_mask_dwiref(reference)
     if anatomy.modality == "none":
         return mask
     structural = pull(anatomy.mask.data[None].float(), anatomy.mask.grid, reference.grid)[0].cpu().numpy() > 0.5
