@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -52,6 +55,8 @@ from dsiprep.stages import (
     resample,
 )
 
+# Programs that people may own, each loaded when it is asked for.
+ENGINES = {name: f"dsiprep.engines.{name}" for name in ("tortoise", "freesurfer", "ants")}
 STEPS = ("acquisition", "denoise", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
 T = TypeVar("T")
 
@@ -83,6 +88,8 @@ def preprocess(
     cache = cache or Cache(None)
     on = torch.device(device)
     require_files(unit)
+    if not cache.only_found:
+        check_engines(unit, settings, on)
     raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
     acquired = cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
@@ -121,6 +128,46 @@ def preprocess(
     )
 
 
+def engine(name: str) -> ModuleType:
+    """The module of an engine: `VERSION`, `version`, `check`, and functions that stand in for native ones."""
+    return import_module(ENGINES[name])
+
+
+def engines_for(unit: Unit, settings: Settings) -> tuple[str, ...]:
+    """The programs that these settings ask for with this unit, by their names in `ENGINES`."""
+    anatomical = settings.anatomy if unit.t1w and settings.anatomy.modality == "T1w" else None
+    distorted = settings.distortion.method != "none" and unit.reversed_pairs()
+    asked = {
+        "tortoise": bool(distorted) and settings.distortion.engine == "tortoise",
+        "freesurfer": anatomical is not None and "freesurfer" in _anatomical(anatomical),
+        "ants": anatomical is not None and "ants" in _anatomical(anatomical),
+    }
+    return tuple(name for name, wanted in asked.items() if wanted)
+
+
+def _anatomical(settings: AnatomySettings) -> tuple[str, ...]:
+    """The engines of the structural image."""
+    names = [settings.engine, {"synthmorph": "freesurfer"}.get(settings.normalizer, settings.normalizer)]
+    return tuple(name for name in dict.fromkeys(names) if name in ENGINES)
+
+
+def check_engines(unit: Unit, settings: Settings, device: torch.device) -> None:
+    """Say before anything long is begun that a program is missing, or its licence, or memory for it.
+
+    Raises
+    ------
+    EngineError
+        With what to do.
+    """
+    for name in engines_for(unit, settings):
+        engine(name).check(unit, settings, device)
+
+
+def _made_by(names: tuple[str, ...]) -> list[list[object]]:
+    """What the keys of results tell of engines: another version of a program makes another result."""
+    return [[name, engine(name).VERSION, engine(name).version()] for name in names]
+
+
 def prepare_anatomy(
     unit: Unit,
     settings: Settings,
@@ -132,8 +179,9 @@ def prepare_anatomy(
     template = load_template()
     if unit.t1w and settings.anatomy.modality == "T1w":
         images = cache.files(unit.t1w, "T1w", lambda: tuple(read_volume(path) for path in unit.t1w))
-        prepare = partial(_anatomy, device, template)
-        return cache.run(anatomy, "anatomy", prepare, images, template.name, settings.anatomy)
+        prepare = partial(_anatomy, device, template, cache.folder)
+        made_by = _made_by(_anatomical(settings.anatomy))
+        return cache.run(anatomy, "anatomy", prepare, images, [template.name, made_by], settings.anatomy)
     prepare = partial(_anatomy_from_b0, device, template)
     return cache.run(anatomy, "anatomy-b0", prepare, reference, template.name, settings.anatomy)
 
@@ -169,8 +217,9 @@ def _correct_distortion(
         gre = unit.gre
         field = cache.files(gre.files(), gre, lambda: read_fieldmap(gre))
         return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
-    correct = partial(_distortion, device)
-    return cache.run(distortion, "distortion", correct, acquired, motions, method, settings.distortion)
+    correct = partial(_distortion, device, cache.folder)
+    made_by = _made_by((settings.distortion.engine,) if settings.distortion.engine in ENGINES else ())
+    return cache.run(distortion, "distortion", correct, acquired, motions, [method, made_by], settings.distortion)
 
 
 def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Distortion:
@@ -197,27 +246,49 @@ def _motion(device: torch.device, acquired: Acquired, blip: int, settings: Motio
 
 def _distortion(
     device: torch.device,
+    folder: Path | None,
     acquired: Acquired,
     motions: tuple[Motion, ...],
-    method: str,
+    method: list[object],
     settings: DistortionSettings,
 ) -> Distortion | None:
-    if method == "none":
+    if method[0] == "none":
         return None
+    find = distortion.correct_distortion
+    if settings.engine in ENGINES:
+        find = partial(engine(settings.engine).correct_distortion, folder=folder)
     aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
     b0s = tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
-    correct: Callable[..., Distortion] = lambda *images: distortion.correct_distortion(  # noqa: E731
+    correct: Callable[..., Distortion] = lambda *images: find(  # noqa: E731
         acquired.blips, images, acquired.dwi.grid, motions[0].mask, settings
     )
     return with_cpu_fallback(correct, device, b0s)
 
 
 def _anatomy(
-    device: torch.device, template: Template, images: tuple[Volume, ...], name: str, settings: AnatomySettings
+    device: torch.device,
+    template: Template,
+    folder: Path | None,
+    images: tuple[Volume, ...],
+    lineage: list[object],
+    settings: AnatomySettings,
 ) -> Anatomy:
+    steps = _anatomical_steps(settings, folder)
     return with_cpu_fallback(
-        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings), device, images
+        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, steps), device, images
     )
+
+
+def _anatomical_steps(settings: AnatomySettings, folder: Path | None) -> anatomy.Steps:
+    """What the chosen engines do in place of the stage's own functions."""
+    brain = tissue = normalise = None
+    if settings.engine in ENGINES:
+        found = engine(settings.engine)
+        modes = {"robust": settings.synthseg_robust, "parc": settings.synthseg_parc}
+        brain, tissue = partial(found.brain_mask, folder=folder), partial(found.segment, **modes, folder=folder)
+    if settings.normalizer not in ("none", "native"):
+        normalise = partial(engine(_anatomical(settings)[-1]).normalise, folder=folder)
+    return anatomy.Steps(brain, tissue, normalise)
 
 
 def _anatomy_from_b0(

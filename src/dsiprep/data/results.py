@@ -197,6 +197,8 @@ class Anatomy:
         The template's brain, and `warped`, the structural brain brought onto it.
     orig_to_anat : tuple of Affine
         For each structural image as it was acquired: points of the first one to points of it.
+    labels : Volume or None
+        FreeSurfer's labels of structures on `image`'s grid, where SynthSeg found the tissues.
     """
 
     modality: str
@@ -211,6 +213,7 @@ class Anatomy:
     warped: Volume | None
     notes: tuple[str, ...] = ()
     orig_to_anat: tuple[Affine, ...] = ()
+    labels: Volume | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dsiprep.data.results import UnitResults
+from dsiprep.engines import ants, freesurfer, tortoise
 from dsiprep.report.album import write_atomically
 from dsiprep.stages import (
     acquisition,
@@ -29,7 +30,7 @@ from dsiprep.stages import (
 )
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
-CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS}
+CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS, **tortoise.METHODS}
 DASH = "\N{EN DASH}"
 KEY = re.compile(r"@([A-Za-z][\w-]*)")
 GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")
@@ -151,16 +152,19 @@ def _named(methods: dict[str, str], told: str) -> list[str]:
 
 def _anatomy(results: UnitResults) -> list[str]:
     """Structural processing: what applies of bias, brain, tissue, ACPC and template."""
-    found, methods = results.anatomy, anatomy.METHODS
+    found, methods = results.anatomy, {**anatomy.METHODS, **freesurfer.METHODS, **ants.METHODS}
     if found.modality == "none":
         return [methods["none"]] if "none" in methods else []
     normalised = found.acpc_to_template is not None
+    settings, own = results.settings.anatomy, found.labels is None
     steps = {
         "several": len(results.unit.t1w) > 1,
-        "n4": results.settings.anatomy.biascorrect == "n4",
+        "n4": settings.biascorrect == "n4",
+        "brain": own,
+        "freesurfer": not own,
         found.modality: True,
-        "tissue": found.tissue is not None,
-        "normalize": normalised,
+        "tissue": own and found.tissue is not None,
+        {"native": "normalize"}.get(settings.normalizer, settings.normalizer): normalised,
     }
     texts = [methods[name] for name, applies in steps.items() if applies and name in methods]
     if normalised:

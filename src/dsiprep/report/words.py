@@ -22,6 +22,7 @@ STAGES = {
 METHODS = {
     "drbuddi": "blip-up/blip-down (DRBUDDI model)",
     "gre": "gradient-echo fieldmap",
+    "tortoise": "DRBUDDI of TORTOISE",
 }
 MODELS = {
     "3dSHORE": "SHORELine, 3dSHORE model",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -24,10 +27,12 @@ from dsiprep.settings import AnatomySettings
 
 VERSION = 2
 METHODS = {
-    "T1w": (
+    "brain": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
-        "mask of the template, brought over by an affine registration. The image was brought to ACPC space "
-        "by the rigid part (polar decomposition about the anterior commissure) of an affine registration to"
+        "mask of the template, brought over by an affine registration."
+    ),
+    "T1w": (
+        "The T1w image was brought to ACPC space by the rigid part (polar decomposition about the anterior commissure) of an affine registration to"
         " the template that maximises normalised mutual information [@studholme1999; @mattes2003], with "
         "cubic B-splines [@unser1999]."
     ),
@@ -51,7 +56,7 @@ METHODS = {
     ),
 }
 
-__all__ = ["METHODS", "VERSION", "process_anatomy"]
+__all__ = ["METHODS", "VERSION", "Steps", "process_anatomy"]
 
 LEAST_VOXEL_MM = 0.8
 SHRINK_MM = 4.0  # distance of the voxels that N4 sees
@@ -62,12 +67,33 @@ LEAST_PIECE = 0.05  # of the largest piece of the head; smaller ones are noise
 DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What programs that people own can do in place of dsiprep; None leaves it to dsiprep.
+
+    Attributes
+    ----------
+    brain : callable
+        Structural image -> brain mask.
+    tissue : callable
+        Image, mask, priors (3, i, j, k) -> shares of CSF, GM, WM, and a volume of labels.
+    normalise : callable
+        Brain, template, the mask around its brain, points of the template to ACPC (4, 4), settings -> the chains
+        from ACPC to the template and back.
+    """
+
+    brain: Callable[[Volume], Volume] | None = None
+    tissue: Callable[[Volume, Volume, torch.Tensor], tuple[torch.Tensor, Volume]] | None = None
+    normalise: Callable[[Volume, Template, Volume, np.ndarray, AnatomySettings], tuple[Chain, Chain]] | None = None
+
+
 def process_anatomy(
     images: tuple[Volume, ...],
     dwiref: Volume | None,
     dwiref_mask: Volume | None,
     template: Template,
     settings: AnatomySettings,
+    steps: Steps | None = None,
 ) -> Anatomy:
     """Bring the structural image to ACPC space and find brain, tissue and template in it.
 
@@ -81,6 +107,8 @@ def process_anatomy(
     template : Template
         Its world is ACPC-like, with the anterior commissure at the origin.
     settings : AnatomySettings
+    steps : Steps, optional
+        Programs that do some of the work.
 
     Returns
     -------
@@ -92,16 +120,16 @@ def process_anatomy(
         If there is neither a T1w nor a b=0 reference, or an image is empty.
     """
     if images and settings.modality != "none":
-        return _from_t1w(images, template, settings)
+        return _from_t1w(images, template, settings, steps or Steps())
     if dwiref is None:
         raise InputError("no structural image and no b=0 reference: give one of them")
     return _from_dwiref(dwiref, dwiref_mask or brain_mask_b0(dwiref), template)
 
 
-def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings) -> Anatomy:
+def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomySettings, steps: Steps) -> Anatomy:
     device = images[0].data.device
     native, poses, notes = _average(images)
-    mask, doubt = _brain(native)
+    mask, doubt = _brain(native) if steps.brain is None else (steps.brain(native), ())
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
     brain = Volume(native.data * mask.data, native.grid)
@@ -113,18 +141,23 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
     image = Volume(pull(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
     inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
     brain = Volume(image.data * inside.data, grid)
-    forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
+    normalise = steps.normalise if steps.normalise and settings.normalize else _normalise
+    forward, back = normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
     priors = pull(
         template.tissue.to(device),
         template.brain.grid,
         grid,
         displacement=chain_displacement(back, grid, device),
     )
+    if steps.tissue is None:
+        tissue, labels = segment_tissue(image, inside, priors), None
+    else:
+        tissue, labels = steps.tissue(image, inside, priors)
     return Anatomy(
         modality="T1w",
         image=image,
         mask=inside,
-        tissue=segment_tissue(image, inside, priors),
+        tissue=tissue,
         anat_to_acpc=Affine(pose, "anat", "ACPC"),
         acpc_to_template=forward if settings.normalize else None,
         template_to_acpc=back if settings.normalize else None,
@@ -133,6 +166,7 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
         warped=_brought(brain, forward, template.brain.grid) if settings.normalize else None,
         notes=(*notes, *doubt, *opinion),
         orig_to_anat=poses,
+        labels=labels,
     )
 
 
