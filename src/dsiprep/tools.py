@@ -1,4 +1,4 @@
-"""`dsiprep-tools`: phantom, score, demo, shoreline, drbuddi."""
+"""`dsiprep-tools`: phantom, score, demo, shoreline, drbuddi, convert-warp."""
 
 from __future__ import annotations
 
@@ -64,6 +64,18 @@ def build_parser() -> Parser:
     drbuddi.add_argument("--mask", type=Path, metavar="FILE", help="brain in --up; else found in it")
     drbuddi.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
     drbuddi.set_defaults(run=_drbuddi)
+
+    warp = tools.add_parser("convert-warp", help="warps of FreeSurfer, FSL and ITK for other programs")
+    warp.add_argument("file", type=Path, metavar="IN", help="warp or linear transform")
+    warp.add_argument("out", type=Path, metavar="OUT", help=".h5; .nii.gz; or .mat, .txt for a linear transform")
+    warp.add_argument("--affine", type=Path, metavar="FILE", help="linear transform that follows: x -> affine(warp(x))")
+    warp.add_argument("--invert", action="store_true", help="write the inverse, and say how good it is")
+    warp.add_argument("--source", type=Path, metavar="FILE", help="image that the warp brings over (for FSL, --invert)")
+    warp.add_argument("--reference", type=Path, metavar="FILE", help="image that it is brought onto; gives the grid")
+    warp.add_argument("--kind", choices=("itk", "freesurfer", "easyreg", "fsl", "fsl-absolute"),
+                      help="what IN is, where it does not say")  # fmt: skip
+    warp.add_argument("--to", choices=("itk", "freesurfer"), default="itk", help="for .nii.gz (default: itk)")
+    warp.set_defaults(run=_convert_warp)
     return parser
 
 
@@ -133,6 +145,23 @@ def _drbuddi(options: argparse.Namespace) -> int:
     )
     write_pair(result, options.out)
     print(f"Corrected: {options.out / 'dwiref.nii.gz'}")
+    return 0
+
+
+def _convert_warp(options: argparse.Namespace) -> int:
+    from dsiprep.convert import convert_warp
+
+    said = convert_warp(
+        options.file,
+        options.out,
+        affine=options.affine,
+        invert=options.invert,
+        source=options.source,
+        reference=options.reference,
+        kind=options.kind,
+        to=options.to,
+    )
+    print("\n".join(said))
     return 0
 
 

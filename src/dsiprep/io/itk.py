@@ -20,8 +20,10 @@ import torch
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EDDY_MM, Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.errors import InputError, OutputError
+from dsiprep.io.vectors import VectorImage, write_vectors
 
 __all__ = [
+    "displacement_of",
     "read_affine",
     "read_affine_series",
     "read_composite_h5",
@@ -29,13 +31,17 @@ __all__ = [
     "write_affine_series",
     "write_composite_h5",
     "write_displacement_h5",
+    "write_displacement_nifti",
     "write_eddy_series",
 ]
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
+SIGNS = np.array([-1, -1, 1], np.float32)
+SHEARED = 1e-3  # cosine between two axes
 COMPOSITE = "CompositeTransform_double_3_3"
 TEXT_HEADER = "#Insight Transform File V1.0"
 LINEAR = ("AffineTransform", "MatrixOffsetTransformBase", "Rigid3DTransform", "ScaleSkewVersor3DTransform")
+NIFTI_INTENT = 1007  # a vector, which ITK leaves as it is
 EULER = ("Euler3DTransform", "CenteredEuler3DTransform")
 
 
@@ -97,6 +103,29 @@ def read_composite_h5(path: Path | str, source: str = "source", target: str = "t
     except (OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not an ITK transform in HDF5: {error}") from error
     return Chain(tuple(reversed(steps)), source, target)
+
+
+def displacement_of(image: VectorImage) -> DisplacementField:
+    """A displacement field as ITK and ANTs keep it in NIfTI: LPS, whatever the header says the axes are."""
+    return DisplacementField(torch.from_numpy(image.data * SIGNS[:, None, None, None]), image.grid)
+
+
+def write_displacement_nifti(path: Path | str, field: DisplacementField) -> None:
+    """A displacement field as ANTs writes its warps: NIfTI, intent 1007, LPS.
+
+    Raises
+    ------
+    OutputError
+        If the file cannot be written, or the grid is sheared: ITK would straighten it without a word.
+    """
+    axes = field.grid.directions
+    if np.abs(axes.T @ axes - np.eye(3)).max() > SHEARED:
+        raise OutputError(
+            f"{path}: the grid's axes are not at right angles, and ITK straightens such NIfTI files without a "
+            "word; write .h5, or name an image with other axes as --reference"
+        )
+    data = field.data.detach().cpu().numpy() * SIGNS[:, None, None, None]
+    write_vectors(path, data, field.grid, NIFTI_INTENT)
 
 
 def write_affine(path: Path | str, transform: Affine) -> None:
@@ -164,7 +193,7 @@ def write_eddy_series(path: Path | str, eddy: EddyCurrents, grid: Grid) -> None:
 
 
 def read_affine(path: Path | str, source: str = "source", target: str = "target") -> Affine:
-    """A linear transform from `.mat` (MATLAB v4), `.txt`/`.tfm` or `.h5`.
+    """A linear transform in HDF5, as text or in MATLAB's format (v4); the content tells which.
 
     Raises
     ------
@@ -172,9 +201,14 @@ def read_affine(path: Path | str, source: str = "source", target: str = "target"
         If the file holds anything else than one linear transform.
     """
     path = Path(path)
-    if path.suffix == ".h5":
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+    except OSError as error:
+        raise InputError(f"{path}: not readable ({error.strerror}); a linear transform of ITK was wanted") from error
+    if start[:4] == b"\x89HDF" or path.suffix == ".h5":
         steps: tuple[Affine | DisplacementField, ...] = read_composite_h5(path, source, target).steps
-    elif path.suffix == ".mat":
+    elif path.suffix == ".mat" and start != b"#Insight":
         steps = (_read_matlab(path, source, target),)
     else:
         steps = tuple(Affine(matrix, source, target) for matrix in read_affine_series(path))
@@ -253,8 +287,7 @@ def _field_parameters(field: DisplacementField) -> tuple[np.ndarray, np.ndarray]
     direction = lps[:3, :3] / grid.voxel_sizes  # columns are divided: each is one axis
     fixed = np.concatenate([grid.shape, lps[:3, 3], grid.voxel_sizes, direction.ravel()])
     data = field.data.detach().cpu().numpy().astype(np.float32)
-    signs = np.array([-1, -1, 1], np.float32)
-    return (data.transpose(3, 2, 1, 0) * signs).ravel(), fixed
+    return (data.transpose(3, 2, 1, 0) * SIGNS).ravel(), fixed
 
 
 def _field(parameters: np.ndarray, fixed: np.ndarray, path: Path) -> DisplacementField:
@@ -264,8 +297,7 @@ def _field(parameters: np.ndarray, fixed: np.ndarray, path: Path) -> Displacemen
     lps = np.eye(4)
     lps[:3, :3] = fixed[9:18].reshape(3, 3) * fixed[6:9]
     lps[:3, 3] = fixed[3:6]
-    signs = np.array([-1, -1, 1], np.float32)
-    data = parameters.astype(np.float32).reshape(k, j, i, 3) * signs
+    data = parameters.astype(np.float32).reshape(k, j, i, 3) * SIGNS
     return DisplacementField(
         torch.from_numpy(np.ascontiguousarray(data.transpose(3, 2, 1, 0))), Grid((i, j, k), FLIP @ lps)
     )

@@ -44,8 +44,8 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
         If the file is missing, unreadable, truncated, not real-valued, not 3-D or 4-D, has values that are
         not numbers, or does not say where its voxels are.
     """
-    image = _open(Path(path))
-    grid = _grid(image, path)
+    image = _checked(open_nifti(path), path)
+    grid = grid_of(image, path)
     shape = tuple(int(n) for n in image.shape)
     volumes = shape[3] if len(shape) == 4 else 1
     data = np.empty((volumes, *shape[:3]), np.float32)
@@ -188,7 +188,9 @@ def lps_axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]
     return (order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2])
 
 
-def _open(path: Path) -> Any:
+def open_nifti(path: Path) -> Any:
+    """The nibabel image of a file that was read whole, of any number of axes; errors as `read_image`."""
+    path = Path(path)
     try:
         content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
@@ -204,10 +206,9 @@ def _open(path: Path) -> Any:
     except OSError as problem:
         raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
     try:
-        image = (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(content)
+        return (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(content)
     except Exception as problem:  # nibabel raises many kinds
         raise InputError(f"{path}: not readable as NIfTI ({_short(problem)}); convert it again") from None
-    return _checked(image, path)
 
 
 def _checked(image: Any, path: Path) -> Any:
@@ -250,7 +251,8 @@ class _Bytes:
         self.place = place
 
 
-def _grid(image: Any, path: Path) -> Grid:
+def grid_of(image: Any, path: Path) -> Grid:
+    """Where the voxels of a nibabel image are; `InputError` where its header does not say."""
     header = image.header
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         raise InputError(

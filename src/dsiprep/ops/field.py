@@ -13,7 +13,7 @@ from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.ops.filter import gradient
 from dsiprep.ops.sample import pull, sample_linear, voxel_points
 
-__all__ = ["chain_displacement", "chain_points", "compose", "invert", "jacobian_determinant"]
+__all__ = ["chain_displacement", "chain_points", "chain_points_back", "compose", "invert", "jacobian_determinant"]
 
 FIXED_POINT_STEPS = 4
 
@@ -50,18 +50,23 @@ def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float =
     to_voxel = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=device).float()
     to_world = torch.as_tensor(field.grid.affine[:3, :3], device=device).float()
     u = torch.einsum("ab,bijk->aijk", to_voxel, field.data.float())
-    start = voxel_points(field.grid, field.grid).to(device)
-    v = -u
+    start = voxel_points(field.grid, field.grid).to(device).reshape(3, -1)
+    v = _inverse_at(u, start, -u.reshape(3, -1), iterations, tolerance_mm, to_world)
+    return DisplacementField((to_world @ v).reshape(u.shape), field.grid)
+
+
+def _inverse_at(
+    u: torch.Tensor, start: torch.Tensor, v: torch.Tensor, iterations: int, tolerance: float, to_world: torch.Tensor
+) -> torch.Tensor:
+    """v with v + u(start + v) = 0 in voxels for the points (3, m) of `start`, from a first guess."""
     for _ in range(FIXED_POINT_STEPS):
         v = -sample_linear(u, start + v)
-    v = v.reshape(3, -1)
-    residual = v + sample_linear(u, start.reshape(3, -1) + v)
-    left = torch.nonzero((to_world @ residual).norm(dim=0) > tolerance_mm)[:, 0]
+    residual = v + sample_linear(u, start + v)
+    left = torch.nonzero((to_world @ residual).norm(dim=0) > tolerance)[:, 0]
     if len(left):
         slopes = gradient(u).reshape(9, *u.shape[1:])  # du_a/dx_b, row-major in (a, b)
-        begin = start.reshape(3, -1)[:, left]
-        v[:, left] = _newton(u, slopes, begin, v[:, left], iterations, tolerance_mm, to_world)
-    return DisplacementField((to_world @ v).reshape(u.shape), field.grid)
+        v[:, left] = _newton(u, slopes, start[:, left], v[:, left], iterations, tolerance, to_world)
+    return v
 
 
 def _newton(
@@ -133,12 +138,75 @@ def chain_points(chain: Chain, points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, float)
     for step in chain.steps:
         if isinstance(step, Affine):
-            points = points @ step.matrix[:3, :3].T + step.matrix[:3, 3]
+            points = _moved(step.matrix, points)
         else:
             voxels = torch.as_tensor(step.grid.to_voxels(points).T, dtype=torch.float32)
             moved = sample_linear(step.data, voxels.to(step.data.device))
             points = points + moved.cpu().numpy().T.astype(float)
     return points
+
+
+def chain_points_back(chain: Chain, points: np.ndarray, tolerance_mm: float = 1e-3) -> np.ndarray:
+    """Points of the chain's source to points of its target: `chain_points` undone, on the CPU.
+
+    The linear part of each field is undone exactly, and what is left by Newton's method. Beyond its grid a field
+    is taken to go on as at the edge, less its linear part, so that the inverse has no step there.
+
+    Parameters
+    ----------
+    points : ndarray, (m, 3)
+        World RAS+ mm.
+    tolerance_mm : float
+        Points that `chain_points` brings back to so near are not improved further.
+
+    Returns
+    -------
+    ndarray, (m, 3), float64
+        Where a field folds there is no inverse, and the best guess stands.
+    """
+    points = np.asarray(points, float)
+    for step in reversed(chain.steps):
+        if isinstance(step, Affine):
+            points = _moved(np.linalg.inv(step.matrix), points)
+        else:
+            linear = np.linalg.inv(_linear_part(step))
+            rest = _extended(step, linear)
+            points = _moved(linear, points)
+            to_voxel = np.linalg.inv(rest.grid.affine)[:3, :3]
+            u = torch.einsum("ab,bijk->aijk", torch.as_tensor(to_voxel).float(), rest.data)
+            to_world = torch.as_tensor(rest.grid.affine[:3, :3]).float()
+            start = torch.as_tensor(np.ascontiguousarray(rest.grid.to_voxels(points).T), dtype=torch.float32)
+            v = _inverse_at(u, start, -sample_linear(u, start), 30, tolerance_mm, to_world)
+            points = points + v.numpy().T.astype(float) @ rest.grid.affine[:3, :3].T
+    return points
+
+
+def _moved(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return points @ matrix[:3, :3].T + matrix[:3, 3]
+
+
+def _linear_part(field: DisplacementField) -> np.ndarray:
+    """The affine map nearest to x -> x + u(x), (4, 4)."""
+    step = tuple(slice(None, None, max(1, n // 32)) for n in field.grid.shape)
+    points = field.grid.to_world(np.moveaxis(np.indices(field.grid.shape)[(slice(None), *step)], 0, -1).reshape(-1, 3))
+    u = field.data.cpu().numpy()[(slice(None), *step)].reshape(3, -1).T.astype(float)
+    middle, mean = points.mean(0), u.mean(0)
+    matrix = np.eye(4)
+    matrix[:3, :3] += np.linalg.lstsq(points - middle, u - mean, rcond=None)[0].T
+    matrix[:3, 3] = middle + mean - matrix[:3, :3] @ middle
+    return matrix
+
+
+def _extended(field: DisplacementField, linear: np.ndarray) -> DisplacementField:
+    """x -> linear(x + u(x)) on a grid that is wider by the longest displacement, which goes on as at the edge."""
+    chain = Chain((DisplacementField(field.data.cpu().float(), field.grid), Affine(linear, "", "")), "", "")
+    rest = chain_displacement(chain, field.grid)
+    reach = float(rest.norm(dim=0).max()) / field.grid.voxel_sizes
+    i, j, k = (int(n) for n in np.minimum(np.ceil(reach) + 2, np.asarray(field.grid.shape) + 2))
+    wide = torch.nn.functional.pad(rest[None], (k, k, j, j, i, i), mode="replicate")[0]
+    affine = field.grid.affine.copy()
+    affine[:3, 3] = field.grid.to_world(np.array([-i, -j, -k]))
+    return DisplacementField(wide, Grid((wide.shape[1], wide.shape[2], wide.shape[3]), affine))
 
 
 def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "cpu") -> torch.Tensor:
