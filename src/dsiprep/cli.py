@@ -115,7 +115,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--reports-only", action="store_true", help="draw reports again from kept work, compute nothing")
     add("--boilerplate-only", action="store_true", help="write the methods text for kept work, compute nothing")
     add("--stop-on-first-crash", action="store_true", help="start nothing more after a failure")
-    add("--fs-license-file", type=Path, metavar="FILE", help="FreeSurfer's licence, for its engines; FS_LICENSE otherwise")
+    add("--fs-license-file", type=Path, metavar="FILE", help="FreeSurfer's licence, for its engines (or FS_LICENSE)")
     add("--sloppy", action="store_true", help="low quality, for tests of the machinery only")
     add("-v", "--verbose", action="count", default=0, help="say more; -vv says all")
     add("--version", action="version", version=f"dsiprep {__version__}")

@@ -26,9 +26,12 @@ SHELLS_ONLY = (
 )
 NOT_BUILT = {
     ("--hmc-method", "eddy"): "dsiprep has no FSL eddy: use --hmc-method shoreline, which serves shells too",
-    ("--hmc-method", "tortoise"): "TORTOISE serves distortion (--sdc-engine tortoise), not motion: use --hmc-method shoreline",
+    (
+        "--hmc-method",
+        "tortoise",
+    ): "TORTOISE serves distortion (--sdc-engine tortoise) alone: use --hmc-method shoreline",
     ("--hmc-model", "eddy"): "dsiprep has no FSL eddy: use --hmc-model 3dSHORE, which serves shells too",
-    ("--hmc-model", "tortoise"): "TORTOISE serves distortion (--sdc-engine tortoise), not motion: use --hmc-model 3dSHORE",
+    ("--hmc-model", "tortoise"): "TORTOISE serves distortion (--sdc-engine tortoise) alone: use --hmc-model 3dSHORE",
     ("--sdc-method", "topup"): "dsiprep has no TOPUP: use --sdc-method drbuddi, which serves shells too",
     ("--sdc-method", "topup+drbuddi"): "dsiprep has no TOPUP: use --sdc-method drbuddi",
     ("--denoise-method", "patch2self"): "Patch2Self is not built yet: use --denoise-method dwidenoise",

@@ -130,7 +130,7 @@ class AnatomySettings:
     ants_settings: str = option(
         "precise", "fMRIPrep's settings of ANTs that are taken", "--ants-settings", choices=("precise", "fast")
     )
-    synthseg_robust: bool = option(False, "let SynthSeg work in its robust mode: slower, more memory", "--synthseg-robust")
+    synthseg_robust: bool = option(False, "SynthSeg in its robust mode: slower, more memory", "--synthseg-robust")
     synthseg_parc: bool = option(False, "let SynthSeg parcellate the cortex too", "--synthseg-parc")
 
     @property

@@ -43,7 +43,9 @@ __all__ = ["METHODS", "SETTINGS", "VERSION", "check", "command", "normalise", "v
 OPTION = "--normalization-engine ants"
 VARIABLE = "ANTSPATH"
 PROGRAM = "antsRegistration"
-WITHIN_PYTHON = "import sys; from ants.internal import get_lib_fn; sys.exit(get_lib_fn('antsRegistration')(sys.argv[1:]))"
+WITHIN_PYTHON = """import sys
+from ants.internal import get_lib_fn
+sys.exit(get_lib_fn("antsRegistration")(sys.argv[1:]))"""
 SEED = "1"  # random sampling of the fast settings: the same images give the same result with one thread
 BYTES_A_VOXEL = 220  # of the template, in single precision: measured, see `check`
 

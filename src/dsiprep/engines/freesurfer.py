@@ -41,11 +41,12 @@ METHODS = {
 """SynthStrip: doi 10.1016/j.neuroimage.2022.119474. SynthSeg: doi 10.1016/j.media.2023.102789; robust: doi
 10.1073/pnas.2216399120. SynthMorph: doi 10.1109/TMI.2021.3116879."""
 
-__all__ = ["METHODS", "TISSUES", "VERSION", "brain_mask", "check", "normalise", "segment", "version"]
+__all__ = ["METHODS", "TISSUES", "VERSION", "brain_mask", "check", "inverse_on", "normalise", "segment", "version"]
 
 HOME = "FREESURFER_HOME"
 STRIP, SEG, MORPH = "mri_synthstrip", "mri_synthseg", "mri_synthmorph"
-OPTIONS = {STRIP: "--anat-engine freesurfer", SEG: "--anat-engine freesurfer", MORPH: "--normalization-engine synthmorph"}
+ANATOMICAL = "--anat-engine freesurfer"
+OPTIONS = {STRIP: ANATOMICAL, SEG: ANATOMICAL, MORPH: "--normalization-engine synthmorph"}
 # SynthStrip: what MRIQC asks for (nipreps/mriqc#1447). SynthSeg: 12 GB without the robust mode and the parcellation, a
 # larger GPU with either (BBillot/SynthSeg#58). SynthMorph: counted from its network, whose layers of 256 features on
 # half of 256 voxels along each axis take 2.1 GB each, and 4.3 GB where two are joined.
@@ -57,6 +58,7 @@ TISSUES = {  # FreeSurfer's labels, in the order of the tissues; brain stem and 
     "WM": (2, 7, 16, 28, 41, 46, 60),
 }
 CORTEX = 1000  # and above: parts of the cortex
+SLAB = 64  # planes that are inverted at once
 
 
 def version() -> str:
@@ -87,8 +89,8 @@ def check(unit: Unit | None, settings: Settings, device: torch.device) -> None:
         wanted.append(MORPH)
     if not os.environ.get(HOME):
         raise EngineError(
-            f"{OPTIONS[wanted[0]]}: {HOME} is not set; source SetUpFreeSurfer.sh of FreeSurfer 7.4 or later, or take the "
-            "native engine, which needs nothing"
+            f"{OPTIONS[wanted[0]]}: {HOME} is not set; source SetUpFreeSurfer.sh of FreeSurfer 7.4 or later, or take "
+            "the native engine, which needs nothing"
         )
     for program in wanted:
         programs.require(program, HOME, "FreeSurfer 7.4 or later", OPTIONS[program])
@@ -116,8 +118,8 @@ def _require_licence(option: str) -> None:
     places = [Path(named)] if named else [home / "license.txt", home / ".license"]
     if not any(place.is_file() and place.stat().st_size > 0 for place in places):
         raise EngineError(
-            f"{option}: FreeSurfer's licence is not in {places[0]}; it is free "
-            "(https://surfer.nmr.mgh.harvard.edu/registration.html): name the file with --fs-license-file, or set FS_LICENSE"
+            f"{option}: FreeSurfer's licence is not in {places[0]}; it is free, from "
+            "https://surfer.nmr.mgh.harvard.edu/registration.html: name the file with --fs-license-file"
         )
 
 
@@ -145,7 +147,7 @@ def brain_mask(volume: Volume, *, folder: Path | None = None) -> Volume:
     with programs.workplace("synthstrip", folder) as place:
         image, mask = place.folder / "image.nii.gz", place.folder / "mask.nii.gz"
         write_image(image, volume.data, volume.grid)
-        gpu = ["-g"] if device.type == "cuda" else []
+        gpu: list[str | Path] = ["-g"] if on_gpu(volume) else []
         _run(STRIP, ["-i", image, "-m", mask, *gpu], place, device)
         found = _read(mask, STRIP)
     if not found.grid.matches(volume.grid):
@@ -195,8 +197,9 @@ def segment(
         image, labels = place.folder / "image.nii.gz", place.folder / "labels.nii.gz"
         write_image(image, volume.data, volume.grid)
         modes = [*(["--robust"] if robust else []), *(["--parc"] if parc else [])]
-        cpu = [] if device.type == "cuda" else ["--cpu"]
-        words = ["--i", image, "--o", labels, "--threads", str(torch.get_num_threads()), *modes, *cpu]
+        cpu = [] if on_gpu(volume) else ["--cpu"]
+        threads = str(torch.get_num_threads())
+        words: list[str | Path] = ["--i", image, "--o", labels, "--threads", threads, *modes, *cpu]
         _run(SEG, words, place, device)
         found = _read(labels, SEG)
     inside = mask.data.cpu() > 0.5
@@ -262,7 +265,8 @@ def normalise(
         write_image(moving, brain.data, brain.grid)
         write_image(fixed, template.brain.data, template.brain.grid)
         files = {name: place.folder / f"{name}.nii.gz" for name in ("forward", "back")}
-        common = ["-j", str(torch.get_num_threads()), *(["-g"] if device.type == "cuda" else []), moving, fixed]
+        gpu = ["-g"] if on_gpu(brain) else []
+        common: list[str | Path] = ["-j", str(torch.get_num_threads()), *gpu, moving, fixed]
         if _knows_joint(place):
             words: list[str | Path] = ["-m", "joint", "-t", files["forward"], "-T", files["back"], *common]
             _run(MORPH, words, place, device)
@@ -271,8 +275,13 @@ def normalise(
             _run(MORPH, ["-m", "affine", "-t", affine, *common], place, device)
             _run(MORPH, ["-m", "deform", "-i", affine, "-t", files["forward"], *common], place, device)
         forward = _warp(files["forward"], template.brain.grid)
-        back = _warp(files["back"], brain.grid) if files["back"].is_file() else _inverse(forward, brain.grid)
+        back = _warp(files["back"], brain.grid) if files["back"].is_file() else inverse_on(forward, brain.grid)
     return Chain((forward,), "ACPC", template.name), Chain((back,), template.name, "ACPC")
+
+
+def on_gpu(volume: Volume) -> bool:
+    """Whether a volume lies on a GPU, so that programs are to work there."""
+    return volume.data.device.type == "cuda"
 
 
 def _knows_joint(place: programs.Workplace) -> bool:
@@ -303,10 +312,26 @@ def _warp(path: Path, grid: Grid) -> DisplacementField:
     return field
 
 
-def _inverse(forward: DisplacementField, grid: Grid) -> DisplacementField:
-    """The way back on another grid, point by point."""
-    voxels = np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1).reshape(-1, 3)
-    points = grid.to_world(voxels)
-    shift = chain_points_back(Chain((forward,), "ACPC", "template"), points) - points
-    data = np.ascontiguousarray(shift.T, dtype=np.float32).reshape(3, *grid.shape)
+def inverse_on(forward: DisplacementField, grid: Grid) -> DisplacementField:
+    """The way back as a displacement field.
+
+    Parameters
+    ----------
+    forward : DisplacementField
+        Points of the fixed image to points of the moving image.
+    grid : Grid
+        Of the moving image: where the inverse lies.
+
+    Returns
+    -------
+    DisplacementField
+        In slabs, so that it takes little memory.
+    """
+    data = np.empty((3, *grid.shape), np.float32)
+    chain = Chain((forward,), "moving", "fixed")
+    for part in np.array_split(np.arange(grid.shape[0]), max(1, grid.shape[0] // SLAB)):
+        voxels = np.moveaxis(np.indices((len(part), *grid.shape[1:])), 0, -1).reshape(-1, 3)
+        points = grid.to_world(voxels + np.array([part[0], 0, 0]))
+        shift = chain_points_back(chain, points) - points
+        data[:, part] = shift.T.reshape(3, len(part), *grid.shape[1:])
     return DisplacementField(torch.from_numpy(data), grid)

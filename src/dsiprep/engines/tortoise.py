@@ -87,7 +87,7 @@ def check(unit: Unit | None, settings: Settings, device: torch.device) -> None:
         return  # how much of the GPU it takes shows only as it runs; it falls back
     programs.require(ON_CPU, VARIABLE, "TORTOISE V4", OPTION)
     if unit is not None:
-        header: Any = nib.load(unit.runs[0].image).header  # type: ignore[attr-defined]
+        header: Any = nib.load(unit.runs[0].image).header
         shape, sizes = np.array(header.get_data_shape()[:3]), np.array(header.get_zooms()[:3], float)
         fine = sizes / REFINED ** max(0, np.ceil(np.log(sizes.mean() / FINEST_MM) / np.log(REFINED)))
         voxels = float(np.prod(shape * sizes / fine))
@@ -103,7 +103,7 @@ def correct_distortion(
     *,
     folder: Path | None = None,
 ) -> Distortion:
-    """As `dsiprep.stages.distortion.correct_distortion`, by DRBUDDI_cuda where the images lie on a GPU, else by DRBUDDI.
+    """As `dsiprep.stages.distortion.correct_distortion`, by DRBUDDI_cuda for images on a GPU, else by DRBUDDI.
 
     Where the first fails the second is tried, and where both fail the native stage, each with a note in the result.
 
@@ -129,11 +129,10 @@ def correct_distortion(
     notes: list[str] = []
     times = [blip.pe.readout_time or 1.0 for blip in blips if blip.pe]
     if abs(times[0] - times[1]) > SAME_READOUT * max(times):
-        notes = ["TORTOISE takes the readout times of both blips for equal, and they differ: the native stage stepped in."]
+        notes = ["The native stage stepped in: DRBUDDI takes the readout times of both blips for equal; they differ."]
         return _natively(blips, b0s, grid, mask, settings, notes)
     means = tuple(torch.nan_to_num(b.float(), posinf=0.0, neginf=0.0).mean(0).cpu() for b in b0s)
-    gpu = b0s[0].device
-    for name in (ON_GPU, ON_CPU) if gpu.type == "cuda" else (ON_CPU,):
+    for name in (ON_GPU, ON_CPU) if on_gpu(b0s) else (ON_CPU,):
         path = programs.find(name, VARIABLE)
         if path is None:
             notes.append(f"{name} is not installed.")
@@ -141,7 +140,7 @@ def correct_distortion(
         try:
             with programs.workplace("drbuddi", folder) as place:
                 words = _write(place.folder, blips[0], means, grid)
-                programs.run([path, *words], place, lend(gpu) if name == ON_GPU else None)
+                programs.run([path, *words], place, lend(b0s[0].device) if name == ON_GPU else None)
                 found = _read(place.folder, grid)
         except EngineError as problem:
             log.warning("%s", problem)
@@ -150,6 +149,11 @@ def correct_distortion(
         notes.append(f"Distortion was estimated by {name} of {version()}.")
         return _result(blips, means, grid, mask, found, notes)
     return _natively(blips, b0s, grid, mask, settings, [*notes, "The native stage stepped in."])
+
+
+def on_gpu(images: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the images lie on a GPU, so that its program is to take them."""
+    return images[0].device.type == "cuda"
 
 
 def _natively(

@@ -32,9 +32,9 @@ METHODS = {
         "mask of the template, brought over by an affine registration."
     ),
     "T1w": (
-        "The T1w image was brought to ACPC space by the rigid part (polar decomposition about the anterior commissure) of an affine registration to"
-        " the template that maximises normalised mutual information [@studholme1999; @mattes2003], with "
-        "cubic B-splines [@unser1999]."
+        "The T1w image was brought to ACPC space by the rigid part (polar decomposition about the anterior "
+        "commissure) of an affine registration to the template that maximises normalised mutual information "
+        "[@studholme1999; @mattes2003], with cubic B-splines [@unser1999]."
     ),
     "several": (
         "The T1w images were rigidly aligned to the first one by correlation, scaled to one brightness and averaged."
@@ -56,7 +56,7 @@ METHODS = {
     ),
 }
 
-__all__ = ["METHODS", "VERSION", "Steps", "process_anatomy"]
+__all__ = ["METHODS", "VERSION", "Steps", "normalise_brain", "process_anatomy"]
 
 LEAST_VOXEL_MM = 0.8
 SHRINK_MM = 4.0  # distance of the voxels that N4 sees
@@ -318,3 +318,26 @@ def _normalise(
 def _brought(brain: Volume, chain: Chain, grid: Grid) -> Volume:
     displacement = chain_displacement(chain, grid, brain.data.device)
     return Volume(pull(brain.data[None], brain.grid, grid, displacement=displacement)[0], grid)
+
+
+def normalise_brain(
+    image: Volume, mask: Volume, template: Template, settings: AnatomySettings | None = None
+) -> tuple[Chain, Chain]:
+    """ACPC to template and back, for a structural image whose brain is known: affine, then diffeomorphic.
+
+    Parameters
+    ----------
+    image, mask : Volume
+        Structural image near ACPC space, and its brain (above 0.5), on one grid.
+    template : Template
+    settings : AnatomySettings, optional
+
+    Returns
+    -------
+    forward, back : Chain
+        `forward` maps points of the template to ACPC, `back` points of ACPC to the template.
+    """
+    brain = Volume(image.data * (mask.data > 0.5), image.grid)
+    rim = _rim(template)
+    start = register_linear(brain, template.brain, dof=12, fixed_mask=rim, moving_mask=mask).matrix
+    return _normalise(brain, template, rim, start, settings or AnatomySettings())
