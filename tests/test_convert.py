@@ -10,14 +10,17 @@ nitransforms 25.1.0):
   here); in .h5 they keep the shear.
 - nitransforms is right at voxel centres for .h5 and for 1007 with `fmt="itk"`; between them it interpolates by cubic
   splines, so it is asked at the centres. With `fmt="itk"` it takes 1006 for LPS and is wrong by up to twice the
-  displacement; opened as a plain field it is right. Its FSL reader only turns the sign of the first component, which is
-  right for no grid that is not parallel to the world's axes, so fslpy is the reference there.
+  displacement; opened as a plain field it is right. Its FSL reader turns the sign of the first component and no more,
+  which is right for axis-parallel LAS and RAS grids of two images that begin at the same corner, and wrong by
+  millimetres elsewhere, so fslpy is the reference there.
 - fslpy takes the nearest voxel's displacement, so it is asked at the centres.
 - surfa is right in all; `test_freesurfer.py` tells more.
 """
 
 from __future__ import annotations
 
+import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +31,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from conftest import make_grid
+from dsiprep.convert import KINDS as KINDS_OF_THE_TOOL
 from dsiprep.convert import convert_warp, read_transform
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, Chain, DisplacementField
@@ -221,7 +225,7 @@ def test_fsl_warps_without_a_place_take_the_reference(tmp_path: Path) -> None:
     np.testing.assert_allclose(by_simpleitk(tmp_path / "out.h5", points), truth(grid, u)(points), atol=1e-3)
 
 
-@pytest.mark.parametrize("suffix", [".lta", ".mat", ".txt", ".tfm", ".h5"])
+@pytest.mark.parametrize("suffix", [".lta", ".mat", "float.mat", ".txt", ".tfm", ".h5"])
 def test_an_affine_follows_the_warp_as_in_ants(tmp_path: Path, suffix: str) -> None:
     ants, pandas = pytest.importorskip("ants"), pytest.importorskip("pandas")
     grid, moving = make_grid("oblique", FIXED, (1.7, 2.3, 3.1)), moving_grid()
@@ -233,6 +237,11 @@ def test_an_affine_follows_the_warp_as_in_ants(tmp_path: Path, suffix: str) -> N
         surfa = pytest.importorskip("surfa")
         ends = [surfa.ImageGeometry(shape=g.shape, vox2world=g.affine) for g in (moving, grid)]
         surfa.Affine(np.linalg.inv(linear), *ends, space="world").convert(space="voxel").save(str(given))
+    elif suffix == "float.mat":  # what antsRegistration --float writes
+        parameters = sitk.ReadTransform(str(mat)).GetParameters()
+        blocks = [(b"AffineTransform_float_3_3\0", np.asarray(parameters, "<f4")), (b"fixed\0", np.zeros(3, "<f4"))]
+        given.write_bytes(b"".join(struct.pack("<5i", 10, len(v), 1, 0, len(n)) + n + v.tobytes() for n, v in blocks))
+        np.testing.assert_allclose(sitk.ReadTransform(str(given)).GetParameters(), parameters, rtol=1e-6)
     else:
         sitk.WriteTransform(sitk.ReadTransform(str(mat)), str(given))
     warp, _ = make_input("itk .nii", tmp_path, grid, moving, displacement(grid))
@@ -272,12 +281,13 @@ def test_the_inverse_leads_back(tmp_path: Path, orientation: str, kind: str, cap
     assert main(["convert-warp", str(path), str(out), *options]) == 0
     assert main(["convert-warp", str(path), str(back), "--invert", *options]) == 0
     assert "forward after inverse" in capsys.readouterr().out
-    there = by_simpleitk(back, centres(moving).reshape(-1, 3))
+    start = moving.to_world(np.random.default_rng(0).uniform(0, np.asarray(MOVING) - 1.0, (2000, 3)))
+    there = by_simpleitk(back, start)
     voxels = grid.to_voxels(there)
     inside = ((voxels >= 0) & (voxels <= np.asarray(grid.shape) - 1)).all(axis=1)
     assert inside.mean() > 0.9
-    error = np.linalg.norm(by_simpleitk(out, there[inside]) - centres(moving).reshape(-1, 3)[inside], axis=1)
-    assert error.max() < 5e-3
+    error = np.linalg.norm(by_simpleitk(out, there) - start, axis=1)[inside]
+    assert error.mean() < 0.01 and error.max() < 0.05  # what interpolation between voxels of 2 mm leaves
 
 
 def test_an_inverse_is_exact_for_chains_too() -> None:
@@ -289,20 +299,21 @@ def test_an_inverse_is_exact_for_chains_too() -> None:
 
 
 def test_the_said_residual_is_that_of_the_files(tmp_path: Path) -> None:
-    """A field too steep for its grid: the inverse is worse between voxels, and that is what is said."""
+    """A field too steep for its grid: the inverse is bad between voxels, and that is what is said."""
     grid = make_grid("LAS", FIXED, (2, 2, 2))
     u = displacement(grid, size=4.5)
     path, _ = make_input("itk .nii", tmp_path, grid, grid, u)
     said = convert_warp(path, tmp_path / "back.h5", invert=True)
     assert any("--source" in sentence for sentence in said)
-    sentence = next(s for s in said if "at worst" in s)
-    worst = float(sentence.split("at 99.9 % and ")[1].split(" mm")[0])
-    start = grid.to_world(np.argwhere(np.ones(np.asarray(grid.shape) - 1)) + 0.5)
+    sentence = next(s for s in said if "on average" in s)
+    mean, nearly_all = (float(number) for number in re.findall(r"([\d.]+) mm (?:on average|at 99.9 %)", sentence))
+    start = grid.to_world(np.random.default_rng(5).uniform(0, np.asarray(grid.shape) - 1.0, (20_000, 3)))
     there = by_simpleitk(tmp_path / "back.h5", start)
     voxels = grid.to_voxels(there)
     inside = ((voxels >= 0) & (voxels <= np.asarray(grid.shape) - 1)).all(axis=1)
     error = np.linalg.norm(truth(grid, u)(there) - start, axis=1)[inside]
-    assert worst == pytest.approx(error.max(), abs=2e-3) and worst > 0.01
+    assert mean == pytest.approx(error.mean(), rel=0.05) and mean > 0.002
+    assert nearly_all == pytest.approx(np.quantile(error, 0.999), rel=0.25)
 
 
 def test_a_reference_gives_the_grid(tmp_path: Path) -> None:
@@ -343,58 +354,70 @@ def test_sheared_grids(tmp_path: Path) -> None:
     assert not (tmp_path / "out.nii.gz").exists()
 
 
-def test_what_is_not_clear_ends_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def vectors(path: Path, values: np.ndarray, grid: Grid, intent: int, axes: int = 4, stamp: bytes = b"") -> Path:
+    """Three numbers per voxel, said to be anything."""
+    data = np.moveaxis(values, 0, -1).astype(np.float32)
+    image = nib.Nifti1Image(data if axes == 4 else data[:, :, :, None], grid.affine)
+    image.header.set_intent(intent, allow_unknown=True)
+    image.header["descrip"] = stamp
+    nib.save(image, path)
+    return path
+
+
+def test_vectors_that_are_not_clear_end_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     grid = make_grid("LAS", FIXED, (2, 2, 2))
     u = displacement(grid)
-    field = DisplacementField(torch.from_numpy(u), grid)
-    out = tmp_path / "out.h5"
-
-    def vectors(name: str, intent: int, axes: int = 4, stamp: bytes = b"", values: np.ndarray = u) -> Path:
-        data = np.moveaxis(values, 0, -1).astype(np.float32)
-        image = nib.Nifti1Image(data if axes == 4 else data[:, :, :, None], grid.affine)
-        image.header.set_intent(intent, allow_unknown=True)
-        image.header["descrip"] = stamp
-        nib.save(image, tmp_path / name)
-        return tmp_path / name
-
-    def text(name: str, content: bytes) -> Path:
-        (tmp_path / name).write_bytes(content)
-        return tmp_path / name
-
-    itk.write_affine_series(tmp_path / "two.txt", np.stack([np.eye(4)] * 2))
-    cases: list[tuple[Path, str]] = [
-        (vectors("fsl.nii", 0, stamp=b"6.0.5:9e026117"), "--kind"),
-        (vectors("five.nii", 0, axes=5), "--kind"),
-        (vectors("odd.nii", 2018), "intent 2018"),
-        (vectors("needs.nii", 2006), "--source"),
-        (vectors("knots.nii", 2007), "fnirtfileutils"),
-        (vectors("places.nii", 1007, 5, values=np.moveaxis(centres(grid) * LPS, -1, 0) + u), "like coordinates"),
-        (image_at(tmp_path / "t1.nii", grid), "three real numbers"),
-        (tmp_path / "absent.nii", "no such file"),
-        (text("flirt.mat", b"1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n"), "FLIRT"),
-        (text("morph.m3z", b"\x3f\x80\0\0" + bytes(400)), "mri_warp_convert"),
-        (text("empty.nii.gz", b""), "no known kind"),
-        (text("half.nii.gz", b"\x1f\x8b\x08\x00abc"), "copy it again"),
-        (text("photo.png", b"\x89PNG\r\n"), "no known kind"),
-        (tmp_path / "two.txt", "exactly one"),
-    ]
-    for path, message in cases:
+    out, path = tmp_path / "out.h5", tmp_path / "in.nii"
+    places = np.moveaxis(centres(grid) * LPS, -1, 0) + u
+    for message, *what in (
+        ("intent 2018", u, grid, 2018),
+        ("--source", u, grid, 2006),
+        ("fnirtfileutils", u, grid, 2007),
+        ("like coordinates", places, grid, 1007, 5),
+        ("--kind", u, grid, 0, 5),
+        ("--kind", u, grid, 0, 4, b"6.0.5:9e026117"),
+    ):
+        vectors(path, *what)
         with pytest.raises(InputError, match=message):
             convert_warp(path, out)
     assert not out.exists()
-    assert main(["convert-warp", str(cases[0][0]), str(out)]) == 1
+    assert main(["convert-warp", str(path), str(out)]) == 1
     assert "--kind" in capsys.readouterr().err
-    assert main(["convert-warp", str(cases[0][0]), str(out), "--kind", "freesurfer"]) == 0
+    assert main(["convert-warp", str(path), str(out), "--kind", "freesurfer"]) == 0
+    with pytest.raises(SystemExit):
+        main(["convert-warp", str(path), str(out), "--kind", "other"])
+    said = capsys.readouterr().err
+    assert all(kind in said for kind in KINDS_OF_THE_TOOL)
 
-    good, linear = tmp_path / "good.nii.gz", tmp_path / "linear.mat"
-    itk.write_displacement_nifti(good, field)
+
+def test_other_files_end_in_a_sentence(tmp_path: Path) -> None:
+    itk.write_affine_series(tmp_path / "two.txt", np.stack([np.eye(4)] * 2))
+    image_at(tmp_path / "t1.nii", make_grid("LAS", FIXED, (2, 2, 2)))
+    for name, content, message in (
+        ("t1.nii", None, "three real numbers"),
+        ("absent.nii", None, "no such file"),
+        ("two.txt", None, "exactly one"),
+        ("flirt.mat", b"1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "FLIRT"),
+        ("morph.m3z", b"\x3f\x80\0\0" + bytes(400), "mri_warp_convert"),
+        ("empty.nii.gz", b"", "no known kind"),
+        ("half.nii.gz", b"\x1f\x8b\x08\x00abc", "copy it again"),
+        ("photo.png", b"\x89PNG\r\n", "no known kind"),
+    ):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(InputError, match=message):
+            convert_warp(tmp_path / name, tmp_path / "out.h5")
+    assert not (tmp_path / "out.h5").exists()
+
+
+def test_wishes_that_cannot_be_met_end_in_a_sentence(tmp_path: Path) -> None:
+    grid = make_grid("LAS", FIXED, (2, 2, 2))
+    good, linear, out = tmp_path / "good.nii.gz", tmp_path / "linear.mat", tmp_path / "out.h5"
+    itk.write_displacement_nifti(good, DisplacementField(torch.from_numpy(displacement(grid)), grid))
     itk.write_affine(linear, Affine(TILT, "", ""))
-    far = image_at(
-        tmp_path / "far.nii", Grid((5, 5, 5), make_grid("LAS", (5, 5, 5), (2, 2, 2)).affine + np.eye(4, k=3))
-    )
-    moved = nib.load(far).affine.copy()
-    moved[:3, 3] += 900
-    nib.save(nib.Nifti1Image(np.zeros((5, 5, 5), np.float32), moved), far)
+    away = make_grid("LAS", (5, 5, 5), (2, 2, 2)).affine
+    away[:3, 3] += 900
+    far = image_at(tmp_path / "far.nii", Grid((5, 5, 5), away))
     calls: list[tuple[type[DsiprepError], str, Callable[[], object]]] = [
         (SettingsError, "must end in", lambda: convert_warp(good, tmp_path / "out.png")),
         (SettingsError, "--to freesurfer", lambda: convert_warp(good, out, to="freesurfer")),

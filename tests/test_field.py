@@ -10,7 +10,7 @@ from conftest import make_grid
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.ops.affine import rigid_matrix
-from dsiprep.ops.field import chain_displacement, chain_points, compose, invert, jacobian_determinant
+from dsiprep.ops.field import chain_displacement, chain_points, compose, fit_between, invert, jacobian_determinant
 from dsiprep.ops.sample import pull
 
 SHAPE, SPACING = (26, 30, 24), (2.0, 1.6, 2.4)
@@ -82,6 +82,25 @@ def test_inverse_of_a_steep_field() -> None:
     assert slopes.max() > 1.5 and slopes.min() > -1
     residual = compose(invert(field, tolerance_mm=1e-3), field).data[:, 2:-2, 1:-1, 1:-1]
     assert float(residual.abs().max()) < 5e-3
+
+
+def test_fitted_values_are_nearer_between_voxels(orientation: str) -> None:
+    """A formula read at random points, from its values at the voxels and from fitted ones."""
+    grid = make_grid(orientation, SHAPE, SPACING)
+
+    def formula(points: np.ndarray) -> np.ndarray:
+        waves = np.sin(grid.to_voxels(points) / 4)
+        return np.stack([waves[..., 0], waves.sum(axis=-1), waves[..., 2]], axis=-1)
+
+    exact = DisplacementField(torch.from_numpy(formula(world(grid)).T.reshape(3, *SHAPE).astype(np.float32)), grid)
+    points = grid.to_world(np.random.default_rng(0).uniform(2, np.array(SHAPE) - 3.0, (4000, 3)))
+    wrong, fitted = (
+        np.sqrt(np.square(chain_points(Chain((f,), "", ""), points) - points - formula(points)).mean(axis=0))
+        for f in (exact, fit_between(exact))
+    )
+    # x (1 - x) / 2 over a cell has the standard deviation 0.0373 and the root mean square 0.0913
+    np.testing.assert_allclose(fitted / wrong, 0.41, atol=0.05)
+    assert wrong.min() > 1e-3
 
 
 def test_composition_is_one_after_the_other(orientation: str) -> None:

@@ -148,6 +148,15 @@ def test_affines_mean_the_same_to_itk_and_come_back(tmp_path: Path, suffix: str)
     np.testing.assert_allclose(read_affine(path).matrix, transform.matrix, atol=1e-12)
 
 
+def test_the_content_tells_the_format_of_an_affine(tmp_path: Path) -> None:
+    transform = random_affine(np.random.default_rng(6))
+    write_affine(tmp_path / "text.txt", transform)
+    (tmp_path / "text.txt").rename(tmp_path / "text.mat")
+    np.testing.assert_allclose(read_affine(tmp_path / "text.mat").matrix, transform.matrix, atol=1e-12)
+    with pytest.raises(InputError, match="not readable"):
+        read_affine(tmp_path / "absent.mat")
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".mat"])
 @pytest.mark.parametrize("zyx", [False, True])
 def test_centres_and_angles_of_itk_are_read(tmp_path: Path, suffix: str, zyx: bool) -> None:

@@ -20,13 +20,14 @@ from dsiprep.errors import InputError, OutputError, SettingsError
 from dsiprep.io import freesurfer, fsl, itk
 from dsiprep.io.nifti import grid_of, open_nifti
 from dsiprep.io.vectors import VectorImage, absolute_or_displacement, read_vectors
-from dsiprep.ops.field import chain_displacement, chain_points, chain_points_back
+from dsiprep.ops.field import chain_displacement, chain_points, chain_points_back, fit_between
 
 __all__ = ["KINDS", "Transform", "convert_warp", "read_transform"]
 
 KINDS = ("itk", "freesurfer", "easyreg", "fsl", "fsl-absolute")
 LAYOUTS = {"freesurfer": "displacement", "easyreg": "absolute"}  # of the kinds that are FreeSurfer's
 LINEAR = (".mat", ".txt", ".tfm")
+MATLAB = re.compile(rb".{20}\w*Transform\w*_3_3\0", re.DOTALL)  # five integers, then the name of the first variable
 STAMP = re.compile(r"FSL|\d+(\.\d+)+:[0-9a-f]+")  # "FSL5.0", "6.0.5:9e026117": what FSL leaves in headers
 CHECKED = 100_000  # points at which an inverse is tried
 
@@ -147,7 +148,7 @@ def read_transform(
     if start[:4] == b"\x89HDF":
         chain = itk.read_composite_h5(path, *names)
         return Transform(chain, None, f"ITK transform of {len(chain.steps)} step(s).")
-    if start[:8] == b"#Insight" or start[:4] == b"\0\0\0\0":
+    if start[:8] == b"#Insight" or MATLAB.match(start):
         step = itk.read_affine(path, *names)
         return Transform(Chain((step,), *names), None, "linear transform of ITK.")
     if start[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c"):
@@ -237,15 +238,13 @@ def _inverted(chain: Chain, grid: Grid | None) -> tuple[Chain, str]:
     points = _places(grid).reshape(3, -1).T
     shift = chain_points_back(chain, points) - points
     data = np.ascontiguousarray(shift.T, dtype=np.float32).reshape(3, *grid.shape)
-    inverse = Chain((DisplacementField(torch.from_numpy(data), grid),), chain.target, chain.source)
+    inverse = Chain((fit_between(DisplacementField(torch.from_numpy(data), grid)),), chain.target, chain.source)
     return inverse, _residual(chain, inverse, grid)
 
 
 def _residual(forward: Chain, inverse: Chain, grid: Grid) -> str:
-    """Tried in the middle between voxels, where an interpolated field is worst."""
-    rng = np.random.default_rng(0)
-    low = np.maximum(np.asarray(grid.shape) - 1, 1)
-    start = grid.to_world(rng.integers(0, low, (CHECKED, 3)) + 0.5 * (np.asarray(grid.shape) > 1))
+    """Tried anywhere between voxels, where an interpolated field is read."""
+    start = grid.to_world(np.random.default_rng(0).uniform(0, np.asarray(grid.shape) - 1.0, (CHECKED, 3)))
     there = chain_points(inverse, start)
     covered = np.ones(CHECKED, bool)
     for step in forward.steps:
@@ -257,7 +256,7 @@ def _residual(forward: Chain, inverse: Chain, grid: Grid) -> str:
     error = np.linalg.norm(chain_points(forward, there) - start, axis=1)[covered]
     return (
         f"Inverted: forward after inverse is off by {error.mean():.4f} mm on average, "
-        f"{np.quantile(error, 0.999):.3f} mm at 99.9 % and {error.max():.3f} mm at worst, between voxels, over the "
+        f"{np.quantile(error, 0.999):.3f} mm at 99.9 % and {error.max():.3f} mm at worst of {CHECKED} points, over the "
         f"{covered.mean():.0%} of the grid that the warp covers."
     )
 

@@ -104,7 +104,7 @@ def _warp(
 
 
 def write_warp(path: Path | str, field: DisplacementField, moving: Grid) -> None:
-    """A warp as FreeSurfer 7.5 and later and SynthMorph write it: RAS displacements, intent 1006, geometries beside.
+    """A warp as FreeSurfer after 7.4 and SynthMorph write it: RAS displacements, intent 1006, both geometries.
 
     Parameters
     ----------

@@ -13,7 +13,15 @@ from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.ops.filter import gradient
 from dsiprep.ops.sample import pull, sample_linear, voxel_points
 
-__all__ = ["chain_displacement", "chain_points", "chain_points_back", "compose", "invert", "jacobian_determinant"]
+__all__ = [
+    "chain_displacement",
+    "chain_points",
+    "chain_points_back",
+    "compose",
+    "fit_between",
+    "invert",
+    "jacobian_determinant",
+]
 
 FIXED_POINT_STEPS = 4
 
@@ -144,6 +152,23 @@ def chain_points(chain: Chain, points: np.ndarray) -> np.ndarray:
             moved = sample_linear(step.data, voxels.to(step.data.device))
             points = points + moved.cpu().numpy().T.astype(float)
     return points
+
+
+def fit_between(field: DisplacementField) -> DisplacementField:
+    """The field for those who interpolate: no longer exact at the voxels, but nearest everywhere.
+
+    Between two voxels h apart linear interpolation misses a smooth function by x (h - x) / 2 times its second
+    derivative, h² / 12 of it on average and always to the same side. Taking that off at the voxels leaves two fifths of
+    the error (root mean square).
+    """
+    data = field.data.clone()
+    for axis in (1, 2, 3):
+        size = data.shape[axis]
+        if size > 2:
+            inner = field.data.narrow(axis, 1, size - 2)
+            curved = field.data.narrow(axis, 2, size - 2) - 2 * inner + field.data.narrow(axis, 0, size - 2)
+            data.narrow(axis, 1, size - 2).sub_(curved / 12)
+    return DisplacementField(data, field.grid)
 
 
 def chain_points_back(chain: Chain, points: np.ndarray, tolerance_mm: float = 1e-3) -> np.ndarray:

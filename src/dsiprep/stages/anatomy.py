@@ -18,14 +18,14 @@ from dsiprep.errors import InputError
 from dsiprep.ops.affine import nearest_rotation
 from dsiprep.ops.bias import n4_bias
 from dsiprep.ops.diffeomorphic import register_diffeomorphic
-from dsiprep.ops.field import chain_displacement
+from dsiprep.ops.field import chain_displacement, fit_between
 from dsiprep.ops.linear import register_linear
 from dsiprep.ops.mask import brain_mask_b0, brain_mask_t1w
 from dsiprep.ops.sample import pull
 from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 
-VERSION = 2
+VERSION = 3
 METHODS = {
     "brain": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
@@ -311,7 +311,7 @@ def _normalise(
     fit = register_diffeomorphic(brain, template.brain.to(device), initial, fixed_mask=rim.to(device), finest_mm=finest)
     return (
         Chain((fit.forward, there), "ACPC", template.name),
-        Chain((there.inverse(), fit.inverse), template.name, "ACPC"),
+        Chain((there.inverse(), fit_between(fit.inverse)), template.name, "ACPC"),
     )
 
 
