@@ -273,13 +273,13 @@ def _anatomy(
     lineage: list[object],
     settings: AnatomySettings,
 ) -> Anatomy:
-    steps = _anatomical_steps(settings, folder)
+    steps = anatomical_steps(settings, folder)
     return with_cpu_fallback(
         lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, steps), device, images
     )
 
 
-def _anatomical_steps(settings: AnatomySettings, folder: Path | None) -> anatomy.Steps:
+def anatomical_steps(settings: AnatomySettings, folder: Path | None) -> anatomy.Steps:
     """What the chosen engines do in place of the stage's own functions."""
     brain = tissue = normalise = None
     if settings.engine in ENGINES:
@@ -340,7 +340,9 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -
         susceptibility = f"gre: a gradient-echo fieldmap ({unit.gre.kind}) goes with the series"
     else:
         susceptibility = "none: no opposite phase encodings (see the notes)"
+    engines = engines_for(unit, settings)
     return {
+        **({"engines": ", ".join(engines) + ": checked before anything is begun"} if engines else {}),
         "denoise": f"{settings.denoise.method}, unringing {settings.denoise.unringing}",
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": susceptibility,

@@ -26,7 +26,7 @@ from dsiprep.engines import programs
 from dsiprep.errors import EngineError, InputError
 from dsiprep.io.freesurfer import read_warp
 from dsiprep.io.nifti import read_volume, write_image
-from dsiprep.ops.field import chain_points_back
+from dsiprep.ops.field import chain_points_back, fit_between
 from dsiprep.ops.sample import pull, voxel_points
 from dsiprep.settings import AnatomySettings, Settings
 
@@ -334,4 +334,4 @@ def inverse_on(forward: DisplacementField, grid: Grid) -> DisplacementField:
         points = grid.to_world(voxels + np.array([part[0], 0, 0]))
         shift = chain_points_back(chain, points) - points
         data[:, part] = shift.T.reshape(3, len(part), *grid.shape[1:])
-    return DisplacementField(torch.from_numpy(data), grid)
+    return fit_between(DisplacementField(torch.from_numpy(data), grid))
