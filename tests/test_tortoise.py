@@ -1,7 +1,7 @@
 """DRBUDDI as an engine: a recorder stands in for the program, and hands back fields as TORTOISE writes them.
 
-The fields are the truth of the simulation of `test_distortion`, on a grid like DRBUDDI's own (finer, wider, LPS+),
-written by SimpleITK, which is the library that TORTOISE writes them with.
+The fields are the truth of the simulation of `test_distortion`, on a grid like DRBUDDI's own (finer, wider, the
+image's axes turned to LPS), written by SimpleITK, which is the library that TORTOISE writes them with.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from dsiprep.data.acquisition import Run, Unit
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.engines import programs, tortoise
 from dsiprep.errors import EngineError, SettingsError
+from dsiprep.io.nifti import to_lps
 from dsiprep.settings import DistortionSettings, Settings
 from recorder import Recorder
 from test_distortion import Case, correlation, field_mm, make_grid, rigid
@@ -37,12 +38,10 @@ def undistorted_displacement(case: Case, points: np.ndarray, blip: int) -> np.nd
 
 def write_truth(case: Case, folder: Path) -> dict[str, Path]:
     """FINV, MINV and the rigid transform of a case, as DRBUDDI leaves them."""
-    corners = case.grid.to_world(np.array([[0, 0, 0], np.array(case.grid.shape) - 1]))
-    lps = np.sort(corners * FLIP, axis=0)
-    spacing, pad = np.array([1.7, 1.6, 2.1]), np.array([8, 8, 0])
-    size = np.ceil((lps[1] - lps[0]) / spacing).astype(int) + 1 + 2 * pad
-    origin = lps[0] - pad * spacing
-    world = (origin + np.moveaxis(np.indices(size), 0, -1) * spacing) * FLIP
+    _, turned = to_lps(np.zeros(case.grid.shape, bool), case.grid)
+    fine = turned.at_spacing((1.7, 1.6, 2.1))
+    pad = np.array([8, 8, 0])
+    world = fine.to_world(np.moveaxis(np.indices(np.array(fine.shape) + 2 * pad), 0, -1) - pad)
     turn = case.pose[:3, :3]
     files = {}
     for blip, name in enumerate((tortoise.UP, tortoise.DOWN)):
@@ -50,8 +49,9 @@ def write_truth(case: Case, folder: Path) -> dict[str, Path]:
         if blip == 1:  # before the rigid transform: R (x + m) = R x + u
             u = u @ turn
         image = sitk.GetImageFromArray((u * FLIP).transpose(2, 1, 0, 3).astype(np.float32), isVector=True)
-        image.SetOrigin(origin.tolist())
-        image.SetSpacing(spacing.tolist())
+        image.SetOrigin((world[0, 0, 0] * FLIP).tolist())
+        image.SetSpacing(fine.voxel_sizes.tolist())
+        image.SetDirection((FLIP[:, None] * fine.directions).ravel().tolist())
         files[name] = folder / name
         sitk.WriteImage(image, str(files[name]))
     euler = sitk.Euler3DTransform()

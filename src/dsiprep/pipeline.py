@@ -85,8 +85,7 @@ def preprocess(
     InputError
         If the data cannot be used; the message says what to do.
     """
-    cache = cache or Cache(None)
-    on = torch.device(device)
+    cache, on = cache or Cache(None), torch.device(device)
     require_files(unit)
     if not cache.only_found:
         check_engines(unit, settings, on)

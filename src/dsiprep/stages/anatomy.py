@@ -83,7 +83,7 @@ class Steps:
     """
 
     brain: Callable[[Volume], Volume] | None = None
-    tissue: Callable[[Volume, Volume, torch.Tensor], tuple[torch.Tensor, Volume]] | None = None
+    tissue: Callable[[Volume, Volume, torch.Tensor], tuple[torch.Tensor, Volume | None]] | None = None
     normalise: Callable[[Volume, Template, Volume, np.ndarray, AnatomySettings], tuple[Chain, Chain]] | None = None
 
 
@@ -149,10 +149,7 @@ def _from_t1w(images: tuple[Volume, ...], template: Template, settings: AnatomyS
         grid,
         displacement=chain_displacement(back, grid, device),
     )
-    if steps.tissue is None:
-        tissue, labels = segment_tissue(image, inside, priors), None
-    else:
-        tissue, labels = steps.tissue(image, inside, priors)
+    tissue, labels = (steps.tissue or _tissue)(image, inside, priors)
     return Anatomy(
         modality="T1w",
         image=image,
@@ -234,6 +231,10 @@ def _brain(native: Volume) -> tuple[Volume, tuple[str, ...]]:
         f"The network found no brain in the T1w image ({millilitres:.0f} ml): the mask is a rough one by "
         "brightness. Check the outlines in the report.",
     )
+
+
+def _tissue(image: Volume, mask: Volume, priors: torch.Tensor) -> tuple[torch.Tensor, Volume | None]:
+    return segment_tissue(image, mask, priors), None
 
 
 def _second_opinion(native: Volume, mask: Volume, template: Template, to_template: np.ndarray) -> tuple[str, ...]:
