@@ -92,7 +92,7 @@ CASES = {
 @pytest.mark.parametrize("name", list(CASES))
 def test_fields_come_back_in_our_convention(name: str, recorder: Recorder, tmp_path: Path) -> None:
     codes, axis, first, tilt = CASES[name]
-    pose = rigid((1.5, -1.0, 2.0), np.array([1.0, -0.5, 1.5]))
+    pose = rigid((7.0, -5.0, 9.0), np.array([1.0, -0.5, 1.5]))  # large, so that what it turns shows
     case = Case(make_grid(codes, tilt, (5.0, 5.0, 5.0)), axis, first, pose=pose)
     recorder.program("DRBUDDI", write_truth(case, tmp_path))
     result = correct(case)
