@@ -60,6 +60,9 @@ def test_report_and_methods_are_there(finished: Path) -> None:
     assert json.loads((finished / "dataset_description.json").read_text())["DatasetType"] == "derivative"
 
 
+PEAKS = 6.0  # degrees; 4 are found here, and 9 or more where an axis of the b-vectors is turned around
+
+
 def tensor_peaks(image: nib.Nifti1Image, voxels: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
     """First eigenvectors of the tensors that dipy fits at some voxels, in the frame of the b-vectors."""
     from dipy.core.gradients import gradient_table
@@ -80,7 +83,7 @@ def test_dipy_finds_the_fibres_of_the_phantom(finished: Path, phantom: Path) -> 
     peaks = tensor_peaks(image, fibres.voxels, *read_bvals_bvecs(f"{stem}.bval", f"{stem}.bvec"))
     axes = image.affine[:3, :3] / np.linalg.norm(image.affine[:3, :3], axis=0)
     flip = np.diag([-1.0 if np.linalg.det(axes) > 0 else 1.0, 1, 1])
-    assert fibres.angle(peaks @ (axes @ flip).T) < 15
+    assert fibres.angle(peaks @ (axes @ flip).T) < PEAKS
 
 
 def test_the_b_table_of_dsi_studio_finds_them_too(finished: Path, phantom: Path) -> None:
@@ -94,7 +97,7 @@ def test_the_b_table_of_dsi_studio_finds_them_too(finished: Path, phantom: Path)
     length = np.linalg.norm(table[:, 1:], axis=1)
     assert np.allclose(length[table[:, 0] > 100], 1, atol=1e-5)
     peaks = tensor_peaks(image, fibres.voxels, table[:, 0], table[:, 1:])
-    assert fibres.angle(peaks * [-1, -1, 1]) < 15
+    assert fibres.angle(peaks * [-1, -1, 1]) < PEAKS
 
 
 def mrtrix(*words: object) -> str:
@@ -132,7 +135,7 @@ def test_mrtrix_finds_the_fibres_of_the_phantom(finished: Path, phantom: Path, t
     found = nib.load(vectors)
     where = nib.affines.apply_affine(np.linalg.inv(found.affine) @ nib.load(f"{stem}.nii.gz").affine, fibres.voxels)
     peaks = np.asarray(found.dataobj)[tuple(np.rint(where).astype(int).T)]
-    assert fibres.angle(np.nan_to_num(peaks)) < 15
+    assert fibres.angle(np.nan_to_num(peaks)) < PEAKS
 
 
 def test_derivatives_are_valid_bids(finished: Path) -> None:
