@@ -21,13 +21,14 @@ from dsiprep.data.acquisition import Unit
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy
 from dsiprep.data.template import Template
-from dsiprep.data.transform import Affine, Chain
+from dsiprep.data.transform import Affine
 from dsiprep.io.derivatives import write_anatomy
 from dsiprep.io.nifti import write_image
 from dsiprep.ops.affine import rigid_matrix
-from dsiprep.ops.diffeomorphic import register_diffeomorphic
-from dsiprep.ops.field import chain_displacement, fit_between
+from dsiprep.ops.field import chain_displacement
 from dsiprep.ops.sample import pull
+from dsiprep.settings import AnatomySettings
+from dsiprep.stages import anatomy as stage
 from report_subject import make_subject
 
 ants = pytest.importorskip("ants")
@@ -91,21 +92,20 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     image = volume(head(points_of(grid)), grid)
     brain = volume(head(moved(LINEAR, bent(points_of(target)))), target)
     mask = volume(brain.data.numpy() > 500, target)
-    fit = register_diffeomorphic(image, brain, LINEAR, fixed_mask=mask, finest_mm=2.0)
-    there = Affine(LINEAR, "ACPC", SPACE)
+    template = Template(SPACE, brain, mask, torch.zeros(3, *target.shape), "test")
+    there, back = stage._normalise(image, template, mask, LINEAR, AnatomySettings())
     anatomy = replace(
         subject.anatomy,
         image=image,
         mask=volume(image.data.numpy() > 500, grid),
         tissue=None,
         anat_to_acpc=Affine(POSE, "anat", "ACPC"),
-        acpc_to_template=Chain((fit.forward, there), "ACPC", SPACE),
-        template_to_acpc=Chain((there.inverse(), fit_between(fit.inverse)), SPACE, "ACPC"),
+        acpc_to_template=there,
+        template_to_acpc=back,
         template=SPACE,
         orig_to_anat=(Affine(np.linalg.inv(POSE), "orig", "anat"),),
     )
     folder = tmp_path_factory.mktemp("anat")
-    template = Template(SPACE, brain, mask, torch.zeros(3, *target.shape), "test")
     unit: Unit = replace(subject.unit, t1w=(Path("sub-01_T1w.nii.gz"),))
     write_anatomy(anatomy, unit, folder, template)
     native = volume(head(moved(np.linalg.inv(POSE), points_of(scan))), scan)
@@ -189,3 +189,4 @@ def test_forward_after_inverse(written: Written) -> None:
         back = np.array([second.TransformPoint(first.TransformPoint(p.tolist())) for p in points])
         error = np.linalg.norm(back - points, axis=1)
         assert error.max() < 0.1
+        assert error.mean() < 0.01  # 0.014 where the inverse is exact at its voxels, not fitted between them
