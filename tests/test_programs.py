@@ -14,7 +14,7 @@ import torch
 from dsiprep import cli, pipeline
 from dsiprep.data.acquisition import PhaseEncoding, Run, Unit
 from dsiprep.device import lend
-from dsiprep.engines import ants, freesurfer, programs, tortoise
+from dsiprep.engines import ants, choice, freesurfer, programs, tortoise
 from dsiprep.errors import EngineError
 from dsiprep.io import itk
 from dsiprep.phantom import make_phantom
@@ -114,7 +114,7 @@ def test_each_setting_brings_its_engine() -> None:
         replace(native, normalization="ants", normalize=False): (None, None, None),
     }  # fmt: skip
     for settings, functions in asked.items():
-        steps = pipeline.anatomical_steps(settings, None)
+        steps = choice.anatomical_steps(settings, None)
         assert tuple(function_of(f) for f in (steps.brain, steps.tissue, steps.normalise)) == functions
 
 
@@ -125,9 +125,9 @@ def test_tortoise_is_asked_for_only_with_a_pair(tmp_path: Path, monkeypatch: pyt
     pair = replace(one, runs=(*one.runs, Run(image, image, image, PhaseEncoding.from_bids("j-"))))
     settings = Settings(distortion=DistortionSettings(engine="tortoise"))
     cpu = torch.device("cpu")
-    pipeline.check_engines(one, settings, cpu)
-    pipeline.check_engines(pair, Settings(distortion=DistortionSettings("none", "tortoise")), cpu)
-    assert pipeline.engines_for(pair, settings) == ("tortoise",)
+    choice.check_engines(one, settings, cpu)
+    choice.check_engines(pair, Settings(distortion=DistortionSettings("none", "tortoise")), cpu)
+    assert choice.engines_for(pair, settings) == ("tortoise",)
     assert "tortoise" in pipeline.plan_stages(pair, None, settings)["engines"]
     assert "engines" not in pipeline.plan_stages(pair, None, Settings())
 

@@ -20,10 +20,10 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.template import Template
 from dsiprep.data.transform import DisplacementField
 from dsiprep.engines import freesurfer, programs
+from dsiprep.engines.choice import check_engines, engines_for
 from dsiprep.errors import EngineError
 from dsiprep.io.freesurfer import write_warp
 from dsiprep.ops.field import chain_points
-from dsiprep.pipeline import check_engines, engines_for
 from dsiprep.settings import AnatomySettings, Settings
 from recorder import Recorder
 from template_person import GRID, bend, make_template, unbend

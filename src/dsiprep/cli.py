@@ -402,7 +402,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
 
 def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:
     from dsiprep.device import choose
-    from dsiprep.pipeline import check_engines
+    from dsiprep.engines.choice import check_engines
     from dsiprep.scale import Job
 
     device = choose(options.device)  # a wrong name is found out before anything starts

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import numpy as np
@@ -29,6 +27,7 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
+from dsiprep.engines.choice import anatomical_steps, check_engines, distortion_step, engines_for, made_by
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_volume
@@ -55,8 +54,6 @@ from dsiprep.stages import (
     resample,
 )
 
-# Programs that people may own, each loaded when it is asked for.
-ENGINES = {name: f"dsiprep.engines.{name}" for name in ("tortoise", "freesurfer", "ants")}
 STEPS = ("acquisition", "denoise", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
 T = TypeVar("T")
 
@@ -127,46 +124,6 @@ def preprocess(
     )
 
 
-def engine(name: str) -> ModuleType:
-    """The module of an engine: `VERSION`, `version`, `check`, and functions that stand in for native ones."""
-    return import_module(ENGINES[name])
-
-
-def engines_for(unit: Unit, settings: Settings) -> tuple[str, ...]:
-    """The programs that these settings ask for with this unit, by their names in `ENGINES`."""
-    anatomical = settings.anatomy if unit.t1w and settings.anatomy.modality == "T1w" else None
-    distorted = settings.distortion.method != "none" and unit.reversed_pairs()
-    asked = {
-        "tortoise": bool(distorted) and settings.distortion.engine == "tortoise",
-        "freesurfer": anatomical is not None and "freesurfer" in _anatomical(anatomical),
-        "ants": anatomical is not None and "ants" in _anatomical(anatomical),
-    }
-    return tuple(name for name, wanted in asked.items() if wanted)
-
-
-def _anatomical(settings: AnatomySettings) -> tuple[str, ...]:
-    """The engines of the structural image."""
-    names = [settings.engine, {"synthmorph": "freesurfer"}.get(settings.normalizer, settings.normalizer)]
-    return tuple(name for name in dict.fromkeys(names) if name in ENGINES)
-
-
-def check_engines(unit: Unit, settings: Settings, device: torch.device) -> None:
-    """Say before anything long is begun that a program is missing, or its licence, or memory for it.
-
-    Raises
-    ------
-    EngineError
-        With what to do.
-    """
-    for name in engines_for(unit, settings):
-        engine(name).check(unit, settings, device)
-
-
-def _made_by(names: tuple[str, ...]) -> list[list[object]]:
-    """What the keys of results tell of engines: another version of a program makes another result."""
-    return [[name, engine(name).VERSION, engine(name).version()] for name in names]
-
-
 def prepare_anatomy(
     unit: Unit,
     settings: Settings,
@@ -179,8 +136,9 @@ def prepare_anatomy(
     if unit.t1w and settings.anatomy.modality == "T1w":
         images = cache.files(unit.t1w, "T1w", lambda: tuple(read_volume(path) for path in unit.t1w))
         prepare = partial(_anatomy, device, template, cache.folder)
-        made_by = _made_by(_anatomical(settings.anatomy))
-        return cache.run(anatomy, "anatomy", prepare, images, [template.name, made_by], settings.anatomy)
+        return cache.run(
+            anatomy, "anatomy", prepare, images, [template.name, made_by(settings.anatomy)], settings.anatomy
+        )
     prepare = partial(_anatomy_from_b0, device, template)
     return cache.run(anatomy, "anatomy-b0", prepare, reference, template.name, settings.anatomy)
 
@@ -217,8 +175,8 @@ def _correct_distortion(
         field = cache.files(gre.files(), gre, lambda: read_fieldmap(gre))
         return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
     correct = partial(_distortion, device, cache.folder)
-    made_by = _made_by((settings.distortion.engine,) if settings.distortion.engine in ENGINES else ())
-    return cache.run(distortion, "distortion", correct, acquired, motions, [method, made_by], settings.distortion)
+    chosen = [method, made_by(settings.distortion)]
+    return cache.run(distortion, "distortion", correct, acquired, motions, chosen, settings.distortion)
 
 
 def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Distortion:
@@ -253,9 +211,7 @@ def _distortion(
 ) -> Distortion | None:
     if method[0] == "none":
         return None
-    find = distortion.correct_distortion
-    if settings.engine in ENGINES:
-        find = partial(engine(settings.engine).correct_distortion, folder=folder)
+    find = distortion_step(settings, folder)
     aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
     b0s = tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
     correct: Callable[..., Distortion] = lambda *images: find(  # noqa: E731
@@ -276,18 +232,6 @@ def _anatomy(
     return with_cpu_fallback(
         lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, steps), device, images
     )
-
-
-def anatomical_steps(settings: AnatomySettings, folder: Path | None) -> anatomy.Steps:
-    """What the chosen engines do in place of the stage's own functions."""
-    brain = tissue = normalise = None
-    if settings.engine in ENGINES:
-        found = engine(settings.engine)
-        modes = {"robust": settings.synthseg_robust, "parc": settings.synthseg_parc}
-        brain, tissue = partial(found.brain_mask, folder=folder), partial(found.segment, **modes, folder=folder)
-    if settings.normalizer not in ("none", "native"):
-        normalise = partial(engine(_anatomical(settings)[-1]).normalise, folder=folder)
-    return anatomy.Steps(brain, tissue, normalise)
 
 
 def _anatomy_from_b0(
