@@ -34,7 +34,7 @@ def test_a_known_warp_is_recovered_both_ways(tmp_path: Path) -> None:
     affine = np.linalg.lstsq(np.c_[inside, np.ones(len(inside))], truth, rcond=None)[0]
     without_bend = np.linalg.norm(np.c_[inside, np.ones(len(inside))] @ affine - truth, axis=1).mean()
     assert before > 4 and without_bend > 1.5
-    assert max(there.mean(), again.mean()) < 0.6 * without_bend  # of voxels of 4 mm, by the fast settings
+    assert max(there.mean(), again.mean()) < 0.75 * without_bend  # of voxels of 5 mm, by the fast settings
     assert np.linalg.norm(chain_points(back, chain_points(forward, inside)) - inside, axis=1).mean() < 0.1
     assert (forward.source, back.source) == ("ACPC", template.name)
     assert [path.name for path in tmp_path.iterdir()] == ["antsRegistration.log"]

@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def synthmorph_warp(path: Path) -> Path:
-    """From the person to the template at 4 mm, as SynthMorph writes it: RAS displacements, four axes, no intent."""
+    """From the person to the template at 5 mm, as SynthMorph writes it: RAS displacements, four axes, no intent."""
     grid = make_template().brain.grid
     points = grid.to_world(np.moveaxis(np.indices(grid.shape), 0, -1))
     nib.Nifti1Image((bend(points) - points).astype(np.float32), grid.affine).to_filename(path)
