@@ -66,7 +66,7 @@ def test_own_registration_makes_both_transforms(run: Path, capsys: pytest.Captur
     assert listing(run)[:2] == [f"sub-01_{WAYS[0].format(NAME)}", f"sub-01_{WAYS[1].format(NAME)}"]
     assert len(listing(run)) == 4 and "0.9" in said and "templateflow get MNI152NLin2009cAsym" in said
     there, back = errors(run, NAME)
-    assert there.mean() < 1.25 and back.mean() < 1.25  # mm, a quarter of a voxel; the person is 5 mm away
+    assert there.mean() < 1.25 and back.mean() < 1.25  # mm, a quarter of a voxel
     before = {path: path.read_bytes() for path in (run / "sub-01" / "anat").iterdir()}
     assert tools.main(["add-normalization", str(run), "--participant-label", "sub-01"]) == 1
     assert "which are not overwritten" in capsys.readouterr().err
