@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.template import Template
+from dsiprep.data.transform import Affine, Chain
 from dsiprep.errors import InputError
 from dsiprep.io.templates import load_template
 from dsiprep.ops.affine import rigid_matrix
@@ -243,3 +244,32 @@ def test_a_template_without_priors_gives_no_tissue(head, template):
     assert found.tissue is None and found.acpc_to_template is not None
     assert any("without tissue priors" in note for note in found.notes)
     assert "Another one was taken." in found.notes
+
+
+def test_programs_may_do_some_of_the_work(head, template):
+    """What they find is taken as it is, and they are given what they need."""
+    native, brain, _ = head
+    given = {}
+
+    def normalise(image, to, rim, start, settings):
+        given.update(image=image, start=start, rim=rim)
+        there = Affine(start, "ACPC", to.name)
+        return Chain((there,), "ACPC", to.name), Chain((there.inverse(),), to.name, "ACPC")
+
+    def tissue(image, mask, priors):
+        given["priors"] = priors
+        return torch.full((3, *image.grid.shape), 1 / 3) * mask.data, Volume(7 * mask.data, image.grid)
+
+    def mask(image):
+        given["mask"] = image
+        return Volume(torch.from_numpy(brain.astype(np.float32)), image.grid)
+
+    settings = AnatomySettings(biascorrect="none")
+    found = process_anatomy((native,), None, None, template, settings, steps=anatomy.Steps(mask, tissue, normalise))
+    assert given["mask"].grid.matches(native.grid)
+    assert np.isclose(found.mask.numpy().sum(), brain.sum(), rtol=0.02)  # both have voxels of 2 mm
+    assert torch.equal(found.labels.data, 7 * found.mask.data) and float(found.tissue.max()) < 0.34
+    assert np.array_equal(found.acpc_to_template.steps[0].matrix, given["start"])
+    assert torch.equal(given["image"].data, found.image.data * found.mask.data)
+    assert given["priors"].shape == (3, *found.image.grid.shape) and float(given["priors"].sum(0).max()) > 0.9
+    assert float(given["rim"].data.sum()) > float(template.mask.data.sum())

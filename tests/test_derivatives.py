@@ -70,6 +70,17 @@ def test_every_query_matches_one_file(written: Path, query: str) -> None:
     assert len([name for name in names if re.search(f"{query}$", name)]) == 1
 
 
+def test_labels_of_structures_are_written_where_there_are_any(subject: UnitResults, tmp_path: Path) -> None:
+    """Under QSIPrep's name, and gone again after a run without them."""
+    name = "sub-01/anat/sub-01_space-ACPC_desc-aseg_dseg.nii.gz"
+    labels = replace(subject.anatomy.mask, data=1024 * subject.anatomy.mask.data)
+    derivatives.write_unit(replace(subject, anatomy=replace(subject.anatomy, labels=labels)), tmp_path, None)
+    stored = nib.load(tmp_path / name)
+    assert stored.get_data_dtype() == np.int16 and np.asarray(stored.dataobj).max() == 1024
+    derivatives.write_unit(subject, tmp_path, None)
+    assert not (tmp_path / name).exists()
+
+
 def test_images_are_lps(written: Path) -> None:
     images = [path for path in written.rglob("*space-ACPC*.nii.gz") if "/dwi/" in path.as_posix()]
     assert len(images) >= 4

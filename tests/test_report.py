@@ -431,6 +431,23 @@ def test_methods_tell_what_was_done_and_not_what_was_not(subject: UnitResults) -
     assert "it was switched off" in plain
 
 
+def test_methods_name_the_programs_that_were_used(subject: UnitResults) -> None:
+    assert not {"hoopes2022", "hoffmann2022", "esteban2019"} & set(cited(methods_text(subject)))
+    chosen = replace(subject.settings.anatomy, engine="freesurfer", normalization="auto")
+    labelled = replace(subject.anatomy, labels=subject.anatomy.mask)
+    by_freesurfer = replace(
+        subject, anatomy=labelled, settings=replace(subject.settings, anatomy=chosen),
+        distortion=replace(subject.distortion, method="tortoise"),
+    )  # fmt: skip
+    text = methods_text(by_freesurfer)
+    assert {"hoopes2022", "billot2023", "hoffmann2022", "irfanoglu2015"} <= set(cited(text)) <= set(bibliography())
+    assert "deepbet" not in text and "DRBUDDI [@irfanoglu2015] of TORTOISE" in text
+    chosen = replace(subject.settings.anatomy, normalization="ants")
+    text = methods_text(replace(subject, settings=replace(subject.settings, anatomy=chosen)))
+    assert "esteban2019" in cited(text) and "deepbet" in text and "greedy" not in text
+    assert set(cited(text)) <= set(bibliography())
+
+
 def test_units_processed_differently_have_their_own_text(subject: UnitResults) -> None:
     twin = replace(subject, unit=replace(subject.unit, name="sub-01_ses-2"))
     assert methods_text([subject, twin]).count("# Methods") == 1

@@ -112,6 +112,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--reports-only", action="store_true", help="draw reports again from kept work, compute nothing")
     add("--boilerplate-only", action="store_true", help="write the methods text for kept work, compute nothing")
     add("--stop-on-first-crash", action="store_true", help="start nothing more after a failure")
+    add("--fs-license-file", type=Path, metavar="FILE", help="FreeSurfer's licence, for its engines (or FS_LICENSE)")
     add("--sloppy", action="store_true", help="low quality, for tests of the machinery only")
     add("-v", "--verbose", action="count", default=0, help="say more; -vv says all")
     add("--version", action="version", version=f"dsiprep {__version__}")
@@ -341,6 +342,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         chosen = read_settings(options)
         check_folders(options)
+        if options.fs_license_file:
+            os.environ["FS_LICENSE"] = str(options.fs_license_file.resolve())
         return _run(options, chosen, list(arguments if arguments is not None else sys.argv[1:]))
     except SettingsError as error:
         print(f"dsiprep: {error}", file=sys.stderr)
@@ -400,12 +403,15 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str
 
 def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:
     from dsiprep.device import choose
+    from dsiprep.engines.choice import check_engines
     from dsiprep.scale import Job
 
-    choose(options.device)  # a wrong name is found out before anything starts
+    device = choose(options.device)  # a wrong name is found out before anything starts
     mode = next((m for m in ("anat_only", "reports_only", "boilerplate_only") if getattr(options, m)), "")
     by_subject: dict[str, list[Unit]] = {}
     for unit in units:
+        if mode in ("", "anat_only"):
+            check_engines(unit, chosen, device)
         by_subject.setdefault(unit.subject, []).append(unit)
     threads = options.omp_nthreads or options.nprocs
     return [

@@ -54,6 +54,22 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def lend(device: torch.device) -> dict[str, str]:
+    """Give back what torch holds of a GPU in reserve, for another program to use it.
+
+    Returns
+    -------
+    dict
+        Environment in which that program sees this GPU as its only one; empty on the CPU.
+    """
+    if device.type != "cuda":
+        return {}
+    torch.cuda.empty_cache()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return {"CUDA_VISIBLE_DEVICES": seen[index] if index < len(seen) else str(index)}
+
+
 def in_chunks(
     function: Callable[[slice], torch.Tensor], count: int, bytes_each: int, device: torch.device
 ) -> list[torch.Tensor]:

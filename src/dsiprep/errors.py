@@ -5,6 +5,7 @@
     │   ├── GradientError     b-values or b-vectors missing, mismatched or impossible
     │   └── MetadataError     a BIDS sidecar lacks a field, or contradicts another
     ├── SettingsError         an option, or a combination of options, that cannot work (exit code 2)
+    ├── EngineError           a program that was asked for is missing, lacks licence or memory, or failed
     └── OutputError           the output cannot be written: no space, no right, inside the input
 
 Every message says what was found, what was wanted, and what to do.
@@ -29,6 +30,10 @@ class MetadataError(InputError):
 
 class SettingsError(DsiprepError):
     """The options cannot work, or cannot work together."""
+
+
+class EngineError(DsiprepError):
+    """A program that people own (TORTOISE, FreeSurfer, ANTs) cannot do what it was asked for."""
 
 
 class OutputError(DsiprepError):

@@ -30,6 +30,7 @@ from dsiprep.data.results import (
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
 from dsiprep.engines import unpile
+from dsiprep.engines.choice import anatomical_steps, check_engines, distortion_step, engines_for, made_by
 from dsiprep.errors import SettingsError
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
@@ -94,10 +95,9 @@ def preprocess(
     InputError
         If the data cannot be used; the message says what to do.
     """
-    cache = cache or Cache(None)
-    on = torch.device(device)
-    if settings.distortion.anat_reference != "none" and not cache.only_found:
-        unpile.check()
+    cache, on = cache or Cache(None), torch.device(device)
+    if not cache.only_found:
+        check_engines(unit, settings, on)
     acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
     motions, corrected = _undistort(unit, settings, cache, on, acquired)
@@ -215,8 +215,8 @@ def prepare_anatomy(
         images = cache.files(paths, settings.anatomy.modality, lambda: tuple(read_volume(path) for path in paths))
         given = find_mask(unit, settings.anatomy)
         mask = cache.files((given,) if given else (), "mask", lambda: read_volume(given) if given else None)
-        prepare = partial(_anatomy, device)
-        return cache.run(anatomy, "anatomy", prepare, images, template, mask, settings.anatomy)
+        prepare, by = partial(_anatomy, device, cache.folder), made_by(settings.anatomy)
+        return cache.run(anatomy, "anatomy", prepare, images, template, mask, by, settings.anatomy)
     prepare = partial(_anatomy_from_b0, device)
     return cache.run(anatomy, "anatomy-b0", prepare, reference, template, settings.anatomy)
 
@@ -268,8 +268,8 @@ def _correct_distortion(
     if method == "unpile" and chosen:
         structural = cache.files((chosen[0],), chosen[1], lambda: read_volume(chosen[0]))
         return cache.run(unpile, "distortion-unpile", _without_fieldmap, acquired, motions[0], structural, chosen[1])
-    correct = partial(_distortion, device)
-    return cache.run(distortion, "distortion", correct, acquired, motions, method, settings.distortion)
+    correct, how = partial(_distortion, device, cache.folder), [method, made_by(settings.distortion)]
+    return cache.run(distortion, "distortion", correct, acquired, motions, how, settings.distortion)
 
 
 def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Distortion:
@@ -301,16 +301,18 @@ def _motion(device: torch.device, acquired: Acquired, blip: int, settings: Motio
 
 def _distortion(
     device: torch.device,
+    folder: Path | None,
     acquired: Acquired,
     motions: tuple[Motion, ...],
-    method: str,
+    method: list[object],
     settings: DistortionSettings,
 ) -> Distortion | None:
-    if method == "none":
+    if method[0] == "none":
         return None
+    find = distortion_step(settings, folder)
     aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
     b0s = tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
-    correct: Callable[..., Distortion] = lambda *images: distortion.correct_distortion(  # noqa: E731
+    correct: Callable[..., Distortion] = lambda *images: find(  # noqa: E731
         acquired.blips, images, acquired.dwi.grid, motions[0].mask, settings
     )
     return with_cpu_fallback(correct, device, b0s)
@@ -318,13 +320,16 @@ def _distortion(
 
 def _anatomy(
     device: torch.device,
+    folder: Path | None,
     images: tuple[Volume, ...],
     template: Template,
     mask: Volume | None,
+    by: list[object],
     settings: AnatomySettings,
 ) -> Anatomy:
+    steps = anatomical_steps(settings, folder)
     return with_cpu_fallback(
-        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, mask), device, images
+        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, mask, steps), device, images
     )
 
 
@@ -401,7 +406,9 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
         susceptibility = f"unpile: no fieldmap, so the b=0 goes to {chosen[0].name}"
     else:
         susceptibility = "none: no opposite phase encodings (see the notes)"
+    engines = engines_for(unit, settings)
     return {
+        **({"engines": ", ".join(engines) + ": checked before anything is begun"} if engines else {}),
         "denoise": f"{settings.denoise.method}, unringing {settings.denoise.unringing}",
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": susceptibility,

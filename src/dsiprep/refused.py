@@ -15,7 +15,6 @@ NOT_HERE = {
     "--force-syn": "a fieldmap is always better where there is one; use --ignore fieldmaps --sdc-anat-reference invt1w",
     "--dwiref-definition": "the dwiref is the unbiased b=0 template",
     "--report-output-level": "reports are written to the root of the output folder",
-    "--fs-license-file": "no FreeSurfer is used and no licence is needed; leave it out",
     "--eddy-config": "there is no eddy in here; see --hmc-method",
     "--recon-spec": "reconstruction is QSIRecon's work; give it this output folder",
 }
@@ -26,9 +25,12 @@ SHELLS_ONLY = (
 )
 NOT_BUILT = {
     ("--hmc-method", "eddy"): "dsiprep has no FSL eddy: use --hmc-method shoreline, which serves shells too",
-    ("--hmc-method", "tortoise"): "TORTOISE as an engine is not built yet: use --hmc-method shoreline",
+    (
+        "--hmc-method",
+        "tortoise",
+    ): "TORTOISE serves distortion (--sdc-engine tortoise) alone: use --hmc-method shoreline",
     ("--hmc-model", "eddy"): "dsiprep has no FSL eddy: use --hmc-model 3dSHORE, which serves shells too",
-    ("--hmc-model", "tortoise"): "TORTOISE as an engine is not built yet: use --hmc-model 3dSHORE",
+    ("--hmc-model", "tortoise"): "TORTOISE serves distortion (--sdc-engine tortoise) alone: use --hmc-model 3dSHORE",
     ("--sdc-method", "topup"): "dsiprep has no TOPUP: use --sdc-method drbuddi, which serves shells too",
     ("--sdc-method", "topup+drbuddi"): "dsiprep has no TOPUP: use --sdc-method drbuddi",
     ("--sdc-fieldmapless-method", "topup"): "dsiprep has no TOPUP: use --sdc-fieldmapless-method unpile",

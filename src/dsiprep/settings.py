@@ -104,6 +104,12 @@ class DistortionSettings:
         "--sdc-fieldmapless-method",
         choices=("unpile",),
     )
+    engine: str = option(
+        "native",
+        "what does blip-up/blip-down correction: dsiprep itself, or DRBUDDI of TORTOISE, from TORTOISE_HOME or PATH",
+        "--sdc-engine",
+        choices=("native", "tortoise"),
+    )
 
 
 @dataclass(frozen=True)
@@ -142,6 +148,34 @@ class AnatomySettings:
         True, "do not register the structural image to the template", "--skip-anat-based-spatial-normalization"
     )
     finest_mm: float = option(1.0, "voxel size in mm at which the registration to the template ends")
+    engine: str = option(
+        "native",
+        "what finds brain and tissue: dsiprep itself, or SynthStrip and SynthSeg of FreeSurfer 7.4 or later, from "
+        "FREESURFER_HOME",
+        "--anat-engine",
+        choices=("native", "freesurfer"),
+    )
+    normalization: str = option(
+        "auto",
+        "what registers to the template: dsiprep itself, ANTs (antsRegistration, or antspyx), or SynthMorph of "
+        "FreeSurfer; auto takes SynthMorph with --anat-engine freesurfer, and native otherwise",
+        "--normalization-engine",
+        choices=("auto", "native", "ants", "synthmorph"),
+    )
+    ants_settings: str = option(
+        "precise", "fMRIPrep's settings of ANTs that are taken", "--ants-settings", choices=("precise", "fast")
+    )
+    synthseg_robust: bool = option(False, "SynthSeg in its robust mode: slower, more memory", "--synthseg-robust")
+    synthseg_parc: bool = option(False, "let SynthSeg parcellate the cortex too", "--synthseg-parc")
+
+    @property
+    def normalizer(self) -> str:
+        """What registers to the template: "none", "native", "ants" or "synthmorph"."""
+        if not self.normalize:
+            return "none"
+        if self.normalization != "auto":
+            return self.normalization
+        return "synthmorph" if self.engine == "freesurfer" else "native"
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,15 @@ def build_parser() -> Parser:
             add_setting(shoreline, "", entry)
     shoreline.set_defaults(run=_shoreline)
 
+    finish = tools.add_parser("add-normalization", help="the transforms to a template for a run that skipped them")
+    finish.add_argument("folder", type=Path, metavar="QSIPREP_DIR", help="derivatives of QSIPrep or dsiprep")
+    finish.add_argument("--participant-label", required=True, metavar="LABEL", help="with or without sub-")
+    finish.add_argument("--warp", type=Path, metavar="FILE", help="of mri_synthmorph -t, ACPC T1w to template")
+    finish.add_argument("--inverse-warp", type=Path, metavar="FILE", help="of -T (default: computed from --warp)")
+    finish.add_argument("--template", metavar="NAME", help="name of the template; needed with --warp")
+    finish.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
+    finish.set_defaults(run=_finish)
+
     drbuddi = tools.add_parser("drbuddi", help="blip-up/blip-down distortion correction of two files")
     drbuddi.add_argument("--up", type=Path, required=True, metavar="FILE", help="b=0 image or series")
     drbuddi.add_argument("--down", type=Path, required=True, metavar="FILE", help="the same, phase encoding reversed")
@@ -139,6 +148,21 @@ def _shoreline(options: argparse.Namespace) -> int:
         options.dwi, options.out, options.bval, options.bvec, options.mask, options.pe, settings, options.device
     )
     print("\n".join(map(str, written)))
+    return 0
+
+
+def _finish(options: argparse.Namespace) -> int:
+    from dsiprep.finish import add_normalization
+
+    added = add_normalization(
+        options.folder,
+        options.participant_label,
+        warp=options.warp,
+        inverse_warp=options.inverse_warp,
+        template=options.template,
+        device=options.device,
+    )
+    print("\n".join([*map(str, added.files), *added.said]))
     return 0
 
 

@@ -199,6 +199,8 @@ class Anatomy:
         For each structural image as it was acquired: points of their average to points of it.
     enlarged : float
         How many times larger the head was made while it was worked on: 1 for people, more for animals.
+    labels : Volume or None
+        FreeSurfer's labels of structures on `image`'s grid, where SynthSeg found the tissues.
     """
 
     modality: str
@@ -214,6 +216,7 @@ class Anatomy:
     notes: tuple[str, ...] = ()
     orig_to_anat: tuple[Affine, ...] = ()
     enlarged: float = 1.0
+    labels: Volume | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -175,6 +175,8 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template:
         (folder / f"{name}_dseg.tsv").write_text("index\tname\n1\tGM\n2\tWM\n3\tCSF\n")
     for suffix, (data, discrete) in images.items():
         _write_map(folder / f"{name}_space-ACPC_{suffix}", Volume(data, anatomy.image.grid), discrete)
+    if anatomy.labels is not None:
+        _write_map(folder / f"{name}_space-ACPC_desc-aseg_dseg", anatomy.labels, True)
     anat_to_acpc = anatomy.anat_to_acpc
     itk.write_affine(folder / f"{name}_from-anat_to-ACPC_mode-image_xfm.mat", anat_to_acpc)
     itk.write_affine(folder / f"{name}_from-ACPC_to-anat_mode-image_xfm.mat", anat_to_acpc.inverse())

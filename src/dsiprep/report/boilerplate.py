@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from dsiprep.data.results import UnitResults
+from dsiprep.engines import ants, freesurfer, tortoise
 from dsiprep.report.album import write_atomically
 from dsiprep.stages import (
     acquisition,
@@ -30,7 +31,7 @@ from dsiprep.stages import (
 )
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
-CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS}
+CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS, **tortoise.METHODS}
 DASH = "\N{EN DASH}"
 KEY = re.compile(r"@([A-Za-z][\w-]*)")
 GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")
@@ -152,17 +153,21 @@ def _named(methods: dict[str, str], told: str) -> list[str]:
 
 def _anatomy(results: UnitResults) -> list[str]:
     """Structural processing: what applies of bias, brain, tissue, ACPC and template."""
-    found, methods = results.anatomy, {**reference.METHODS, **anatomy.METHODS}
+    found = results.anatomy
+    methods = {**reference.METHODS, **anatomy.METHODS, **freesurfer.METHODS, **ants.METHODS}
     if found.modality == "none":
         return [methods["none"]] if "none" in methods else []
     normalised = found.acpc_to_template is not None
+    settings, own = results.settings.anatomy, found.labels is None
     steps = {
-        "several": len(found.orig_to_anat) > 1 and results.settings.anatomy.reference == "first-lex",
-        "unbiased": len(found.orig_to_anat) > 1 and results.settings.anatomy.reference != "first-lex",
-        "n4": results.settings.anatomy.biascorrect == "n4",
+        "several": len(found.orig_to_anat) > 1 and settings.reference == "first-lex",
+        "unbiased": len(found.orig_to_anat) > 1 and settings.reference != "first-lex",
+        "n4": settings.biascorrect == "n4",
+        "brain": own and not settings.mask,
+        "freesurfer": not own,
         "T1w": True,
-        "tissue": found.tissue is not None,
-        "normalize": normalised,
+        "tissue": own and found.tissue is not None,
+        {"native": "normalize"}.get(settings.normalizer, settings.normalizer): normalised,
     }
     texts = [
         methods[name].replace("T1w", found.modality) for name, applies in steps.items() if applies and name in methods

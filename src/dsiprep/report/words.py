@@ -23,6 +23,7 @@ METHODS = {
     "drbuddi": "blip-up/blip-down (DRBUDDI model)",
     "gre": "gradient-echo fieldmap",
     "unpile": "fieldmap-less, against the structural image",
+    "tortoise": "DRBUDDI of TORTOISE",
 }
 SCORES = {
     "mi": "Normalised mutual information",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,12 +29,14 @@ from dsiprep.stages.reference import average_images
 
 VERSION = 5
 METHODS = {
-    "T1w": (
+    "brain": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
-        "mask of the template, brought over by an affine registration. The image was brought to ACPC space "
-        "by the rigid part (polar decomposition about the anterior commissure) of an affine registration to"
-        " the template that maximises normalised mutual information [@studholme1999; @mattes2003], with "
-        "cubic B-splines [@unser1999]."
+        "mask of the template, brought over by an affine registration."
+    ),
+    "T1w": (
+        "The T1w image was brought to ACPC space by the rigid part (polar decomposition about the anterior "
+        "commissure) of an affine registration to the template that maximises normalised mutual information "
+        "[@studholme1999; @mattes2003], with cubic B-splines [@unser1999]."
     ),
     "n4": ("Intensities of the structural image were corrected for receive bias with N4 [@tustison2010]."),
     "tissue": (
@@ -52,7 +55,7 @@ METHODS = {
     ),
 }
 
-__all__ = ["METHODS", "VERSION", "process_anatomy"]
+__all__ = ["METHODS", "VERSION", "Steps", "normalise_brain", "process_anatomy"]
 
 LEAST_VOXEL_MM = 0.8
 SHRINK_MM = 4.0  # distance of the voxels that N4 sees
@@ -65,6 +68,26 @@ LEAST_PIECE = 0.05  # of the largest piece of the head; smaller ones are noise
 DILATION_MM = 4.0  # around the template's brain where its registration compares: the rim carries the size
 
 
+@dataclass(frozen=True)
+class Steps:
+    """What programs that people own can do in place of dsiprep; None leaves it to dsiprep.
+
+    Attributes
+    ----------
+    brain : callable
+        Structural image -> brain mask.
+    tissue : callable
+        Image, mask, priors (3, i, j, k) where there are any -> shares of CSF, GM, WM, and a volume of labels.
+    normalise : callable
+        Brain, template, the mask around its brain, points of the template to ACPC (4, 4), settings -> the chains
+        from ACPC to the template and back.
+    """
+
+    brain: Callable[[Volume], Volume] | None = None
+    tissue: Callable[[Volume, Volume, torch.Tensor | None], tuple[torch.Tensor | None, Volume | None]] | None = None
+    normalise: Callable[[Volume, Template, Volume, np.ndarray, AnatomySettings], tuple[Chain, Chain]] | None = None
+
+
 def process_anatomy(
     images: tuple[Volume, ...],
     dwiref: Volume | None,
@@ -72,6 +95,7 @@ def process_anatomy(
     template: Template,
     settings: AnatomySettings,
     mask: Volume | None = None,
+    steps: Steps | None = None,
 ) -> Anatomy:
     """Bring the structural image to ACPC space and find brain, tissue and template in it.
 
@@ -87,6 +111,8 @@ def process_anatomy(
     settings : AnatomySettings
     mask : Volume, optional
         The brain in the (average) structural image, on any grid; found where it is None.
+    steps : Steps, optional
+        Programs that do some of the work.
 
     Returns
     -------
@@ -110,7 +136,7 @@ def process_anatomy(
     one = _enlarged(template, by)
     if structural:
         given = None if mask is None else enlarge_volume(mask, by)
-        return _as_large_as_it_was(_from_t1w(tuple(large), one, settings, given), by)
+        return _as_large_as_it_was(_from_t1w(tuple(large), one, settings, given, steps or Steps()), by)
     assert dwiref is not None
     brain = dwiref_mask or brain_mask_dwiref(dwiref)
     return _as_large_as_it_was(_from_dwiref(enlarge_volume(dwiref, by), enlarge_volume(brain, by), one), by)
@@ -135,16 +161,17 @@ def _as_large_as_it_was(found: Anatomy, by: float) -> Anatomy:
         template_to_acpc=None if back is None else enlarge_chain(back, small),
         anat_to_acpc=enlarge_affine(found.anat_to_acpc, small),
         orig_to_anat=tuple(enlarge_affine(pose, small) for pose in found.orig_to_anat),
+        labels=None if found.labels is None else enlarge_volume(found.labels, small),
         enlarged=by,
     )
 
 
 def _from_t1w(
-    images: tuple[Volume, ...], template: Template, settings: AnatomySettings, given: Volume | None
+    images: tuple[Volume, ...], template: Template, settings: AnatomySettings, given: Volume | None, steps: Steps
 ) -> Anatomy:
     device = images[0].data.device
     native, poses, notes = average_images(images, unbiased=settings.reference != "first-lex")
-    mask, doubt = _brain(native, settings.modality) if given is None else (_taken(given, native, template), ())
+    mask, doubt = _mask(native, template, settings, given, steps)
     if settings.biascorrect == "n4":
         native = Volume(native.data / n4_bias(native, mask, _shrink(native.grid)).data, native.grid)
     brain = Volume(native.data * mask.data, native.grid)
@@ -156,13 +183,14 @@ def _from_t1w(
     image = Volume(pull(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
     inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
     brain = Volume(image.data * inside.data, grid)
-    forward, back = _normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
-    priors = _priors(template, back, grid, device)
+    normalise = steps.normalise if steps.normalise and settings.normalize else _normalise
+    forward, back = normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
+    tissue, labels = (steps.tissue or _tissue)(image, inside, _priors(template, back, grid, device))
     return Anatomy(
         modality=settings.modality,
         image=image,
         mask=inside,
-        tissue=None if priors is None else segment_tissue(image, inside, priors),
+        tissue=tissue,
         anat_to_acpc=Affine(pose, "anat", "ACPC"),
         acpc_to_template=forward if settings.normalize else None,
         template_to_acpc=back if settings.normalize else None,
@@ -171,6 +199,7 @@ def _from_t1w(
         warped=_brought(brain, forward, template.brain.grid) if settings.normalize else None,
         notes=(*notes, *doubt, *opinion, *_on_template(template, settings)),
         orig_to_anat=poses,
+        labels=labels,
     )
 
 
@@ -211,6 +240,15 @@ def _brain(native: Volume, modality: str) -> tuple[Volume, tuple[str, ...]]:
     )
 
 
+def _mask(
+    native: Volume, template: Template, settings: AnatomySettings, given: Volume | None, steps: Steps
+) -> tuple[Volume, tuple[str, ...]]:
+    """The brain as it was given, or as it is found, and what is to be doubted of it."""
+    if given is not None:
+        return _taken(given, native, template), ()
+    return _brain(native, settings.modality) if steps.brain is None else (steps.brain(native), ())
+
+
 def _taken(given: Volume, native: Volume, template: Template) -> Volume:
     """A mask that came with the data, on the grid of the structural image, after a look at it."""
     moved = Volume(given.data.to(native.data.device).float(), given.grid)
@@ -233,6 +271,10 @@ def _taken(given: Volume, native: Volume, template: Template) -> Volume:
     if float((native.data * inside).sum()) <= 0:
         raise InputError("--anat-mask: the structural image is empty inside the mask; give the mask of this image")
     return Volume(inside, native.grid)
+
+
+def _tissue(image: Volume, mask: Volume, priors: torch.Tensor | None) -> tuple[torch.Tensor | None, Volume | None]:
+    return None if priors is None else segment_tissue(image, mask, priors), None
 
 
 def _second_opinion(native: Volume, mask: Volume, template: Template, to_template: np.ndarray) -> tuple[str, ...]:
@@ -332,3 +374,26 @@ def _on_template(template: Template, settings: AnatomySettings) -> tuple[str, ..
 def _brought(brain: Volume, chain: Chain, grid: Grid) -> Volume:
     displacement = chain_displacement(chain, grid, brain.data.device)
     return Volume(pull(brain.data[None], brain.grid, grid, displacement=displacement)[0], grid)
+
+
+def normalise_brain(
+    image: Volume, mask: Volume, template: Template, settings: AnatomySettings | None = None
+) -> tuple[Chain, Chain]:
+    """ACPC to template and back, for a structural image whose brain is known: affine, then diffeomorphic.
+
+    Parameters
+    ----------
+    image, mask : Volume
+        Structural image near ACPC space, and its brain (above 0.5), on one grid.
+    template : Template
+    settings : AnatomySettings, optional
+
+    Returns
+    -------
+    forward, back : Chain
+        `forward` maps points of the template to ACPC, `back` points of ACPC to the template.
+    """
+    brain = Volume(image.data * (mask.data > 0.5), image.grid)
+    rim = _rim(template)
+    start = register_linear(brain, template.brain, dof=12, fixed_mask=rim, moving_mask=mask).matrix
+    return _normalise(brain, template, rim, start, settings or AnatomySettings())

@@ -94,7 +94,7 @@ def correct_distortion(
     doi 10.1016/j.neuroimage.2014.11.042 (DRBUDDI), doi 10.1016/S1053-8119(03)00336-7 (two blips, one field),
     doi 10.1109/42.158935 (equal mass along lines)
     """
-    encodings = _checked(blips, b0s, grid, mask, settings)
+    encodings = checked_pair(blips, b0s, grid, mask, settings)
     before = tuple(_finite_mean(b) for b in b0s)
     axis, scales, readout = encodings[0].axis, *_scales(encodings)
     order = [*(a for a in range(3) if a != axis), axis]
@@ -136,7 +136,7 @@ def correct_distortion(
     )
 
 
-def _checked(
+def checked_pair(
     blips: tuple[Blip, ...],
     b0s: tuple[torch.Tensor, ...],
     grid: Grid,
