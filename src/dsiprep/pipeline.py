@@ -85,9 +85,7 @@ def preprocess(
     """
     cache = cache or Cache(None)
     on = torch.device(device)
-    require_files(unit)
-    if settings.distortion.anat_reference != "none" and not cache.only_found:
-        unpile.check()
+    _require(unit, settings, cache)
     raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
     acquired = cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
@@ -124,6 +122,14 @@ def preprocess(
         seconds=dict(cache.seconds),
         device=str(on),
     )
+
+
+def _require(unit: Unit, settings: Settings, cache: Cache) -> None:
+    """Files that can be read, and the program that these settings ask for, before anything long is begun."""
+    require_files(unit)
+    needed = choose_structural(unit, settings.distortion) and not (unit.reversed_pairs() or unit.gre)
+    if needed and not cache.only_found:
+        unpile.check()
 
 
 def prepare_anatomy(
