@@ -175,7 +175,7 @@ def test_nothing_is_left_when_writing_fails(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(derivatives, "_write_tables", full)
+    monkeypatch.setattr(derivatives, "write_tables", full)
     with pytest.raises(OutputError, match="No space left on device"):
         derivatives.write_unit(subject, tmp_path / "out", None)
     assert not list((tmp_path / "out").iterdir())

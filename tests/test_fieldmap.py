@@ -134,7 +134,7 @@ def test_choice_of_method_is_told(tmp_path: Path) -> None:
     from typing import Any, cast
 
     from dsiprep.data.acquisition import GreFieldmap, Unit
-    from dsiprep.pipeline import choose_distortion
+    from dsiprep.plan import choose_distortion
     from dsiprep.settings import DistortionSettings
 
     gre = GreFieldmap("phasediff", (tmp_path / "p",), tmp_path / "m", ECHOES)

@@ -15,7 +15,8 @@ from dsiprep.data.acquisition import PhaseEncoding, Run, Unit
 from dsiprep.io.bids import find_units
 from dsiprep.ops.affine import rigid_matrix
 from dsiprep.phantom import PhantomSettings, make_phantom
-from dsiprep.pipeline import choose_lead, preprocess
+from dsiprep.pipeline import preprocess
+from dsiprep.plan import choose_lead
 from dsiprep.scale import Job, run_subject
 from dsiprep.settings import DenoiseSettings, DistortionSettings, MotionSettings, ResampleSettings, Settings
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsiprep import cli, pipeline
+from dsiprep import cli
 from dsiprep.data.acquisition import PhaseEncoding, Run, Unit
 from dsiprep.device import lend
 from dsiprep.engines import ants, choice, freesurfer, programs, tortoise
@@ -128,8 +128,8 @@ def test_tortoise_is_asked_for_only_with_a_pair(tmp_path: Path, monkeypatch: pyt
     choice.check_engines(one, settings, cpu)
     choice.check_engines(pair, Settings(distortion=DistortionSettings("none", "tortoise")), cpu)
     assert choice.engines_for(pair, settings) == ("tortoise",)
-    assert "tortoise" in pipeline.plan_stages(pair, None, settings)["engines"]
-    assert "engines" not in pipeline.plan_stages(pair, None, Settings())
+    assert "tortoise" in plan.plan_stages(pair, None, settings)["engines"]
+    assert "engines" not in plan.plan_stages(pair, None, Settings())
 
 
 @pytest.mark.slow

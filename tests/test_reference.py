@@ -17,7 +17,7 @@ from dsiprep.errors import InputError, SettingsError
 from dsiprep.io.masks import find_mask
 from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.sample import pull
-from dsiprep.pipeline import check_anatomy
+from dsiprep.plan import check_anatomy
 from dsiprep.settings import AnatomySettings, Settings
 from dsiprep.stages.anatomy import _taken
 from dsiprep.stages.reference import _mean, average_images

@@ -18,8 +18,9 @@ from dsiprep.data.acquisition import PhaseEncoding, Unit
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip
 from dsiprep.engines import unpile
+from dsiprep.engines.unpile import choose_structural
 from dsiprep.errors import InputError, SettingsError
-from dsiprep.pipeline import choose_distortion, choose_structural
+from dsiprep.plan import choose_distortion
 from dsiprep.settings import DistortionSettings
 
 GRID = Grid((20, 24, 16), np.array([[-4.0, 0, 0, 38], [0, 4, 0, -46], [0, 0, 4, -30], [0, 0, 0, 1]]))
@@ -63,6 +64,7 @@ def case() -> tuple[Blip, torch.Tensor, Volume, Volume]:
 @pytest.fixture
 def plain_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unpile, "brain_mask_t1w", lambda v: Volume((v.data > 50).float(), v.grid))
+    monkeypatch.setattr(unpile, "n4_bias", lambda v, mask, shrink: Volume(torch.ones_like(v.data), v.grid))
 
 
 @pytest.mark.usefixtures("plain_mask")
@@ -94,6 +96,7 @@ def test_failures_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         unpile.check()
     monkeypatch.undo()
     monkeypatch.setattr(unpile, "brain_mask_t1w", lambda v: Volume((v.data > 50).float(), v.grid))
+    monkeypatch.setattr(unpile, "n4_bias", lambda v, mask, shrink: Volume(torch.ones_like(v.data), v.grid))
     install(tmp_path, monkeypatch, "#!{python}\nimport sys\nsys.exit('the mask is empty')\n")
     with pytest.raises(InputError, match="code 1: the mask is empty"):
         unpile.correct_without_fieldmap(blip, b0, GRID, mask, t1w, False)

@@ -371,7 +371,7 @@ def _unexpected(problem: Exception) -> str:
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, words: list[str]) -> int:
     from dsiprep.io.bids import find_units
-    from dsiprep.pipeline import check_anatomy
+    from dsiprep.plan import check_anatomy
     from dsiprep.show import print_plan, run_and_show
 
     failed: dict[str, DsiprepError] = {}

@@ -182,7 +182,7 @@ def run_subject(job: Job, tell: Tell, stop_on_first_crash: bool = False) -> Iter
 
 def _leads_first(job: Job) -> list[Unit]:
     """Units in order, those first whose b=0 reference stands in for others' structural image."""
-    from dsiprep.pipeline import choose_lead
+    from dsiprep.plan import choose_lead
 
     leading = {choose_lead(unit, job.units, job.settings).name for unit in job.units}
     return sorted(job.units, key=lambda unit: unit.name not in leading)
@@ -192,7 +192,8 @@ def _run_unit(unit: Unit, job: Job, tell: Tell) -> UnitResults | None:
     from dsiprep.device import choose
     from dsiprep.io.derivatives import write_anatomy_of, write_root, write_unit
     from dsiprep.io.templates import load_template
-    from dsiprep.pipeline import choose_lead, prepare_anatomy, preprocess
+    from dsiprep.pipeline import prepare_anatomy, preprocess
+    from dsiprep.plan import choose_lead
 
     redraw = job.mode in ("reports_only", "boilerplate_only")
     cache = Cache(_work_folder(job), lambda step: tell(unit.name, step), only_found=redraw)

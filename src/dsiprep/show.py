@@ -9,7 +9,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Column, Table
 
 from dsiprep.data.acquisition import Unit
-from dsiprep.pipeline import STEPS, choose_lead, plan_stages
+from dsiprep.pipeline import STEPS
+from dsiprep.plan import choose_lead, plan_stages
 from dsiprep.scale import Job, Outcome, run_jobs
 from dsiprep.settings import Settings
 

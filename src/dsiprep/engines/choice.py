@@ -49,7 +49,7 @@ def check_engines(unit: Unit, settings: Settings, device: torch.device) -> None:
     EngineError
         With what to do.
     """
-    if settings.distortion.anat_reference != "none":
+    if unpile.choose_structural(unit, settings.distortion) and not (unit.reversed_pairs() or unit.gre):
         unpile.check()
     for name in engines_for(unit, settings):
         _engine(name).check(unit, settings, device)

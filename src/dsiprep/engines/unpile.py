@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
-from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.acquisition import PhaseEncoding, Unit
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.errors import InputError, SettingsError
@@ -25,6 +25,7 @@ from dsiprep.ops.linear import register_linear
 from dsiprep.ops.mask import brain_mask_t1w
 from dsiprep.ops.offresonance import unfolded
 from dsiprep.ops.sample import pull
+from dsiprep.settings import DistortionSettings
 from dsiprep.stages.fieldmap import apply_shift
 
 VERSION = 1
@@ -34,7 +35,15 @@ SHRINK = 4  # receive bias misleads mutual information
 LEAST_COVERED = 0.7
 AROUND_MM = 8.0  # of the brain, where its rim tells of the pose
 
-__all__ = ["VERSION", "check", "correct_without_fieldmap", "structural_reference"]
+__all__ = ["VERSION", "check", "choose_structural", "correct_without_fieldmap", "structural_reference"]
+
+
+def choose_structural(unit: Unit, settings: DistortionSettings) -> tuple[Path, bool] | None:
+    """The structural image for fieldmap-less correction, and whether its contrast has to be inverted; None if none."""
+    wanted = settings.anat_reference
+    if wanted in ("auto", "t2w") and unit.t2w:
+        return unit.t2w[0], False
+    return (unit.t1w[0], True) if wanted in ("auto", "invt1w") and unit.t1w else None
 
 
 def check() -> str:
