@@ -63,7 +63,7 @@ def register_diffeomorphic(
     initial: np.ndarray,
     *,
     fixed_mask: Volume | None = None,
-    finest_mm: float = 1.5,
+    finest_mm: float = 1.0,
 ) -> DiffeomorphicFit:
     """Find the smooth invertible displacement that aligns `moving`, brought over by `initial`, with `fixed`.
 
