@@ -28,7 +28,7 @@ __all__ = ["DiffeomorphicFit", "register_diffeomorphic"]
 LEVELS = ((4.0, 40), (2.0, 30), (1.0, 12))  # voxel size over the finest, iterations
 WINDOW = 2  # half-width of the correlation's cube, voxels
 UPDATE_SIGMA = 1.732  # of the force, voxels
-TOTAL_SIGMA = 0.6  # of the whole displacement, voxels, at every iteration
+TOTAL_SIGMA = 0.8  # of the whole displacement, voxels, at every iteration
 TRUNCATE = 3.0  # half-width of both kernels in sigmas
 MOMENTUM = 0.8  # share of a step that goes on in the next one
 LONGEST = 0.4  # which no step reaches, voxels
@@ -63,7 +63,7 @@ def register_diffeomorphic(
     initial: np.ndarray,
     *,
     fixed_mask: Volume | None = None,
-    finest_mm: float = 1.5,
+    finest_mm: float = 1.0,
 ) -> DiffeomorphicFit:
     """Find the smooth invertible displacement that aligns `moving`, brought over by `initial`, with `fixed`.
 
