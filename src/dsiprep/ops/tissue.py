@@ -58,8 +58,10 @@ def segment_tissue(volume: Volume, mask: Volume, priors: torch.Tensor | None = N
         prior = None if priors is None else priors.detach().cpu().numpy()[(slice(None), *box)]
         sizes = volume.grid.voxel_sizes
         found = _expectation_maximisation(image, inside[box], _prepared(prior, inside[box], sizes), sizes)
+        merged = np.zeros((3, *image.shape), np.float32)
         for number in range(found.shape[-1]):
-            result[(TISSUE_OF[number], *box)] += found[..., number]
+            merged[TISSUE_OF[number]] += found[..., number]
+        result[(slice(None), *box)] = merged
     return torch.from_numpy(result).to(volume.data.device)
 
 
