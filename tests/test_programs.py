@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsiprep import cli
+from dsiprep import cli, plan
 from dsiprep.data.acquisition import PhaseEncoding, Run, Unit
 from dsiprep.device import lend
 from dsiprep.engines import ants, choice, freesurfer, programs, tortoise

@@ -314,5 +314,3 @@ def join_units(name: str, parts: list[UnitResults]) -> Joined:
     measured = quality.measure_joined(name, found, runs, anatomical, together, model)
     files = tuple(part.unit.runs[run].image.name for part in parts for run in part.acquired.dwi.run)
     return Joined(name, tuple(part.unit.name for part in parts), merge, files, together, measured, model)
-
-
