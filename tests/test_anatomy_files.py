@@ -107,7 +107,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     folder = tmp_path_factory.mktemp("anat")
     unit: Unit = replace(subject.unit, t1w=(Path("sub-01_T1w.nii.gz"),))
-    write_anatomy(anatomy, unit, folder, template)
+    write_anatomy(anatomy, unit, folder, f"sub-{unit.subject}", template)
     native = volume(head(moved(np.linalg.inv(POSE), points_of(scan))), scan)
     write_image(folder / "native.nii.gz", native.data, scan)
     write_image(folder / "template.nii.gz", brain.data, target)

@@ -170,7 +170,7 @@ def test_pairs_of_two_axes_become_one_output(tmp_path: Path) -> None:
         assert len({unit.output for unit in units}) == 1 and units[0].output
         assert all(any(f"--distortion-group-merge {merge}" in note for note in unit.notes) for unit in units)
     bare = Settings(anatomy=AnatomySettings(modality="none"))
-    with pytest.raises(SettingsError, match="T1w"):
+    with pytest.raises(SettingsError, match="structural image"):
         find_units(dataset.root, bare, distortion_group_merge="average")
 
 

@@ -128,8 +128,8 @@ def test_tortoise_is_asked_for_only_with_a_pair(tmp_path: Path, monkeypatch: pyt
     choice.check_engines(one, settings, cpu)
     choice.check_engines(pair, Settings(distortion=DistortionSettings("none", "tortoise")), cpu)
     assert choice.engines_for(pair, settings) == ("tortoise",)
-    assert "tortoise" in plan.plan_stages(pair, None, settings)["engines"]
-    assert "engines" not in plan.plan_stages(pair, None, Settings())
+    assert "tortoise" in plan.plan_stages(pair, None, settings, pair)["engines"]
+    assert "engines" not in plan.plan_stages(pair, None, Settings(), pair)
 
 
 @pytest.mark.slow

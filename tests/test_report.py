@@ -441,7 +441,7 @@ def test_methods_name_the_programs_that_were_used(subject: UnitResults) -> None:
     )  # fmt: skip
     text = methods_text(by_freesurfer)
     assert {"hoopes2022", "billot2023", "hoffmann2022", "irfanoglu2015"} <= set(cited(text)) <= set(bibliography())
-    assert "deepbet" not in text and "DRBUDDI [@irfanoglu2015] of TORTOISE" in text
+    assert "in the T1w image by the deepbet" not in text and "DRBUDDI [@irfanoglu2015] of TORTOISE" in text
     chosen = replace(subject.settings.anatomy, normalization="ants")
     text = methods_text(replace(subject, settings=replace(subject.settings, anatomy=chosen)))
     assert "esteban2019" in cited(text) and "deepbet" in text and "greedy" not in text
