@@ -15,12 +15,14 @@ from dsiprep.ops.pose import (
     decompose,
     interpolate_poses,
     median_pose,
+    part_way,
     resting_poses,
     without_trend,
 )
+from dsiprep.ops.predict import Model, predict
 from dsiprep.settings import MotionSettings
 from dsiprep.stages.motion import METHODS, estimate_motion, explain_model
-from motion_subject import CENTRE, Subject, errors, make_subject
+from motion_subject import CENTRE, Subject, directions, errors, make_subject
 
 FAST = MotionSettings(iters=6)
 COLUMNS = {
@@ -236,3 +238,29 @@ def test_what_poses_share_with_the_gradient_goes_and_movement_stays() -> None:
     odd = rigid_matrix(noise + both[:, :1] * np.r_[0, 0, 0, 0, 0.5, 0], CENTRE)
     kept = rigid_parameters(without_trend(odd, both, run, CENTRE), CENTRE)[:, 4]
     assert np.polyfit(both[:, 0], kept, 1)[0] > 0.45
+
+
+def test_rounds_of_few_directions_come_to_rest() -> None:
+    """Twelve directions and a tensor: if volumes go all the way to their predictions, displacements never die away."""
+    axes = directions(12)
+    rng = np.random.default_rng(3)
+    seen, b0 = torch.as_tensor(rng.uniform(50, 60, (12, 40)), dtype=torch.float32), torch.full((1, 40), 100.0)
+    still = np.tile(np.eye(4), (12, 1, 1))
+    found = predict(seen, b0, Model("tensor"), np.full(12, 1500.0), axes, still, np.ones(12))
+    left = np.eye(12) - found.matrix.numpy()
+    last = {}
+    for share in (1.0, found.relaxation):
+        away = rng.normal(size=12)
+        for _ in range(30):
+            step = share * left @ away
+            away = away - step
+        last[share] = np.abs(step).max()
+    assert found.relaxation < 0.8
+    assert last[1.0] > 0.05 and last[found.relaxation] < 1e-3
+
+
+def test_part_of_the_way_between_poses() -> None:
+    turn = np.array([0.2, -0.1, 0.05, 3.0, 1.0, -2.0])
+    before = rigid_matrix(np.array([[0.1, 0.2, -0.3, 4.0, 5.0, 6.0]]), CENTRE)
+    halfway = part_way(before, before @ rigid_matrix(turn, CENTRE), 0.5, CENTRE)
+    np.testing.assert_allclose(halfway[0], before[0] @ rigid_matrix(turn / 2, CENTRE), atol=1e-12)

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsiprep.ops.affine import rigid_matrix, rigid_parameters
 
-__all__ = ["decompose", "interpolate_poses", "jitter", "median_pose", "resting_poses", "without_trend"]
+__all__ = ["decompose", "interpolate_poses", "jitter", "median_pose", "part_way", "resting_poses", "without_trend"]
 
 KNOT = 12  # volumes over which heads may drift from one pose to another
 FREEDOM = 4.0  # of the Student t distribution of movements
@@ -65,6 +65,11 @@ def interpolate_poses(matrices: np.ndarray, known: np.ndarray, centre: np.ndarra
     time = np.arange(len(matrices))
     columns = [np.interp(time, time[known], parameters[known, c]) for c in range(6)]
     return rigid_matrix(np.stack(columns, axis=1), centre)
+
+
+def part_way(before: np.ndarray, after: np.ndarray, share: float, centre: np.ndarray) -> np.ndarray:
+    """Rigid poses a `share` of the way from `before` to `after`, both (n, 4, 4), turning about `centre` (mm)."""
+    return before @ rigid_matrix(share * rigid_parameters(np.linalg.inv(before) @ after, centre), centre)
 
 
 def without_trend(

@@ -13,6 +13,8 @@ from dsiprep.ops.tensor import tensor_basis, tensor_prediction
 
 __all__ = ["Model", "Prediction", "choose_model", "predict"]
 
+SETTLING = 1.4  # of the 2 from which on rounds do not come to rest
+
 
 @dataclass(frozen=True)
 class Model:
@@ -38,6 +40,18 @@ class Prediction:
     values: torch.Tensor
     matrix: torch.Tensor
     logarithmic: bool
+
+    @property
+    def relaxation(self) -> float:
+        """How far volumes may go towards their predictions in one round for rounds to come to rest.
+
+        Displacements d that are left become P d where volumes go all the way, P the matrix, and d - s (1 - P) d where
+        they go a share s of it. That dies away if s times the largest eigenvalue of 1 - P is below 2, which it is not
+        where a model has nearly as many parameters as there are volumes.
+        """
+        size = len(self.matrix)
+        largest = np.abs(np.linalg.eigvals(np.eye(size) - self.matrix.cpu().numpy())).max()
+        return float(min(1.0, SETTLING / largest))
 
     def change(self, volumes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """How predictions change when volumes change by (n, c, k), which is (n, c, k); `values` (n, 1, k) are there."""

@@ -20,13 +20,13 @@ from dsiprep.ops.align import Rest, align
 from dsiprep.ops.eddy import QUIET_MM, bend_step, beyond_chance, choose_terms, no_eddy_currents
 from dsiprep.ops.level import CHUNK, Level, Place, levels_of
 from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.pose import decompose, interpolate_poses, jitter, median_pose, resting_poses, without_trend
+from dsiprep.ops.pose import decompose, interpolate_poses, jitter, median_pose, part_way, resting_poses, without_trend
 from dsiprep.ops.predict import Model, Prediction, choose_model, predict
 from dsiprep.ops.replace import replaced_slices
 from dsiprep.ops.sample import pull
 from dsiprep.settings import MotionSettings
 
-VERSION = 3
+VERSION = 4
 _ROUNDS = (
     "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors "
     "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds "
@@ -232,7 +232,7 @@ def _rounds(
         before, rest = place.transforms[index], _rest(dwi, level, place.transforms) if number > 2 else None
         if rest is not None and place.eddy is not None and quiet:
             place = bend_step(dwi, level, place, seen, predicted, rest, choose_terms(settings.eddy, len(index)))
-        place = _register(level, index, place, predicted.values, settings.transform == "Affine", rest)
+        place = _register(level, index, place, predicted, settings.transform == "Affine", rest)
         if number > done + 1:
             q = np.where(dwi.is_b0[:, None], 0, dwi.q)
             place = place.at(without_trend(place.transforms, q, dwi.run, level.points.centre))
@@ -311,8 +311,9 @@ def _rest(dwi: DWI, level: Level, transforms: np.ndarray) -> Rest:
 
 
 def _register(
-    level: Level, index: np.ndarray, place: Place, predicted: torch.Tensor, affine: bool, rest: Rest | None
+    level: Level, index: np.ndarray, place: Place, predicted: Prediction, affine: bool, rest: Rest | None
 ) -> Place:
+    """Volumes on their way to their predictions, as far as lets rounds come to rest."""
     out = place.transforms.copy()
     for first in range(0, len(index), CHUNK):
         part = slice(first, first + CHUNK)
@@ -321,13 +322,16 @@ def _register(
             level.take(some),
             level.grid,
             level.points,
-            predicted[part],
+            predicted.values[part],
             out[some],
             affine=affine,
             steps=STEPS,
             rest=None if rest is None else Rest(rest.poses[some], rest.jitter),
             eddy=place.eddy_of(some),
         ).transforms
+    share = 1.0 if affine else predicted.relaxation
+    if share < 1:
+        out[index] = part_way(place.transforms[index], out[index], share, level.points.centre)
     return place.at(out)
 
 
