@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -61,7 +60,6 @@ from dsiprep.stages import (
 
 STEPS = ("acquisition", "denoise", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
 T = TypeVar("T")
-log = logging.getLogger("dsiprep")
 
 
 def preprocess(
@@ -100,13 +98,13 @@ def preprocess(
         check_engines(unit, settings, on)
     acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
-    motions, corrected = _undistort(unit, settings, cache, on, acquired)
+    motions, corrected, reason = _undistort(unit, settings, cache, on, acquired)
     modality = settings.anatomy.modality
     led_by = "" if lead is None or lead.name == unit.name or unit.structural(modality) else lead.name
     reference = motions[0], corrected
     if lead is not None and led_by:
         beside = cache.beside()
-        moved, undistorted = _undistort(lead, settings, beside, on, _acquire(lead, settings, beside))
+        moved, undistorted, _ = _undistort(lead, settings, beside, on, _acquire(lead, settings, beside))
         reference = moved[0], undistorted
     anatomical = prepare_anatomy(unit, settings, cache, on, reference)
     coregistered = cache.run(
@@ -126,7 +124,7 @@ def preprocess(
         denoised=denoised.value,
         motions=tuple(kept.value for kept in motions),
         distortion=corrected.value,
-        distortion_reason=choose_distortion(unit, acquired.value, settings.distortion)[1],
+        distortion_reason=reason,
         anatomy=anatomical.value,
         coregistration=coregistered.value,
         preprocessed=preprocessed.value,
@@ -144,15 +142,15 @@ def _acquire(unit: Unit, settings: Settings, cache: Cache) -> Kept[Acquired]:
 
 def _undistort(
     unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: Kept[Acquired]
-) -> tuple[tuple[Kept[Motion], ...], Kept[Distortion | None]]:
-    """Motion of each blip, and the distortion between them."""
+) -> tuple[tuple[Kept[Motion], ...], Kept[Distortion | None], str]:
+    """Motion of each blip, the distortion between them, and why it was corrected in that way."""
     motions = tuple(
         cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion)
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
-    method, _ = choose_distortion(unit, acquired.value, settings.distortion)
-    return motions, _correct_distortion(unit, settings, cache, device, (acquired, motions), method)
+    method, reason = choose_distortion(unit, acquired.value, settings.distortion)
+    return motions, _correct_distortion(unit, settings, cache, device, (acquired, motions), method), reason
 
 
 def prepare_anatomy(

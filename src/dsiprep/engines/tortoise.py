@@ -131,7 +131,7 @@ def correct_distortion(
     if abs(times[0] - times[1]) > SAME_READOUT * max(times):
         notes = ["The native stage stepped in: DRBUDDI takes the readout times of both blips for equal; they differ."]
         return _natively(blips, b0s, grid, mask, settings, notes)
-    means = tuple(torch.nan_to_num(b.float(), posinf=0.0, neginf=0.0).mean(0).cpu() for b in b0s)
+    means = tuple(distortion.finite_mean(b).cpu() for b in b0s)
     for name in (ON_GPU, ON_CPU) if on_gpu(b0s) else (ON_CPU,):
         path = programs.find(name, VARIABLE)
         if path is None:

@@ -95,7 +95,7 @@ def correct_distortion(
     doi 10.1109/42.158935 (equal mass along lines)
     """
     encodings = checked_pair(blips, b0s, grid, mask, settings)
-    before = tuple(_finite_mean(b) for b in b0s)
+    before = tuple(finite_mean(b) for b in b0s)
     axis, scales, readout = encodings[0].axis, *_scales(encodings)
     order = [*(a for a in range(3) if a != axis), axis]
     i, j, k = (grid.shape[a] for a in order)
@@ -176,7 +176,8 @@ def _brightness(image: torch.Tensor, mask: Volume) -> float:
     return median if median > 0 else float(image.abs().max())
 
 
-def _finite_mean(volumes: torch.Tensor) -> torch.Tensor:
+def finite_mean(volumes: torch.Tensor) -> torch.Tensor:
+    """Mean of volumes (m, i, j, k), what is not finite counted as zero."""
     return torch.nan_to_num(volumes.float(), posinf=0.0, neginf=0.0).mean(0)
 
 
