@@ -21,11 +21,11 @@ from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import GradientError, OutputError, SettingsError
 from dsiprep.phantom import PhantomSettings, make_phantom
-from dsiprep.phantom.dataset import slice_timing
 from dsiprep.phantom.scan import Source, add_noise, eddy_basis, phase_encoding, scan, scanner_grid
 from dsiprep.phantom.schemes import SCHEMES, gradient_table, half_lattice
 from dsiprep.phantom.session import Session, from_fsl, to_fsl
 from dsiprep.phantom.signal import BUNDLE, Tissue
+from dsiprep.phantom.slices import kept_signal, slice_timing
 from dsiprep.score.read import Image, apply, read_image, read_truth
 
 CENTRE = np.array([3.0, -5.0, 8.0])
@@ -246,6 +246,20 @@ def test_slice_timing_repeats_with_the_multiband_factor() -> None:
     timing = slice_timing(10)
     assert timing[:5] == timing[5:] and len(set(timing)) == 5 and max(timing) < 4.2
     assert len(set(slice_timing(9))) == 9
+
+
+@pytest.mark.parametrize(("slices", "together"), [(24, 2), (25, 1)])
+def test_all_slices_of_a_shot_are_lost(slices: int, together: int) -> None:
+    """Slices that start at one time are lost together and others are not; a tenth of all is, none of b=0."""
+    bvals = np.tile([0.0, 1000.0, 3000.0], 400)
+    kept = kept_signal(bvals, slices, 0.1, np.random.default_rng(2))
+    lost, times = kept < 1, np.array(slice_timing(slices))
+    for k in range(slices):
+        others = [other for other in range(slices) if (lost[:, other] == lost[:, k]).all()]
+        assert others == np.flatnonzero(times == times[k]).tolist() and len(others) == together
+    assert not lost[bvals == 0].any() and kept.min() >= 0.2 and kept[lost].max() <= 0.5
+    shots = 800 * slices / together
+    assert lost[bvals > 0].mean() == pytest.approx(0.1, abs=3 * np.sqrt(0.1 * 0.9 / shots))
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,8 @@ from dsiprep.phantom.schemes import load_scheme
 from dsiprep.phantom.session import Session, plan_session, to_fsl
 from dsiprep.phantom.settings import PhantomSettings
 from dsiprep.phantom.signal import fibre_image, make_tissue
+from dsiprep.phantom.slices import MULTIBAND, REPETITION_TIME, slice_timing
 
-REPETITION_TIME = 4.2  # s
-MULTIBAND = 2
 IDEAL_SLOPE = 1 / 8  # of the ideal DWI, kept as integers
 T1_WEIGHT = {"csf": 0.16, "wm": 0.9, "fluid": 0.14, "bone": 0.07, "marrow": 0.45, "fat": 0.9, "muscle": 0.42}
 T1_SCALE = 700.0  # intensity of white matter
@@ -158,15 +157,6 @@ def _sidecar(grid: Grid, pe: PhaseEncoding) -> dict[str, object]:
         "SliceTiming": slice_timing(grid.shape[2]),
         "B0FieldIdentifier": "pepolar",
     }
-
-
-def slice_timing(slices: int) -> list[float]:
-    """Start of each slice in s: interleaved, `MULTIBAND` slices at a time where their number allows it."""
-    shots = slices // MULTIBAND if slices % MULTIBAND == 0 else slices
-    order = [*range(0, shots, 2), *range(1, shots, 2)]
-    starts = np.empty(shots)
-    starts[order] = np.arange(shots) * (REPETITION_TIME / shots)
-    return [round(float(starts[s % shots]), 6) for s in range(slices)]
 
 
 def _write_geometry(truth: Path, head: Head, session: Session, settings: PhantomSettings) -> None:

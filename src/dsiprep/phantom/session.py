@@ -23,6 +23,7 @@ from dsiprep.phantom.scan import (
 )
 from dsiprep.phantom.settings import DEGREES_PER_MM, PhantomSettings
 from dsiprep.phantom.signal import Tissue
+from dsiprep.phantom.slices import kept_signal
 
 N_EPIS = 3
 DRIFT = 0.1  # of the largest motion
@@ -134,7 +135,7 @@ def plan_session(
         epi_poses=rigid_matrix(_rigid_vectors(epi_motion), head.centre) @ lying,
         moved=moved,
         eddy=_eddy_currents(bvals, bvecs, points, settings.eddy, rng),
-        kept=_lost_slices(bvals, grid.shape[2], settings.dropout, rng),
+        kept=kept_signal(bvals, grid.shape[2], settings.dropout, rng),
         field=field,
         field_grid=field_grid,
     )
@@ -207,9 +208,3 @@ def _eddy_currents(
     coefficients = (strength[:, None] * bvecs) @ response.T
     largest = np.abs(eddy_basis(points) @ coefficients.T).max()
     return coefficients * (largest_mm / max(float(largest), 1e-9))
-
-
-def _lost_slices(bvals: np.ndarray, slices: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """What is left of each slice: 1, or 0.2 to 0.5 where the head jerked; b=0 images keep theirs."""
-    lost = (rng.random((len(bvals), slices)) < fraction) & (bvals[:, None] > 50)
-    return np.where(lost, rng.uniform(0.2, 0.5, lost.shape), 1.0)
