@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsiprep import __version__, settings
 from dsiprep.errors import DsiprepError, OutputError, SettingsError
-from dsiprep.refused import NOT_BUILT, NOT_HERE, SHELL_TOOLS, SHELLS_ONLY
+from dsiprep.refused import NOT_BUILT, NOT_HERE, Refuse, refuse_shell_tools, value_of
 
 if TYPE_CHECKING:
     from dsiprep.data.acquisition import Unit
@@ -70,7 +70,7 @@ def build_parser() -> Parser:
                 add_setting(group, name, entry)
     _add_old_names(parser)
     for flag in NOT_HERE:
-        parser.add_argument(flag, nargs="?", const=True, action=_Refuse, help=argparse.SUPPRESS)
+        parser.add_argument(flag, nargs="?", const=True, action=Refuse, help=argparse.SUPPRESS)
     return parser
 
 
@@ -99,14 +99,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         help="cores in all (default: all)")  # fmt: skip
     add("--omp-nthreads", type=int, default=0, metavar="N",
         help="cores per subject; subjects run side by side when it is below --nprocs")  # fmt: skip
-    add(
-        "--mem",
-        "--mem-mb",
-        type=_megabytes,
-        default=0,
-        metavar="MB",
-        help="memory in all, limits how many subjects run at once",
-    )
+    add("--mem", "--mem-mb", type=_megabytes, default=0, metavar="MB",
+        help="memory in all, limits how many subjects run at once")  # fmt: skip
     add("--dry-run", action="store_true", help="say what would be done with which files, and stop")
     add("--anat-only", action="store_true", help="only the structural image")
     add("--reports-only", action="store_true", help="draw reports again from kept work, compute nothing")
@@ -130,7 +124,7 @@ def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclass
     shown = entry.metadata["metavar"] or "|".join(str(choice) for choice in choices) or None
     suffix = "" if entry.metadata["help"].endswith("(required)") else f" (default: {entry.default})"
     group.add_argument(
-        *flags, type=_one_of(flags[0], kind, choices), metavar=shown, help=entry.metadata["help"] + suffix, **place
+        *flags, type=value_of(flags[0], kind, choices), metavar=shown, help=entry.metadata["help"] + suffix, **place
     )
 
 
@@ -142,27 +136,8 @@ def _add_old_names(parser: Parser) -> None:
     parser.add_argument("--shoreline-config", type=Path, metavar="JSON", **hidden)
 
 
-def _one_of(flag: str, kind: type, choices: tuple[Any, ...]) -> Any:
-    """A converter that says which values there are, and why a value that others take is not one of them."""
-
-    def convert(text: str) -> Any:
-        if (flag, text) in SHELL_TOOLS:
-            return text  # judged later, with the b-table at hand
-        if (flag, text) in NOT_BUILT:
-            raise argparse.ArgumentTypeError(NOT_BUILT[flag, text])
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
-        if choices and value not in choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
-        return value
-
-    return convert
-
-
 def _pepolar(text: str) -> str:
-    return str(_one_of("--sdc-method", str, ("drbuddi",))(text.lower()))
+    return str(value_of("--sdc-method", str, ("drbuddi",))(text.lower()))
 
 
 def _old_dof(text: str) -> int:
@@ -187,14 +162,6 @@ def _megabytes(text: str) -> int:
         return int(float(digits) * units[letter])
     except (ValueError, KeyError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16000 or 16G") from None
-
-
-class _Refuse(argparse.Action):
-    """An option of QSIPrep that is not here."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        flag = self.option_strings[0]
-        parser.error(f"{flag}: {NOT_HERE[flag]}")
 
 
 def read_settings(options: argparse.Namespace) -> settings.Settings:
@@ -265,7 +232,7 @@ def _shoreline_config(path: Path) -> dict[str, Any]:
     for name, value in content.items():
         entry, text = entries[name], "3dSHORE" if str(value).lower() == "3dshore" else str(value)
         try:
-            convert = _one_of(entry.metadata["flags"][0], type(entry.default), entry.metadata["choices"])
+            convert = value_of(entry.metadata["flags"][0], type(entry.default), entry.metadata["choices"])
             values[f"motion.{name}"] = convert(text)
         except argparse.ArgumentTypeError as error:
             raise SettingsError(f"--shoreline-config {path}: {name}: {error}") from error
@@ -309,29 +276,6 @@ def check_folders(options: argparse.Namespace) -> None:
             f"{bids} has no dataset_description.json, so it is not the root of a BIDS dataset; "
             "correct the path, or run with --skip-bids-validation"
         )
-
-
-def refuse_shell_tools(chosen: settings.Settings, units: Sequence[Unit]) -> None:
-    """Say why eddy and TOPUP are not the way, with the sampling scheme at hand.
-
-    Raises
-    ------
-    SettingsError
-        If one of them was asked for.
-    """
-    asked = [("--hmc-method", chosen.motion.method), ("--hmc-model", chosen.motion.model),
-             ("--sdc-method", chosen.distortion.method)]  # fmt: skip
-    wrong = [pair for pair in asked if pair in SHELL_TOOLS]
-    if not wrong:
-        return
-    from dsiprep.io.bids import scheme_of
-
-    for unit in units:
-        scheme = scheme_of(unit, chosen.acquisition.b0_threshold)
-        if scheme is not None and not scheme.shelled:
-            flag, value = wrong[0]
-            raise SettingsError(f"{flag} {value}: {unit.name} is {scheme.description}. {SHELLS_ONLY}")
-    raise SettingsError(f"{wrong[0][0]} {wrong[0][1]}: {NOT_BUILT[wrong[0]]}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dsiprep.errors import SettingsError
+from dsiprep.settings import Settings
+
+if TYPE_CHECKING:
+    from dsiprep.data.acquisition import Unit
+
 # Options that users of QSIPrep know and dsiprep has not, and what to do without them.
 NOT_HERE = {
     "--bids-database-dir": "the dataset is indexed in a second or two without a database; leave it out",
@@ -48,3 +58,53 @@ NOT_BUILT = {
 }
 SHELL_TOOLS = {("--hmc-method", "eddy"), ("--hmc-model", "eddy"), ("--sdc-method", "topup"),
                ("--sdc-method", "topup+drbuddi")}  # fmt: skip
+
+
+class Refuse(argparse.Action):
+    """An option of QSIPrep that is not here."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        flag = self.option_strings[0]
+        parser.error(f"{flag}: {NOT_HERE[flag]}")
+
+
+def value_of(flag: str, kind: type, choices: tuple[Any, ...]) -> Callable[[str], Any]:
+    """A converter for argparse that says which values there are, and why one that QSIPrep takes is not among them."""
+
+    def convert(text: str) -> Any:
+        if (flag, text) in SHELL_TOOLS:
+            return text  # judged later, with the b-table at hand
+        if (flag, text) in NOT_BUILT:
+            raise argparse.ArgumentTypeError(NOT_BUILT[flag, text])
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+        if choices and value not in choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(map(str, choices))}")
+        return value
+
+    return convert
+
+
+def refuse_shell_tools(chosen: Settings, units: Sequence[Unit]) -> None:
+    """Say why eddy and TOPUP are not the way, with the sampling scheme at hand.
+
+    Raises
+    ------
+    SettingsError
+        If one of them was asked for.
+    """
+    asked = [("--hmc-method", chosen.motion.method), ("--hmc-model", chosen.motion.model),
+             ("--sdc-method", chosen.distortion.method)]  # fmt: skip
+    wrong = [pair for pair in asked if pair in SHELL_TOOLS]
+    if not wrong:
+        return
+    from dsiprep.io.bids import scheme_of
+
+    for unit in units:
+        scheme = scheme_of(unit, chosen.acquisition.b0_threshold)
+        if scheme is not None and not scheme.shelled:
+            flag, value = wrong[0]
+            raise SettingsError(f"{flag} {value}: {unit.name} is {scheme.description}. {SHELLS_ONLY}")
+    raise SettingsError(f"{wrong[0][0]} {wrong[0][1]}: {NOT_BUILT[wrong[0]]}")

@@ -17,13 +17,13 @@ from dsiprep.errors import InputError
 from dsiprep.ops.affine import point_displacement, rigid_matrix
 from dsiprep.ops.agreement import agreement, lost_slices, slice_losses, slice_scores, trust
 from dsiprep.ops.align import Rest, align
+from dsiprep.ops.b0 import align_b0s, between_b0s, mean_b0, nearest_b0
 from dsiprep.ops.eddy import QUIET_MM, bend_step, beyond_chance, choose_terms, no_eddy_currents
 from dsiprep.ops.level import CHUNK, Level, Place, levels_of
 from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.pose import decompose, interpolate_poses, jitter, median_pose, part_way, resting_poses, without_trend
+from dsiprep.ops.pose import decompose, jitter, part_way, resting_poses, without_trend
 from dsiprep.ops.predict import Model, Prediction, choose_model, predict
 from dsiprep.ops.replace import replaced_slices
-from dsiprep.ops.sample import pull
 from dsiprep.settings import MotionSettings
 
 VERSION = 4
@@ -132,13 +132,13 @@ def estimate_motion(
         place = replace(place, eddy=no_eddy_currents(len(dwi), dwi.grid, pe.axis))
     trace: list[dict[str, Any]] = []
     for number, level in enumerate(levels):
-        place = _align_b0s(dwi, level, place)
+        place = align_b0s(dwi, level, place)
         if model.name == "none":
-            place = _from_b0s(dwi, level, place)
+            place = between_b0s(dwi, level, place)
             trace += _rows(place.transforms, level, number + 1)
             continue
         if number == 0:
-            place = place.at(place.transforms[_nearest_b0(dwi)])
+            place = place.at(place.transforms[nearest_b0(dwi)])
         rounds = settings.iters if number == len(levels) - 1 else COARSE_ROUNDS
         done = int(trace[-1]["iter_num"]) if trace else 0
         place, rows = _rounds(dwi, level, place, model, settings, (done, rounds), multiband)
@@ -160,46 +160,6 @@ def _check(dwi: DWI, mask: Volume) -> None:
         raise InputError(
             f"motion: no volume has b <= {dwi.b0_threshold:g}, the lowest is {dwi.bvals.min():g}; raise --b0-threshold"
         )
-
-
-def _align_b0s(dwi: DWI, level: Level, place: Place) -> Place:
-    """b=0 volumes to the mean of the others; the frame is the middle of their poses."""
-    index = np.flatnonzero(dwi.is_b0)
-    if len(index) < 2:
-        return place
-    out = place.transforms.copy()
-    data = level.take(index)
-    for _ in range(4):
-        seen = level.read(index, place.at(out))
-        targets = (seen.sum(0, keepdim=True) - seen) / (len(index) - 1)
-        moved = align(data, level.grid, level.points, targets.contiguous(), out[index], steps=2 * STEPS).transforms
-        if len(index) == 2:  # each has gone all the way to the other: halfway is enough
-            moved[0] = out[index[0]]
-        moved = moved @ np.linalg.inv(median_pose(moved, level.points.centre))
-        change = point_displacement(out[index], moved, level.few()).mean(1).max()
-        out[index] = moved
-        if change < 0.01:
-            break
-    return place.at(out)
-
-
-def _nearest_b0(dwi: DWI) -> np.ndarray:
-    """For each volume, the b=0 volume of its run nearest in time (of any run where its own has none)."""
-    b0 = np.flatnonzero(dwi.is_b0)
-    order = np.arange(len(dwi))
-    elsewhere = dwi.run[:, None] != dwi.run[b0]
-    return b0[(np.abs(order[:, None] - b0) + len(dwi) * elsewhere).argmin(1)]
-
-
-def _from_b0s(dwi: DWI, level: Level, place: Place) -> Place:
-    """Diffusion-weighted volumes between the b=0 volumes before and after them, run by run."""
-    out = place.transforms[_nearest_b0(dwi)]
-    for run in np.unique(dwi.run):
-        own = np.flatnonzero(dwi.run == run)
-        known = dwi.is_b0[own]
-        if known.any():
-            out[own] = interpolate_poses(place.transforms[own], known, level.points.centre)
-    return place.at(out)
 
 
 def _rounds(
@@ -374,7 +334,7 @@ def _finish(
     place = replace(place, lost=lost)
     if model.name in ("none", "off"):  # nothing predicts them, so there is nothing to agree with
         r2[weighted] = xcorr[weighted] = z[weighted] = np.nan
-    dwiref = _reference(dwi, place.transforms)
+    dwiref = mean_b0(dwi, place.transforms)
     return Motion(
         transforms=place.transforms,
         volumes=everything,
@@ -401,18 +361,6 @@ def _notes(model: Model, settings: MotionSettings, place: Place, is_b0: np.ndarr
     if not choose_terms(settings.eddy, int((~is_b0).sum())):
         why = "there are too few directions"
     return (*notes, f"Eddy currents were not looked for: {why}.")
-
-
-def _reference(dwi: DWI, transforms: np.ndarray) -> Volume:
-    """Mean of the aligned b=0 volumes, each where it reaches."""
-    total = torch.zeros(dwi.grid.shape, device=dwi.data.device)
-    number = torch.zeros_like(total)
-    ones = torch.ones_like(dwi.data[:1])
-    for volume in np.flatnonzero(dwi.is_b0):
-        matrix = transforms[volume]
-        total += pull(dwi.data[volume : volume + 1], dwi.grid, dwi.grid, matrix, cubic=True)[0]
-        number += pull(ones, dwi.grid, dwi.grid, matrix, cubic=True)[0]
-    return Volume((total / number.clamp(min=1e-3)).clamp(min=0) * (number > 0.5), dwi.grid)
 
 
 def _slice_axis(grid: Grid) -> int:
