@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from dsiprep import cli
 from dsiprep.errors import OutputError, SettingsError
 from dsiprep.refused import NOT_BUILT, NOT_HERE, SHELL_TOOLS
+from dsiprep.settings import ResampleSettings, Settings
 
 MINIMAL = ["bids", "out", "participant", "--output-resolution", "2"]
 
@@ -50,6 +52,23 @@ def dataset(tmp_path: Path) -> Path:
 def test_options_reach_their_settings(words: list[str], where: str, value: object) -> None:
     stage, name = where.split(".")
     assert getattr(getattr(cli.read_settings(parse(*words)), stage), name) == value
+
+
+def test_sloppy_leaves_what_was_said(tmp_path: Path) -> None:
+    """Also where it is the usual value, and where a file says it."""
+    usual, cheap = (cli.read_settings(parse(*words)) for words in ([], ["--sloppy"]))
+    assert (usual.motion.iters, usual.anatomy.finest_mm) == (4, 1.0)
+    assert (cheap.motion.iters, cheap.anatomy.finest_mm) == (1, 4.0)
+    for rounds in ("4", "3"):
+        chosen = cli.read_settings(parse("--sloppy", "--shoreline-iters", rounds))
+        assert (chosen.motion.iters, chosen.anatomy.finest_mm) == (int(rounds), 4.0)
+    config = tmp_path / "shoreline.json"
+    config.write_text(json.dumps({"iters": 2}))
+    assert cli.read_settings(parse("--sloppy", "--shoreline-config", str(config))).motion.iters == 2
+
+
+def test_nothing_said_means_the_usual_settings() -> None:
+    assert cli.read_settings(parse()) == replace(Settings(), resample=ResampleSettings(resolution=2.0))
 
 
 def test_lists_and_sizes_are_read() -> None:

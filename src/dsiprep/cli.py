@@ -40,6 +40,7 @@ GROUPS = {
 
 # What QSIPrep's --shoreline-config may hold.
 SHORELINE_CONFIG = ("model", "iters", "transform")
+SLOPPY = {"motion.iters": 1, "anatomy.finest_mm": 4.0}  # the cheapest settings of the same methods
 
 
 class Parser(argparse.ArgumentParser):
@@ -113,9 +114,9 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
 
 
 def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclasses.Field[Any]) -> None:
-    """One option drawn from a settings field; its value lands under `prefix.name`."""
+    """One option drawn from a settings field; its value lands under `prefix.name`, and nothing if it is not given."""
     flags, choices = entry.metadata["flags"], entry.metadata["choices"]
-    place: dict[str, Any] = {"dest": f"{prefix}.{entry.name}" if prefix else entry.name, "default": entry.default}
+    place: dict[str, Any] = {"dest": f"{prefix}.{entry.name}" if prefix else entry.name, "default": argparse.SUPPRESS}
     if isinstance(entry.default, bool):
         place["action"] = "store_false" if entry.default else "store_true"
         group.add_argument(*flags, help=entry.metadata["help"], **place)
@@ -129,11 +130,11 @@ def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclass
 
 
 def _add_old_names(parser: Parser) -> None:
-    hidden: dict[str, Any] = {"help": argparse.SUPPRESS}
+    hidden: dict[str, Any] = {"help": argparse.SUPPRESS, "default": argparse.SUPPRESS}
     parser.add_argument("--pepolar-method", dest="distortion.method", type=_pepolar, **hidden)
     parser.add_argument("--b0-to-anat-transform", dest="coregister.dof", type=_old_dof, **hidden)
     parser.add_argument("--b1-biascorrect-stage", dest="denoise.biascorrect", type=_old_bias, **hidden)
-    parser.add_argument("--shoreline-config", type=Path, metavar="JSON", **hidden)
+    parser.add_argument("--shoreline-config", type=Path, metavar="JSON", help=argparse.SUPPRESS)
 
 
 def _pepolar(text: str) -> str:
@@ -172,7 +173,7 @@ def read_settings(options: argparse.Namespace) -> settings.Settings:
     SettingsError
         If values are missing, out of range, or a configuration file cannot be read.
     """
-    values = vars(options)
+    values: dict[str, Any] = {**(SLOPPY if options.sloppy else {}), **vars(options)}  # what was said comes last
     if options.shoreline_config:
         values |= _shoreline_config(options.shoreline_config)
     parts: dict[str, Any] = {}
@@ -181,8 +182,9 @@ def read_settings(options: argparse.Namespace) -> settings.Settings:
                               if f"{name}.{f.name}" in values})  # fmt: skip
     if "sdc" in options.ignore:
         parts["distortion"] = dataclasses.replace(parts["distortion"], method="none")
-    _check_ranges(settings.Settings(**parts), options)
-    return sloppy(settings.Settings(**parts)) if options.sloppy else settings.Settings(**parts)
+    chosen = settings.Settings(**parts)
+    _check_ranges(chosen, options)
+    return chosen
 
 
 def _check_ranges(chosen: settings.Settings, options: argparse.Namespace) -> None:
@@ -207,16 +209,6 @@ def _check_ranges(chosen: settings.Settings, options: argparse.Namespace) -> Non
     for fine, sentence in rules:
         if not fine:
             raise SettingsError(sentence)
-
-
-def sloppy(chosen: settings.Settings) -> settings.Settings:
-    """The cheapest settings of the same methods."""
-    return dataclasses.replace(
-        chosen,
-        motion=dataclasses.replace(chosen.motion, iters=1),
-        anatomy=dataclasses.replace(chosen.anatomy, finest_mm=4.0),
-        sloppy=True,
-    )
 
 
 def _shoreline_config(path: Path) -> dict[str, Any]:

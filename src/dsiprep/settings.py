@@ -213,4 +213,3 @@ class Settings:
     anatomy: AnatomySettings = AnatomySettings()
     coregister: CoregisterSettings = CoregisterSettings()
     resample: ResampleSettings = ResampleSettings()
-    sloppy: bool = False

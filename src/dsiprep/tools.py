@@ -8,13 +8,15 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dsiprep import __version__
 from dsiprep.cli import Parser, add_setting
 from dsiprep.cli import main as run_app
 from dsiprep.errors import DsiprepError, OutputError
+from dsiprep.phantom.settings import PhantomSettings, demo_settings
 from dsiprep.qsiprep.options import add_command_options, add_image_options, run_command, run_image
+from dsiprep.settings import MotionSettings
 
 if TYPE_CHECKING:
     Tools = argparse._SubParsersAction[Parser]
@@ -37,8 +39,6 @@ def build_parser() -> Parser:
 
 
 def _add_phantom(tools: Tools) -> None:
-    from dsiprep.phantom.settings import PhantomSettings
-
     tool = tools.add_parser("phantom", help="write a digital DSI subject with known motion and distortion")
     tool.add_argument("out", type=Path, help="gets bids/ and truth/")
     for entry in dataclasses.fields(PhantomSettings):
@@ -49,10 +49,8 @@ def _add_phantom(tools: Tools) -> None:
 
 def _phantom(options: argparse.Namespace) -> int:
     from dsiprep.phantom.dataset import make_phantom
-    from dsiprep.phantom.settings import PhantomSettings
 
-    names = [f.name for f in dataclasses.fields(PhantomSettings)]
-    chosen = PhantomSettings(**{name: getattr(options, name) for name in names if hasattr(options, name)})
+    chosen = PhantomSettings(**_said(options, PhantomSettings))
     where = make_phantom(options.out, chosen)
     print(f"Dataset: {where / 'bids'}\nTruth:   {where / 'truth'}")
     return 0
@@ -81,7 +79,6 @@ def _add_demo(tools: Tools) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     from dsiprep.phantom.dataset import make_phantom
-    from dsiprep.phantom.settings import demo_settings
     from dsiprep.score import print_scores, score
 
     out = options.out.resolve()
@@ -103,8 +100,6 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _add_shoreline(tools: Tools) -> None:
-    from dsiprep.settings import MotionSettings
-
     tool = tools.add_parser("shoreline", help="head motion, eddy currents and lost slices of one series")
     tool.add_argument("dwi", type=Path, help="4-D NIfTI series of one phase encoding")
     tool.add_argument("--bval", type=Path, metavar="FILE", help="b-values (default: beside the series)")
@@ -121,12 +116,11 @@ def _add_shoreline(tools: Tools) -> None:
 
 
 def _shoreline(options: argparse.Namespace) -> int:
-    from dsiprep.settings import MotionSettings
     from dsiprep.shoreline import run_on_files
 
-    settings = MotionSettings(**{f.name: getattr(options, f.name) for f in dataclasses.fields(MotionSettings)})
+    chosen = MotionSettings(**_said(options, MotionSettings))
     written = run_on_files(
-        options.dwi, options.out, options.bval, options.bvec, options.mask, options.pe, settings, options.device
+        options.dwi, options.out, options.bval, options.bvec, options.mask, options.pe, chosen, options.device
     )
     print("\n".join(map(str, written)))
     return 0
@@ -227,6 +221,12 @@ def _add_qsiprep(tools: Tools) -> None:
     command = tools.add_parser("qsiprep-command", help="QSIPrep's command for a dataset, with reasons")
     add_command_options(command)
     command.set_defaults(run=run_command)
+
+
+def _said(options: argparse.Namespace, kind: type[PhantomSettings | MotionSettings]) -> dict[str, Any]:
+    """What was said of some settings."""
+    names = {entry.name for entry in dataclasses.fields(kind)}
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
