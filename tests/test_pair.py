@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from dsiprep.errors import InputError, MetadataError
+from dsiprep import pair
+from dsiprep.errors import GradientError, InputError, MetadataError
 from dsiprep.pair import correct_pair
 from dsiprep.tools import main
 from test_distortion import READOUT, Case, correlation, make_grid, rigid
@@ -84,5 +85,30 @@ def test_mistakes_are_told(case: Case, tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(InputError, match="mask is not on the grid"):
         nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), tmp_path / "mask.nii.gz")
         correct_pair(*files, pe_dir="j", mask=tmp_path / "mask.nii.gz")
+    with pytest.raises(GradientError, match=r"up\.bval: no b=0.*150, above 100; .*write 0 for it") as told:
+        nib.save(nib.Nifti1Image(np.ones((5, 6, 7, 2), np.float32), np.eye(4)), files[0])
+        (tmp_path / "up.bval").write_text("150 3000\n")
+        correct_pair(*files, pe_dir="j")
+    assert "--b0-threshold" not in str(told.value)  # which this tool has not
     code = main(["drbuddi", "--up", str(files[0]), "--down", str(tmp_path / "none.nii"), "-o", str(tmp_path / "o")])
     assert code == 1 and "none.nii" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("share", "taken"), [(0.03, False), (0.4, False), (0.6, True), (1.0, True)])
+def test_a_second_image_that_hardly_reaches_the_brain_is_refused(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, taken: bool
+) -> None:
+    """Slices from below that hold about this share of the brain."""
+    below = case.mask.numpy().sum(axis=(0, 1)).cumsum() / case.mask.numpy().sum()
+    last = int(np.abs(below - share).argmin()) + 1
+    files = tmp_path / "up.nii.gz", tmp_path / "down.nii.gz"
+    up, down = (image[0].numpy() for image in case.images)
+    for path, image in zip(files, (up, down[:, :, :last]), strict=True):
+        nib.save(nib.Nifti1Image(image, case.grid.affine), path)
+    nib.save(nib.Nifti1Image(case.mask.numpy(), case.grid.affine), tmp_path / "mask.nii.gz")
+    monkeypatch.setattr(pair, "correct_distortion", lambda *_: "corrected")
+    if taken:
+        assert correct_pair(*files, pe_dir="j", mask=tmp_path / "mask.nii.gz") == "corrected"
+        return
+    with pytest.raises(InputError, match=r"down\.nii\.gz: covers \d+% of the brain in up\.nii\.gz.* 50% is needed"):
+        correct_pair(*files, pe_dir="j", mask=tmp_path / "mask.nii.gz")

@@ -89,7 +89,7 @@ def test_a_lost_slice_is_replaced_by_what_the_others_predict(subject: Subject) -
     assert (grouped.lost[:, 0:-1:2][:, : len(together)] == grouped.lost[:, 1::2][:, : len(together)]).all()
 
 
-def test_what_cannot_be_used_is_said(subject: Subject, tmp_path: Path) -> None:
+def test_what_cannot_be_used_is_said(subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     data, affine, bvals, bvecs = _arrays(subject)
     with pytest.raises(InputError, match="four are wanted"):
         estimate_motion(data[..., 0], affine, bvals, bvecs)
@@ -102,4 +102,11 @@ def test_what_cannot_be_used_is_said(subject: Subject, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no volume has b"):
         estimate_motion(data, affine, bvals + 500, bvecs)
     assert main(["shoreline", str(tmp_path / "absent.nii.gz"), "-o", str(tmp_path / "o")]) == 1
+    nib.save(nib.Nifti1Image(data, affine), tmp_path / "a_dwi.nii.gz")
+    write_bvals(tmp_path / "a_dwi.bval", bvals + 500)
+    write_fsl_bvecs(tmp_path / "a_dwi.bvec", np.eye(3)[np.zeros(len(bvals), int)], subject.dwi.grid)
+    capsys.readouterr()
+    assert main(["shoreline", str(tmp_path / "a_dwi.nii.gz"), "-o", str(tmp_path / "o")]) == 1
+    said = capsys.readouterr().err  # the tool has no --b0-threshold to advise
+    assert "a_dwi.bval: no b=0 volume: the lowest b-value is 500, above 100; " in said and "--b0" not in said
     assert not (tmp_path / "o").exists()

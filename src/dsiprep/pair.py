@@ -31,6 +31,7 @@ from dsiprep.stages.distortion import correct_distortion
 __all__ = ["correct_pair", "write_pair"]
 
 B0_THRESHOLD = 100.0  # s/mm²
+LEAST_SHARE = 0.5  # of the brain in `up` that `down` has to reach
 
 
 def correct_pair(
@@ -72,7 +73,7 @@ def correct_pair(
     Raises
     ------
     InputError
-        If a file cannot be used; the message says what to do.
+        If a file cannot be used, or `down` reaches less than half of the brain in `up`; the message says what to do.
     MetadataError
         If the phase encoding is not known.
     """
@@ -83,7 +84,7 @@ def correct_pair(
     encodings = _encodings(files, pe_dir, readout_time)
     blips = tuple(Blip("up" if pe.polarity > 0 else "down", pe, torch.zeros(0, *grid.shape)) for pe in encodings)
     brain = _mask(mask, grid) if mask else brain_mask_b0(Volume(images[0].mean(0), grid))
-
+    _require_overlap(files, brain, second[1])
     anatomical = None if structural is None else read_volume(structural)
 
     def correct(*b0s: torch.Tensor) -> Distortion:
@@ -130,7 +131,7 @@ def _read(path: Path) -> tuple[torch.Tensor, Grid]:
     table = path.with_name(_stem(path) + ".bval")
     if len(volumes) > 1 and table.is_file():
         bvals = read_bvals(table, len(volumes))
-        require_b0(bvals, B0_THRESHOLD, str(table))
+        require_b0(bvals, B0_THRESHOLD, str(table), fixed=True)
         volumes = np.ascontiguousarray(volumes[bvals <= B0_THRESHOLD])
     return torch.from_numpy(volumes), grid
 
@@ -170,6 +171,17 @@ def _sidecar(path: Path) -> dict[str, Any]:
         return dict(json.loads(beside.read_text()))
     except (ValueError, TypeError) as problem:
         raise MetadataError(f"{beside}: not readable as JSON ({problem}); correct it") from None
+
+
+def _require_overlap(files: tuple[Path, Path], brain: Volume, other: Grid) -> None:
+    """Refuse a second image that lies elsewhere, or is a few slices only: there would be nothing to correct by."""
+    voxels = other.to_voxels(brain.grid.to_world(np.argwhere(brain.numpy() > 0.5)))
+    reached = int(((voxels >= -0.5) & (voxels <= np.array(other.shape) - 0.5)).all(axis=1).sum())
+    if reached < LEAST_SHARE * len(voxels):
+        raise InputError(
+            f"{files[1]}: covers {reached / len(voxels):.0%} of the brain in {files[0].name}, and at least "
+            f"{LEAST_SHARE:.0%} is needed; give a whole image from the same session, in the same scanner coordinates"
+        )
 
 
 def _mask(path: Path, grid: Grid) -> Volume:

@@ -28,6 +28,7 @@ from dsiprep.stages.acquisition import multiband_groups
 __all__ = ["align_series", "estimate_motion", "run_on_files"]
 
 Array = np.ndarray | torch.Tensor
+B0_THRESHOLD = 100.0  # s/mm²
 
 
 def estimate_motion(
@@ -40,7 +41,7 @@ def estimate_motion(
     phase_encoding: str | None = None,
     multiband: tuple[tuple[int, ...], ...] = (),
     settings: MotionSettings | None = None,
-    b0_threshold: float = 100.0,
+    b0_threshold: float = B0_THRESHOLD,
     device: str = "cpu",
 ) -> Motion:
     """SHORELine as a function.
@@ -151,9 +152,11 @@ def run_on_files(
     """
     stem = dwi.name.removesuffix(".gz").removesuffix(".nii")
     volumes, grid = read_series(dwi)
+    table = bval or dwi.with_name(f"{stem}.bval")
     bvals, bvecs = gradients.read_gradients(
-        bval or dwi.with_name(f"{stem}.bval"), bvec or dwi.with_name(f"{stem}.bvec"), grid, len(volumes)
+        table, bvec or dwi.with_name(f"{stem}.bvec"), grid, len(volumes), need_b0=False
     )
+    gradients.require_b0(bvals, B0_THRESHOLD, str(table), fixed=True)
     sidecar = _sidecar(dwi.with_name(f"{stem}.json"))
     data, fsl = np.moveaxis(volumes, 0, -1), gradients.to_fsl(bvecs, grid)
     motion = estimate_motion(

@@ -88,13 +88,16 @@ def read_bvals(bval: Path, n_volumes: int) -> np.ndarray:
     return bvals
 
 
-def require_b0(bvals: np.ndarray, b0_threshold: float, where: str) -> None:
-    """Raise a GradientError, naming `where`, if no b-value is at or below `b0_threshold` (s/mm²)."""
+def require_b0(bvals: np.ndarray, b0_threshold: float, where: str, fixed: bool = False) -> None:
+    """Raise a GradientError, naming `where`, if no b-value is at or below `b0_threshold` (s/mm²).
+
+    `fixed` is for programs that have no option --b0-threshold to advise.
+    """
     if not (bvals <= b0_threshold).any():
-        lowest = float(bvals.min())
+        lowest, limit = float(bvals.min()), f"{'' if fixed else '--b0-threshold '}{b0_threshold:g}"
+        remedy = "write 0 for it in that file" if fixed else f"run with --b0-threshold {int(np.ceil(lowest))}"
         raise GradientError(
-            f"{where}: no b=0 volume: the lowest b-value is {lowest:g}, above --b0-threshold "
-            f"{b0_threshold:g}; if it was meant as b=0, run with --b0-threshold {int(np.ceil(lowest))}"
+            f"{where}: no b=0 volume: the lowest b-value is {lowest:g}, above {limit}; if it was meant as b=0, {remedy}"
         )
 
 
