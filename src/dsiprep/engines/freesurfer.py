@@ -236,28 +236,15 @@ def normalise(
     *,
     folder: Path | None = None,
 ) -> tuple[Chain, Chain]:
-    """ACPC to template and back by SynthMorph, as the native step gives them.
+    """ACPC to template and back by SynthMorph; what is given and returned is told at `dsiprep.engines.ants.normalise`.
 
-    Parameters
-    ----------
-    brain : Volume
-        Structural image in ACPC space, zero outside the brain.
-    template : Template
-    rim, initial, settings
-        Not looked at: SynthMorph finds the affine part itself, without a mask.
-    folder : Path, optional
-        Of the work directory, for the log.
-
-    Returns
-    -------
-    forward, back : Chain
-        One displacement field each: `forward` maps points of the template to ACPC, on the template's grid, `back`
-        points of ACPC to the template, on the grid of `brain`.
+    `rim`, `initial` and `settings` are not looked at: SynthMorph finds the affine part itself, without a mask. Each
+    chain is one displacement field: `forward` on the template's grid, `back` on that of `brain`.
 
     Raises
     ------
     EngineError
-        If the program fails.
+        If the program fails, or what it leaves behind cannot be read.
     """
     device = brain.data.device
     with programs.workplace("synthmorph", folder) as place:
