@@ -85,13 +85,13 @@ def test_mistakes_are_told(case: Case, tmp_path: Path, capsys: pytest.CaptureFix
     with pytest.raises(InputError, match="mask is not on the grid"):
         nib.save(nib.Nifti1Image(np.ones((4, 4, 4), np.float32), np.eye(4)), tmp_path / "mask.nii.gz")
         correct_pair(*files, pe_dir="j", mask=tmp_path / "mask.nii.gz")
+    code = main(["drbuddi", "--up", str(files[0]), "--down", str(tmp_path / "none.nii"), "-o", str(tmp_path / "o")])
+    assert code == 1 and "none.nii" in capsys.readouterr().err
     with pytest.raises(GradientError, match=r"up\.bval: no b=0.*150, above 100; .*write 0 for it") as told:
         nib.save(nib.Nifti1Image(np.ones((5, 6, 7, 2), np.float32), np.eye(4)), files[0])
         (tmp_path / "up.bval").write_text("150 3000\n")
         correct_pair(*files, pe_dir="j")
     assert "--b0-threshold" not in str(told.value)  # which this tool has not
-    code = main(["drbuddi", "--up", str(files[0]), "--down", str(tmp_path / "none.nii"), "-o", str(tmp_path / "o")])
-    assert code == 1 and "none.nii" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("share", "taken"), [(0.03, False), (0.4, False), (0.6, True), (1.0, True)])
