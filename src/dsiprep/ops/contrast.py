@@ -11,22 +11,25 @@ __all__ = ["predicted_contrast"]
 ROUNDS = 8
 OUTLIER = 2.0  # in robust standard deviations, for the weights that hold everywhere
 LOCAL_OUTLIER = 3.0
-RIDGE = 1e-3  # holds the weights of a tissue that a window has hardly any of to those that hold everywhere
+RIDGE = 1e-3  # holds the weight of a tissue that a window has hardly any of to the one that holds everywhere
 
 
 def predicted_contrast(
-    image: torch.Tensor, maps: torch.Tensor, inner: torch.Tensor, sigma: list[float]
+    image: torch.Tensor, maps: torch.Tensor, drifting: int, inner: torch.Tensor, sigma: list[float]
 ) -> tuple[torch.Tensor, float]:
     """What tissue maps predict of an image.
 
-    The weight of each tissue is fitted in a Gaussian window, so it follows receive bias, signal that dephasing takes,
-    and whatever else changes brightness slowly; far from the tissue it is the robust weight of the whole brain.
+    The weight of a tissue that drifts is fitted in a Gaussian window, so it follows receive bias, signal that dephasing
+    takes, and whatever else changes brightness slowly; where there is little of the tissue it is the robust weight
+    of the whole brain.
 
     Parameters
     ----------
     image : Tensor, (a, b, y)
     maps : Tensor, (m, a, b, y)
         Share of each tissue, 0 to 1.
+    drifting : int
+        The weights of so many of them, the first, drift; each other has one weight everywhere.
     inner : Tensor, (a, b, y), bool
         What is fitted.
     sigma : list of float
@@ -38,18 +41,17 @@ def predicted_contrast(
     spread : float
         Robust standard deviation of what is left in `inner`.
     """
-    count = len(maps)
     everywhere = _robust_weights(image[inner], maps[:, inner])
-    rest = image - torch.einsum("m,mabc->abc", everywhere, maps)
+    steady, local = torch.einsum("m,mabc->abc", everywhere, maps), maps[:drifting]
+    rest = image - steady
     limit = LOCAL_OUTLIER * _spread(rest[inner]) + 1e-12
     trust = inner.float() / (1 + (rest / limit) ** 2)
-    pairs = [(p, q) for p in range(count) for q in range(p, count)]
-    products = [trust * maps[p] * maps[q] for p, q in pairs] + [trust * maps[p] * rest for p in range(count)]
+    pairs = [(p, q) for p in range(drifting) for q in range(p, drifting)]
+    products = [trust * local[p] * local[q] for p, q in pairs] + [trust * part * rest for part in local]
     moments = gaussian(torch.stack(products), sigma)
-    matrix = {pair: moments[number] + (RIDGE if pair[0] == pair[1] else 0.0) for number, pair in enumerate(pairs)}
-    drift = _solved(matrix, list(moments[len(pairs) :]))
-    predicted = sum((everywhere[m] + drift[m]) * maps[m] for m in range(count))
-    assert isinstance(predicted, torch.Tensor)
+    matrix = {(p, q): moments[number] + (RIDGE if p == q else 0.0) for number, (p, q) in enumerate(pairs)}
+    drift = torch.stack(_solved(matrix, list(moments[len(pairs) :])))
+    predicted = steady + (drift * local).sum(0)
     return predicted, _spread((image - predicted)[inner])
 
 

@@ -8,6 +8,9 @@ and a_k weights that drift. f and P minimise
 
 with Cauchy's rho, psi quadratic at first and linear beyond, and d the squeezing of neighbours. Intensities are not
 modulated by the Jacobian determinant: squeezed signal and a coil that is near look alike, and the weights follow both.
+
+Two shells around the brain count as tissues whose weights do not drift: masks of structural images end a little inside
+or outside of where the b=0 image does, all around the brain, and without the shells that looks like displacement.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
@@ -44,7 +48,9 @@ METHODS = {
 """Burger et al. 2013: doi 10.1137/110835955."""
 
 LEVELS = ((8.0, 10.0), (6.0, 8.0), (4.2, 6.0), (3.0, 4.0))  # voxel size, and the window of the weights, mm
-RIM_MM = 3.0  # around the brain: its edge tells of the displacement, eyes and scalp do not
+SHELLS = ((0.0, 2.0), (2.0, 4.0))  # mm around the brain
+TISSUES = 3
+RIM_MM = 5.0  # around the brain: its edge tells of the displacement, eyes and scalp do not
 RIM = 0.16  # share of the brain that a Gaussian of that width finds at that distance from a plane edge
 POSE_PRIOR = (1e4, 1e4, 1e4, 1.0, 1.0)  # per rad² and mm²: holds a pose that nothing tells of
 WEAK, STIFF = 0.02, 10.0  # weights of the squared gradient, per mm³, and of the squared Laplacian, per mm³ in mm²
@@ -68,8 +74,8 @@ class Level:
     lines : Tensor, (a, b, y)
         The image in units of the brain's median: spline coefficients along the last, the phase-encoding, axis.
     grid : Grid
-    maps : Tensor, (3, i, j, k)
-        Tissues on their own grid `source`, as smooth as `grid` shows them.
+    maps : Tensor, (5, i, j, k)
+        Tissues and shells on their own grid `source`, as smooth as `grid` shows them.
     window : float
         mm.
     """
@@ -130,9 +136,18 @@ def correct_without_fieldmap(
             f"the structural image could not be aligned with the distorted b=0: its brain covers {covered:.0%} of the "
             "other's; run with --sdc-anat-reference none"
         )
+    maps = torch.cat([maps, _shells(maps, source)])
     field, trace, notes = _estimate(image / image[brain].median().clamp(min=1e-12), grid, maps, source, pose)
     shift = (field / float(grid.voxel_sizes[2])).permute(np.argsort(order).tolist()).cpu().numpy()
     return apply_shift(b0.data.float().cpu(), unfolded(shift, pe.axis), b0.grid, pe, trace, "fieldmapless", notes)
+
+
+def _shells(maps: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """What lies around the brain of tissue maps (3, i, j, k): a map for each of `SHELLS`."""
+    outside = ndimage.distance_transform_edt(maps.sum(0).cpu().numpy() <= 0.5, sampling=grid.voxel_sizes)
+    free = 1 - maps.sum(0)
+    shells = [torch.from_numpy((outside > near) & (outside <= far)).to(maps.device) for near, far in SHELLS]
+    return torch.stack([free * shell for shell in shells])
 
 
 def _estimate(
@@ -176,10 +191,10 @@ def _step(level: Level, field: torch.Tensor, pose: np.ndarray) -> tuple[torch.Te
     """One Gauss-Newton step of field and pose together, at most a voxel long, the weights of the tissues held."""
     grid, h = level.grid, float(level.grid.voxel_sizes[2])
     maps = pull(level.maps, level.source, grid, pose)
-    brain = maps.sum(0) > 0.5
+    brain = maps[:TISSUES].sum(0) > 0.5
     value, slope, inside = sample_lines(level.lines, field / h)
     inner = (gaussian(brain.float()[None], (RIM_MM / grid.voxel_sizes).tolist())[0] > RIM) & (inside > 0)
-    predicted, spread = predicted_contrast(value, maps, inner, (level.window / grid.voxel_sizes).tolist())
+    predicted, spread = predicted_contrast(value, maps, TISSUES, inner, (level.window / grid.voxel_sizes).tolist())
     rest, variance = value - predicted, max(spread, MISFIT) ** 2
     weight = inner.float() / (ALIKE * variance * (1 + rest**2 / (OUTLIER**2 * variance)))
     centre = grid.to_world(np.argwhere(brain.cpu().numpy()).mean(0))
