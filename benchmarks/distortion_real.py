@@ -1,9 +1,10 @@
 """Distortion fields of a real person against each other: `python benchmarks/distortion_real.py SUBJECT_DIR`.
 
 The subject has whole series of both polarities (dir-AP, dir-PA), a phase-difference fieldmap and a T1w. The field of
-the pair is held against the fieldmap, and so is what a structural image adds to it (`--structural`) and what the
-program `unpile` makes of one polarity and the T1w (`--unpile`). One Markdown table is printed: correlation, mean and
-95th percentile of the difference in mm in the brain, the same less its median, and CPU seconds.
+the pair is held against the fieldmap, and so are what a structural image adds to it (`--structural`) and what one
+polarity and the T1w tell without a fieldmap (`--fieldmapless`), beside the program `unpile` where `--unpile` says where
+it is. One Markdown table is printed: correlation, mean and 95th percentile of the difference in mm in the brain, the
+same less its median, and CPU seconds (of the distortion alone, not of the anatomy that it starts from).
 """
 
 from __future__ import annotations
@@ -11,21 +12,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
 from dsiprep.data.acquisition import GreFieldmap, PhaseEncoding
-from dsiprep.data.results import Blip, Distortion
-from dsiprep.engines.unpile import correct_without_fieldmap
+from dsiprep.data.grid import Volume
+from dsiprep.data.results import Anatomy, Blip, Coregistration, Distortion
 from dsiprep.io.fieldmaps import read_fieldmap
-from dsiprep.io.nifti import read_volume
+from dsiprep.io.nifti import read_volume, write_image
+from dsiprep.io.templates import load_template
 from dsiprep.ops.mask import brain_mask_b0
+from dsiprep.ops.sample import pull
 from dsiprep.pair import correct_pair
+from dsiprep.settings import AnatomySettings, CoregisterSettings
+from dsiprep.stages.anatomy import process_anatomy
+from dsiprep.stages.coregister import coregister
 from dsiprep.stages.fieldmap import correct_with_fieldmap
+from dsiprep.stages.fieldmapless import correct_without_fieldmap
 
 
 def main() -> None:
@@ -33,7 +42,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("subject", type=Path)
     parser.add_argument("--structural", action="store_true", help="the pair with the T1w, too")
-    parser.add_argument("--unpile", action="store_true", help="AP with the T1w by unpile, too (a minute)")
+    parser.add_argument("--fieldmapless", action="store_true", help="AP with the tissues of the T1w, too")
+    parser.add_argument("--unpile", type=Path, metavar="FILE", help="the program, for AP with the T1w (a minute)")
     options = parser.parse_args()
     subject, name = options.subject, options.subject.name
     ap, pa = (subject / "dwi" / f"{name}_dir-{d}_dwi.nii.gz" for d in ("AP", "PA"))
@@ -53,13 +63,45 @@ def main() -> None:
     if options.structural:
         helped, seconds = timed(lambda: correct_pair(ap, pa, structural=t1w))
         row("pair with T1w (AP) against fieldmap", implied(helped, mm), reference, brain, seconds)
-    if options.unpile:
-        blip, b0, mask = Blip("only", pe, torch.zeros(0)), pair.before[0], brain_mask_b0(pair.before[0])
-        alone, seconds = timed(
-            lambda: correct_without_fieldmap(blip, b0.data[None], b0.grid, mask, read_volume(t1w), True)
-        )
-        row("unpile, AP and T1w, against pair", implied(alone, mm), known, brain, seconds)
-        row("unpile, AP and T1w, against fieldmap", implied(alone, mm), reference, brain, seconds)
+    if options.fieldmapless or options.unpile:
+        b0 = pair.before[0]
+        mask, anatomy = brain_mask_b0(b0), seen(t1w)
+        start = coregister(b0, mask, anatomy, CoregisterSettings())
+        alone, seconds = timed(lambda: correct_without_fieldmap(pe, b0, mask, anatomy, start))
+        both = {"AP and tissues of the T1w": (implied(alone, mm), seconds)}
+        if options.unpile:
+            both["AP and T1w by unpile"] = unpile(options.unpile, b0, mask, anatomy, start, pe)
+        for name, (found, cost) in both.items():
+            row(f"{name}, against pair", found, known, brain, cost)
+            row(f"{name}, against fieldmap", found, reference, brain, cost)
+
+
+def seen(t1w: Path) -> Anatomy:
+    """The T1w as the pipeline sees it."""
+    settings = AnatomySettings()
+    template = load_template(settings.template, settings.modality)
+    return process_anatomy((read_volume(t1w),), None, None, template, settings)
+
+
+def unpile(
+    program: Path, b0: Volume, mask: Volume, anatomy: Anatomy, start: Coregistration, pe: PhaseEncoding
+) -> tuple[np.ndarray, float]:
+    """Displacement in mm by local correlation with the T1w's brain, inverted; the settings that were best here."""
+    inside = anatomy.mask.data > 0.5
+    inverted = (anatomy.image.data[inside].quantile(0.99) - anatomy.image.data).clamp(min=0) * inside
+    there = pull(inverted[None], anatomy.image.grid, b0.grid, np.linalg.inv(start.dwiref_to_acpc.matrix))[0]
+    before = sum(os.times()[:4])
+    with TemporaryDirectory() as place:
+        files = {name: Path(place) / f"{name}.nii.gz" for name in ("epi", "reference", "mask")}
+        for name, data in {"epi": b0.data, "reference": there, "mask": mask.data}.items():
+            write_image(files[name], data, b0.grid)
+        given = [word for name, path in files.items() for word in (f"--{name}", str(path))]
+        subprocess.run(
+            [program, "--threads", "2", "fit", *given, "--pe-dir", pe.direction, "--total-readout-time",
+             str(pe.readout_time), "--metric", "lncc", "--levels", "24,12,6", "--iters", "30", "--lam-mm", "60",
+             "--out", f"{place}/out"], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+        hertz = read_volume(Path(place) / "out" / "field_hz.nii.gz").numpy()
+    return hertz * float(b0.grid.voxel_sizes[pe.axis]) * float(pe.readout_time or 0), sum(os.times()[:4]) - before
 
 
 def measured(subject: Path, name: str, pair: Distortion, pe: PhaseEncoding) -> Distortion:

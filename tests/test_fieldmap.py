@@ -135,14 +135,14 @@ def test_choice_of_method_is_told(tmp_path: Path) -> None:
 
     from dsiprep.data.acquisition import GreFieldmap, Unit
     from dsiprep.plan import choose_distortion
-    from dsiprep.settings import DistortionSettings
+    from dsiprep.settings import Settings
 
     gre = GreFieldmap("phasediff", (tmp_path / "p",), tmp_path / "m", ECHOES)
     unit, bare = Unit("01", None, "sub-01", (), gre=gre), Unit("01", None, "sub-01", ())
 
     def choose(unit: Unit, *encodings: PhaseEncoding | None) -> tuple[str, str]:
         blips = [SimpleNamespace(pe=pe) for pe in encodings]
-        return choose_distortion(unit, cast(Any, SimpleNamespace(blips=blips)), DistortionSettings())
+        return choose_distortion(unit, cast(Any, SimpleNamespace(blips=blips)), Settings())
 
     timed = PhaseEncoding(1, -1, 0.05)
     assert choose(unit, PhaseEncoding(1, 1, 0.05), timed)[0] == "drbuddi"

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
 import torch
@@ -76,6 +76,7 @@ class Cache:
         self.started = started
         self.only_found = only_found
         self.seconds: dict[str, float] = {}
+        self._in_memory: dict[str, object] = {}
 
     def files(self, paths: tuple[Path, ...], facts: object, read: Callable[[], T]) -> Kept[T]:
         """What `read` gives, under a key of the contents of `paths` and of `facts` about them."""
@@ -102,8 +103,9 @@ class Cache:
         lineage = [name, stage.VERSION, [_lineage(item) for item in inputs]]
         key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
         if self.folder is None:
-            value = self._timed(name, function, inputs)
-            return Kept(key, lambda: value)
+            if key not in self._in_memory:
+                self._in_memory[key] = self._timed(name, function, inputs)
+            return Kept(key, lambda: cast(T, self._in_memory[key]))
         target = self.folder / f"{name}-{key[:12]}"
         if not (target / "result.json").exists():
             value = self._timed(name, function, inputs)

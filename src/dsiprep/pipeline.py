@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from dsiprep.cache import Cache, Kept
-from dsiprep.data.acquisition import Unit
+from dsiprep.data.acquisition import PhaseEncoding, Unit
 from dsiprep.data.grid import Volume
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
@@ -28,7 +28,6 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
-from dsiprep.engines import unpile
 from dsiprep.engines.choice import anatomical_steps, check_engines, distortion_step, made_by
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
@@ -36,7 +35,7 @@ from dsiprep.io.masks import find_mask
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.plan import choose_distortion
+from dsiprep.plan import choose_distortion, choose_structural
 from dsiprep.settings import (
     AnatomySettings,
     CoregisterSettings,
@@ -53,6 +52,7 @@ from dsiprep.stages import (
     denoise,
     distortion,
     fieldmap,
+    fieldmapless,
     motion,
     quality,
     resample,
@@ -149,7 +149,7 @@ def _undistort(
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
-    method, reason = choose_distortion(unit, acquired.value, settings.distortion)
+    method, reason = choose_distortion(unit, acquired.value, settings)
     return motions, _correct_distortion(unit, settings, cache, device, (acquired, motions), method), reason
 
 
@@ -186,10 +186,12 @@ def _correct_distortion(
         gre = unit.gre
         field = cache.files(gre.files(), gre, lambda: read_fieldmap(gre))
         return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
-    chosen = unpile.choose_structural(unit, settings.distortion)
-    if method == "unpile" and chosen:
-        structural = cache.files((chosen[0],), chosen[1], lambda: read_volume(chosen[0]))
-        return cache.run(unpile, "distortion-unpile", _without_fieldmap, acquired, motions[0], structural, chosen[1])
+    if method == "fieldmapless":
+        seen = _seen_by(unit, settings, cache, device)
+        rigid = replace(settings.coregister, dof=6)
+        start = cache.run(coregister, "coregister-distorted", _coregister, motions[0], None, seen, "", rigid)
+        correct_alone = partial(_without_fieldmap, device, unit.runs[0].axis)
+        return cache.run(fieldmapless, "distortion-fieldmapless", correct_alone, acquired, motions[0], seen, start)
     correct, how = partial(_distortion, device, cache.folder), [method, made_by(settings.distortion)]
     return cache.run(distortion, "distortion", correct, acquired, motions, how, settings.distortion)
 
@@ -199,9 +201,21 @@ def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Dis
     return fieldmap.correct_with_fieldmap(acquired.blips[0], reference, grid, moved.mask, field)
 
 
-def _without_fieldmap(acquired: Acquired, moved: Motion, structural: Volume, inverted: bool) -> Distortion:
-    reference, grid = moved.dwiref.data[None], acquired.dwi.grid
-    return unpile.correct_without_fieldmap(acquired.blips[0], reference, grid, moved.mask, structural, inverted)
+def _seen_by(unit: Unit, settings: Settings, cache: Cache, device: torch.device) -> Kept[Anatomy]:
+    """The structural image that stands in for a fieldmap; a given mask is that of the other image's brain."""
+    modality, wanted = choose_structural(unit, settings), settings.anatomy
+    if modality != wanted.modality:
+        wanted = replace(wanted, modality=modality, mask="")
+    return prepare_anatomy(unit, replace(settings, anatomy=wanted), cache, device)
+
+
+def _without_fieldmap(
+    device: torch.device, axis: int | None, acquired: Acquired, moved: Motion, seen: Anatomy, start: Coregistration
+) -> Distortion:
+    pe = acquired.blips[0].pe or PhaseEncoding(axis or 0, 1)  # of what is given no sign, no field in Hz is made
+    return with_cpu_fallback(
+        lambda b0: fieldmapless.correct_without_fieldmap(pe, b0, moved.mask, seen, start), device, (moved.dwiref,)
+    )
 
 
 def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings) -> Denoised:

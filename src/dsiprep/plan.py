@@ -9,14 +9,13 @@ from pathlib import Path
 from dsiprep.data.acquisition import SamplingScheme, Unit
 from dsiprep.data.results import Acquired
 from dsiprep.engines.choice import engines_for
-from dsiprep.engines.unpile import choose_structural
 from dsiprep.errors import SettingsError
 from dsiprep.io.masks import find_mask
 from dsiprep.io.templates import load_template
-from dsiprep.settings import DistortionSettings, Settings
+from dsiprep.settings import Settings
 from dsiprep.stages import motion
 
-__all__ = ["check_anatomy", "choose_distortion", "choose_lead", "plan_stages"]
+__all__ = ["check_anatomy", "choose_distortion", "choose_lead", "choose_structural", "plan_stages"]
 
 log = logging.getLogger("dsiprep")
 
@@ -67,14 +66,26 @@ def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
             find_mask(unit, wanted)
 
 
-def choose_distortion(unit: Unit, acquired: Acquired, settings: DistortionSettings) -> tuple[str, str]:
+def choose_structural(unit: Unit, settings: Settings) -> str:
+    """Modality of the structural image whose tissues stand in for a fieldmap; empty where none is to."""
+    wanted = settings.distortion.anat_reference
+    modality = {"auto": settings.anatomy.modality, "invt1w": "T1w", "t2w": "T2w"}.get(wanted, "none")
+    return modality if unit.structural(modality) else ""
+
+
+def choose_distortion(unit: Unit, acquired: Acquired, settings: Settings) -> tuple[str, str]:
     """The method for these blips, and why, in a sentence."""
-    if settings.method == "none":
+    if settings.distortion.method == "none":
         return "none", "Distortion is not corrected: it was switched off."
     if len(acquired.blips) > 1:
         directions = " and ".join(blip.pe.direction for blip in acquired.blips if blip.pe)
         return "drbuddi", f"Blip-up/blip-down correction of phase encodings {directions} (the DRBUDDI model)."
-    pe = acquired.blips[0].pe
+    pe, chosen = acquired.blips[0].pe, choose_structural(unit, settings)
+    if pe is None and chosen and unit.runs[0].axis is not None:
+        return "fieldmapless", (
+            f"The tissues of the {chosen} correct phase encoding along {'ijk'[unit.runs[0].axis]}, whose sign the "
+            "sidecars do not tell."
+        )
     if pe is None:
         return "none", "Distortion is not corrected: the sidecars do not tell the sign of the phase encoding."
     alone = f"there are no images with phase encoding opposite to {pe.direction}"
@@ -82,10 +93,8 @@ def choose_distortion(unit: Unit, acquired: Acquired, settings: DistortionSettin
         return "gre", f"A gradient-echo fieldmap ({unit.gre.kind}) corrects phase encoding {pe.direction}: {alone}."
     if unit.gre:
         alone = f"the GRE fieldmap needs TotalReadoutTime of the DWI, and {alone}"
-    chosen = choose_structural(unit, settings)
-    if chosen and pe.readout_time is not None:
-        kind = "T1w, its contrast inverted" if chosen[1] else "T2w"
-        return "unpile", f"Phase encoding {pe.direction} is corrected against the {kind}, by unpile: {alone}."
+    if chosen:
+        return "fieldmapless", f"The tissues of the {chosen} correct phase encoding {pe.direction}: {alone}."
     return "none", f"Distortion is not corrected: {alone}."
 
 
@@ -99,8 +108,8 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
         susceptibility = "drbuddi: there are opposite phase encodings, " + " and ".join(unit.reversed_pairs())
     elif unit.gre:
         susceptibility = f"gre: a gradient-echo fieldmap ({unit.gre.kind}) goes with the series"
-    elif chosen := choose_structural(unit, settings.distortion):
-        susceptibility = f"unpile: no fieldmap, so the b=0 goes to {chosen[0].name}"
+    elif (chosen := choose_structural(unit, settings)) and unit.runs[0].axis is not None:
+        susceptibility = f"fieldmapless: no fieldmap, so the tissues of the {chosen} tell"
     else:
         susceptibility = "none: no opposite phase encodings (see the notes)"
     engines = engines_for(unit, settings)

@@ -21,8 +21,11 @@ NOT_HERE = {
     "--subject-anatomical-reference sessionwise (cohorts 1 to 11 of TemplateFlow's MNIInfant: 0-2, 2-5, 5-8, 8-11, "
     "11-14, 14-17, 17-21, 21-27, 27-33, 33-44 and 44-60 months)",
     "--longitudinal": "its name is --subject-anatomical-reference unbiased now",
-    "--use-syn-sdc": "there is no SyN in here: use --sdc-anat-reference invt1w, which needs the program unpile",
-    "--force-syn": "a fieldmap is always better where there is one; use --ignore fieldmaps --sdc-anat-reference invt1w",
+    "--use-syn-sdc": "there is no SyN in here: use --sdc-anat-reference auto, which takes the tissues of the "
+    "structural image",
+    "--sdc-fieldmapless-method": "there is one method, and it needs no program: leave it out, and say "
+    "--sdc-anat-reference auto",
+    "--force-syn": "a fieldmap is always better where there is one; use --ignore fieldmaps --sdc-anat-reference auto",
     "--dwiref-definition": "the dwiref is the unbiased b=0 template",
     "--report-output-level": "reports are written to the root of the output folder",
     "--eddy-config": "there is no eddy in here; see --hmc-method",
@@ -43,9 +46,7 @@ NOT_BUILT = {
     ("--hmc-model", "tortoise"): "TORTOISE serves distortion (--sdc-engine tortoise) alone: use --hmc-model 3dSHORE",
     ("--sdc-method", "topup"): "dsiprep has no TOPUP: use --sdc-method drbuddi, which serves shells too",
     ("--sdc-method", "topup+drbuddi"): "dsiprep has no TOPUP: use --sdc-method drbuddi",
-    ("--sdc-fieldmapless-method", "topup"): "dsiprep has no TOPUP: use --sdc-fieldmapless-method unpile",
-    ("--sdc-fieldmapless-method", "syn"): "there is no SyN in here: use --sdc-fieldmapless-method unpile",
-    ("--sdc-anat-reference", "synb0"): "SynB0 is not built in: use --sdc-anat-reference invt1w or t2w",
+    ("--sdc-anat-reference", "synb0"): "SynB0 is not built in: use --sdc-anat-reference auto",
     ("--denoise-method", "patch2self"): "Patch2Self is not built yet: use --denoise-method dwidenoise",
     ("--denoise-method", "dwidenoise2"): "dwidenoise2 is not built yet: use --denoise-method dwidenoise",
     ("--denoise-method", "svht"): "svht is not built yet: use --denoise-method dwidenoise",

@@ -93,16 +93,10 @@ class DistortionSettings:
     )
     anat_reference: str = option(
         "none",
-        "correct series that no fieldmap reaches against a structural image: t2w, invt1w (the T1w, its contrast "
-        "inverted), or auto, the T2w where there is one; needs the program unpile",
+        "correct series that no fieldmap reaches against the tissues of a structural image: invt1w (the T1w), t2w, or "
+        "auto, the image of --anat-modality",
         "--sdc-anat-reference",
         choices=("none", "auto", "t2w", "invt1w"),
-    )
-    fieldmapless: str = option(
-        "unpile",
-        "program that corrects without a fieldmap (see --sdc-anat-reference)",
-        "--sdc-fieldmapless-method",
-        choices=("unpile",),
     )
     engine: str = option(
         "native",

@@ -59,6 +59,14 @@ class Run:
     entities: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, object] = field(default_factory=dict)
 
+    @property
+    def axis(self) -> int | None:
+        """Voxel axis of phase encoding; it may be known where the sign is not."""
+        told = self.metadata.get("PhaseEncodingAxis")
+        if self.pe is None:
+            return AXES.index(told) if isinstance(told, str) and told in tuple(AXES) else None
+        return self.pe.axis
+
 
 @dataclass(frozen=True)
 class EpiReference:

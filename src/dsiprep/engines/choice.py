@@ -12,7 +12,6 @@ import torch
 
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import Distortion
-from dsiprep.engines import unpile
 from dsiprep.settings import AnatomySettings, DistortionSettings, Settings
 from dsiprep.stages import anatomy, distortion
 
@@ -49,8 +48,6 @@ def check_engines(unit: Unit, settings: Settings, device: torch.device) -> None:
     EngineError
         With what to do.
     """
-    if unpile.choose_structural(unit, settings.distortion) and not (unit.reversed_pairs() or unit.gre):
-        unpile.check()
     for name in engines_for(unit, settings):
         _engine(name).check(unit, settings, device)
 

@@ -13,6 +13,7 @@ DIRECTION = re.compile(r"[ijk]-?")
 PLAUSIBLE_S = (0.0005, 0.5)
 KEPT = (
     "PhaseEncodingDirection",
+    "PhaseEncodingAxis",
     "TotalReadoutTime",
     "SliceTiming",
     "SliceEncodingDirection",
@@ -58,9 +59,9 @@ def phase_encoding(
         axis = metadata.get("PhaseEncodingAxis")
         found = f"PhaseEncodingAxis {axis} without a sign" if axis else "no PhaseEncodingDirection"
         return None, (
-            f"{name}: {found}, so its distortion cannot be corrected; add PhaseEncodingDirection to the "
-            "sidecar (compare the stretched side of the brain with another scan of the protocol to find "
-            "the sign).",
+            f"{name}: {found}, so no fieldmap can correct its distortion; add PhaseEncodingDirection "
+            "to the sidecar (compare the stretched side of the brain with another scan of the protocol to find the "
+            "sign)" + ("; --sdc-anat-reference auto does without the sign." if axis else "."),
         )
     if not isinstance(direction, str) or not DIRECTION.fullmatch(direction):
         raise MetadataError(

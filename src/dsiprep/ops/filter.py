@@ -16,7 +16,7 @@ from torch.nn import functional
 from dsiprep.data.grid import Volume
 from dsiprep.ops.sample import pull
 
-__all__ = ["FWHM", "box_sum", "gaussian", "gaussian_kernel", "gradient", "resample_to_spacing"]
+__all__ = ["FWHM", "box_sum", "gaussian", "gaussian_kernel", "gradient", "resample_to_spacing", "resized"]
 
 FWHM = 2.3548200450309493  # full width at half maximum of a Gaussian of sigma 1
 
@@ -113,6 +113,11 @@ def resample_to_spacing(volume: Volume, spacing_mm: float | tuple[float, float, 
     sigma = np.sqrt(np.maximum(ratio**2 - 1, 0)) / FWHM
     smooth = gaussian(volume.data[None], sigma.tolist(), truncate=3.0)
     return Volume(pull(smooth, volume.grid, target)[0], target)
+
+
+def resized(image: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """An image (i, j, k) interpolated linearly to another number of voxels between the same outer faces."""
+    return functional.interpolate(image[None, None], size=shape, mode="trilinear", align_corners=False)[0, 0]
 
 
 def _fused(tensor: torch.Tensor) -> bool:

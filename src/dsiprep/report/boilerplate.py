@@ -24,6 +24,7 @@ from dsiprep.stages import (
     denoise,
     distortion,
     fieldmap,
+    fieldmapless,
     motion,
     quality,
     reference,
@@ -31,7 +32,7 @@ from dsiprep.stages import (
 )
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
-CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS, **tortoise.METHODS}
+CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS, **fieldmapless.METHODS, **tortoise.METHODS}
 DASH = "\N{EN DASH}"
 KEY = re.compile(r"@([A-Za-z][\w-]*)")
 GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")

@@ -183,9 +183,9 @@ def distortion(results: UnitResults, album: Album) -> Section:
         "up along the phase-encoding axis. Flicker before and after: the outlines of the structural image "
         "should fit after, not before."
     )
-    mask, blips = results.motions[0].mask, results.acquired.blips
+    mask = results.motions[0].mask
     pictures = _blips(results, found, album)
-    axis = blips[0].pe.vector(results.acquired.dwi.grid) if blips[0].pe else np.array([0.0, 1.0, 0.0])
+    axis = results.acquired.dwi.grid.affine[:3, results.unit.runs[0].axis or 0]
     content, unit = figures.field(found, mask, axis / np.linalg.norm(axis))
     pictures += album.still(
         "fieldmap",

@@ -22,7 +22,7 @@ STAGES = {
 METHODS = {
     "drbuddi": "blip-up/blip-down (DRBUDDI model)",
     "gre": "gradient-echo fieldmap",
-    "unpile": "fieldmap-less, against the structural image",
+    "fieldmapless": "without a fieldmap, against the tissues of the structural image",
     "tortoise": "DRBUDDI of TORTOISE",
 }
 SCORES = {

@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
@@ -20,7 +19,7 @@ from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.ops.blip import conjugate_gradients, equal_mass_field, sample_lines
 from dsiprep.ops.blip_pair import Pair, State, change, compare, cost, equations, make_pair, moved, outlier
-from dsiprep.ops.filter import gaussian
+from dsiprep.ops.filter import gaussian, resized
 from dsiprep.ops.linear import register_linear
 from dsiprep.ops.sample import pull, spline_coefficients
 from dsiprep.ops.shared import shared_displacement
@@ -205,19 +204,14 @@ def _pyramid(images: list[torch.Tensor], grid: Grid, inner: torch.Tensor, scales
 def _reduced(image: torch.Tensor, grid: Grid, coarse: Grid) -> torch.Tensor:
     ratio = coarse.voxel_sizes / grid.voxel_sizes
     widths = (0.5 * np.sqrt(np.maximum(ratio**2 - 1, 0))).tolist()
-    return _resized(gaussian(image[None], widths)[0], coarse.shape)
-
-
-def _resized(image: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Linear interpolation between grids of the same outer faces."""
-    return functional.interpolate(image[None, None], size=shape, mode="trilinear", align_corners=False)[0, 0]
+    return resized(gaussian(image[None], widths)[0], coarse.shape)
 
 
 def _estimate(pairs: list[Pair]) -> tuple[State, list[dict[str, float]], tuple[str, ...]]:
     state, settled = _start(pairs[0]), True
     trace: list[dict[str, float]] = []
     for number, pair in enumerate(pairs):
-        state = _unfolded(pair, replace(state, field=_resized(state.field, pair.grid.shape)))
+        state = _unfolded(pair, replace(state, field=resized(state.field, pair.grid.shape)))
         rows, state, settled = _descend(pair, state)
         trace += [{"level": number, **row} for row in rows]
     unsettled = "the distortion field had not quite settled when its last level's iterations ran out"

@@ -27,11 +27,6 @@ METHODS = {
         "mutual information [@mattes2003], the field followed it, and lay as in the scanner's coordinates otherwise. "
         "It was multiplied by the readout time to give displacements along the phase-encoding axis [@jezzard1995]."
     ),
-    "unpile": (
-        "Susceptibility distortion was estimated without a fieldmap by unpile: a smooth displacement along the "
-        "phase-encoding axis that makes the b=0 image agree, in local correlation, with the structural image, which "
-        "had been aligned rigidly by mutual information [@mattes2003] and, where it was T1w, inverted in contrast."
-    ),
 }
 """Herráez 2002: doi 10.1364/AO.41.007437. Mattes 2003: doi 10.1109/TMI.2003.809072. Jezzard and Balaban 1995: doi
 10.1002/mrm.1910340111."""
