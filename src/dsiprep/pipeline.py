@@ -234,10 +234,11 @@ def _distortion(
     find = distortion_step(settings, folder)
     aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
     b0s = tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
+    means, grid, mask = distortion.mean_diffusion(acquired.dwi, motions), acquired.dwi.grid, motions[0].mask
     correct: Callable[..., Distortion] = lambda *images: find(  # noqa: E731
-        acquired.blips, images, acquired.dwi.grid, motions[0].mask, settings
+        acquired.blips, images[:2], grid, mask, settings, diffusion=images[2:]
     )
-    return with_cpu_fallback(correct, device, b0s)
+    return with_cpu_fallback(correct, device, (*b0s, *means))
 
 
 def _anatomy(
