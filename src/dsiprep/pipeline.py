@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -235,9 +234,10 @@ def _distortion(
     aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
     b0s = tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
     means, grid, mask = distortion.mean_diffusion(acquired.dwi, motions), acquired.dwi.grid, motions[0].mask
-    correct: Callable[..., Distortion] = lambda *images: find(  # noqa: E731
-        acquired.blips, images[:2], grid, mask, settings, diffusion=images[2:]
-    )
+
+    def correct(*images: torch.Tensor) -> Distortion:
+        return find(acquired.blips, images[:2], grid, mask, settings, diffusion=images[2:])
+
     return with_cpu_fallback(correct, device, (*b0s, *means))
 
 

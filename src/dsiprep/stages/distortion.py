@@ -114,12 +114,7 @@ def correct_distortion(
     inner = (mask.data.to(before[0].device) > 0.5).permute(order).contiguous()
     units = [_brightness(b, mask) for b in before]
     shown = [before, diffusion] if _has_signal(diffusion, grid, mask) else [before]
-    levels = [1.0, *(_brightness(means[0], mask) / units[0] for means in shown[1:])]
-    images = [
-        (a.permute(order).contiguous() / (units[0] * m), b.permute(order).contiguous() / (units[1] * m))
-        for (a, b), m in zip(shown, levels, strict=True)
-    ]
-    pairs = _pyramid(images, last, inner, scales)
+    pairs = _pyramid([_in_units(both, units, mask, order) for both in shown], last, inner, scales)
     state, trace, notes = _estimate(pairs)
     if structural is not None:
         state, rows, told = _with_structural(pairs[-1], state, structural)
@@ -165,15 +160,17 @@ def mean_diffusion(dwi: DWI, motions: tuple[Motion, ...]) -> tuple[torch.Tensor,
     Returns
     -------
     two Tensor, (i, j, k), or none
-        Of the volumes that `low_b_pairs` chooses, brighter pairs with more weight: the less diffusion has taken, the
-        less of what remains is noise. Empty where it chooses none.
+        Of the volumes that `low_b_pairs` chooses, bright ones with more weight: the less diffusion has taken, the less
+        of what remains is noise. Empty where it chooses none, and where eddy currents were not looked for: they move
+        volumes of opposite phase encoding apart, as the field does.
     """
-    pairs = low_b_pairs(dwi.bvals, dwi.bvecs, dwi.blip, dwi.is_b0) if len(motions) == 2 else []
+    wanted = len(motions) == 2 and all(moved.eddy is not None for moved in motions)
+    pairs = low_b_pairs(dwi.bvals, dwi.bvecs, dwi.blip, dwi.is_b0) if wanted else []
     inside, total = motions[0].mask.numpy() > 0.5, 0.0
     means = tuple(torch.zeros(dwi.grid.shape) for _ in motions)
     for pair in pairs:
         seen = [_aligned(dwi, moved, v) for moved, v in zip(motions, pair, strict=True)]
-        weight = float(seen[0][inside].mean() + seen[1][inside].mean())
+        weight = max(0.0, float(seen[0][inside].mean()))
         total += weight
         for mean, image in zip(means, seen, strict=True):
             mean.add_(image, alpha=weight)
@@ -234,6 +231,14 @@ def _brightness(image: torch.Tensor, mask: Volume) -> float:
     """Median intensity of the brain; the brightest voxel where the brain is mostly empty."""
     median = float(image[mask.data.to(image.device) > 0.5].median())
     return median if median > 0 else float(image.abs().max())
+
+
+def _in_units(both: tuple[torch.Tensor, ...], units: list[float], mask: Volume, order: list[int]) -> Images:
+    """Images of both blips with their axes in `order`, the brain of the first about 1, brighter or darker in the second
+    as the b=0 images are that have the brightness `units`."""
+    level = _brightness(both[0], mask) / units[0]
+    first, second = (b.permute(order).contiguous() / (u * level) for b, u in zip(both, units, strict=True))
+    return first, second
 
 
 def finite_mean(volumes: torch.Tensor) -> torch.Tensor:
