@@ -125,6 +125,7 @@ def write_pair(result: Distortion, folder: Path) -> None:
         write_image(folder / f"{name}_after.nii.gz", result.after[blip].data, grid)
         write_composite_h5(folder / f"{name}_sdc.h5", sdc_chain(result.poses[blip], result.fields[blip], name))
     facts: dict[str, Any] = {"method": result.method, "notes": list(result.notes), "trace": result.trace}
+    facts["diffusion"] = result.diffusion
     facts["pose_of_down"] = result.poses[1].tolist()
     (folder / "result.json").write_text(json.dumps(facts, indent=2) + "\n")
 
