@@ -24,7 +24,7 @@ from dsiprep.io.itk import write_composite_h5
 from dsiprep.io.nifti import read_image, read_series, read_volume, write_image
 from dsiprep.io.sidecars import phase_encoding
 from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.pairs import ENOUGH, LOW_B, SAME_B, low_b_pairs
+from dsiprep.ops.pairs import ENOUGH, LOW_B, low_b_pairs
 from dsiprep.ops.sample import pull
 from dsiprep.settings import DistortionSettings
 from dsiprep.stages.distortion import correct_distortion
@@ -166,7 +166,7 @@ def _low_b(path: Path) -> tuple[np.ndarray, Grid, np.ndarray, np.ndarray]:
     data, grid = read_series(path)
     bval, bvec = (path.with_name(_stem(path) + ending) for ending in (".bval", ".bvec"))
     bvals, bvecs = read_gradients(bval, bvec, grid, len(data), B0_THRESHOLD)
-    low = bvals <= LOW_B + SAME_B
+    low = bvals <= LOW_B
     return data[low], grid, bvals[low], bvecs[low]
 
 

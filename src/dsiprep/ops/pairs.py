@@ -9,7 +9,7 @@ __all__ = ["combine", "low_b_pairs", "merged_gradients", "same_gradients"]
 
 SAME_B = 50.0  # s/mm², or 2 %, whichever is more
 SAME_DIRECTION = 1.5  # degrees; antipodes are the same
-LOW_B = 2000.0  # s/mm²: above, noise that no Jacobian scales is too much of a magnitude image
+LOW_B = 1300.0  # s/mm²: above, too much of a magnitude image is noise, which no Jacobian scales
 ENOUGH, AT_MOST = 12, 32  # pairs
 
 
@@ -69,7 +69,7 @@ def low_b_pairs(bvals: np.ndarray, bvecs: np.ndarray, group: np.ndarray, is_b0: 
     found = [
         (pair[0], pair[1]) if group[pair[0]] == 0 else (pair[1], pair[0])
         for pair in same_gradients(bvals, bvecs, group, is_b0)
-        if len(pair) == 2 and not is_b0[pair[0]] and max(bvals[list(pair)]) <= LOW_B + SAME_B
+        if len(pair) == 2 and not is_b0[pair[0]] and max(bvals[list(pair)]) <= LOW_B
     ]
     found.sort(key=lambda pair: float(bvals[pair[0]]))
     return found[:AT_MOST] if len(found) >= ENOUGH else []
