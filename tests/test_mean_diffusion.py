@@ -12,9 +12,11 @@ import pytest
 import torch
 
 import test_distortion as simulation
+from dsiprep import pipeline
+from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Distortion, Motion
+from dsiprep.data.results import Acquired, Blip, Distortion, Motion
 from dsiprep.data.transform import EddyCurrents
 from dsiprep.errors import InputError
 from dsiprep.io.gradients import write_bvals, write_fsl_bvecs
@@ -126,6 +128,21 @@ def test_nothing_is_compared_that_eddy_currents_or_one_blip_alone_may_have_moved
     assert mean_diffusion(dwi, motions) == ()
     dwi, motions, _ = series(eddy=True)
     assert mean_diffusion(dwi, motions[:1]) == ()
+
+
+def test_the_pipeline_compares_them_where_it_may() -> None:
+    for eddy in (True, False):
+        dwi, motions, head = series(eddy)
+        scene = Volume(torch.from_numpy(head.astype(np.float32)), dwi.grid)
+        motions = tuple(replace(moved, dwiref=scene) for moved in motions)
+        blips = tuple(
+            Blip(name, PhaseEncoding(1, p, READOUT), torch.zeros(0, *dwi.grid.shape))
+            for name, p in (("up", 1), ("down", -1))
+        )
+        scheme = SamplingScheme("single-shell", True, (1000.0,), 12, 0, 1000.0, "12 directions")
+        acquired = Acquired(dwi, blips, scheme, motions[0].mask, np.ones(2))
+        result = pipeline._distortion(torch.device("cpu"), None, acquired, motions, ["drbuddi"], DistortionSettings())
+        assert result is not None and result.diffusion == eddy
 
 
 # ---- what they tell
