@@ -236,10 +236,11 @@ def a_normal(rng: np.random.Generator, shape: tuple[int, int, int] = (4, 5, 6)) 
     curvature = draw(*shape[:2], shape[2] - 1).abs()
     spacing = np.array([2.0, 2.5, 1.5])
     stiffness = (0.3, draw(*shape).abs() + 0.1)
-    return blip.Normal(level, tilt, weight, curvature, coupling.reshape(6, *shape), pose, spacing, stiffness)
+    coupled = coupling.reshape(6, *shape)
+    return blip.Normal(level, tilt, weight, curvature, coupled, pose, spacing, stiffness, draw(*shape).abs())
 
 
-def test_loops_and_tensors_agree(rng: np.random.Generator) -> None:
+def test_loops_and_tensors_agree(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     image = torch.from_numpy(rng.standard_normal((6, 7, 8)).astype(np.float32))
     shift = torch.from_numpy((2 * rng.standard_normal((6, 7, 8))).astype(np.float32))
     matrix = np.hstack([Rotation.from_rotvec([0.1, 0.2, -0.1]).as_matrix(), [[0.3], [0.1], [-0.2]]])
@@ -249,6 +250,9 @@ def test_loops_and_tensors_agree(rng: np.random.Generator) -> None:
     ]
     normal = a_normal(rng, (6, 7, 8))
     pairs.append(((normal._apply_loops(shift),), (normal._apply_tensors(shift),)))
+    by_loops = normal.apply(shift, torch.ones(6))
+    monkeypatch.setattr(blip.Normal, "_apply_loops", blip.Normal._apply_tensors)
+    pairs.append((by_loops, normal.apply(shift, torch.ones(6))))
     for loops, tensors in pairs:
         for a, b in zip(loops, tensors, strict=True):
             assert torch.allclose(a, b, atol=2e-4, rtol=1e-4)
@@ -289,6 +293,7 @@ def test_preconditioner_is_exact_where_all_voxels_weigh_the_same(rng: np.random.
         torch.eye(6),
         np.array([2.0, 1.0, 3.0]),
         (0.7, one),
+        0.4 * one,
     )
     right = torch.from_numpy(rng.standard_normal(shape).astype(np.float32))
     back = normal.apply(blip.smooth_inverse(normal, one > 0)(right), torch.zeros(6))[0]
@@ -306,21 +311,23 @@ def test_equal_mass_finds_a_known_shift() -> None:
     assert np.allclose(blip.equal_mass_field(first, second, (0.5, -1.0)).numpy()[..., 27:34], 4.0, atol=0.3)
 
 
-def test_step_points_down_the_gradient_of_the_cost() -> None:
+@pytest.mark.parametrize("limits", [(0.3,), (0.3, 0.2)], ids=["b=0", "b=0 and a contrast"])
+def test_step_points_down_the_gradient_of_the_cost(limits: tuple[float, ...]) -> None:
     """The right-hand side against numerical derivatives of the cost, in field, pose and gain."""
     case = Case(make_grid("RAS"), 1, amplitude=4.0, pose=rigid((1, -1, 1), np.array([1.0, 0, -1])))
     last = Grid(tuple(case.grid.shape[a] for a in (0, 2, 1)), case.grid.affine[:, [0, 2, 1, 3]])
     images = tuple(i[0].permute(0, 2, 1).contiguous() / 60 for i in case.images)
     inner = torch.from_numpy(case.brain).permute(0, 2, 1)
-    pair = blip_pair.make_pair(images, inner, last, (1.0, -1.0), CENTRE)
+    contrasts = [tuple(i**2 for i in images)] * (len(limits) - 1)
+    pair = blip_pair.make_pair(images, inner, last, (1.0, -1.0), CENTRE, contrasts)
     smooth = torch.from_numpy(np.ascontiguousarray(0.5 * case.field.transpose(0, 2, 1), np.float32))
     state = blip_pair.State(smooth, rigid((0.3, 0.2, 0.1), np.zeros(3)), 0.05)
     compared = blip_pair.compare(pair, state)
-    _, (field, pose) = blip_pair.equations(pair, state, compared, 0.3)
+    _, (field, pose) = blip_pair.equations(pair, state, compared, limits)
 
     def cost(direction: torch.Tensor, parameters: np.ndarray) -> float:
         trial = blip_pair.moved(pair, state, direction, parameters)
-        return blip_pair.cost(pair, trial, blip_pair.compare(pair, trial), 0.3)
+        return blip_pair.cost(pair, trial, blip_pair.compare(pair, trial), limits)
 
     bump = torch.from_numpy(np.ascontiguousarray(np.cos(case.field).transpose(0, 2, 1), np.float32))
     slope = (cost(0.02 * bump, np.zeros(6)) - cost(-0.02 * bump, np.zeros(6))) / 0.04

@@ -426,6 +426,10 @@ def test_methods_tell_what_was_done_and_not_what_was_not(subject: UnitResults) -
             anatomy=replace(subject.anatomy, acpc_to_template=None, template_to_acpc=None),
         )
     )
+    assert "mean diffusion-weighted images" not in text
+    assert subject.distortion is not None
+    helped = replace(subject, distortion=replace(subject.distortion, diffusion=True))
+    assert "mean diffusion-weighted images" in methods_text(helped)
     assert "irfanoglu2015" not in plain
     assert "fonov2011" not in plain
     assert "it was switched off" in plain

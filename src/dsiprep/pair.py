@@ -19,11 +19,12 @@ from dsiprep.data.results import Blip, Distortion
 from dsiprep.device import choose, with_cpu_fallback
 from dsiprep.errors import InputError, MetadataError, OutputError
 from dsiprep.io.derivatives import sdc_chain
-from dsiprep.io.gradients import read_bvals, require_b0
+from dsiprep.io.gradients import read_bvals, read_gradients, require_b0
 from dsiprep.io.itk import write_composite_h5
-from dsiprep.io.nifti import read_image, read_volume, write_image
+from dsiprep.io.nifti import read_image, read_series, read_volume, write_image
 from dsiprep.io.sidecars import phase_encoding
 from dsiprep.ops.mask import brain_mask_b0
+from dsiprep.ops.pairs import ENOUGH, LOW_B, low_b_pairs
 from dsiprep.ops.sample import pull
 from dsiprep.settings import DistortionSettings
 from dsiprep.stages.distortion import correct_distortion
@@ -42,6 +43,7 @@ def correct_pair(
     readout_time: float | None = None,
     mask: Path | None = None,
     structural: Path | None = None,
+    diffusion: bool = False,
     device: str = "cpu",
 ) -> Distortion:
     """Correct two images, or series, of opposite phase encoding.
@@ -62,6 +64,9 @@ def correct_pair(
     structural : Path, optional
         Undistorted T2w or T1w of the same head in the same session: it tells the part of the displacements that both
         blips share. The head need not lie quite the same in it.
+    diffusion : bool
+        Compare the mean of the volumes of low b-value, too. Both files have to be series, corrected for head motion
+        and eddy currents, with `.bval` and `.bvec` beside them.
     device : str
         "cpu", "cuda", "cuda:N" or "auto".
 
@@ -86,11 +91,12 @@ def correct_pair(
     brain = _mask(mask, grid) if mask else brain_mask_b0(Volume(images[0].mean(0), grid))
     _require_overlap(files, brain, second[1])
     anatomical = None if structural is None else read_volume(structural)
+    means = _mean_diffusion(files, brain) if diffusion else ()
 
-    def correct(*b0s: torch.Tensor) -> Distortion:
-        return correct_distortion(blips, b0s, grid, brain, DistortionSettings(), anatomical)
+    def correct(*shown: torch.Tensor) -> Distortion:
+        return correct_distortion(blips, shown[:2], grid, brain, DistortionSettings(), anatomical, shown[2:])
 
-    return with_cpu_fallback(correct, choose(device), images)
+    return with_cpu_fallback(correct, choose(device), (*images, *means))
 
 
 def write_pair(result: Distortion, folder: Path) -> None:
@@ -120,6 +126,7 @@ def write_pair(result: Distortion, folder: Path) -> None:
         write_image(folder / f"{name}_after.nii.gz", result.after[blip].data, grid)
         write_composite_h5(folder / f"{name}_sdc.h5", sdc_chain(result.poses[blip], result.fields[blip], name))
     facts: dict[str, Any] = {"method": result.method, "notes": list(result.notes), "trace": result.trace}
+    facts["diffusion"] = result.diffusion
     facts["pose_of_down"] = result.poses[1].tolist()
     (folder / "result.json").write_text(json.dumps(facts, indent=2) + "\n")
 
@@ -134,6 +141,34 @@ def _read(path: Path) -> tuple[torch.Tensor, Grid]:
         require_b0(bvals, B0_THRESHOLD, str(table), fixed=True)
         volumes = np.ascontiguousarray(volumes[bvals <= B0_THRESHOLD])
     return torch.from_numpy(volumes), grid
+
+
+def _mean_diffusion(files: tuple[Path, Path], mask: Volume) -> tuple[torch.Tensor, ...]:
+    """Means of the volumes of low b that both series have, (i, j, k) each, on the grid of the mask."""
+    first, second = (_low_b(path) for path in files)
+    bvals, bvecs = (np.concatenate([first[column], second[column]]) for column in (2, 3))
+    count = len(first[2])
+    pairs = np.array(low_b_pairs(bvals, bvecs, np.arange(len(bvals)) >= count, bvals <= B0_THRESHOLD))
+    if not len(pairs):
+        raise InputError(
+            f"{files[0]} and {files[1]} have fewer than {ENOUGH} volumes of b up to {LOW_B:g} s/mm² with the same "
+            "gradients; leave --diffusion out"
+        )
+    weights = np.maximum(first[0][pairs[:, 0]][:, mask.numpy() > 0.5].mean(1), 0)
+    means = []
+    for (volumes, grid, *_), chosen in zip((first, second), (pairs[:, 0], pairs[:, 1] - count), strict=True):
+        mean = torch.from_numpy(np.tensordot(weights, volumes[chosen], 1).astype(np.float32)) / float(weights.sum())
+        means.append(mean if mask.grid.matches(grid) else pull(mean[None], grid, mask.grid, np.eye(4))[0])
+    return tuple(means)
+
+
+def _low_b(path: Path) -> tuple[np.ndarray, Grid, np.ndarray, np.ndarray]:
+    """The volumes (n, i, j, k) of a series that `low_b_pairs` may choose, their grid, b-values and b-vectors."""
+    data, grid = read_series(path)
+    bval, bvec = (path.with_name(_stem(path) + ending) for ending in (".bval", ".bvec"))
+    bvals, bvecs = read_gradients(bval, bvec, grid, len(data), B0_THRESHOLD)
+    low = bvals <= LOW_B
+    return data[low], grid, bvals[low], bvecs[low]
 
 
 def _stem(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -248,10 +247,12 @@ def _distortion(
     find = distortion_step(settings, folder)
     aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
     b0s = tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
-    correct: Callable[..., Distortion] = lambda *images: find(  # noqa: E731
-        acquired.blips, images, acquired.dwi.grid, motions[0].mask, settings
-    )
-    return with_cpu_fallback(correct, device, b0s)
+    means, grid, mask = distortion.mean_diffusion(acquired.dwi, motions), acquired.dwi.grid, motions[0].mask
+
+    def correct(*images: torch.Tensor) -> Distortion:
+        return find(acquired.blips, images[:2], grid, mask, settings, diffusion=images[2:])
+
+    return with_cpu_fallback(correct, device, (*b0s, *means))
 
 
 def _anatomy(

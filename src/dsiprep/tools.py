@@ -161,6 +161,8 @@ def _add_drbuddi(tools: Tools) -> None:
     tool.add_argument("--readout-time", type=float, metavar="S", help="total readout time; else from the sidecars")
     tool.add_argument("--mask", type=Path, metavar="FILE", help="brain in --up; else found in it")
     tool.add_argument("--structural", type=Path, metavar="FILE", help="T2w or T1w: lets the two fields differ")
+    tool.add_argument("--diffusion", action="store_true", help="compare volumes of low b, too: both files are "
+                      "series with .bval and .bvec, corrected for motion and eddy currents")  # fmt: skip
     tool.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
     tool.set_defaults(run=_drbuddi)
 
@@ -175,6 +177,7 @@ def _drbuddi(options: argparse.Namespace) -> int:
         readout_time=options.readout_time,
         mask=options.mask,
         structural=options.structural,
+        diffusion=options.diffusion,
         device=options.device,
     )
     write_pair(result, options.out)

@@ -159,6 +159,8 @@ class Distortion:
         b=0 of each blip before and after, on the dwiref's grid.
     trace : list of dict
         One row per iteration: level, cost, step.
+    diffusion : bool
+        Whether diffusion-weighted images of both blips were compared beside those of b=0.
     """
 
     poses: np.ndarray
@@ -170,6 +172,7 @@ class Distortion:
     trace: list[dict[str, float]]
     method: str
     notes: tuple[str, ...] = ()
+    diffusion: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,6 +101,7 @@ def correct_distortion(
     mask: Volume,
     settings: DistortionSettings,
     *,
+    diffusion: tuple[torch.Tensor, ...] = (),
     folder: Path | None = None,
 ) -> Distortion:
     """As `dsiprep.stages.distortion.correct_distortion`, by DRBUDDI_cuda for images on a GPU, else by DRBUDDI.
@@ -109,8 +110,8 @@ def correct_distortion(
 
     Parameters
     ----------
-    blips, b0s, grid, mask, settings
-        As there.
+    blips, b0s, grid, mask, settings, diffusion
+        As there; DRBUDDI is given the b=0 images alone.
     folder : Path, optional
         Of the work directory: for large files, and for the logs.
 
@@ -130,7 +131,7 @@ def correct_distortion(
     times = [blip.pe.readout_time or 1.0 for blip in blips if blip.pe]
     if abs(times[0] - times[1]) > SAME_READOUT * max(times):
         notes = ["The native stage stepped in: DRBUDDI takes the readout times of both blips for equal; they differ."]
-        return _natively(blips, b0s, grid, mask, settings, notes)
+        return _natively(blips, b0s, grid, mask, settings, diffusion, notes)
     means = tuple(distortion.finite_mean(b).cpu() for b in b0s)
     for name in (ON_GPU, ON_CPU) if on_gpu(b0s) else (ON_CPU,):
         path = programs.find(name, VARIABLE)
@@ -148,7 +149,7 @@ def correct_distortion(
             continue
         notes.append(f"Distortion was estimated by {name} of {version()}.")
         return _result(blips, means, grid, mask, found, notes)
-    return _natively(blips, b0s, grid, mask, settings, [*notes, "The native stage stepped in."])
+    return _natively(blips, b0s, grid, mask, settings, diffusion, [*notes, "The native stage stepped in."])
 
 
 def on_gpu(images: tuple[torch.Tensor, ...]) -> bool:
@@ -162,9 +163,10 @@ def _natively(
     grid: Grid,
     mask: Volume,
     settings: DistortionSettings,
+    diffusion: tuple[torch.Tensor, ...],
     notes: list[str],
 ) -> Distortion:
-    result = distortion.correct_distortion(blips, b0s, grid, mask, settings)
+    result = distortion.correct_distortion(blips, b0s, grid, mask, settings, diffusion=diffusion)
     return replace(result, notes=(*notes, *result.notes))
 
 

@@ -184,6 +184,8 @@ class Normal:
         mm.
     stiffness : (float, float)
         Weights of the squared gradient and of the squared Laplacian.
+    diagonal : Tensor, (a, b, y), or None
+        Further weight of the field itself.
     """
 
     level: torch.Tensor
@@ -194,11 +196,14 @@ class Normal:
     pose: torch.Tensor
     spacing: np.ndarray
     stiffness: tuple[float, torch.Tensor]
+    diagonal: torch.Tensor | None = None
 
     def apply(self, field: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The matrix times a vector."""
         flat = self.coupling.flatten(1)
         out = self._apply_loops(field) if field.device.type == "cpu" else self._apply_tensors(field)
+        if self.diagonal is not None:
+            out.addcmul_(self.diagonal, field)
         out += (pose @ flat).reshape(field.shape)
         return out, flat @ field.reshape(-1) + self.pose @ pose
 
@@ -263,6 +268,8 @@ def smooth_inverse(normal: Normal, inner: torch.Tensor) -> Callable[[torch.Tenso
     ]
     total = mu[0][:, None, None] + mu[1][:, None] + mu[2]
     mean_level = float((normal.weight * normal.level**2)[inner].mean())
+    if normal.diagonal is not None:
+        mean_level += float(normal.diagonal[inner].mean())
     mean_tilt = float((normal.weight * normal.tilt**2)[inner].mean())
     sine = torch.sin(torch.pi * torch.arange(shape[2], device=total.device) / shape[2]) ** 2
     diagonal = (

@@ -8,7 +8,9 @@ the phase-encoding axis last, (a, b, y).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import torch
@@ -19,7 +21,19 @@ from dsiprep.ops.blip import Normal, along, barrier, laplacian, sample_lines, sa
 from dsiprep.ops.filter import gaussian
 from dsiprep.ops.sample import spline_coefficients
 
-__all__ = ["Comparison", "Pair", "State", "change", "compare", "cost", "equations", "make_pair", "moved", "outlier"]
+__all__ = [
+    "Comparison",
+    "Contrast",
+    "Pair",
+    "State",
+    "change",
+    "compare",
+    "cost",
+    "equations",
+    "make_pair",
+    "moved",
+    "outliers",
+]
 
 WEAK = 0.02  # weight of the squared gradient of the field in mm, per mm³
 STIFF = 200.0  # of its squared Laplacian, per mm³, in mm²
@@ -28,6 +42,24 @@ BARRIER = 0.5  # weight of the barrier against folding
 OUTLIER = 3.0  # residuals beyond this many standard deviations count less and less
 MISFIT = 0.02  # images never agree better than this share of the brain's intensity
 NOISE_WINDOW = 1.5  # voxels
+UNSEEN = 2**0.5  # by how much further contrasts disagree more than by noise: they are means of volumes that moved
+
+Images = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """Another image of both blips on the grid of their b=0 images, distorted and scaled as those are.
+
+    Attributes
+    ----------
+    lines, solid, noise
+        As in `Pair`.
+    """
+
+    lines: torch.Tensor
+    solid: torch.Tensor
+    noise: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +82,8 @@ class Pair:
         Point that the head turns about, world RAS+ mm.
     noise : float
         Standard deviation of the difference of both images where they fit.
+    contrasts : tuple of Contrast
+        What is compared beside the b=0 images.
     """
 
     lines: torch.Tensor
@@ -59,6 +93,7 @@ class Pair:
     scales: tuple[float, float]
     centre: np.ndarray
     noise: float
+    contrasts: tuple[Contrast, ...] = ()
 
     @property
     def steepness(self) -> float:
@@ -109,6 +144,8 @@ class Comparison:
         1 where both points are within the grid.
     residual : Tensor, (a, b, y)
         Modulated blip 0 less modulated blip 1, gain applied.
+    contrasts : tuple of Comparison
+        The same of each further contrast.
     """
 
     values: tuple[torch.Tensor, torch.Tensor]
@@ -117,24 +154,34 @@ class Comparison:
     gradient: torch.Tensor
     inside: torch.Tensor
     residual: torch.Tensor
+    contrasts: tuple[Comparison, ...] = ()
 
 
 def make_pair(
-    images: tuple[torch.Tensor, torch.Tensor],
+    images: Images,
     inner: torch.Tensor,
     grid: Grid,
     scales: tuple[float, float],
     centre: np.ndarray,
+    contrasts: Sequence[Images] = (),
 ) -> Pair:
-    """A `Pair` of images (a, b, y); `inner` (a, b, y) may be empty, and then stands for everything."""
+    """A `Pair` of images (a, b, y); `inner` (a, b, y) may be empty, and then stands for everything.
+
+    `contrasts` are further images of blip 0 and blip 1, in the same units.
+    """
+    inner = inner if bool(inner.any()) else torch.ones_like(inner)
+    more = tuple(Contrast(*_coefficients(both), UNSEEN * _noise(both, inner)) for both in contrasts)
+    return Pair(*_coefficients(images), inner, grid, scales, centre, _noise(images, inner), more)
+
+
+def _coefficients(images: Images) -> Images:
+    """Splines along lines of blip 0, and along all axes of blip 1."""
     a, b, y = images[0].shape
     lines = spline_coefficients(images[0].reshape(-1, 1, 1, y)).reshape(a, b, y)
-    solid = spline_coefficients(images[1][None])[0]
-    inner = inner if bool(inner.any()) else torch.ones_like(inner)
-    return Pair(lines, solid, inner, grid, scales, centre, _noise(images, inner))
+    return lines, spline_coefficients(images[1][None])[0]
 
 
-def _noise(images: tuple[torch.Tensor, torch.Tensor], inner: torch.Tensor) -> float:
+def _noise(images: Images, inner: torch.Tensor) -> float:
     """Standard deviation of the difference of both images where nothing but noise tells them apart.
 
     Differences along all three axes at once leave little of the anatomy, and the smoothest tenth of the brain less.
@@ -156,24 +203,37 @@ def compare(pair: Pair, state: State) -> Comparison:
     """Both images at the points of the undistorted head, and how they differ."""
     affine, h = pair.grid.affine, float(pair.grid.voxel_sizes[2])
     u0, u1 = state.displacements(pair.scales)
-    v0, slope, in0 = sample_lines(pair.lines, u0 / h)
     matrix = np.linalg.inv(affine) @ state.pose @ affine
-    v1, gradient, in1 = sample_solid(pair.solid, matrix, u1 / h)
     j0 = 1 + along(u0, 2) / h
     # det(R + s e grad(f)') = 1 + s grad(f)' R' e
     turned = np.linalg.inv(affine[:3, :3]) @ state.pose[:3, :3].T @ pair.grid.directions[:, 2]
     j1 = torch.ones_like(j0)
     for axis in range(3):
         j1 += float(turned[axis]) * along(u1, axis)
-    residual = v0 * j0 - float(np.exp(state.gain)) * v1 * j1
-    return Comparison((v0, v1), (j0, j1), slope, gradient, in0 * in1, residual)
+
+    def read(images: Pair | Contrast) -> Comparison:
+        v0, slope, in0 = sample_lines(images.lines, u0 / h)
+        v1, gradient, in1 = sample_solid(images.solid, matrix, u1 / h)
+        residual = v0 * j0 - float(np.exp(state.gain)) * v1 * j1
+        return Comparison((v0, v1), (j0, j1), slope, gradient, in0 * in1, residual)
+
+    return replace(read(pair), contrasts=tuple(read(contrast) for contrast in pair.contrasts))
 
 
-def outlier(pair: Pair, compared: Comparison) -> float:
-    """Where residuals begin to count less: further out while the images are still apart."""
-    inside = compared.residual[pair.inner & (compared.inside > 0)]
+def outliers(pair: Pair, compared: Comparison) -> tuple[float, ...]:
+    """Where residuals of b=0 and of each contrast begin to count less: further out while images are still apart."""
+    return tuple(_outlier(pair.inner, part, noise) for part, noise in _parts(pair, compared))
+
+
+def _outlier(inner: torch.Tensor, compared: Comparison, noise: float) -> float:
+    inside = compared.residual[inner & (compared.inside > 0)]
     spread = float(1.4826 * inside.abs().median()) if inside.numel() else 0.0
-    return OUTLIER * max(spread, pair.noise)
+    return OUTLIER * max(spread, noise)
+
+
+def _parts(pair: Pair, compared: Comparison) -> list[tuple[Comparison, float]]:
+    """What is compared, and its noise: b=0, then each contrast."""
+    return list(zip((compared, *compared.contrasts), (pair.noise, *(c.noise for c in pair.contrasts)), strict=True))
 
 
 def _stiffness(pair: Pair) -> tuple[float, float]:
@@ -181,18 +241,20 @@ def _stiffness(pair: Pair) -> tuple[float, float]:
     return WEAK * volume, STIFF * volume
 
 
-def cost(pair: Pair, state: State, compared: Comparison, limit: float) -> float:
+def cost(pair: Pair, state: State, compared: Comparison, limits: tuple[float, ...]) -> float:
     """What is minimised: misfit, roughness of the field and barrier; infinite where the field folds.
 
-    The misfit is Cauchy's, limit²/2 log(1 + r²/limit²) in units of the noise; the roughness is squared up to `KINK` and
-    proportional beyond.
+    The misfit is Cauchy's, limit²/2 log(1 + r²/limit²) in units of the noise, limits as from `outliers`; the roughness
+    is squared up to `KINK` and proportional beyond.
     """
     wall = barrier(state.field, pair.steepness)[0]
     shared = state.shared is not None  # the barrier does not know of it
     if not bool(torch.isfinite(wall)) or not all(bool((j > 0).all()) for j in compared.jacobians[0 if shared else 1 :]):
         return float("inf")
-    z = compared.residual / limit
-    misfit = 0.5 * (limit / pair.noise) ** 2 * (compared.inside * torch.log1p(z * z)).sum()
+    misfit = sum(
+        0.5 * (limit / noise) ** 2 * (part.inside * torch.log1p((part.residual / limit) ** 2)).sum()
+        for (part, noise), limit in zip(_parts(pair, compared), limits, strict=True)
+    )
     weak, stiff = _stiffness(pair)
     bend = laplacian(state.field, pair.grid.voxel_sizes)
     rough = stiff * KINK**2 * (torch.sqrt(1 + (bend / KINK) ** 2) - 1).sum()
@@ -200,36 +262,82 @@ def cost(pair: Pair, state: State, compared: Comparison, limit: float) -> float:
 
 
 def equations(
-    pair: Pair, state: State, compared: Comparison, limit: float
+    pair: Pair, state: State, compared: Comparison, limits: tuple[float, ...]
 ) -> tuple[Normal, tuple[torch.Tensor, torch.Tensor]]:
     """Gauss-Newton equations of the next step: the matrix, and minus the gradient of `cost`.
 
     Pose parameters are a rotation vector (radians, about the moved centre), two translations across the
     phase-encoding axis (mm) and the logarithm of the gain, (6,).
     """
+    parts = zip(_parts(pair, compared), limits, strict=True)
+    terms = _together([_terms(pair, state, part, noise, limit) for (part, noise), limit in parts])
+    force, pose = terms.force, terms.pose
+    pose += torch.diag(torch.tensor([100.0, 100.0, 100.0, 0.01, 0.01, 1.0], device=pose.device))
+    _, slope, curvature = barrier(state.field, pair.steepness)
+    sizes, (weak, stiff) = pair.grid.voxel_sizes, _stiffness(pair)
+    bend = laplacian(state.field, sizes)
+    bent = stiff / torch.sqrt(1 + (bend / KINK) ** 2)
+    data = (terms.level, terms.tilt, terms.weight)
+    normal = Normal(*data, BARRIER * curvature, terms.coupling, pose, sizes, (weak, bent), terms.diagonal)
+    force += laplacian(bent * bend - weak * state.field, sizes)
+    force[..., 1:] += BARRIER * slope
+    force[..., :-1] -= BARRIER * slope
+    return normal, (-force, -terms.push)
+
+
+@dataclass(frozen=True, eq=False)
+class _Terms:
+    """What residuals add to `equations`: to the matrix as in `Normal`, and to the gradients by field and pose."""
+
+    level: torch.Tensor
+    tilt: torch.Tensor
+    weight: torch.Tensor
+    coupling: torch.Tensor
+    pose: torch.Tensor
+    force: torch.Tensor
+    push: torch.Tensor
+    diagonal: torch.Tensor | None = None
+
+
+def _terms(pair: Pair, state: State, compared: Comparison, noise: float, limit: float) -> _Terms:
     h, (s0, s1), gain = float(pair.grid.voxel_sizes[2]), pair.scales, float(np.exp(state.gain))
     (v0, v1), (j0, j1) = compared.values, compared.jacobians
     level = s0 / h * compared.slope * j0 - gain * s1 / h * compared.gradient[2] * j1
     tilt = s0 / h * v0 - gain * s1 / h * v1
     z = compared.residual / limit
-    weight = compared.inside / (pair.noise**2 * (1 + z * z))
+    weight = compared.inside / (noise**2 * (1 + z * z))
     columns = _pose_columns(pair, state, compared)
     spread = weight * columns
     coupling = torch.stack([level * c + transposed_along(tilt * c) for c in spread])
     count = len(columns)
     pose = columns.reshape(count, -1) @ spread.reshape(count, -1).T
-    pose += torch.diag(torch.tensor([100.0, 100.0, 100.0, 0.01, 0.01, 1.0], device=weight.device))
-    _, slope, curvature = barrier(state.field, pair.steepness)
-    sizes, (weak, stiff) = pair.grid.voxel_sizes, _stiffness(pair)
-    bend = laplacian(state.field, sizes)
-    bent = stiff / torch.sqrt(1 + (bend / KINK) ** 2)
-    normal = Normal(level, tilt, weight, BARRIER * curvature, coupling, pose, sizes, (weak, bent))
     weighted = weight * compared.residual
     force = level * weighted + transposed_along(tilt * weighted)
-    force += laplacian(bent * bend - weak * state.field, sizes)
-    force[..., 1:] += BARRIER * slope
-    force[..., :-1] -= BARRIER * slope
-    return normal, (-force, -(columns.reshape(count, -1) @ weighted.reshape(-1)))
+    return _Terms(level, tilt, weight, coupling, pose, force, columns.reshape(count, -1) @ weighted.reshape(-1))
+
+
+def _together(terms: list[_Terms]) -> _Terms:
+    """All residuals as one, exactly: squares of level + tilt D add up to one such square and a diagonal."""
+    if len(terms) == 1:
+        return terms[0]
+    squares = _total(t.weight * t.level**2 for t in terms)
+    mixed = _total(t.weight * t.level * t.tilt for t in terms)
+    weight = _total(t.weight * t.tilt**2 for t in terms)
+    level = torch.where(weight > 1e-12, mixed / weight.clamp(min=1e-12), 0.0)
+    return _Terms(
+        level,
+        (weight > 1e-12).float(),
+        weight,
+        _total(t.coupling for t in terms),
+        _total(t.pose for t in terms),
+        _total(t.force for t in terms),
+        _total(t.push for t in terms),
+        (squares - weight * level**2).clamp(min=0),
+    )
+
+
+def _total(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.add, tensors)
 
 
 def _pose_columns(pair: Pair, state: State, compared: Comparison) -> torch.Tensor:

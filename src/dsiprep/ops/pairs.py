@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-__all__ = ["combine", "merged_gradients", "same_gradients"]
+__all__ = ["combine", "low_b_pairs", "merged_gradients", "same_gradients"]
 
 SAME_B = 50.0  # s/mm², or 2 %, whichever is more
 SAME_DIRECTION = 1.5  # degrees; antipodes are the same
+LOW_B = 1300.0  # s/mm²: above, too much of a magnitude image is noise, which no Jacobian scales
+ENOUGH, AT_MOST = 12, 32  # pairs
 
 
 def same_gradients(bvals: np.ndarray, bvecs: np.ndarray, group: np.ndarray, is_b0: np.ndarray) -> list[tuple[int, ...]]:
@@ -48,6 +50,29 @@ def same_gradients(bvals: np.ndarray, bvecs: np.ndarray, group: np.ndarray, is_b
         left[together] = False
         found.append(tuple(together))
     return found
+
+
+def low_b_pairs(bvals: np.ndarray, bvecs: np.ndarray, group: np.ndarray, is_b0: np.ndarray) -> list[tuple[int, int]]:
+    """Diffusion-weighted volumes of low b that groups 0 and 1 have in common.
+
+    Parameters
+    ----------
+    bvals, bvecs, group, is_b0
+        As of `same_gradients`.
+
+    Returns
+    -------
+    list of (int, int)
+        A volume of group 0 and its partner of group 1, from the lowest b, not above `LOW_B`; at most `AT_MOST`, and
+        none where there are fewer than `ENOUGH`: the mean of a few depends on how the head lay to their gradients.
+    """
+    found = [
+        (pair[0], pair[1]) if group[pair[0]] == 0 else (pair[1], pair[0])
+        for pair in same_gradients(bvals, bvecs, group, is_b0)
+        if len(pair) == 2 and not is_b0[pair[0]] and max(bvals[list(pair)]) <= LOW_B
+    ]
+    found.sort(key=lambda pair: float(bvals[pair[0]]))
+    return found[:AT_MOST] if len(found) >= ENOUGH else []
 
 
 def merged_gradients(

@@ -209,6 +209,7 @@ def _diffusion(results: UnitResults) -> list[str]:
         *(_named(motion.METHODS, "eddy") if any(moved.eddy is not None for moved in results.motions) else []),
         *(_named(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
         *(_named(CORRECTIONS, corrected.method) if corrected else [results.distortion_reason]),
+        *(_named(CORRECTIONS, "diffusion") if corrected and corrected.diffusion else []),
         *_named(coregister.METHODS, registered),
         *_named(resample.METHODS, "resample"),
         *_named(resample.METHODS, biascorrect),

@@ -13,19 +13,22 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Blip, Distortion
+from dsiprep.data.results import Blip, Distortion, Motion
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.ops.blip import conjugate_gradients, equal_mass_field, sample_lines
-from dsiprep.ops.blip_pair import Pair, State, change, compare, cost, equations, make_pair, moved, outlier
+from dsiprep.ops.blip_pair import Images, Pair, State, change, compare, cost, equations, make_pair, moved, outliers
 from dsiprep.ops.filter import gaussian, resized
 from dsiprep.ops.linear import register_linear
+from dsiprep.ops.pairs import low_b_pairs
 from dsiprep.ops.sample import pull, spline_coefficients
 from dsiprep.ops.shared import shared_displacement
+from dsiprep.ops.warp import warp_volume
 from dsiprep.settings import DistortionSettings
 
-VERSION = 2
+VERSION = 3
 
 METHODS = {
     "drbuddi": (
@@ -37,7 +40,11 @@ METHODS = {
         "robust squared difference with penalties on the field's gradient and Laplacian, and a barrier "
         "against folding, "
         "was minimised from coarse to fine by Gauss-Newton steps."
-    )
+    ),
+    "diffusion": (
+        "Beside the b=0 images, the mean diffusion-weighted images of both phase encodings were compared in the same "
+        "way: volumes of low b-value that both have with the same gradient, aligned to the b=0 images."
+    ),
 }
 """Irfanoglu 2015: doi 10.1016/j.neuroimage.2014.11.042. Andersson 2003: doi 10.1016/S1053-8119(03)00336-7. Chang and
 Fitzpatrick 1992: doi 10.1109/42.158935."""
@@ -55,6 +62,7 @@ def correct_distortion(
     mask: Volume,
     settings: DistortionSettings,
     structural: Volume | None = None,
+    diffusion: tuple[torch.Tensor, ...] = (),
 ) -> Distortion:
     """Displacement field and pose from b=0 images of two opposite phase encodings.
 
@@ -73,6 +81,9 @@ def correct_distortion(
         Undistorted T2w or T1w of the same head, anywhere near it: it is aligned rigidly. With it both displacements get
         a smooth part that they share, which the pair alone cannot tell; they are no exact opposites then, and
         `fieldmap_hz` is half their difference.
+    diffusion : two Tensor, (i, j, k), optional
+        From `mean_diffusion`, each aligned to the b=0 images of its blip, in their intensities. They have another
+        contrast and less noise than a few b=0 images; what they tell is weighted by how alike they are.
 
     Returns
     -------
@@ -101,9 +112,8 @@ def correct_distortion(
     last = Grid((i, j, k), grid.affine[:, [*order, 3]])
     inner = (mask.data.to(before[0].device) > 0.5).permute(order).contiguous()
     units = [_brightness(b, mask) for b in before]
-    pairs = _pyramid(
-        [b.permute(order).contiguous() / u for b, u in zip(before, units, strict=True)], last, inner, scales
-    )
+    shown = [before, diffusion] if _has_signal(diffusion, grid, mask) else [before]
+    pairs = _pyramid([_in_units(both, units, mask, order) for both in shown], last, inner, scales)
     state, trace, notes = _estimate(pairs)
     if structural is not None:
         state, rows, told = _with_structural(pairs[-1], state, structural)
@@ -132,7 +142,54 @@ def correct_distortion(
         trace=trace,
         method="drbuddi",
         notes=notes,
+        diffusion=len(shown) > 1,
     )
+
+
+def mean_diffusion(dwi: DWI, motions: tuple[Motion, ...]) -> tuple[torch.Tensor, ...]:
+    """The mean diffusion-weighted image of either blip of a series, aligned to its b=0 reference.
+
+    Parameters
+    ----------
+    dwi : DWI
+        As acquired.
+    motions : tuple of Motion
+        Of each blip that has volumes in `dwi`, in the order of blips.
+
+    Returns
+    -------
+    two Tensor, (i, j, k), or none
+        Of the volumes that `low_b_pairs` chooses, bright ones with more weight: the less diffusion has taken, the less
+        of what remains is noise. Empty where it chooses none, and where eddy currents were not looked for: they move
+        volumes of opposite phase encoding apart, as the field does.
+    """
+    wanted = len(motions) == 2 and all(moved.eddy is not None for moved in motions)
+    pairs = low_b_pairs(dwi.bvals, dwi.bvecs, dwi.blip, dwi.is_b0) if wanted else []
+    inside, total = motions[0].mask.numpy() > 0.5, 0.0
+    means = tuple(torch.zeros(dwi.grid.shape) for _ in motions)
+    for pair in pairs:
+        seen = [_aligned(dwi, moved, v) for moved, v in zip(motions, pair, strict=True)]
+        weight = max(0.0, float(seen[0][inside].mean()))
+        total += weight
+        for mean, image in zip(means, seen, strict=True):
+            mean.add_(image, alpha=weight)
+    return tuple(mean / total for mean in means) if total > 0 else ()
+
+
+def _aligned(dwi: DWI, moved: Motion, volume: int) -> torch.Tensor:
+    """A volume (i, j, k) of the series on the b=0 reference of its blip."""
+    row = int(np.flatnonzero(moved.volumes == volume)[0])
+    eddy = None if moved.eddy is None else moved.eddy.take(np.array([row]))
+    image = torch.nan_to_num(moved.mended(row, dwi.data[volume].cpu()), posinf=0.0, neginf=0.0)
+    return warp_volume(image, dwi.grid, dwi.grid, moved.transforms[row], eddy=eddy)
+
+
+def _has_signal(diffusion: tuple[torch.Tensor, ...], grid: Grid, mask: Volume) -> bool:
+    """Whether there are diffusion-weighted images to compare."""
+    for image in diffusion:
+        if tuple(image.shape) != grid.shape:
+            raise InputError(f"a mean diffusion-weighted image is {tuple(image.shape)}; wanted {grid.shape}")
+    return len(diffusion) == 2 and all(float(d[mask.data.to(d.device) > 0.5].median()) > 0 for d in diffusion)
 
 
 def checked_pair(
@@ -175,6 +232,14 @@ def _brightness(image: torch.Tensor, mask: Volume) -> float:
     return median if median > 0 else float(image.abs().max())
 
 
+def _in_units(both: tuple[torch.Tensor, ...], units: list[float], mask: Volume, order: list[int]) -> Images:
+    """Images of both blips with their axes in `order`, the brain of the first about 1, brighter or darker in the second
+    as the b=0 images are that have the brightness `units`."""
+    level = _brightness(both[0], mask) / units[0]
+    first, second = (b.permute(order).contiguous() / (u * level) for b, u in zip(both, units, strict=True))
+    return first, second
+
+
 def finite_mean(volumes: torch.Tensor) -> torch.Tensor:
     """Mean of volumes (m, i, j, k), what is not finite counted as zero."""
     return torch.nan_to_num(volumes.float(), posinf=0.0, neginf=0.0).mean(0)
@@ -188,17 +253,18 @@ def _scales(encodings: tuple[PhaseEncoding, PhaseEncoding]) -> tuple[tuple[float
     return (first, second), (None if encodings[0].readout_time is None else mean)
 
 
-def _pyramid(images: list[torch.Tensor], grid: Grid, inner: torch.Tensor, scales: tuple[float, float]) -> list[Pair]:
-    """The pair from coarse to fine."""
+def _pyramid(images: list[Images], grid: Grid, inner: torch.Tensor, scales: tuple[float, float]) -> list[Pair]:
+    """The pair from coarse to fine: of b=0 images, and of what else there is of both blips."""
     finest = float(np.prod(grid.voxel_sizes) ** (1 / 3))
     steps = max(0, round(float(np.log2(COARSEST / finest))))
     centre = grid.to_world(np.argwhere(inner.cpu().numpy()).mean(0))
     pairs = []
     for spacing in np.geomspace(COARSEST, finest, steps + 1)[:-1]:
         coarse = grid.at_spacing(tuple(np.maximum(grid.voxel_sizes, float(spacing))))
-        reduced = [_reduced(v, grid, coarse) for v in (*images, inner.float())]
-        pairs.append(make_pair((reduced[0], reduced[1]), reduced[2] > 0.5, coarse, scales, centre))
-    return [*pairs, make_pair((images[0], images[1]), inner, grid, scales, centre)]
+        reduced = [(_reduced(a, grid, coarse), _reduced(b, grid, coarse)) for a, b in images]
+        brain = _reduced(inner.float(), grid, coarse) > 0.5
+        pairs.append(make_pair(reduced[0], brain, coarse, scales, centre, reduced[1:]))
+    return [*pairs, make_pair(images[0], inner, grid, scales, centre, images[1:])]
 
 
 def _reduced(image: torch.Tensor, grid: Grid, coarse: Grid) -> torch.Tensor:
@@ -231,7 +297,7 @@ def _with_structural(pair: Pair, state: State, structural: Volume) -> tuple[Stat
     lines = spline_coefficients(state.field.reshape(-1, 1, 1, shared.shape[2])).reshape(shared.shape)
     carried, _, inside = sample_lines(lines, shared / float(pair.grid.voxel_sizes[2]))
     moved = replace(state, field=torch.where(inside > 0, carried, state.field), shared=shared)
-    if not np.isfinite(cost(pair, moved, compare(pair, moved), 1.0)):
+    if _folded(pair, moved):
         return state, [], "the structural image was left aside: with what it told, the image would have folded"
     size = shared[pair.inner].abs()
     told = (
@@ -254,15 +320,20 @@ def _start(pair: Pair) -> State:
     ratio = first[pair.inner].mean() / second[pair.inner].mean().clamp(min=1e-6)
     gain = float(np.log(float(ratio.clamp(0.05, 20))))
     candidates = [_unfolded(pair, State(f, np.eye(4), gain)) for f in (nothing.field, field)]
-    limit = outlier(pair, compared)
-    return min(candidates, key=lambda s: cost(pair, s, compare(pair, s), limit))
+    limits = outliers(pair, compared)
+    return min(candidates, key=lambda s: cost(pair, s, compare(pair, s), limits))
 
 
 def _unfolded(pair: Pair, state: State) -> State:
     """The state, its field made smaller until nothing folds."""
-    while not np.isfinite(cost(pair, state, compare(pair, state), 1.0)):
+    while _folded(pair, state):
         state = replace(state, field=0.9 * state.field)
     return state
+
+
+def _folded(pair: Pair, state: State) -> bool:
+    compared = compare(pair, state)
+    return not np.isfinite(cost(pair, state, compared, outliers(pair, compared)))
 
 
 def _descend(pair: Pair, state: State) -> tuple[list[dict[str, float]], State, bool]:
@@ -270,14 +341,14 @@ def _descend(pair: Pair, state: State) -> tuple[list[dict[str, float]], State, b
     rows: list[dict[str, float]] = []
     compared = compare(pair, state)
     for iteration in range(STEPS):
-        limit = outlier(pair, compared)
-        now = cost(pair, state, compared, limit)
-        normal, right = equations(pair, state, compared, limit)
+        limits = outliers(pair, compared)
+        now = cost(pair, state, compared, limits)
+        normal, right = equations(pair, state, compared, limits)
         field, pose, inner = conjugate_gradients(normal, right, pair.inner)
         share, parameters = 1.0, pose.double().cpu().numpy()
         trial = moved(pair, state, field, parameters)
         compared = compare(pair, trial)
-        while not (after := cost(pair, trial, compared, limit)) < now:
+        while not (after := cost(pair, trial, compared, limits)) < now:
             share /= 2
             if share < 0.02:
                 return rows, state, True
@@ -286,7 +357,7 @@ def _descend(pair: Pair, state: State) -> tuple[list[dict[str, float]], State, b
         distance = change(pair, state, trial)
         state = trial
         row = {"iteration": iteration, "cost": after, "step": share, "inner": inner, "change_mm": distance}
-        rows.append({**row, "outlier": limit, "gain": float(np.exp(state.gain))})
+        rows.append({**row, "outlier": limits[0], "gain": float(np.exp(state.gain))})
         if distance < SETTLED:
             return rows, state, True
     return rows, state, False
