@@ -253,11 +253,11 @@ def mask_row(case: Case, contrast: str) -> dict[str, float]:
     return row
 
 
-def tissue_row(case: Case) -> dict[str, float]:
+def tissue_row(case: Case, contrast: str) -> dict[str, float]:
     """Dice of the tissues that the whole anatomical stage finds, compared on its own grid."""
     start = time.process_time()
-    settings = replace(AnatomySettings(), finest_mm=2.0)
-    found = process_anatomy((case.image,), None, None, load_template(PACKAGED), settings)
+    settings = replace(AnatomySettings(), finest_mm=2.0, modality=contrast)
+    found = process_anatomy((case.image,), None, None, load_template(PACKAGED, contrast), settings)
     seconds = time.process_time() - start
     grid, pose = found.mask.grid, found.anat_to_acpc.matrix
     shares = np.stack([case.tissue == value for value in range(4)]).astype(np.float32)
@@ -265,6 +265,28 @@ def tissue_row(case: Case) -> dict[str, float]:
     best = np.where(found.mask.numpy() > 0.5, 1 + found.tissue.argmax(0).numpy(), 0)
     row = {name: dice(best == value, truth == value) for value, name in enumerate(("CSF", "GM", "WM"), 1)}
     return {**row, "CPU s": seconds}
+
+
+def doubt_row(case: Case, contrast: str) -> dict[str, float]:
+    """Whether a mask is doubted (1 or 0) that is found, and others with errors as masks have them."""
+    settings = replace(AnatomySettings(), modality=contrast, normalize=False)
+    found = {"T1w": brain_mask_t1w, "T2w": brain_mask_t2w}[contrast](case.image).numpy() > 0.5
+    outside = ndimage.distance_transform_edt(~found, sampling=case.image.grid.voxel_sizes)
+    inside = ndimage.distance_transform_edt(found, sampling=case.image.grid.voxel_sizes)
+    height = np.argwhere(found)[:, 2]
+    lower = np.arange(found.shape[2]) < np.percentile(height, 80)
+    masks = {
+        "found": found,
+        "4 mm too large": outside <= 4,
+        "4 mm too small": inside > 4,
+        "top fifth lost": found & lower,
+    }
+    row = {}
+    for name, mask in masks.items():
+        given = Volume(torch.from_numpy(mask.astype(np.float32)), case.image.grid)
+        notes = process_anatomy((case.image,), None, None, load_template(PACKAGED, contrast), settings, given).notes
+        row[name] = float(any("agree only" in note for note in notes))
+    return row
 
 
 def report(rows: dict[str, list[dict[str, float]]]) -> None:
@@ -283,17 +305,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n", maxsplit=1)[0])
     parser.add_argument("labels", type=Path, help="folder of head_NN.nii.gz")
     parser.add_argument("--heads", type=int, nargs="+", default=list(range(1, 11)))
-    parser.add_argument("--contrasts", nargs="+", choices=CONTRASTS, default=list(CONTRASTS))
-    parser.add_argument("--tissue", action="store_true", help="tissues of the T1w images instead of masks")
+    parser.add_argument("--contrasts", nargs="+", choices=CONTRASTS, default=list(CONTRASTS), help="b0 has masks alone")
+    parser.add_argument("--tissue", action="store_true", help="tissues (of T1w, or --contrasts T2w) instead of masks")
+    parser.add_argument("--doubts", action="store_true", help="which masks, right and wrong, the stage doubts")
     parser.add_argument("--threads", type=int, default=2)
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     rows: dict[str, list[dict[str, float]]] = {}
+    measure = tissue_row if chosen.tissue else doubt_row if chosen.doubts else mask_row
     for number in chosen.heads:
         head = read_head(chosen.labels / f"head_{number:02d}.nii.gz")
-        for contrast in ("T1w",) if chosen.tissue else chosen.contrasts:
+        for contrast in chosen.contrasts:
             case = make_case(head, number, contrast)
-            row = tissue_row(case) if chosen.tissue else mask_row(case, contrast)
+            row = measure(case, contrast)
             rows.setdefault(contrast, []).append(row)
             print(number, contrast, case.words, {k: round(v, 3) for k, v in row.items()}, flush=True)
     report(rows)

@@ -58,6 +58,16 @@ def test_tissue_with_a_displaced_atlas(brain):
     assert csf > 0.75 and gm > 0.85 and wm > 0.88
 
 
+def test_tissue_of_a_t2w(brain):
+    """Fluid shines into cortex: without a Gaussian for voxels of both, cortex is sought there and lost to WM."""
+    _, mask, truth, priors = brain
+    clean = ndimage.gaussian_filter(np.where(mask.numpy() > 0.5, np.array([220.0, 100.0, 75.0])[truth], 0), 0.6)
+    noise = np.random.default_rng(2).normal(0, 6, clean.shape)
+    image = Volume(torch.from_numpy((clean + noise).astype(np.float32)), mask.grid)
+    csf, gm, wm = _scores(segment_tissue(image, mask, torch.roll(priors, (2, -1), (1, 2))), mask, truth)
+    assert csf > 0.65 and gm > 0.87 and wm > 0.84
+
+
 def test_deep_grey_matter_brighter_than_cortex(brain):
     """Halfway to white matter, brightness alone cannot tell; half of it is found because the atlas expects it."""
     image, mask, truth, priors = brain

@@ -1,4 +1,4 @@
-"""CSF, grey and white matter in a T1w: a Gaussian mixture with an atlas prior and smooth neighbourhoods."""
+"""CSF, grey and white matter in a T1w or T2w: a Gaussian mixture with an atlas prior and smooth neighbourhoods."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from dsiprep.data.grid import Volume
 __all__ = ["segment_tissue"]
 
 SMOOTHNESS = 0.4  # weight of a neighbour at 1 mm; more of it swallows sulci
-TISSUE_OF = (0, 1, 2, 1)  # CSF, GM, WM, and deep grey matter
+# CSF, GM and WM of each Gaussian: the three, deep grey matter, and voxels of both CSF and cortex
+TISSUES_OF = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0], [0.5, 0.5, 0]], np.float32)
 DEEP_LEVEL = 0.5  # of the way from cortex to WM: how bright thalamus, putamen, caudate and pallidum are on average
 DEEP_MM, DEEP_RAMP_MM = 22.0, 4.0  # from the brain's surface to where grey matter may be deep; width of the change
 DEEP_SHARE = 0.8  # of the grey matter there
+MIXED_SHARE, MIXED_VARIANCE = 0.25, 0.25  # of CSF and cortex where both may be; of the squared half distance of both
 TRUST = 0.5  # in how much of each tissue there seems to be, against the atlas; 1 lets WM creep into cortex
 PRIOR_FLOOR = 0.1  # least prior of each tissue: the atlas lies a few mm off, and must not draw the borders
 POOLED = 0.5  # share of the common variance in each (all of it without an atlas): a class of mixed voxels would widen
@@ -26,16 +28,18 @@ TOLERANCE = 2e-4
 
 
 def segment_tissue(volume: Volume, mask: Volume, priors: torch.Tensor | None = None) -> torch.Tensor:
-    """Probabilities of CSF, GM and WM in a T1w without bias.
+    """Probabilities of CSF, GM and WM in a T1w or T2w without bias.
 
     Expectation-maximisation: one Gaussian per tissue, and with an atlas one more for deep grey matter, which is
     tied between cortex and WM lest it becomes one of them; each voxel is weighed by its six expected neighbours (mean
-    field) and the atlas prior. How much of each tissue there is, against the prior, is fitted too.
+    field) and the atlas prior. How much of each tissue there is, against the prior, is fitted too. Where CSF is the
+    brightest, as in a T2w, voxels of both CSF and cortex outshine cortex: they get a Gaussian halfway between both, and
+    the atlas alone says how much there is.
 
     Parameters
     ----------
     volume : Volume
-        T1w, bias-corrected.
+        T1w or T2w, bias-corrected.
     mask : Volume
         Brain (above 0.5).
     priors : Tensor, (3, i, j, k), optional
@@ -55,13 +59,14 @@ def segment_tissue(volume: Volume, mask: Volume, priors: torch.Tensor | None = N
     if inside.sum() >= 3:
         box = _box(inside)
         image = np.nan_to_num(volume.numpy()[box].astype(np.float32))
-        prior = None if priors is None else priors.detach().cpu().numpy()[(slice(None), *box)]
-        sizes = volume.grid.voxel_sizes
-        found = _expectation_maximisation(image, inside[box], _prepared(prior, inside[box], sizes), sizes)
-        merged = np.zeros((3, *image.shape), np.float32)
-        for number in range(found.shape[-1]):
-            merged[TISSUE_OF[number]] += found[..., number]
-        result[(slice(None), *box)] = merged
+        sizes, prepared = volume.grid.voxel_sizes, None
+        if priors is not None:
+            prior = np.moveaxis(np.clip(priors.detach().cpu().numpy()[(slice(None), *box)], 0, 1), 0, -1)
+            prepared = _prepared(prior.astype(np.float32), inside[box], sizes)
+            if _bright_fluid(image, prior * inside[box][..., None]):
+                prepared = _with_mixed(prepared)
+        found = _expectation_maximisation(image, inside[box], prepared, sizes)
+        result[(slice(None), *box)] = np.moveaxis(found @ TISSUES_OF[: found.shape[-1]], -1, 0)
     return torch.from_numpy(result).to(volume.data.device)
 
 
@@ -70,11 +75,25 @@ def _box(inside: np.ndarray) -> tuple[slice, ...]:
     return tuple(slice(int(w[0]), int(w[-1]) + 1) for w in where)
 
 
-def _prepared(prior: np.ndarray | None, inside: np.ndarray, sizes: np.ndarray) -> np.ndarray | None:
-    """Priors of all Gaussians, (i, j, k, 4), that sum to one and never forbid; outside the atlas's tissue is CSF."""
-    if prior is None:
-        return None
-    made = np.moveaxis(np.clip(prior, 0, 1), 0, -1).astype(np.float32)
+def _bright_fluid(image: np.ndarray, prior: np.ndarray) -> bool:
+    """Whether CSF is brighter than WM where the atlas (i, j, k, 3) has them."""
+    fluid, _, white = np.tensordot(image, prior, 3) / np.maximum(prior.sum((0, 1, 2)), 1e-6)
+    return bool(fluid > white)
+
+
+def _with_mixed(prior: np.ndarray) -> np.ndarray:
+    """Priors (i, j, k, 5): voxels of both CSF and cortex take from each, most where both are likely."""
+    made = prior.copy()
+    mixed = MIXED_SHARE * 2 * np.sqrt(made[..., 0] * made[..., 1])
+    mixed = np.minimum(mixed, 0.9 * (made[..., 0] + made[..., 1]))
+    for tissue in (0, 1):
+        made[..., tissue] -= np.minimum(mixed / 2, 0.95 * made[..., tissue])
+    made = np.concatenate([made, mixed[..., None]], axis=-1)
+    return np.asarray(made / made.sum(-1, keepdims=True), np.float32)
+
+
+def _prepared(made: np.ndarray, inside: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Priors of Gaussians, (i, j, k, 4), that sum to one and never forbid; outside the atlas's tissue is CSF."""
     made[..., 0] += np.clip(1 - made.sum(-1), 0, 1)
     made /= made.sum(-1, keepdims=True)
     made = (1 - 3 * PRIOR_FLOOR) * made + PRIOR_FLOOR
@@ -87,7 +106,7 @@ def _prepared(prior: np.ndarray | None, inside: np.ndarray, sizes: np.ndarray) -
 def _expectation_maximisation(
     image: np.ndarray, inside: np.ndarray, prior: np.ndarray | None, sizes: np.ndarray
 ) -> np.ndarray:
-    """Probability of each Gaussian, (i, j, k, 4), or (i, j, k, 3) without a prior."""
+    """Probability of each Gaussian, (i, j, k, 4 or 5), or (i, j, k, 3) without a prior."""
     image = image / max(float(np.percentile(image[inside], 95)), 1e-12)
     bonds = (SMOOTHNESS / sizes).astype(np.float32)
     if prior is None:
@@ -98,7 +117,7 @@ def _expectation_maximisation(
     now, model = _fitted(image, inside, given, now, bonds, atlas=prior is not None)
     if prior is None:
         return now
-    model[1, 1::2] *= WIDENING**2
+    model[1, [1, 3]] *= WIDENING**2
     for _ in range(LAST_ROUNDS):
         now, _, _ = _round(image, inside, given, now, model, bonds)
     return now
@@ -107,19 +126,25 @@ def _expectation_maximisation(
 def _fitted(
     image: np.ndarray, inside: np.ndarray, prior: np.ndarray, now: np.ndarray, bonds: np.ndarray, atlas: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Probabilities, and the model: means, variances and shares of the Gaussians, (3, 4) or (3, 3)."""
-    share, pooled = np.ones(now.shape[-1]), POOLED if atlas else 1.0
+    """Probabilities, and the model: means, variances and shares of the Gaussians, (3, 3 to 5)."""
+    count = now.shape[-1]
+    share, (pooled, trust) = np.ones(count), (POOLED, TRUST) if count == 4 else (1.0, 0.0)
+    own = slice(0, min(count, 4))
     means, variances = _gaussians(image, now, inside)
     for _ in range(MOST_ROUNDS):
         if atlas:
+            if count > 4:
+                means[4] = (means[0] + means[1]) / 2
+                variances[4] = (variances[0] + variances[1]) / 2 + MIXED_VARIANCE * ((means[0] - means[1]) / 2) ** 2
             means[3], variances[3] = means[1] + DEEP_LEVEL * (means[2] - means[1]), variances[1]
         model = np.stack([means, variances, share])
         now, sums, change = _round(image, inside, prior, now, model, bonds)
         total = np.maximum(sums[:, 0], 1e-6)
         means = sums[:, 1] / total
         variances = np.maximum(sums[:, 2] / total - means**2, 1e-4)
-        variances = pooled * (total @ variances / total.sum()) + (1 - pooled) * variances
-        share = (total / np.maximum(sums[:, 3], 1e-6)) ** TRUST if atlas else total / total.sum()
+        together = total[own] @ variances[own] / total[own].sum()
+        variances = pooled * together + (1 - pooled) * variances
+        share = (total / np.maximum(sums[:, 3], 1e-6)) ** trust if atlas else total / total.sum()
         if change < TOLERANCE:
             break
     return now, model

@@ -27,7 +27,7 @@ from dsiprep.ops.tissue import segment_tissue
 from dsiprep.settings import AnatomySettings
 from dsiprep.stages.reference import average_images
 
-VERSION = 6
+VERSION = 7
 METHODS = {
     "brain": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
