@@ -66,13 +66,14 @@ class Case:
         none = Affine(np.eye(4), "anat", "ACPC")
         return Anatomy("T1w", image, self.mask(), tissue, none, None, None, "a", None, None, enlarged=enlarged)
 
+    def found(self, b0: Volume, pe: PhaseEncoding = UP, degrees: float = 0.0) -> Distortion:
+        wrong = rigid_matrix(np.array([np.deg2rad(degrees), 0, 0, degrees / 4, 0, degrees / 2]), self.head.centre)
+        start = Coregistration(Affine(wrong, "dwiref", "ACPC"), 1.0, 1.0, "mi")
+        return correct_without_fieldmap(pe, b0, self.mask(), self.seen(self.maps), start)
+
     def corrected(self, pe: PhaseEncoding, degrees: float = 2.0) -> Distortion:
         image = add_noise(self.shot(pe), self.noise, np.random.default_rng(7))
-        wrong = rigid_matrix(np.array([np.deg2rad(degrees), 0, 0, 0.5, 0, 1.0]), self.head.centre)
-        start = Coregistration(Affine(wrong, "dwiref", "ACPC"), 1.0, 1.0, "mi")
-        return correct_without_fieldmap(
-            pe, Volume(torch.from_numpy(image), self.grid), self.mask(), self.seen(self.maps), start
-        )
+        return self.found(Volume(torch.from_numpy(image), self.grid), pe, degrees)
 
 
 case = cache(Case)
@@ -94,11 +95,7 @@ def test_displacement_of_a_phantom_is_found_with_its_sign() -> None:
 
 def test_without_a_readout_time_the_displacement_is_the_same() -> None:
     image = Volume(torch.from_numpy(case().shot(UP)), case().grid)
-    start = Coregistration(Affine(np.eye(4), "dwiref", "ACPC"), 1.0, 1.0, "mi")
-    told, untold = (
-        correct_without_fieldmap(pe, image, case().mask(), case().seen(case().maps), start)
-        for pe in (UP, replace(UP, readout_time=None))
-    )
+    told, untold = (case().found(image, pe) for pe in (UP, replace(UP, readout_time=None)))
     assert untold.fieldmap_hz is None
     np.testing.assert_array_equal(told.fields[0].data, untold.fields[0].data)
 

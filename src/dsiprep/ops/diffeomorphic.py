@@ -129,7 +129,7 @@ def _descend(
 ) -> tuple[torch.Tensor, float]:
     """Iterations of one level; u in voxels, (3, i, j, k). Also the mean squared correlation at the last one."""
     body = _descend_loops if u.device.type == "cpu" else _descend_tensors
-    return body(u, moving, fixed, weights, iterations)
+    return body(u, moving, fixed, weights * _rim(weights[None]), iterations)
 
 
 def _descend_loops(
@@ -141,7 +141,7 @@ def _descend_loops(
     seen, moved = _spans(_near(weights, WINDOW + 1)), _spans(_near(weights, WINDOW + len(smooth) // 2))
     now = u.numpy()
     then, force, step = now.copy(), np.zeros_like(now), np.zeros_like(now)
-    warped, score = np.zeros_like(f), 0.0
+    warped, score = m.copy(), 0.0  # where the volume ends nothing is moved
     for _ in range(iterations):
         warp_loop(m, now, seen, warped)
         score = correlation_loop(f, warped, w, WINDOW, VARIANCE_FLOOR, seen, force)
