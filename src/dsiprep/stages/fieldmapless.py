@@ -53,7 +53,7 @@ TISSUES = 3
 RIM_MM = 5.0  # around the brain: its edge tells of the displacement, eyes and scalp do not
 RIM = 0.16  # share of the brain that a Gaussian of that width finds at that distance from a plane edge
 POSE_PRIOR = (1e4, 1e4, 1e4, 1.0, 1.0)  # per rad² and mm²: holds a pose that nothing tells of
-WEAK, STIFF = 0.02, 10.0  # weights of the squared gradient, per mm³, and of the squared Laplacian, per mm³ in mm²
+WEAK, STIFF = 0.1, 10.0  # weights of the squared gradient, per mm³, and of the squared Laplacian, per mm³ in mm²
 KINK = 0.02  # 1/mm; Laplacians beyond it cost in proportion only
 BARRIER = 0.5
 ALIKE = 3.0  # neighbours whose misfit is one and the same: contrast, not noise, is what is left
@@ -154,7 +154,7 @@ def _estimate(
     image: torch.Tensor, grid: Grid, maps: torch.Tensor, source: Grid, pose: np.ndarray
 ) -> tuple[torch.Tensor, list[dict[str, float]], tuple[str, ...]]:
     """The field in mm on `grid`, the trace, and notes; `pose` leads from points of the image to points of the maps."""
-    field, centre = torch.zeros(1, 1, 1, device=image.device), pose
+    field, first = torch.zeros(1, 1, 1, device=image.device), pose
     trace: list[dict[str, float]] = []
     for number, (spacing, window) in enumerate(LEVELS):
         level = _level(image, grid, maps, source, spacing, window)
@@ -164,7 +164,7 @@ def _estimate(
             trace.append({"level": number, "iteration": iteration, **row})
             if row["change_mm"] < SETTLED:
                 break
-    angle = np.degrees(np.arccos(np.clip((np.trace(pose[:3, :3] @ centre[:3, :3].T) - 1) / 2, -1, 1)))
+    angle = np.degrees(np.arccos(np.clip((np.trace(pose[:3, :3] @ first[:3, :3].T) - 1) / 2, -1, 1)))
     told = f"With the distortion taken into account, the structural image lies {angle:.1f} degrees from where it was."
     return resized(field, grid.shape), trace, (told,)
 
