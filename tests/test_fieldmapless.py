@@ -119,7 +119,7 @@ def test_weights_of_tissues_drift_and_outliers_do_not_count() -> None:
     image = bias * torch.einsum("m,mabc->abc", torch.tensor([3.0, 1.2, 0.8]), maps)
     spoiled = image.clone()
     spoiled[15, 15, 15] = 100
-    inner = torch.ones(30, 30, 30, dtype=torch.bool)
+    inner = torch.ones(30, 30, 30)
     predicted, spread = predicted_contrast(spoiled, maps.contiguous(), 3, inner, [3.0, 3.0, 3.0])
     middle = (slice(6, 24),) * 3
     assert float((predicted - image)[middle].abs().mean()) < 0.05 and spread < 0.1

@@ -15,7 +15,7 @@ RIDGE = 1e-3  # holds the weight of a tissue that a window has hardly any of to 
 
 
 def predicted_contrast(
-    image: torch.Tensor, maps: torch.Tensor, drifting: int, inner: torch.Tensor, sigma: list[float]
+    image: torch.Tensor, maps: torch.Tensor, drifting: int, share: torch.Tensor, sigma: list[float]
 ) -> tuple[torch.Tensor, float]:
     """What tissue maps predict of an image.
 
@@ -30,8 +30,8 @@ def predicted_contrast(
         Share of each tissue, 0 to 1.
     drifting : int
         The weights of so many of them, the first, drift; each other has one weight everywhere.
-    inner : Tensor, (a, b, y), bool
-        What is fitted.
+    share : Tensor, (a, b, y)
+        How much each voxel counts, 0 to 1.
     sigma : list of float
         Standard deviation of the window along each axis in voxels.
 
@@ -39,13 +39,14 @@ def predicted_contrast(
     -------
     predicted : Tensor, (a, b, y)
     spread : float
-        Robust standard deviation of what is left in `inner`.
+        Robust standard deviation of what is left where `share` is above 0.
     """
+    inner = share > 0
     everywhere = _robust_weights(image[inner], maps[:, inner])
     steady, local = torch.einsum("m,mabc->abc", everywhere, maps), maps[:drifting]
     rest = image - steady
     limit = LOCAL_OUTLIER * _spread(rest[inner]) + 1e-12
-    trust = inner.float() / (1 + (rest / limit) ** 2)
+    trust = share / (1 + (rest / limit) ** 2)
     pairs = [(p, q) for p in range(drifting) for q in range(p, drifting)]
     products = [trust * local[p] * local[q] for p, q in pairs] + [trust * part * rest for part in local]
     moments = gaussian(torch.stack(products), sigma)

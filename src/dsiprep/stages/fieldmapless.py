@@ -52,6 +52,7 @@ SHELLS = ((0.0, 2.0), (2.0, 4.0))  # mm around the brain
 TISSUES = 3
 RIM_MM = 5.0  # around the brain: its edge tells of the displacement, eyes and scalp do not
 RIM = 0.16  # share of the brain that a Gaussian of that width finds at that distance from a plane edge
+RAMP = 0.05  # of that share, from voxels that do not count to those that count fully: no voxel comes in with a jump
 POSE_PRIOR = (1e4, 1e4, 1e4, 1.0, 1.0)  # per rad² and mm²: holds a pose that nothing tells of
 WEAK, STIFF = 0.1, 10.0  # weights of the squared gradient, per mm³, and of the squared Laplacian, per mm³ in mm²
 KINK = 0.02  # 1/mm; Laplacians beyond it cost in proportion only
@@ -191,28 +192,29 @@ def _step(level: Level, field: torch.Tensor, pose: np.ndarray) -> tuple[torch.Te
     """One Gauss-Newton step of field and pose together, at most a voxel long, the weights of the tissues held."""
     grid, h = level.grid, float(level.grid.voxel_sizes[2])
     maps = pull(level.maps, level.source, grid, pose)
-    brain = maps[:TISSUES].sum(0) > 0.5
+    brain = maps[:TISSUES].sum(0)
     value, slope, inside = sample_lines(level.lines, field / h)
-    inner = (gaussian(brain.float()[None], (RIM_MM / grid.voxel_sizes).tolist())[0] > RIM) & (inside > 0)
-    predicted, spread = predicted_contrast(value, maps, TISSUES, inner, (level.window / grid.voxel_sizes).tolist())
+    near = gaussian(brain[None], (RIM_MM / grid.voxel_sizes).tolist())[0]
+    share = ((near - RIM) / RAMP).clamp(0, 1) * inside
+    predicted, spread = predicted_contrast(value, maps, TISSUES, share, (level.window / grid.voxel_sizes).tolist())
     rest, variance = value - predicted, max(spread, MISFIT) ** 2
-    weight = inner.float() / (ALIKE * variance * (1 + rest**2 / (OUTLIER**2 * variance)))
-    centre = grid.to_world(np.argwhere(brain.cpu().numpy()).mean(0))
+    weight = share / (ALIKE * variance * (1 + rest**2 / (OUTLIER**2 * variance)))
+    centre = grid.to_world(np.argwhere((brain > 0.5).cpu().numpy()).mean(0))
     columns, moves = _pose_columns(predicted, grid, centre)
     normal, right = _equations(field, grid, (slope / h, weight, rest), columns)
-    step, turn, inner_steps = conjugate_gradients(normal, right, inner, tolerance=0.05)
-    share = min(1.0, h / max(float(step.abs().max()), 1e-12))
-    while not bool(torch.isfinite(barrier(field + share * step, 1 / h)[0])):
-        share /= 2
-    moved = share * step.abs()[inner]
+    step, turn, inner_steps = conjugate_gradients(normal, right, share > 0, tolerance=0.05)
+    length = min(1.0, h / max(float(step.abs().max()), 1e-12))
+    while not bool(torch.isfinite(barrier(field + length * step, 1 / h)[0])):
+        length /= 2
+    moved = length * step.abs()[share > 0]
     row = {
         "cost": float((weight * rest**2).mean()),
-        "step": share,
+        "step": length,
         "inner": inner_steps,
         "change_mm": float(moved.kthvalue(int(0.99 * (moved.numel() - 1)) + 1).values),
     }
-    parameters = moves @ (share * turn.double().cpu().numpy())
-    return field + share * step, pose @ rigid_matrix(parameters, centre), row
+    parameters = moves @ (length * turn.double().cpu().numpy())
+    return field + length * step, pose @ rigid_matrix(parameters, centre), row
 
 
 def _equations(
