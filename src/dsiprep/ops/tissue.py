@@ -18,6 +18,7 @@ DEEP_LEVEL = 0.5  # of the way from cortex to WM: how bright thalamus, putamen, 
 DEEP_MM, DEEP_RAMP_MM = 22.0, 4.0  # from the brain's surface to where grey matter may be deep; width of the change
 DEEP_SHARE = 0.8  # of the grey matter there
 MIXED_SHARE, MIXED_VARIANCE = 0.25, 0.25  # of CSF and cortex where both may be; of the squared half distance of both
+MOST_GREY = 0.25  # of the way from WM to CSF in a T2w: brighter cortex would be voxels of fluid
 TRUST = 0.5  # in how much of each tissue there seems to be, against the atlas; 1 lets WM creep into cortex
 PRIOR_FLOOR = 0.1  # least prior of each tissue: the atlas lies a few mm off, and must not draw the borders
 POOLED = 0.5  # share of the common variance in each (all of it without an atlas): a class of mixed voxels would widen
@@ -134,6 +135,7 @@ def _fitted(
     for _ in range(MOST_ROUNDS):
         if atlas:
             if count > 4:
+                means[1] = min(means[1], means[2] + MOST_GREY * (means[0] - means[2]))
                 means[4] = (means[0] + means[1]) / 2
                 variances[4] = (variances[0] + variances[1]) / 2 + MIXED_VARIANCE * ((means[0] - means[1]) / 2) ** 2
             means[3], variances[3] = means[1] + DEEP_LEVEL * (means[2] - means[1]), variances[1]
