@@ -3,18 +3,21 @@
 For every series of one phase encoding, in the brain: neighbouring-DWI correlation as cs_dmri measures it, and
 sharpness, the root mean square gradient of the mean diffusion-weighted volume over its mean intensity. Interpolation
 alone smooths, which raises the first and lowers the second, so besides the raw series there is one that was only
-interpolated, and as much as can be: all volumes moved by the same half voxel along each axis.
+interpolated, and as much as can be: all volumes moved by the same half voxel along each axis. Then, for each
+person, how eddy currents found in one series go with those found in the first, less what volumes share.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from dsiprep.data.dwi import DWI
+from dsiprep.data.results import Motion
 from dsiprep.io.bids import find_units, read_unit
 from dsiprep.ops.affine import rotate_bvecs
 from dsiprep.ops.filter import gradient
@@ -36,11 +39,34 @@ def measures(data: np.ndarray, dwi: DWI, bvecs: np.ndarray, mask: np.ndarray) ->
     return float(correlation), float(np.sqrt((steep[mask] ** 2).mean()) / mean.numpy()[mask].mean())
 
 
+def played(found: Motion, dwi: DWI, gradients: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Eddy currents (mm along their axis) that other gradients (n, 3) would bring about at world points, (n, m)."""
+    assert found.eddy is not None
+    strength = np.sqrt(dwi.bvals / dwi.bvals.max())[:, None]
+    response = np.linalg.lstsq(strength * dwi.bvecs, found.eddy.coefficients, rcond=None)[0]
+    eddy = replace(found.eddy, coefficients=gradients @ response)
+    moved = np.stack([eddy.displacement(v, points) for v in range(len(gradients))]) @ eddy.axes[:, eddy.along]
+    return moved - moved.mean(axis=0)
+
+
+def compare(series: dict[str, tuple[Motion, DWI]]) -> None:
+    """Eddy currents of each series beside those of the first, for the gradients and the brain of the first."""
+    first, dwi = next(iter(series.values()))
+    points = first.mask.grid.to_world(np.argwhere(first.mask.numpy() > 0.5)[::200])
+    gradients = dwi.bvecs[~dwi.is_b0]
+    there = {name: played(found, own, gradients, points) for name, (found, own) in series.items()}
+    reference = next(iter(there.values()))
+    for name, moved in there.items():
+        alike = np.corrcoef(moved.ravel(), reference.ravel())[0, 1]
+        print(f"{name}: eddy currents of {np.sqrt((moved**2).mean()):.2f} mm, correlation {alike:.2f}")
+
+
 def main(bids: Path, participants: list[str]) -> None:
     """One row per series."""
     settings = Settings()
     print("| series | volumes | NDC raw | interpolated | corrected | sharpness raw | interpolated | corrected |")
     print("|---|---|---|---|---|---|---|---|")
+    people: dict[str, dict[str, tuple[Motion, DWI]]] = {}
     for unit in find_units(bids, settings, participants=participants):
         acquired = conform(read_unit(unit, settings), settings.acquisition)
         for number, blip in enumerate(acquired.blips):
@@ -49,6 +75,8 @@ def main(bids: Path, participants: list[str]) -> None:
                 continue
             dwi = acquired.dwi.select(chosen)
             moved = estimate_motion(dwi, acquired.mask, settings.motion, blip.pe, acquired.multiband)
+            if moved.eddy is not None:
+                people.setdefault(unit.name.split("_")[0], {})[f"{unit.name} {blip.name}"] = (moved, dwi)
             half = np.eye(4)
             half[:3, 3] = dwi.grid.affine[:3, :3] @ np.full(3, 0.5)
             still = np.tile(half, (len(dwi), 1, 1))
@@ -62,6 +90,8 @@ def main(bids: Path, participants: list[str]) -> None:
                 rows.append(measures(out, dwi, rotate_bvecs(dwi.bvecs, poses), mask))
             cells = [f"{row[kind]:.3f}" for kind in (0, 1) for row in rows]
             print(f"| {unit.name} {blip.name} | {len(dwi)} | " + " | ".join(cells) + " |", flush=True)
+    for series in people.values():
+        compare(series)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pytest
 import SimpleITK
 import torch
 from scipy.ndimage import map_coordinates
+from scipy.stats import f as f_distribution
 
 from conftest import make_grid
 from dsiprep.data.acquisition import PhaseEncoding
@@ -18,6 +19,7 @@ from dsiprep.data.transform import EddyCurrents
 from dsiprep.io.itk import write_eddy_series
 from dsiprep.ops.affine import rigid_matrix
 from dsiprep.ops.align import read
+from dsiprep.ops.eddy import BY_CHANCE, share_kept
 from dsiprep.ops.points import point_set
 from dsiprep.settings import MotionSettings
 from dsiprep.stages.motion import estimate_motion
@@ -80,6 +82,32 @@ def test_none_are_found_where_there_are_none() -> None:
     assert np.linalg.norm(moved, axis=-1).mean() < 0.5  # mm, of 5 mm voxels, with 40 directions over half a sphere
 
 
+def test_twelve_directions_show_eddy_currents() -> None:
+    """All poses a little apart besides, which few directions may take for eddy currents."""
+    subject = make_subject(rings=(600.0,), count=12, moved=1.0, largest=(0.4, 0.4), noise=15.0)
+    dwi, grid = subject.dwi, subject.dwi.grid
+    response = np.zeros((10, 3))
+    response[:4, :2] = np.random.default_rng(3).normal(0, 1.5, (4, 2))  # all directions have z above 0
+    truth = EddyCurrents(np.where(dwi.is_b0[:, None], 0, dwi.bvecs) @ response.T, grid.directions, grid.centre, 1)
+    data = np.stack([_displaced(volume, v, truth, grid) for v, volume in enumerate(dwi.data.numpy())])
+    bent = dwi.with_data(torch.from_numpy(data))
+    found = estimate_motion(bent, subject.mask, MotionSettings(iters=4), PhaseEncoding(1, 1))
+    assert found.eddy is not None
+    world = grid.to_world(np.argwhere(subject.mask.numpy() > 0)[::40])
+    there, seen = (np.stack([e.displacement(v, world) for v in range(len(dwi))]) for e in (truth, found.eddy))
+    assert np.abs(there).sum(-1).mean() > 2
+    assert np.abs(seen - there).sum(-1).mean() < 0.2 * np.abs(there).sum(-1).mean()
+
+
+def test_few_directions_must_show_eddy_currents_clearly() -> None:
+    """Twice what other axes show is something with many directions; with few, movements of the head do as much."""
+    assert share_kept(1.0, 0.25, 15) == pytest.approx(0.75)
+    assert share_kept(1.0, 0.25, 14) == 0
+    assert share_kept(2.0, 0.04, 12) == pytest.approx(1 - 0.01 * BY_CHANCE)
+    assert share_kept(0.0, 0.0, 40) == 1 and share_kept(0.0, 0.1, 40) == 0
+    assert pytest.approx(f_distribution.isf(0.01, 3, 6), abs=0.05) == BY_CHANCE
+
+
 def _displaced(volume: np.ndarray, v: int, eddy: EddyCurrents, grid: Grid) -> np.ndarray:
     """What a scanner with eddy currents sees: the signal of x at x + e(x) d, and thinner where it is spread."""
     world = grid.to_world(np.argwhere(np.ones(grid.shape, bool)))
@@ -118,6 +146,6 @@ def test_orders_of_the_polynomial(wanted: str) -> None:
         assert found.eddy is not None and found.eddy.along == 0
         assert (found.eddy.coefficients[:, 4:] == 0).all() and (found.eddy.coefficients[subject.dwi.is_b0] == 0).all()
         few = estimate_motion(
-            subject.dwi.select(np.arange(15)), subject.mask, MotionSettings(iters=1), PhaseEncoding(0, -1)
+            subject.dwi.select(np.arange(12)), subject.mask, MotionSettings(iters=1), PhaseEncoding(0, -1)
         )
         assert few.eddy is None and any("too few directions" in note for note in few.notes)

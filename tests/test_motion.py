@@ -19,7 +19,7 @@ from dsiprep.ops.pose import (
     resting_poses,
     without_trend,
 )
-from dsiprep.ops.predict import Model, predict
+from dsiprep.ops.predict import Model, choose_model, predict
 from dsiprep.settings import MotionSettings
 from dsiprep.stages.motion import METHODS, estimate_motion, explain_model
 from motion_subject import CENTRE, Subject, directions, errors, make_subject
@@ -89,12 +89,46 @@ def test_a_still_head_stays() -> None:
 
 
 @pytest.mark.slow
-def test_one_shell_takes_the_tensor() -> None:
+@pytest.mark.parametrize("model", ["auto", "tensor"])
+def test_one_shell(model: str) -> None:
     subject = make_subject(rings=(1000.0,), count=24)
-    result = estimate_motion(subject.dwi, subject.mask, FAST)
+    result = estimate_motion(subject.dwi, subject.mask, replace(FAST, model=model))
     rotation, translation = errors(result.transforms, subject)
-    assert result.model == "tensor" and "one b-value" in result.notes[0]
+    assert result.model == ("3dSHORE" if model == "auto" else model)
+    assert ("one b-value" if model == "auto" else "as asked for") in result.notes[0]
     assert rotation < 0.4 and translation < 0.25
+
+
+def test_few_directions_predict_more_closely_without_logarithms() -> None:
+    """Twelve directions of brain, of water and of the dark rim of a rough mask: predictions against noise-free signals.
+
+    A tensor has nearly as many parameters as there are volumes, and takes over noise, of which logarithms of small
+    signals are mostly made.
+    """
+    rng, axes, count = np.random.default_rng(3), directions(12), 4000
+    fibre = rng.normal(size=(count, 3))
+    along = (axes @ (fibre / np.linalg.norm(fibre, axis=1)[:, None]).T) ** 2
+    water, rim = np.arange(count) < 0.2 * count, np.arange(count) >= 0.9 * count
+    anisotropy, mean = np.where(water, 0, rng.uniform(0, 0.9, count)), np.where(water, 3, rng.uniform(0.6, 1, count))
+    size = np.where(water, 800, np.where(rim, 20, rng.uniform(200, 500, count)))
+    true = size * np.exp(-1.5 * mean * (1 + anisotropy * (along - 1 / 3) * 1.5))
+    noisy = np.hypot(true + 12 * rng.normal(size=true.shape), 12 * rng.normal(size=true.shape))
+    seen, b0 = (torch.as_tensor(x, dtype=torch.float32) for x in (noisy, size[None]))
+    still, wrong = np.tile(np.eye(4), (12, 1, 1)), {}
+    for wanted in ("auto", "tensor"):
+        model = choose_model(12, 2, wanted)
+        found = predict(seen, b0, model, np.full(12, 1500.0), axes, still, np.ones(12)).values.numpy()
+        square = ((found - true) ** 2).mean(axis=0)
+        wrong[model.name] = [float(np.sqrt(square[part].mean())) for part in (water, rim, ~water & ~rim)]
+    assert (np.array(wrong["3dSHORE"]) < [0.85, 0.9, 1.0] * np.array(wrong["tensor"])).all()
+
+
+def test_order_grows_with_the_number_of_directions() -> None:
+    one_shell = {count: choose_model(count, 2, "auto").order for count in (7, 12, 15, 16, 28, 29)}
+    assert one_shell == {7: 2, 12: 2, 15: 2, 16: 4, 28: 4, 29: 6}
+    several = {count: choose_model(count, 4, "auto").order for count in (7, 21, 22, 49, 50)}
+    assert several == {7: 2, 21: 2, 22: 4, 49: 4, 50: 6}
+    assert choose_model(6, 2, "auto").name == choose_model(6, 2, "tensor").name == "none"
 
 
 @pytest.mark.slow
@@ -180,7 +214,8 @@ def test_plan_names_the_model() -> None:
     scheme = SamplingScheme("DSI", True, (200.0, 400.0, 600.0), 128, 1, 5000.0, "")
     assert "3dSHORE" in explain_model(scheme, MotionSettings())
     shell = replace(scheme, bvalues=(1000.0,), n_directions=30)
-    assert "tensor" in explain_model(shell, MotionSettings())
+    assert "one b-value" in explain_model(shell, MotionSettings())
+    assert "tensor" in explain_model(shell, MotionSettings(model="tensor"))
     assert "switched off" in explain_model(scheme, MotionSettings(method="none"))
 
 

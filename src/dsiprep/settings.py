@@ -55,8 +55,8 @@ class MotionSettings:
     method: str = option("shoreline", "head-motion correction", "--hmc-method", choices=("shoreline", "none"))
     model: str = option(
         "auto",
-        "signal model that predicts each volume; auto takes 3dSHORE where there are at least three b-values, "
-        "otherwise the tensor; none aligns b=0 volumes only and interpolates between them",
+        "signal model that predicts each volume; auto takes 3dSHORE; none aligns b=0 volumes only and interpolates "
+        "between them",
         "--hmc-model",
         choices=("auto", "3dSHORE", "tensor", "none"),
     )

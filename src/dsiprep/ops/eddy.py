@@ -29,13 +29,25 @@ from dsiprep.ops.level import Level, Place
 from dsiprep.ops.points import PointSet, target_gradients
 from dsiprep.ops.predict import Prediction
 
-__all__ = ["QUIET_MM", "bend_step", "beyond_chance", "choose_terms", "no_eddy_currents", "strength", "tied_step"]
+__all__ = [
+    "BY_CHANCE",
+    "QUIET_MM",
+    "bend_step",
+    "beyond_chance",
+    "choose_terms",
+    "no_eddy_currents",
+    "share_kept",
+    "strength",
+    "tied_step",
+]
 
 log = logging.getLogger("dsiprep")
 MISLED_MM = 0.025  # eddy currents that errors of predictions would feign if predictions did not follow the data
 QUIET_MM = 3.9  # voxels on which eddy currents are found: noise of smaller ones enters their predictions too
 SAMPLE = 2000  # points of the brain that they are found from
-FEWEST_LINEAR, FEWEST_QUADRATIC = 15, 45  # directions
+FEWEST_LINEAR, FEWEST_QUADRATIC = 12, 45  # directions
+FEW = 15  # directions, below which movements of the head feign eddy currents, along the other two axes as well
+BY_CHANCE = 9.8  # exceeded in 1 % by F of 3 and 6: squares of three gradients along one axis over those along two
 TERMS = {"linear": 4, "quadratic": 10}
 
 
@@ -234,12 +246,29 @@ def _gradients(dwi: DWI) -> np.ndarray:
     return np.where(dwi.is_b0[:, None], 0, dwi.q) / np.sqrt(dwi.bvals.max())
 
 
+def share_kept(found: float, null: float, count: int) -> float:
+    """How much of eddy currents found with `count` directions is kept, 0 to 1.
+
+    Parameters
+    ----------
+    found : float
+        Their size in mm.
+    null : float
+        Mean square (mm²) of what is found along axes where there are none.
+    count : int
+    """
+    if count < FEW:
+        null *= BY_CHANCE
+    return max(0.0, 1 - null / max(found, 1e-9) ** 2)
+
+
 def beyond_chance(
     dwi: DWI, level: Level, place: Place, seen: torch.Tensor, predicted: Prediction, rest: Rest, terms: int
 ) -> Place:
     """Eddy currents as far as they are more than what would be found along the axes where there are none.
 
-    Errors of the predictions look like a response to the gradient along any axis; eddy currents act along one.
+    Errors of the predictions look like a response to the gradient along any axis; eddy currents act along one. Where
+    directions are few, movements of the head do so as well, so that only what chance hardly brings about is kept.
     Parameters as for `bend_step`.
     """
     assert place.eddy is not None
@@ -250,7 +279,7 @@ def beyond_chance(
         other = replace(place.eddy, along=axis)
         change, _ = _sampled_step(dwi, level, place, seen, predicted, rest, terms, other, np.zeros((10, 3)))
         null += 0.5 * strength(_with_response(other, change, gradients), few) ** 2
-    share = max(0.0, 1 - null / max(found, 1e-9) ** 2)
+    share = share_kept(found, null, len(seen))
     log.info("motion: eddy currents of %.3f mm, %.3f mm by chance", found, null**0.5)
     response = share * place.response
     return replace(place, response=response, eddy=_with_response(place.eddy, response, gradients))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from dsiprep.ops.affine import rotate_bvecs
-from dsiprep.ops.shore import leave_one_out, near_neighbours, shore_basis, shore_prior, shore_size
+from dsiprep.ops.shore import leave_one_out, near_neighbours, shell_size, shore_basis, shore_prior, shore_size
 from dsiprep.ops.tensor import tensor_basis, tensor_prediction
 
 __all__ = ["Model", "Prediction", "choose_model", "predict"]
@@ -62,7 +62,11 @@ class Prediction:
 
 
 def choose_model(count: int, rings: int, wanted: str) -> Model:
-    """3dSHORE where there are at least three b-values (b=0 counted) and enough volumes; the tensor otherwise.
+    """3dSHORE, of as high a radial order as there are volumes for; the tensor only if asked for.
+
+    A tensor of few directions has nearly as many parameters as there are volumes, so that predictions follow single
+    volumes with all their noise and displacement. The prior of 3dSHORE keeps them from that. On one shell, radial
+    functions of the same l are alike, and what counts is how many functions of direction there are.
 
     Parameters
     ----------
@@ -77,13 +81,12 @@ def choose_model(count: int, rings: int, wanted: str) -> Model:
         return Model("none", "b=0 volumes only" if count else "there are only b=0 volumes")
     if wanted == "tensor":
         return _tensor(count, "as asked for")
-    if wanted == "auto" and rings < 3:
-        return _tensor(count, "one b-value besides b=0")
+    shells = f"{rings} b-values" if rings > 2 else "one b-value besides b=0"
     for order in (6, 4, 2):
-        if count + 1 > shore_size(order):
+        if count + 1 > (shore_size(order) if rings > 2 else 1 + shell_size(order)):
             few = "" if order == 6 else f", as there are only {count} directions"
-            return Model("3dSHORE", f"{rings} b-values, radial order {order}{few}", order)
-    return _tensor(count, f"{count} directions are too few for 3dSHORE")
+            return Model("3dSHORE", f"{shells}, radial order {order}{few}", order)
+    return Model("none", f"{count} directions are too few for 3dSHORE: b=0 volumes only")
 
 
 def _tensor(count: int, why: str) -> Model:

@@ -14,6 +14,7 @@ from scipy.special import eval_genlaguerre, gamma, lpmv
 __all__ = [
     "leave_one_out",
     "near_neighbours",
+    "shell_size",
     "shore_basis",
     "shore_prior",
     "shore_regulariser",
@@ -27,6 +28,11 @@ def shore_size(radial_order: int) -> int:
     """Number of functions in the basis of an even radial order: 1, 7, 22, 50 for 0, 2, 4, 6."""
     half = radial_order // 2
     return round((half + 1) * (half + 2) * (4 * half + 3) / 6)
+
+
+def shell_size(radial_order: int) -> int:
+    """How many functions of the basis differ on one shell: 1, 6, 15, 28 for 0, 2, 4, 6."""
+    return (radial_order + 1) * (radial_order + 2) // 2
 
 
 def shore_basis(q: np.ndarray, radial_order: int = 6, zeta: float = ZETA) -> np.ndarray:

@@ -26,7 +26,7 @@ from dsiprep.ops.predict import Model, Prediction, choose_model, predict
 from dsiprep.ops.replace import replaced_slices
 from dsiprep.settings import MotionSettings
 
-VERSION = 4
+VERSION = 5
 _ROUNDS = (
     "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors "
     "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds "
@@ -54,7 +54,8 @@ METHODS = {
     "eddy": (
         "Eddy currents were modelled as displacements along the phase-encoding axis, a polynomial in scanner "
         "coordinates whose coefficients are linear in the gradient, the same for all volumes [@andersson2016], and "
-        "found together with the poses by Gauss-Newton steps."
+        "found together with the poses by Gauss-Newton steps, and counted as far as they were more than the same fit "
+        "found along axes without any."
     ),
     "replace": (
         "Slices that had lost signal against their prediction were replaced by it, those excited together "
