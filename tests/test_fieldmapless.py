@@ -93,6 +93,12 @@ def test_displacement_of_a_phantom_is_found_with_its_sign() -> None:
         assert np.abs(np.diff(moved, axis=1)).max() < VOXEL
 
 
+def test_little_is_made_up_where_there_is_no_distortion() -> None:
+    image = add_noise(case().shot(replace(UP, readout_time=0.0)), case().noise, np.random.default_rng(7))
+    moved = case().found(Volume(torch.from_numpy(image), case().grid), degrees=2.0).fields[0].data.numpy()[1]
+    assert np.abs(moved - np.median(moved[case().brain]))[case().brain].mean() < 0.25
+
+
 def test_without_a_readout_time_the_displacement_is_the_same() -> None:
     image = Volume(torch.from_numpy(case().shot(UP)), case().grid)
     told, untold = (case().found(image, pe) for pe in (UP, replace(UP, readout_time=None)))
