@@ -56,6 +56,11 @@ class Grid:
             and np.allclose(self.affine[:3, :3], other.affine[:3, :3], atol=tolerance)
         )
 
+    def permuted(self, order: list[int]) -> Grid:
+        """The same points, their voxel axes in this order."""
+        i, j, k = (self.shape[axis] for axis in order)
+        return Grid((i, j, k), self.affine[:, [*order, 3]])
+
     def at_spacing(self, spacing: float | tuple[float, float, float]) -> Grid:
         """The same field of view (same outer faces) with voxels of about `spacing` mm."""
         extent = self.voxel_sizes * self.shape

@@ -18,6 +18,14 @@ import torch
 from dsiprep.data.grid import Grid
 from dsiprep.ops.affine import point_displacement, rigid_matrix
 from dsiprep.ops.blip import Normal, along, barrier, laplacian, sample_lines, sample_solid, transposed_along
+from dsiprep.ops.blip_terms import (
+    BARRIER,
+    across_axis,
+    add_penalties,
+    line_coefficients,
+    nearly_largest,
+    rigid_columns,
+)
 from dsiprep.ops.filter import gaussian
 from dsiprep.ops.sample import spline_coefficients
 
@@ -30,6 +38,7 @@ __all__ = [
     "compare",
     "cost",
     "equations",
+    "folded",
     "make_pair",
     "moved",
     "outliers",
@@ -38,7 +47,6 @@ __all__ = [
 WEAK = 0.02  # weight of the squared gradient of the field in mm, per mm³
 STIFF = 200.0  # of its squared Laplacian, per mm³, in mm²
 KINK = 0.004  # Laplacians beyond this (1/mm) cost in proportion only: sources of the field are rare and strong
-BARRIER = 0.5  # weight of the barrier against folding
 OUTLIER = 3.0  # residuals beyond this many standard deviations count less and less
 MISFIT = 0.02  # images never agree better than this share of the brain's intensity
 NOISE_WINDOW = 1.5  # voxels
@@ -176,9 +184,7 @@ def make_pair(
 
 def _coefficients(images: Images) -> Images:
     """Splines along lines of blip 0, and along all axes of blip 1."""
-    a, b, y = images[0].shape
-    lines = spline_coefficients(images[0].reshape(-1, 1, 1, y)).reshape(a, b, y)
-    return lines, spline_coefficients(images[1][None])[0]
+    return line_coefficients(images[0]), spline_coefficients(images[1][None])[0]
 
 
 def _noise(images: Images, inner: torch.Tensor) -> float:
@@ -241,16 +247,24 @@ def _stiffness(pair: Pair) -> tuple[float, float]:
     return WEAK * volume, STIFF * volume
 
 
+def folded(pair: Pair, state: State, compared: Comparison) -> bool:
+    """Whether the field folds either image, or all but does."""
+    shared = state.shared is not None  # the barrier does not know of it
+    jacobians = compared.jacobians[0 if shared else 1 :]
+    return not bool(torch.isfinite(barrier(state.field, pair.steepness)[0])) or not all(
+        bool((j > 0).all()) for j in jacobians
+    )
+
+
 def cost(pair: Pair, state: State, compared: Comparison, limits: tuple[float, ...]) -> float:
     """What is minimised: misfit, roughness of the field and barrier; infinite where the field folds.
 
     The misfit is Cauchy's, limit²/2 log(1 + r²/limit²) in units of the noise, limits as from `outliers`; the roughness
     is squared up to `KINK` and proportional beyond.
     """
-    wall = barrier(state.field, pair.steepness)[0]
-    shared = state.shared is not None  # the barrier does not know of it
-    if not bool(torch.isfinite(wall)) or not all(bool((j > 0).all()) for j in compared.jacobians[0 if shared else 1 :]):
+    if folded(pair, state, compared):
         return float("inf")
+    wall = barrier(state.field, pair.steepness)[0]
     misfit = sum(
         0.5 * (limit / noise) ** 2 * (part.inside * torch.log1p((part.residual / limit) ** 2)).sum()
         for (part, noise), limit in zip(_parts(pair, compared), limits, strict=True)
@@ -273,15 +287,10 @@ def equations(
     terms = _together([_terms(pair, state, part, noise, limit) for (part, noise), limit in parts])
     force, pose = terms.force, terms.pose
     pose += torch.diag(torch.tensor([100.0, 100.0, 100.0, 0.01, 0.01, 1.0], device=pose.device))
-    _, slope, curvature = barrier(state.field, pair.steepness)
     sizes, (weak, stiff) = pair.grid.voxel_sizes, _stiffness(pair)
-    bend = laplacian(state.field, sizes)
-    bent = stiff / torch.sqrt(1 + (bend / KINK) ** 2)
+    curvature, bent = add_penalties(force, state.field, sizes, pair.steepness, (weak, stiff, KINK))
     data = (terms.level, terms.tilt, terms.weight)
-    normal = Normal(*data, BARRIER * curvature, terms.coupling, pose, sizes, (weak, bent), terms.diagonal)
-    force += laplacian(bent * bend - weak * state.field, sizes)
-    force[..., 1:] += BARRIER * slope
-    force[..., :-1] -= BARRIER * slope
+    normal = Normal(*data, curvature, terms.coupling, pose, sizes, (weak, bent), terms.diagonal)
     return normal, (-force, -terms.push)
 
 
@@ -348,32 +357,19 @@ def _pose_columns(pair: Pair, state: State, compared: Comparison) -> torch.Tenso
     world = -gain * jacobian * torch.einsum("ab,bijk->aijk", turn, compared.gradient)
     arms = state.pose @ affine
     arms[:3, 3] -= (state.pose @ np.append(pair.centre, 1))[:3]
-    axes = [torch.arange(n, device=value.device, dtype=torch.float32) for n in value.shape]
-    x, y, z = (
-        float(r[0]) * axes[0][:, None, None] + float(r[1]) * axes[1][:, None] + float(r[2]) * axes[2] + float(r[3])
-        for r in arms[:3]
-    )
-    rows = [y * world[2] - z * world[1], z * world[0] - x * world[2], x * world[1] - y * world[0]]
-    across = torch.as_tensor(_across(pair.grid), dtype=torch.float32, device=value.device)
-    return torch.stack([*rows, *torch.einsum("am,aijk->mijk", across, world), -gain * value * jacobian])
-
-
-def _across(grid: Grid) -> np.ndarray:
-    """Two unit vectors across the last axis of the grid, (3, 2)."""
-    return np.linalg.svd(grid.directions[:, 2:])[0][:, 1:]
+    return torch.cat([rigid_columns(world, arms, pair.grid), (-gain * value * jacobian)[None]])
 
 
 def moved(pair: Pair, state: State, field: torch.Tensor, pose: np.ndarray) -> State:
     """The state after a step: `field` (a, b, y) in mm, `pose` (6,) as in `equations`."""
     centre = (state.pose @ np.append(pair.centre, 1))[:3]
-    parameters = np.concatenate([pose[:3], _across(pair.grid) @ pose[3:5]])
+    parameters = np.concatenate([pose[:3], across_axis(pair.grid) @ pose[3:5]])
     gain = float(np.clip(state.gain + pose[5], -3, 3))
     return State(state.field + field, rigid_matrix(parameters, centre) @ state.pose, gain)
 
 
 def change(pair: Pair, before: State, after: State) -> float:
     """How far nearly all of the brain moved between two states, mm."""
-    steps = (after.field - before.field).abs()[pair.inner]
-    most = float(steps.kthvalue(int(0.99 * (steps.numel() - 1)) + 1).values)
+    most = nearly_largest((after.field - before.field).abs()[pair.inner])
     arms = pair.centre + 60.0 * np.concatenate([np.eye(3), -np.eye(3)])
     return max(most, float(point_displacement(before.pose[None], after.pose[None], arms).max()))

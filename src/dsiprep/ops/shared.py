@@ -13,8 +13,8 @@ import torch
 
 from dsiprep.data.grid import Grid
 from dsiprep.ops.blip import Normal, along, barrier, conjugate_gradients, laplacian, sample_lines, transposed_along
+from dsiprep.ops.blip_terms import line_coefficients
 from dsiprep.ops.filter import gaussian
-from dsiprep.ops.sample import spline_coefficients
 
 __all__ = ["locally_predicted", "shared_displacement"]
 
@@ -82,7 +82,7 @@ def shared_displacement(
     a, b, y = image.shape
     h, volume = float(grid.voxel_sizes[2]), float(np.prod(grid.voxel_sizes))
     inner = _deep(inner, grid)
-    lines = spline_coefficients(image.reshape(-1, 1, 1, y)).reshape(a, b, y)
+    lines = line_coefficients(image)
     stiff, none = torch.full_like(image, STIFF * volume), torch.zeros(0, device=image.device)
     g, trace = torch.zeros_like(image), []
     for iteration in range(STEPS):

@@ -19,11 +19,24 @@ from dsiprep.data.results import Blip, Distortion, Motion
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.ops.blip import conjugate_gradients, equal_mass_field, sample_lines
-from dsiprep.ops.blip_pair import Images, Pair, State, change, compare, cost, equations, make_pair, moved, outliers
+from dsiprep.ops.blip_pair import (
+    Images,
+    Pair,
+    State,
+    change,
+    compare,
+    cost,
+    equations,
+    folded,
+    make_pair,
+    moved,
+    outliers,
+)
+from dsiprep.ops.blip_terms import line_coefficients
 from dsiprep.ops.filter import gaussian, resized
 from dsiprep.ops.linear import register_linear
 from dsiprep.ops.pairs import low_b_pairs
-from dsiprep.ops.sample import pull, spline_coefficients
+from dsiprep.ops.sample import pull
 from dsiprep.ops.shared import shared_displacement
 from dsiprep.ops.warp import warp_volume
 from dsiprep.settings import DistortionSettings
@@ -108,8 +121,7 @@ def correct_distortion(
     before = tuple(finite_mean(b) for b in b0s)
     axis, scales, readout = encodings[0].axis, *_scales(encodings)
     order = [*(a for a in range(3) if a != axis), axis]
-    i, j, k = (grid.shape[a] for a in order)
-    last = Grid((i, j, k), grid.affine[:, [*order, 3]])
+    last = grid.permuted(order)
     inner = (mask.data.to(before[0].device) > 0.5).permute(order).contiguous()
     units = [_brightness(b, mask) for b in before]
     shown = [before, diffusion] if _has_signal(diffusion, grid, mask) else [before]
@@ -294,10 +306,10 @@ def _with_structural(pair: Pair, state: State, structural: Volume) -> tuple[Stat
     there = pull(structural.data[None].float().to(image.device), structural.grid, pair.grid, fit.matrix)[0]
     level = there[pair.inner].median().clamp(min=1e-6)
     shared, rows = shared_displacement(image, there / level, pair.inner, pair.grid)
-    lines = spline_coefficients(state.field.reshape(-1, 1, 1, shared.shape[2])).reshape(shared.shape)
+    lines = line_coefficients(state.field)
     carried, _, inside = sample_lines(lines, shared / float(pair.grid.voxel_sizes[2]))
     moved = replace(state, field=torch.where(inside > 0, carried, state.field), shared=shared)
-    if _folded(pair, moved):
+    if folded(pair, moved, compare(pair, moved)):
         return state, [], "the structural image was left aside: with what it told, the image would have folded"
     size = shared[pair.inner].abs()
     told = (
@@ -326,14 +338,9 @@ def _start(pair: Pair) -> State:
 
 def _unfolded(pair: Pair, state: State) -> State:
     """The state, its field made smaller until nothing folds."""
-    while _folded(pair, state):
+    while folded(pair, state, compare(pair, state)):
         state = replace(state, field=0.9 * state.field)
     return state
-
-
-def _folded(pair: Pair, state: State) -> bool:
-    compared = compare(pair, state)
-    return not np.isfinite(cost(pair, state, compared, outliers(pair, compared)))
 
 
 def _descend(pair: Pair, state: State) -> tuple[list[dict[str, float]], State, bool]:

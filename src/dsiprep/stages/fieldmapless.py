@@ -26,11 +26,12 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion
 from dsiprep.errors import InputError
 from dsiprep.ops.affine import rigid_matrix
-from dsiprep.ops.blip import Normal, along, barrier, conjugate_gradients, laplacian, sample_lines
+from dsiprep.ops.blip import Normal, along, barrier, conjugate_gradients, sample_lines
+from dsiprep.ops.blip_terms import across_axis, add_penalties, line_coefficients, nearly_largest, rigid_columns
 from dsiprep.ops.contrast import predicted_contrast
 from dsiprep.ops.filter import FWHM, gaussian, resample_to_spacing, resized
 from dsiprep.ops.offresonance import unfolded
-from dsiprep.ops.sample import pull, spline_coefficients
+from dsiprep.ops.sample import pull
 from dsiprep.ops.size import enlarge_matrix, enlarge_volume
 from dsiprep.stages.fieldmap import apply_shift
 
@@ -56,7 +57,6 @@ RAMP = 0.05  # of that share, from voxels that do not count to those that count 
 POSE_PRIOR = (1e4, 1e4, 1e4, 1.0, 1.0)  # per rad² and mm²: holds a pose that nothing tells of
 WEAK, STIFF = 0.1, 10.0  # weights of the squared gradient, per mm³, and of the squared Laplacian, per mm³ in mm²
 KINK = 0.02  # 1/mm; Laplacians beyond it cost in proportion only
-BARRIER = 0.5
 ALIKE = 3.0  # neighbours whose misfit is one and the same: contrast, not noise, is what is left
 OUTLIER = 3.0
 MISFIT = 0.03  # of the brain's intensity: no prediction is better
@@ -123,9 +123,7 @@ def correct_without_fieldmap(
             "structural image; name another --anatomical-template, or run with --sdc-anat-reference none"
         )
     by, order = anatomy.enlarged, [*(a for a in range(3) if a != pe.axis), pe.axis]
-    large = enlarge_volume(b0, by).grid
-    i, j, k = (large.shape[a] for a in order)
-    grid = Grid((i, j, k), large.affine[:, [*order, 3]])
+    grid = enlarge_volume(b0, by).grid.permuted(order)
     maps = anatomy.tissue.to(b0.data.device).float()
     source = enlarge_volume(anatomy.image, by).grid
     pose = np.linalg.inv(enlarge_matrix(start.dwiref_to_acpc.matrix, by))
@@ -174,11 +172,9 @@ def _level(image: torch.Tensor, grid: Grid, maps: torch.Tensor, source: Grid, sp
     """Both images at a voxel size; no finer than the b=0 image is."""
     i, j, k = np.maximum(grid.voxel_sizes, spacing)
     small = resample_to_spacing(Volume(image, grid), (float(i), float(j), float(k)))
-    a, b, y = small.grid.shape
     ratio = small.grid.voxel_sizes.mean() / source.voxel_sizes
     smooth = gaussian(maps, (np.sqrt(np.maximum(ratio**2 - 1, 0)) / FWHM).tolist())
-    lines = spline_coefficients(small.data.reshape(-1, 1, 1, y)).reshape(a, b, y)
-    return Level(lines, small.grid, smooth, source, window)
+    return Level(line_coefficients(small.data), small.grid, smooth, source, window)
 
 
 def _unfolded(field: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -206,12 +202,11 @@ def _step(level: Level, field: torch.Tensor, pose: np.ndarray) -> tuple[torch.Te
     length = min(1.0, h / max(float(step.abs().max()), 1e-12))
     while not bool(torch.isfinite(barrier(field + length * step, 1 / h)[0])):
         length /= 2
-    moved = length * step.abs()[share > 0]
     row = {
         "cost": float((weight * rest**2).mean()),
         "step": length,
         "inner": inner_steps,
-        "change_mm": float(moved.kthvalue(int(0.99 * (moved.numel() - 1)) + 1).values),
+        "change_mm": nearly_largest(length * step.abs()[share > 0]),
     }
     parameters = moves @ (length * turn.double().cpu().numpy())
     return field + length * step, pose @ rigid_matrix(parameters, centre), row
@@ -222,17 +217,14 @@ def _equations(
 ) -> tuple[Normal, tuple[torch.Tensor, torch.Tensor]]:
     """The matrix of the next step and minus the gradient; `data` are slope per mm, weight and residual."""
     slope, weight, rest = data
-    h, volume = float(grid.voxel_sizes[2]), float(np.prod(grid.voxel_sizes))
-    bend = laplacian(field, grid.voxel_sizes)
-    weak, bent = WEAK * volume, STIFF * volume / torch.sqrt(1 + (bend / KINK) ** 2)
-    _, push, curvature = barrier(field, 1 / h)
+    sizes, volume = grid.voxel_sizes, float(np.prod(grid.voxel_sizes))
+    weak = WEAK * volume
+    force = slope * weight * rest
+    curvature, bent = add_penalties(force, field, sizes, 1 / float(sizes[2]), (weak, STIFF * volume, KINK))
     weighted = weight * columns
     pose = columns.flatten(1) @ weighted.flatten(1).T + torch.diag(torch.tensor(POSE_PRIOR, device=field.device))
     still = torch.zeros_like(slope)
-    normal = Normal(slope, still, weight, BARRIER * curvature, slope * weighted, pose, grid.voxel_sizes, (weak, bent))
-    force = slope * weight * rest + laplacian(bent * bend - weak * field, grid.voxel_sizes)
-    force[..., 1:] += BARRIER * push
-    force[..., :-1] -= BARRIER * push
+    normal = Normal(slope, still, weight, curvature, slope * weighted, pose, sizes, (weak, bent))
     return normal, (-force, -(weighted.flatten(1) @ rest.reshape(-1)))
 
 
@@ -242,13 +234,9 @@ def _pose_columns(predicted: torch.Tensor, grid: Grid, centre: np.ndarray) -> tu
     A rotation vector about `centre` and two translations across the phase-encoding axis: one along it looks as a
     constant field does.
     """
-    across = np.linalg.svd(grid.directions[:, 2:])[0][:, 1:]
-    moves = np.block([[np.eye(3), np.zeros((3, 2))], [np.zeros((3, 3)), across]])
+    moves = np.block([[np.eye(3), np.zeros((3, 2))], [np.zeros((3, 3)), across_axis(grid)]])
     turn = torch.as_tensor(np.linalg.inv(grid.affine[:3, :3]).T, dtype=torch.float32, device=predicted.device)
     slopes = -torch.einsum("ab,bijk->aijk", turn, torch.stack([along(predicted, axis) for axis in range(3)]))
-    index = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"))
-    arms = np.einsum("ab,bijk->aijk", grid.affine[:3, :3], index) + (grid.affine[:3, 3] - centre)[:, None, None, None]
-    x, y, z = torch.as_tensor(arms, dtype=torch.float32, device=predicted.device)
-    turns = [y * slopes[2] - z * slopes[1], z * slopes[0] - x * slopes[2], x * slopes[1] - y * slopes[0]]
-    aside = torch.as_tensor(across, dtype=torch.float32, device=predicted.device)
-    return torch.stack([*turns, *torch.einsum("am,aijk->mijk", aside, slopes)]), moves
+    arms = grid.affine.copy()
+    arms[:3, 3] -= centre
+    return rigid_columns(slopes, arms, grid), moves
