@@ -210,11 +210,10 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 def _require_overlap(files: tuple[Path, Path], brain: Volume, other: Grid) -> None:
     """Refuse a second image that lies elsewhere, or is a few slices only: there would be nothing to correct by."""
-    voxels = other.to_voxels(brain.grid.to_world(np.argwhere(brain.numpy() > 0.5)))
-    reached = int(((voxels >= -0.5) & (voxels <= np.array(other.shape) - 0.5)).all(axis=1).sum())
-    if reached < LEAST_SHARE * len(voxels):
+    reached = other.holds(brain.grid.to_world(np.argwhere(brain.numpy() > 0.5)))
+    if reached.sum() < LEAST_SHARE * len(reached):
         raise InputError(
-            f"{files[1]}: covers {reached / len(voxels):.0%} of the brain in {files[0].name}, and at least "
+            f"{files[1]}: covers {reached.mean():.0%} of the brain in {files[0].name}, and at least "
             f"{LEAST_SHARE:.0%} is needed; give a whole image from the same session, in the same scanner coordinates"
         )
 

@@ -47,6 +47,11 @@ class Grid:
         inverse = np.linalg.inv(self.affine)
         return np.asarray(points, float) @ inverse[:3, :3].T + inverse[:3, 3]
 
+    def holds(self, points: np.ndarray) -> np.ndarray:
+        """Which world points (..., 3) lie in the grid, no more than half a voxel from a voxel's centre; bool (...)."""
+        voxels = self.to_voxels(points)
+        return np.asarray(((voxels >= -0.5) & (voxels <= np.asarray(self.shape) - 0.5)).all(-1))
+
     def matches(self, other: Grid, tolerance: float = 1e-3) -> bool:
         """Whether both grids have the same voxels, corners compared within `tolerance` mm."""
         corner = np.asarray(self.shape, float) - 1

@@ -147,9 +147,8 @@ def _voxels(grid: Grid, source: Grid, matrix: np.ndarray) -> np.ndarray:
 
 def _reaches(source: Grid, matrix: np.ndarray, mask: Volume) -> bool:
     """Whether at least half of the brain lies within the fieldmap's grid."""
-    voxels = _voxels(mask.grid, source, matrix)[:, mask.numpy() > 0.5]
-    size = np.array(source.shape)[:, None]
-    return bool(((voxels >= -0.5) & (voxels <= size - 0.5)).all(0).mean() >= 0.5)
+    points = mask.grid.to_world(np.argwhere(mask.numpy() > 0.5)) @ matrix[:3, :3].T + matrix[:3, 3]
+    return bool(source.holds(points).mean() >= 0.5)
 
 
 def _distance(first: np.ndarray, second: np.ndarray, mask: Volume) -> float:
