@@ -30,8 +30,8 @@ from scipy.spatial.transform import Rotation
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.io.templates import load_template
-from dsiprep.ops.mask import brain_mask_b0, brain_mask_dwiref, brain_mask_t1w, brain_mask_t2w
-from dsiprep.ops.sample import pull
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0, brain_mask_dwiref, brain_mask_t1w, brain_mask_t2w
 from dsiprep.settings import AnatomySettings
 from dsiprep.stages.anatomy import process_anatomy
 
@@ -141,7 +141,7 @@ def _noise(rng: np.random.Generator, grid: Grid, sigma_mm: float) -> np.ndarray:
     """Noise smoothed over `sigma_mm`, unit variance, made on a coarse grid."""
     coarse = grid.at_spacing(max(1.0, sigma_mm / 2))
     made = ndimage.gaussian_filter(rng.standard_normal(coarse.shape, np.float32), sigma_mm / coarse.voxel_sizes)
-    return pull(torch.from_numpy(made / made.std())[None], coarse, grid)[0].numpy()
+    return resample_onto(torch.from_numpy(made / made.std())[None], coarse, grid)[0].numpy()
 
 
 def paint(head: Head, contrast: str, rng: np.random.Generator) -> np.ndarray:
@@ -201,7 +201,7 @@ def _bend(head: Head, grid: Grid, pose: np.ndarray, rng: np.random.Generator) ->
     """Displacement of a b=0 image along j in mm, and how near air each voxel is, 0 to 1; both on `grid`."""
     inside = ndimage.binary_fill_holes(head.labels > 0)
     air = ndimage.gaussian_filter((inside & (head.labels == 0)).astype(np.float32), 8)
-    near = pull(torch.from_numpy(air / air.max())[None], head.grid, grid, pose)[0].numpy()
+    near = resample_onto(torch.from_numpy(air / air.max())[None], head.grid, grid, pose)[0].numpy()
     along = 2.0 * _noise(rng, grid, 18.0) + rng.uniform(4, 10) * near * rng.choice((-1, 1))
     return along, near
 
@@ -220,7 +220,7 @@ def make_case(head: Head, number: int, contrast: str) -> Case:
 
     def brought(data: np.ndarray) -> np.ndarray:
         smooth = torch.from_numpy(ndimage.gaussian_filter(data.astype(np.float32), blur))
-        return pull(smooth[None], head.grid, grid, pose, bend)[0].numpy()
+        return resample_onto(smooth[None], head.grid, grid, pose, bend)[0].numpy()
 
     groups = (head.brain, np.isin(head.labels, (*CORTEX, *DEEP)), np.isin(head.labels, WHITE))
     whole, grey, white = (brought(group) for group in groups)
@@ -261,7 +261,7 @@ def tissue_row(case: Case, contrast: str) -> dict[str, float]:
     seconds = time.process_time() - start
     grid, pose = found.mask.grid, found.anat_to_acpc.matrix
     shares = np.stack([case.tissue == value for value in range(4)]).astype(np.float32)
-    truth = pull(torch.from_numpy(shares), case.image.grid, grid, pose).numpy().argmax(0)
+    truth = resample_onto(torch.from_numpy(shares), case.image.grid, grid, pose).numpy().argmax(0)
     best = np.where(found.mask.numpy() > 0.5, 1 + found.tissue.argmax(0).numpy(), 0)
     row = {name: dice(best == value, truth == value) for value, name in enumerate(("CSF", "GM", "WM"), 1)}
     return {**row, "CPU s": seconds}

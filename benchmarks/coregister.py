@@ -20,8 +20,8 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import UnitResults
 from dsiprep.io.bids import find_units
 from dsiprep.io.itk import read_affine
-from dsiprep.ops.affine import point_displacement, rigid_matrix
-from dsiprep.ops.mask import brain_mask_b0
+from dsiprep.ops.image.affine import point_displacement, rigid_matrix
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.pipeline import preprocess, reference_image
 from dsiprep.plan import choose_lead
 from dsiprep.settings import CoregisterSettings, ResampleSettings, Settings

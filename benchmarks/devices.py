@@ -23,8 +23,7 @@ from dsiprep.device import choose, to_cpu, use_threads, with_cpu_fallback
 from dsiprep.io.bids import find_units, read_unit
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
-from dsiprep.ops.diffeomorphic import register_diffeomorphic
-from dsiprep.pair import correct_pair
+from dsiprep.ops.registration.diffeomorphic import register_diffeomorphic
 from dsiprep.phantom import PhantomSettings, make_phantom
 from dsiprep.settings import AnatomySettings, CoregisterSettings, MotionSettings, Settings
 from dsiprep.stages.acquisition import conform
@@ -32,6 +31,7 @@ from dsiprep.stages.anatomy import process_anatomy
 from dsiprep.stages.coregister import coregister
 from dsiprep.stages.fieldmapless import correct_without_fieldmap
 from dsiprep.stages.motion import estimate_motion
+from dsiprep.standalone.blip_pair import correct_pair
 
 Work = Callable[[str], np.ndarray]  # a device's name to displacements in mm: points or voxels last
 

@@ -24,8 +24,8 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.phantom.head import Head, make_head, slabs
-from dsiprep.phantom.interpolate import read
-from dsiprep.phantom.scan import READOUT_TIME, Source, add_noise, scan
+from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.session import make_field
 from dsiprep.phantom.signal import make_tissue
 
@@ -72,7 +72,7 @@ def moved_head(head: Head, degrees: float, mm: float, rng: np.random.Generator) 
 
 def dsiprep_command(out: Path, peers: Path | None) -> list[str]:
     """The tool as a user runs it; like the others it finds the brain by itself or is told."""
-    return [sys.executable, "-m", "dsiprep.tools", "drbuddi", "--up", str(out / "up.nii.gz"), "--down",
+    return [sys.executable, "-m", "dsiprep.cli.tools", "drbuddi", "--up", str(out / "up.nii.gz"), "--down",
             str(out / "down.nii.gz"), "--pe-dir", "j", "--readout-time", str(READOUT_TIME),
             "-o", str(out / "dsiprep")]  # fmt: skip
 

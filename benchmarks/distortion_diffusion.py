@@ -19,11 +19,11 @@ from distortion import SHAPES, moved_head
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip
-from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.pairs import low_b_pairs
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
+from dsiprep.ops.qspace.matching_gradients import low_b_pairs
 from dsiprep.phantom.head import make_head, slabs
-from dsiprep.phantom.interpolate import read
-from dsiprep.phantom.scan import READOUT_TIME, Source, add_noise, scan
+from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.schemes import gradient_table
 from dsiprep.phantom.session import make_field
 from dsiprep.phantom.signal import make_tissue

@@ -27,14 +27,14 @@ from dsiprep.data.results import Anatomy, Blip, Coregistration, Distortion
 from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_volume, write_image
 from dsiprep.io.templates import load_template
-from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.sample import pull
-from dsiprep.pair import correct_pair
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.settings import AnatomySettings, CoregisterSettings
 from dsiprep.stages.anatomy import process_anatomy
 from dsiprep.stages.coregister import coregister
 from dsiprep.stages.fieldmap import correct_with_fieldmap
 from dsiprep.stages.fieldmapless import correct_without_fieldmap
+from dsiprep.standalone.blip_pair import correct_pair
 
 
 def main() -> None:
@@ -89,7 +89,7 @@ def unpile(
     """Displacement in mm by local correlation with the T1w's brain, inverted; the settings that were best here."""
     inside = anatomy.mask.data > 0.5
     inverted = (anatomy.image.data[inside].quantile(0.99) - anatomy.image.data).clamp(min=0) * inside
-    there = pull(inverted[None], anatomy.image.grid, b0.grid, np.linalg.inv(start.dwiref_to_acpc.matrix))[0]
+    there = resample_onto(inverted[None], anatomy.image.grid, b0.grid, np.linalg.inv(start.dwiref_to_acpc.matrix))[0]
     before = sum(os.times()[:4])
     with TemporaryDirectory() as place:
         files = {name: Path(place) / f"{name}.nii.gz" for name in ("epi", "reference", "mask")}

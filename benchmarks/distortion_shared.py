@@ -18,13 +18,13 @@ from distortion import SHAPES, moved_head
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.data.results import Distortion
-from dsiprep.pair import correct_pair
 from dsiprep.phantom.dataset import T1_WEIGHT
 from dsiprep.phantom.head import make_head, slabs
-from dsiprep.phantom.interpolate import read
-from dsiprep.phantom.scan import READOUT_TIME, Source, add_noise, scan
+from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.session import make_field
 from dsiprep.phantom.signal import make_tissue
+from dsiprep.standalone.blip_pair import correct_pair
 
 VOXEL = 3.0
 

@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from dsiprep.cli.tools import main as tools
 from dsiprep.score import score
-from dsiprep.tools import main as tools
 
 
 def run(out: Path, phantom_options: list[str]) -> None:
@@ -23,7 +23,7 @@ def run(out: Path, phantom_options: list[str]) -> None:
         tools(["phantom", str(out), *phantom_options])
     for folder in ("derivatives", "work"):
         shutil.rmtree(out / folder, ignore_errors=True)
-    command = [sys.executable, "-m", "dsiprep.cli", str(out / "bids"), str(out / "derivatives"), "participant",
+    command = [sys.executable, "-m", "dsiprep.cli.app", str(out / "bids"), str(out / "derivatives"), "participant",
                "--output-resolution", "2", "-w", str(out / "work")]  # fmt: skip
     start = time.perf_counter()
     subprocess.run(command, check=True)

@@ -15,21 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
+from dsiprep.cli.tools import main as tools
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EddyCurrents
 from dsiprep.io.bids import find_units, read_unit
-from dsiprep.phantom.scan import eddy_basis
+from dsiprep.phantom.scanner import eddy_basis
 from dsiprep.settings import Settings
 from dsiprep.stages.acquisition import conform
 from dsiprep.stages.motion import estimate_motion
-from dsiprep.tools import main as tools
 
-STILL = ["--moved", "0", "--max-motion", "0"]
+LEAST_JITTER = ["--moved", "0", "--max-motion", "0"]
 CASES = {
-    "still": STILL,
-    "restless": [*STILL, "--jitter", "0.2"],
-    "restless, eddy currents": [*STILL, "--jitter", "0.1", "--eddy", "2"],
+    "still": LEAST_JITTER,
+    "restless": [*LEAST_JITTER, "--jitter", "0.2"],
+    "restless, eddy currents": [*LEAST_JITTER, "--jitter", "0.1", "--eddy", "2"],
     "20 % moved": ["--moved", "0.2"],
 }
 SUBJECTS = ("1", "2")

@@ -49,7 +49,7 @@ def rows(name: str, folder: Path) -> None:
 
 def main(out: Path, names: list[str]) -> None:
     """All rows."""
-    from dsiprep.tools import main as tools
+    from dsiprep.cli.tools import main as tools
 
     print("| phantom | rounds at most | rotation deg | translation mm | displacement mm | CPU s |\n" + "|---" * 6 + "|")
     for name in names or DEFAULT:

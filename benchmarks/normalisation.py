@@ -90,7 +90,7 @@ def dsiprep(folder: Path) -> None:
     import torch
 
     from dsiprep.io.nifti import read_volume
-    from dsiprep.ops.diffeomorphic import register_diffeomorphic
+    from dsiprep.ops.registration.diffeomorphic import register_diffeomorphic
 
     torch.set_num_threads(1)
     fixed, moving = read_volume(folder / "fixed.nii"), read_volume(folder / "moving.nii")

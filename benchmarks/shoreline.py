@@ -61,7 +61,7 @@ def measure(folder: Path) -> None:
     points = acquired.mask.grid.to_world(np.argwhere(acquired.mask.numpy() > 0.5)[::200])
     row = errors(found.transforms, poses, acquired.dwi.bvals, points) | eddy_error(found.eddy, poses, truth, points)
     true = {(v, k) for v, k, _ in truth["lost_slices"]}
-    lost = {(int(v), int(k)) for v, k in np.argwhere(found.lost)}
+    lost = {(int(v), int(k)) for v, k in np.argwhere(found.outlier_slices)}
     row["lost slices"] = f"{len(lost & true)} of {len(true)}, {len(lost - true)} wrong"
     row["CPU s"] = f"{after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.0f}"
     row["wall s"] = f"{wall:.0f}"
@@ -80,7 +80,7 @@ def peak_memory() -> int:
 
 def errors(found: np.ndarray, true: np.ndarray, bvals: np.ndarray, points: np.ndarray) -> dict[str, str]:
     """Less the rigid offset that the diffusion-weighted volumes have in common."""
-    from dsiprep.ops.affine import mean_rigid, point_displacement, rigid_parameters
+    from dsiprep.ops.image.affine import mean_rigid, point_displacement, rigid_parameters
 
     weighted = bvals > 100
     left = np.linalg.inv(true)[weighted] @ found[weighted]
@@ -99,7 +99,7 @@ def errors(found: np.ndarray, true: np.ndarray, bvals: np.ndarray, points: np.nd
 def eddy_error(eddy: object, poses: np.ndarray, truth: dict, points: np.ndarray) -> dict[str, str]:
     """Mean absolute difference from the true displacement, over brain and diffusion-weighted volumes."""
     from dsiprep.data.transform import EddyCurrents
-    from dsiprep.phantom.scan import eddy_basis
+    from dsiprep.phantom.scanner import eddy_basis
 
     assert isinstance(eddy, EddyCurrents)
     weighted = np.flatnonzero(np.asarray(truth["bvals"]) > 100)
@@ -115,8 +115,8 @@ def eddy_error(eddy: object, poses: np.ndarray, truth: dict, points: np.ndarray)
 def floor(folder: Path) -> None:
     """The row of volumes registered to what they would be without noise, in the pose of the first volume."""
     from dsiprep.io.bids import find_units, read_unit
-    from dsiprep.ops.align import align
-    from dsiprep.ops.points import point_set
+    from dsiprep.ops.image.point_set import point_set
+    from dsiprep.ops.motion.gauss_newton import align
     from dsiprep.settings import Settings
     from dsiprep.stages.acquisition import conform
 
@@ -138,7 +138,7 @@ def floor(folder: Path) -> None:
 def noise_free(truth: dict, bvals: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
     """Every diffusion-weighted volume's number and image, from the settings that the phantom was made with."""
     from dsiprep.phantom.head import make_head
-    from dsiprep.phantom.scan import FIELD_OF_VIEW
+    from dsiprep.phantom.scanner import FIELD_OF_VIEW
     from dsiprep.phantom.schemes import load_scheme
     from dsiprep.phantom.session import plan_session
     from dsiprep.phantom.settings import PhantomSettings
@@ -156,7 +156,7 @@ def noise_free(truth: dict, bvals: np.ndarray) -> Iterator[tuple[int, torch.Tens
 
 def main(out: Path, names: list[str], flags: set[str]) -> None:
     """All rows."""
-    from dsiprep.tools import main as tools
+    from dsiprep.cli.tools import main as tools
 
     cases, header = (SCALING if "--scaling" in flags else CASES), ""
     for name in names or list(cases):

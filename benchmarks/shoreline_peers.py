@@ -138,7 +138,7 @@ def race(source: Path, folder: Path, ours: dict, true: np.ndarray, sample: np.nd
     """CPU seconds of QSIPrep's steps, and everybody's mean errors (mm), each one number a volume."""
     import nibabel as nib
 
-    from dsiprep.ops.affine import mean_rigid, point_displacement
+    from dsiprep.ops.image.affine import mean_rigid, point_displacement
 
     settings = json.loads((source / "data" / "shoreline_precise_Rigid.json").read_text())
     flip = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -167,7 +167,7 @@ def race(source: Path, folder: Path, ours: dict, true: np.ndarray, sample: np.nd
 
 def main(out: Path, count: int) -> None:
     """The table."""
-    from dsiprep.tools import main as tools
+    from dsiprep.cli.tools import main as tools
 
     phantom = out / CASE.replace(" ", "_").replace("%", "pc")
     if not (phantom / "truth" / "truth.json").is_file():

@@ -20,9 +20,9 @@ import torch
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.io import freesurfer
-from dsiprep.ops.affine import rigid_matrix
-from dsiprep.ops.field import chain_displacement, chain_points
-from dsiprep.ops.filter import gaussian
+from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.image.displacement_field import chain_displacement, chain_points
+from dsiprep.ops.image.filters import gaussian
 
 LPS = np.array([-1.0, -1, 1])
 TURN = rigid_matrix(np.array([0.1, -0.08, 0.06, 4, -6, 5]))
@@ -51,7 +51,7 @@ def make(out: Path, size: int) -> Chain:
 
 def run(arguments: list[str], out: Path) -> tuple[float, float]:
     """CPU seconds and GB of one conversion."""
-    process = subprocess.Popen([sys.executable, "-m", "dsiprep.tools", "convert-warp", *arguments], cwd=out)
+    process = subprocess.Popen([sys.executable, "-m", "dsiprep.cli.tools", "convert-warp", *arguments], cwd=out)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"convert-warp {' '.join(arguments)} failed")

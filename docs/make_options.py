@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dsiprep import cli
+from dsiprep.cli import app as cli
+from dsiprep.cli.tools import build_parser as build_tools
+from dsiprep.cli.unsupported import NOT_BUILT, NOT_HERE
 from dsiprep.phantom.settings import PhantomSettings
-from dsiprep.refused import NOT_BUILT, NOT_HERE
-from dsiprep.tools import build_parser as build_tools
 
 HEAD = """\
 # Options

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsiprep.cache import Cache, Kept
+from dsiprep.cache import Cache, CachedResult
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Denoised, Motion
@@ -39,7 +39,7 @@ class Counted:
         return Denoised(dwi, Volume(data[0], GRID), None, "dwidenoise")
 
 
-def source(tmp_path: Path, text: str = "input") -> Kept[str]:
+def source(tmp_path: Path, text: str = "input") -> CachedResult[str]:
     path = tmp_path / "input.txt"
     path.write_text(text)
     return Cache(None).files((path,), {"pe": "j"}, path.read_text)

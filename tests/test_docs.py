@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dsiprep.cli import build_parser
-from dsiprep.tools import build_parser as build_tools
+from dsiprep.cli.app import build_parser
+from dsiprep.cli.tools import build_parser as build_tools
 
 DOCS = Path(__file__).parents[1] / "docs"
 ENGLISH, CHINESE = DOCS / "dsi-in-practice.md", DOCS / "dsi-in-practice.zh.md"

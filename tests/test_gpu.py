@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 import torch
 
-import test_distortion as simulation
-import test_fieldmapless as tissues
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Blip, UnitResults
 from dsiprep.io.bids import find_units
 from dsiprep.io.templates import load_template
-from dsiprep.ops.diffeomorphic import register_diffeomorphic
-from dsiprep.ops.filter import resample_to_spacing
+from dsiprep.ops.image.filters import resample_to_spacing
+from dsiprep.ops.registration.diffeomorphic import register_diffeomorphic
 from dsiprep.phantom import PhantomSettings, make_phantom
 from dsiprep.pipeline import preprocess
 from dsiprep.settings import AnatomySettings, DistortionSettings, MotionSettings, ResampleSettings, Settings
 from dsiprep.stages.distortion import correct_distortion
-from pretend_gpu import GPU, pretend_gpu
+from helpers import epi_pair as simulation
+from helpers import tissue_head as tissues
+from helpers.pretend_gpu import GPU, pretend_gpu
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dsiprep.io.bids import find_units, read_unit
-    from dsiprep.pair import correct_pair
     from dsiprep.pipeline import preprocess
     from dsiprep.settings import Settings
-    from dsiprep.shoreline import align_series, estimate_motion
+    from dsiprep.standalone.blip_pair import correct_pair
+    from dsiprep.standalone.shoreline import align_series, estimate_motion
 
 # Threads that wait sleep rather than spin. On a shared machine spinning cost three times the CPU time and more of wall
 # time. It has to be set before torch or Numba load OpenMP.
@@ -38,10 +38,10 @@ __all__ = [
 ]
 
 _HOMES = {
-    "correct_pair": "dsiprep.pair",
+    "correct_pair": "dsiprep.standalone.blip_pair",
     "Settings": "dsiprep.settings",
-    "align_series": "dsiprep.shoreline",
-    "estimate_motion": "dsiprep.shoreline",
+    "align_series": "dsiprep.standalone.shoreline",
+    "estimate_motion": "dsiprep.standalone.shoreline",
     "find_units": "dsiprep.io.bids",
     "preprocess": "dsiprep.pipeline",
     "read_unit": "dsiprep.io.bids",

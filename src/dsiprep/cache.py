@@ -37,7 +37,7 @@ TYPES: dict[str, type] = {
 }
 
 
-class Kept(Generic[T]):
+class CachedResult(Generic[T]):
     """A result and the key of its lineage. `value` is made or loaded when it is first asked for."""
 
     def __init__(self, key: str, make: Callable[[], T]) -> None:
@@ -78,15 +78,15 @@ class Cache:
         self.seconds: dict[str, float] = {}
         self._in_memory: dict[str, object] = {}
 
-    def files(self, paths: tuple[Path, ...], facts: object, read: Callable[[], T]) -> Kept[T]:
+    def files(self, paths: tuple[Path, ...], facts: object, read: Callable[[], T]) -> CachedResult[T]:
         """What `read` gives, under a key of the contents of `paths` and of `facts` about them."""
         digest = hashlib.sha256(_plain(facts).encode())
         for path in paths:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return Kept(digest.hexdigest(), read)
+        return CachedResult(digest.hexdigest(), read)
 
-    def run(self, stage: ModuleType, name: str, function: Callable[..., T], *inputs: object) -> Kept[T]:
+    def run(self, stage: ModuleType, name: str, function: Callable[..., T], *inputs: object) -> CachedResult[T]:
         """`function(*inputs)`, from the cache if it was there.
 
         Parameters
@@ -97,15 +97,15 @@ class Cache:
             Name of the step, for people and for the key: "motion-up".
         function : callable
             Pure: its result depends on its inputs only.
-        inputs : Kept, tuple of Kept, settings or plain values
-            `Kept` inputs are handed on as their values.
+        inputs : CachedResult, tuple of CachedResult, settings or plain values
+            `CachedResult` inputs are handed on as their values.
         """
         lineage = [name, stage.VERSION, [_lineage(item) for item in inputs]]
         key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
         if self.folder is None:
             if key not in self._in_memory:
                 self._in_memory[key] = self._timed(name, function, inputs)
-            return Kept(key, lambda: cast(T, self._in_memory[key]))
+            return CachedResult(key, lambda: cast(T, self._in_memory[key]))
         target = self.folder / f"{name}-{key[:12]}"
         if not (target / "result.json").exists():
             value = self._timed(name, function, inputs)
@@ -113,7 +113,7 @@ class Cache:
             del value
         else:
             self.seconds[name] = json.loads((target / "result.json").read_text())["about"]["seconds"]
-        return Kept(key, lambda: _load(target))
+        return CachedResult(key, lambda: _load(target))
 
     def _timed(self, name: str, function: Callable[..., T], inputs: tuple[object, ...]) -> T:
         if self.only_found:
@@ -137,13 +137,13 @@ class Cache:
 
 
 def _value(item: object) -> object:
-    if isinstance(item, Kept):
+    if isinstance(item, CachedResult):
         return item.value
     return tuple(_value(part) for part in item) if isinstance(item, tuple) else item
 
 
 def _lineage(item: object) -> object:
-    if isinstance(item, Kept):
+    if isinstance(item, CachedResult):
         return item.key
     return [_lineage(part) for part in item] if isinstance(item, tuple) else item
 

@@ -54,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def lend(device: torch.device) -> dict[str, str]:
+def release_gpu(device: torch.device) -> dict[str, str]:
     """Give back what torch holds of a GPU in reserve, for another program to use it.
 
     Returns

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from dsiprep.cache import Cache, Kept
+from dsiprep.cache import Cache, CachedResult
 from dsiprep.data.acquisition import PhaseEncoding, Unit
 from dsiprep.data.grid import Volume
 from dsiprep.data.raw import RawFieldmap
@@ -27,13 +27,13 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
-from dsiprep.engines.choice import anatomical_steps, check_engines, distortion_step, made_by
+from dsiprep.engines.selection import anatomical_steps, check_engines, distortion_step, made_by
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
-from dsiprep.io.masks import find_mask
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
-from dsiprep.ops.mask import brain_mask_b0
+from dsiprep.io.user_mask import find_mask
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.plan import choose_distortion, choose_structural
 from dsiprep.settings import (
     AnatomySettings,
@@ -133,15 +133,15 @@ def preprocess(
     )
 
 
-def _acquire(unit: Unit, settings: Settings, cache: Cache) -> Kept[Acquired]:
+def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acquired]:
     require_files(unit, settings.anatomy.modality)
     raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
     return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
 
 
 def _undistort(
-    unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: Kept[Acquired]
-) -> tuple[tuple[Kept[Motion], ...], Kept[Distortion | None], str]:
+    unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: CachedResult[Acquired]
+) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[Distortion | None], str]:
     """Motion of each blip, the distortion between them, and why it was corrected in that way."""
     motions = tuple(
         cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion)
@@ -157,8 +157,8 @@ def prepare_anatomy(
     settings: Settings,
     cache: Cache,
     device: torch.device,
-    reference: tuple[Kept[Motion], Kept[Distortion | None]] | None = None,
-) -> Kept[Anatomy]:
+    reference: tuple[CachedResult[Motion], CachedResult[Distortion | None]] | None = None,
+) -> CachedResult[Anatomy]:
     """The structural image of a unit; where it has none, the b=0 reference of `reference` stands in."""
     found = load_template(settings.anatomy.template, settings.anatomy.modality)
     template = cache.files(found.files, [found.name, found.note], lambda: found)
@@ -177,9 +177,9 @@ def _correct_distortion(
     settings: Settings,
     cache: Cache,
     device: torch.device,
-    moved: tuple[Kept[Acquired], tuple[Kept[Motion], ...]],
+    moved: tuple[CachedResult[Acquired], tuple[CachedResult[Motion], ...]],
     method: str,
-) -> Kept[Distortion | None]:
+) -> CachedResult[Distortion | None]:
     acquired, motions = moved
     if method == "gre" and unit.gre:
         gre = unit.gre
@@ -200,7 +200,7 @@ def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Dis
     return fieldmap.correct_with_fieldmap(acquired.blips[0], reference, grid, moved.mask, field)
 
 
-def _seen_by(unit: Unit, settings: Settings, cache: Cache, device: torch.device) -> Kept[Anatomy]:
+def _seen_by(unit: Unit, settings: Settings, cache: Cache, device: torch.device) -> CachedResult[Anatomy]:
     """The structural image that stands in for a fieldmap; a given mask is that of the other image's brain."""
     modality, wanted = choose_structural(unit, settings), settings.anatomy
     if modality != wanted.modality:

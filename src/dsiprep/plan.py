@@ -8,10 +8,10 @@ from pathlib import Path
 
 from dsiprep.data.acquisition import SamplingScheme, Unit
 from dsiprep.data.results import Acquired
-from dsiprep.engines.choice import engines_for
+from dsiprep.engines.selection import engines_for
 from dsiprep.errors import SettingsError
-from dsiprep.io.masks import find_mask
 from dsiprep.io.templates import load_template
+from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
 from dsiprep.stages import motion
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from nibabel.orientations import io_orientation
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,13 @@ class Grid:
             and np.allclose(self.to_world(corner), other.to_world(corner), atol=tolerance)
             and np.allclose(self.affine[:3, :3], other.affine[:3, :3], atol=tolerance)
         )
+
+    def ras_axes(self) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
+        """The voxel axis nearest to R, A and S, and whether its index runs the other way."""
+        found = io_orientation(self.affine)
+        order = [int(np.flatnonzero(found[:, 0] == world)[0]) for world in range(3)]
+        flipped = [bool(found[axis, 1] < 0) for axis in order]
+        return (order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2])
 
     def permuted(self, order: list[int]) -> Grid:
         """The same points, their voxel axes in this order."""

@@ -95,10 +95,10 @@ class Motion:
         The signal model that was used: "3dSHORE", "tensor", "none" or "off".
     eddy : EddyCurrents or None
         Displacement of every volume by eddy currents, at the points that `transforms` lead to.
-    lost : ndarray, (n, slices) bool, or None
+    outlier_slices : ndarray, (n, slices) bool, or None
         Slices of diffusion-weighted volumes that lost their signal.
     replacements : Tensor, (r, a, b), or None
-        What takes their place, in the order of numpy.argwhere(lost); None where they stay as they are.
+        What takes their place, in the order of numpy.argwhere(outlier_slices); None where they stay as they are.
     """
 
     transforms: np.ndarray
@@ -112,16 +112,16 @@ class Motion:
     trace: list[dict[str, Any]]
     model: str
     eddy: EddyCurrents | None = None
-    lost: np.ndarray | None = None
+    outlier_slices: np.ndarray | None = None
     replacements: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
 
-    def mended(self, row: int, volume: torch.Tensor) -> torch.Tensor:
+    def with_replaced_slices(self, row: int, volume: torch.Tensor) -> torch.Tensor:
         """The volume (i, j, k) of a row of `transforms` with its lost slices replaced, where they are to be."""
-        if self.replacements is None or self.lost is None or not self.lost[row].any():
+        if self.replacements is None or self.outlier_slices is None or not self.outlier_slices[row].any():
             return volume
         out = volume.clone()
-        for number, (own, cut) in enumerate(np.argwhere(self.lost)):
+        for number, (own, cut) in enumerate(np.argwhere(self.outlier_slices)):
             if own == row:
                 out.select(self.slice_axis, int(cut)).copy_(self.replacements[number])
         return out

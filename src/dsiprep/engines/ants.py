@@ -22,11 +22,11 @@ from dsiprep.data.acquisition import Unit
 from dsiprep.data.grid import Volume
 from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain
-from dsiprep.engines import programs
+from dsiprep.engines import external_programs as programs
 from dsiprep.errors import EngineError, InputError
 from dsiprep.io.itk import read_composite_h5, write_affine
 from dsiprep.io.nifti import write_image
-from dsiprep.ops.filter import resample_to_spacing
+from dsiprep.ops.image.filters import resample_to_spacing
 from dsiprep.settings import AnatomySettings, Settings
 
 VERSION = 1

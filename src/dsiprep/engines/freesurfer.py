@@ -21,13 +21,13 @@ from dsiprep.data.acquisition import Unit
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.template import Template
 from dsiprep.data.transform import Chain, DisplacementField
-from dsiprep.device import free_bytes, lend
-from dsiprep.engines import programs
+from dsiprep.device import free_bytes, release_gpu
+from dsiprep.engines import external_programs as programs
 from dsiprep.errors import EngineError, InputError
 from dsiprep.io.freesurfer import read_warp
 from dsiprep.io.nifti import read_volume, write_image
-from dsiprep.ops.field import chain_points_back, fit_between
-from dsiprep.ops.sample import pull, voxel_points
+from dsiprep.ops.image.displacement_field import chain_points_back, fit_between
+from dsiprep.ops.image.interpolation import resample_onto, voxel_points
 from dsiprep.settings import AnatomySettings, Settings
 
 VERSION = 1
@@ -124,7 +124,7 @@ def _require_licence(option: str) -> None:
 
 
 def brain_mask(volume: Volume, *, folder: Path | None = None) -> Volume:
-    """Brain in a structural image, by SynthStrip; in place of `dsiprep.ops.mask.brain_mask_t1w`.
+    """Brain in a structural image, by SynthStrip; in place of `dsiprep.ops.intensity.brain_mask.brain_mask_t1w`.
 
     Parameters
     ----------
@@ -164,7 +164,7 @@ def segment(
     parc: bool = False,
     folder: Path | None = None,
 ) -> tuple[torch.Tensor, Volume]:
-    """CSF, GM and WM by SynthSeg, and its labels; in place of `dsiprep.ops.tissue.segment_tissue`.
+    """CSF, GM and WM by SynthSeg, and its labels; in place of `dsiprep.ops.intensity.tissue_segmentation.segment_tissue`.
 
     Parameters
     ----------
@@ -203,7 +203,7 @@ def segment(
         _run(SEG, words, place, device)
         found = _read(labels, SEG)
     inside = mask.data.cpu() > 0.5
-    shares = pull(_by_tissue(found.data.round().int()), found.grid, volume.grid) * inside
+    shares = resample_onto(_by_tissue(found.data.round().int()), found.grid, volume.grid) * inside
     if not bool((shares[1:].sum(0) > 0).any()):
         raise EngineError(f"{SEG} found no grey and white matter inside the brain mask; look at the image and the mask")
     shares /= shares.sum(0).clamp(min=1.0)
@@ -279,7 +279,7 @@ def _knows_joint(place: programs.Workplace) -> bool:
 
 def _run(program: str, words: list[str | Path], place: programs.Workplace, device: torch.device) -> None:
     path = programs.require(program, HOME, "FreeSurfer 7.4 or later", OPTIONS[program])
-    programs.run([path, *words], place, lend(device))
+    programs.run([path, *words], place, release_gpu(device))
 
 
 def _read(path: Path, program: str) -> Volume:

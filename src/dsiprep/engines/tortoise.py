@@ -25,14 +25,14 @@ from dsiprep.data.acquisition import Unit
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.data.transform import Affine, DisplacementField
-from dsiprep.device import lend
-from dsiprep.engines import programs
+from dsiprep.device import release_gpu
+from dsiprep.engines import external_programs as programs
 from dsiprep.errors import EngineError, InputError
 from dsiprep.io.itk import displacement_of, read_composite_h5
 from dsiprep.io.nifti import lps_axes, to_lps, write_image
-from dsiprep.io.vectors import read_vectors
-from dsiprep.ops.sample import pull
-from dsiprep.ops.warp import distorted_at, warp_volume
+from dsiprep.io.vector_image import read_vectors
+from dsiprep.ops.image.epi_resampling import sample_displacement, warp_volume
+from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import DistortionSettings, Settings
 from dsiprep.stages import distortion
 
@@ -141,7 +141,7 @@ def correct_distortion(
         try:
             with programs.workplace("drbuddi", folder) as place:
                 words = _write(place.folder, blips[0], means, grid)
-                programs.run([path, *words], place, lend(b0s[0].device) if name == ON_GPU else None)
+                programs.run([path, *words], place, release_gpu(b0s[0].device) if name == ON_GPU else None)
                 found = _read(place.folder, grid)
         except EngineError as problem:
             log.warning("%s", problem)
@@ -193,7 +193,7 @@ def _read(folder: Path, grid: Grid) -> tuple[np.ndarray, torch.Tensor, torch.Ten
     try:
         for name in (UP, DOWN):
             field = displacement_of(read_vectors(folder / name))
-            fields.append(pull(field.data, field.grid, grid))
+            fields.append(resample_onto(field.data, field.grid, grid))
         rigid = read_composite_h5(folder / RIGID, "down", "up").steps
     except InputError as problem:
         raise EngineError(f"DRBUDDI ended well, but what it left cannot be read: {problem}") from problem
@@ -226,7 +226,7 @@ def _result(
     fields = tuple(DisplacementField(pe.polarity * vectors, grid) for pe in (first, second))
     poses = np.stack([np.eye(4), pose])
     after = [
-        warp_volume(image, grid, grid, p, distorted_at(field, grid, np.eye(4)), p[:3, :3])
+        warp_volume(image, grid, grid, p, sample_displacement(field, grid, np.eye(4)), p[:3, :3])
         for image, p, field in zip(means, poses, fields, strict=True)
     ]
     medians = [float(np.median(image.numpy()[inside])) for image in after]

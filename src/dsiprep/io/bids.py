@@ -27,12 +27,12 @@ from qsiplan.validation import GroupingIssue
 
 from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, Unit
 from dsiprep.errors import DsiprepError, InputError, MetadataError, SettingsError
+from dsiprep.io.bids_filters import Filters, apply_filters, check_filters, entities
 from dsiprep.io.fieldmaps import gre_fieldmap
-from dsiprep.io.filters import Filters, apply_filters, check_filters, entities
+from dsiprep.io.grouping_notes import Options, joined, reasons, structural_notes
 from dsiprep.io.nifti import count_volumes
-from dsiprep.io.raw import explain, read_unit, require_files, scheme_of
-from dsiprep.io.reasons import Options, joined, reasons, structural_notes
 from dsiprep.io.sidecars import check_pair, kept_fields, phase_encoding
+from dsiprep.io.unit_reader import explain, read_unit, require_files, scheme_of
 from dsiprep.settings import Settings
 
 __all__ = ["explain", "find_units", "read_unit", "require_files", "scheme_of"]

@@ -23,9 +23,9 @@ from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
 from dsiprep.io.nifti import write_image
-from dsiprep.io.tables import lost_slices, write_json, write_tables
-from dsiprep.ops.field import chain_displacement
-from dsiprep.ops.sample import pull
+from dsiprep.io.qc_tables import lost_slices, write_json, write_tables
+from dsiprep.ops.image.displacement_field import chain_displacement
+from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import AnatomySettings
 
 BIDSIGNORE = """\
@@ -301,10 +301,10 @@ def _write_map(stem: Path, volume: Volume, discrete: bool = False, reference: st
 def _through(chain: Chain, data: torch.Tensor, source: Grid, target: Grid, discrete: bool) -> torch.Tensor:
     displacement = chain_displacement(chain, target)
     if not discrete:
-        return pull(data[None].float(), source, target, displacement=displacement)[0]
+        return resample_onto(data[None].float(), source, target, displacement=displacement)[0]
     labels = torch.unique(data)
     votes = torch.stack([(data == label).float() for label in labels])
-    return labels[pull(votes, source, target, displacement=displacement).argmax(0)]
+    return labels[resample_onto(votes, source, target, displacement=displacement).argmax(0)]
 
 
 def _labels(tissue: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

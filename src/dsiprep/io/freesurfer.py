@@ -22,7 +22,7 @@ import torch
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, DisplacementField
 from dsiprep.errors import InputError
-from dsiprep.io.vectors import VectorImage, absolute_or_displacement, finite, read_vectors, write_vectors
+from dsiprep.io.vector_image import VectorImage, absolute_or_displacement, finite, read_vectors, write_vectors
 
 __all__ = ["LAYOUTS", "FreeSurferWarp", "is_mgh", "mgh_grid", "read_lta", "read_warp", "warp_of", "write_warp"]
 

@@ -13,7 +13,7 @@ import torch
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError
-from dsiprep.io.vectors import SHARE, VectorImage, distance_from_identity
+from dsiprep.io.vector_image import SHARE, VectorImage, distance_from_identity
 
 __all__ = ["COEFFICIENTS", "FIELD", "fsl_coordinates", "warp_of"]
 

@@ -20,7 +20,7 @@ import torch
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EDDY_MM, Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.errors import InputError, OutputError
-from dsiprep.io.vectors import VectorImage, write_vectors
+from dsiprep.io.vector_image import VectorImage, write_vectors
 
 __all__ = [
     "displacement_of",

@@ -176,12 +176,9 @@ def to_lps(data: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid]:
 
 
 def lps_axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """Which voxel axis is nearest to L, P and S, and whether it has to be turned around."""
-    found = nib.orientations.io_orientation(grid.affine)
-    order = tuple(int(np.flatnonzero(found[:, 0] == world)[0]) for world in range(3))
-    signs = (-1, -1, 1)
-    flipped = tuple(bool(found[axis, 1] != sign) for axis, sign in zip(order, signs, strict=True))
-    return (order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2])
+    """The voxel axis nearest to L, P and S, and whether its index runs the other way."""
+    order, (r, a, s) = grid.ras_axes()
+    return order, (not r, not a, s)
 
 
 def open_nifti(path: Path) -> Any:

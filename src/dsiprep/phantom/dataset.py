@@ -15,13 +15,13 @@ from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
-from dsiprep.phantom.interpolate import read
-from dsiprep.phantom.scan import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise
+from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.scanner import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise
 from dsiprep.phantom.schemes import load_scheme
 from dsiprep.phantom.session import Session, plan_session, to_fsl
 from dsiprep.phantom.settings import PhantomSettings
 from dsiprep.phantom.signal import fibre_image, make_tissue
-from dsiprep.phantom.slices import MULTIBAND, REPETITION_TIME, slice_timing
+from dsiprep.phantom.slice_acquisition import MULTIBAND, REPETITION_TIME, slice_timing
 
 IDEAL_SLOPE = 1 / 8  # of the ideal DWI, kept as integers
 T1_WEIGHT = {"csf": 0.16, "wm": 0.9, "fluid": 0.14, "bone": 0.07, "marrow": 0.45, "fat": 0.9, "muscle": 0.42}

@@ -18,7 +18,7 @@ from scipy.spatial.transform import Rotation
 
 from dsiprep.data.grid import Grid
 from dsiprep.errors import InputError
-from dsiprep.phantom.interpolate import read
+from dsiprep.phantom.interpolation import read
 
 TEMPLATE = "MNI152NLin2009aSym"
 BRAIN_CENTRE = np.array([0.0, -18.0, 6.0])  # of the template's brain

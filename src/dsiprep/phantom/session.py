@@ -9,10 +9,10 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import SettingsError
-from dsiprep.ops.affine import rigid_matrix, rotate_bvecs
+from dsiprep.ops.image.affine import rigid_matrix, rotate_bvecs
 from dsiprep.phantom.head import Head, slabs
-from dsiprep.phantom.interpolate import read
-from dsiprep.phantom.scan import (
+from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.scanner import (
     FIELD_OF_VIEW,
     READOUT_TIME,
     Source,
@@ -23,7 +23,7 @@ from dsiprep.phantom.scan import (
 )
 from dsiprep.phantom.settings import DEGREES_PER_MM, PhantomSettings
 from dsiprep.phantom.signal import Tissue
-from dsiprep.phantom.slices import kept_signal
+from dsiprep.phantom.slice_acquisition import kept_signal
 
 N_EPIS = 3
 DRIFT = 0.1  # of the largest motion

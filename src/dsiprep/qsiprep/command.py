@@ -14,10 +14,10 @@ from importlib.metadata import version as version_of
 from pathlib import Path
 
 from dsiprep.errors import InputError, SettingsError
-from dsiprep.io.filters import Filters
-from dsiprep.qsiprep.cases import Case, find_cases
-from dsiprep.qsiprep.choices import WORK, Choices, Wishes, choose_options
+from dsiprep.io.bids_filters import Filters
+from dsiprep.qsiprep.dataset_cases import Case, find_cases
 from dsiprep.qsiprep.image import DRBUDDI
+from dsiprep.qsiprep.option_choices import WORK, Choices, Wishes, choose_options
 from dsiprep.qsiprep.releases import Release
 
 DATA, OUT = "/data", "/out"

@@ -13,10 +13,10 @@ from pathlib import Path
 from pprint import pformat
 
 from dsiprep.errors import OutputError, SettingsError
-from dsiprep.qsiprep.gpu import gpu_tasks, task_of
+from dsiprep.qsiprep.command_patches import GPU, Patched, Swap, apply_swaps
+from dsiprep.qsiprep.gpu_support import gpu_tasks, task_of
 from dsiprep.qsiprep.releases import Release
-from dsiprep.qsiprep.source import Source, find_source
-from dsiprep.qsiprep.swap import GPU, Patched, Swap, apply_swaps
+from dsiprep.qsiprep.source_code import Source, find_source
 
 DRBUDDI = Swap("DRBUDDI", "DRBUDDI_cuda")
 INSIDE = "/opt/dsiprep"  # where the image keeps the check

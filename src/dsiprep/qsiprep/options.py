@@ -32,7 +32,7 @@ def run_image(options: argparse.Namespace) -> int:
 
 def add_command_options(parser: argparse.ArgumentParser) -> None:
     """The options of `qsiprep-command`; those that QSIPrep has too are called as in its newest release."""
-    from dsiprep.qsiprep.choices import Wishes
+    from dsiprep.qsiprep.option_choices import Wishes
 
     usual = Wishes()
     parser.add_argument("bids_dir", type=Path, help="root of the dataset; it is looked at, not changed")
@@ -59,8 +59,8 @@ def add_command_options(parser: argparse.ArgumentParser) -> None:
 
 def run_command(options: argparse.Namespace) -> int:
     """Print the script."""
-    from dsiprep.qsiprep.choices import Wishes
     from dsiprep.qsiprep.command import Place, write_command
+    from dsiprep.qsiprep.option_choices import Wishes
 
     out = options.output_dir
     place = Place(options.bids_dir, out, options.work_dir or out.with_name(f"{out.resolve().name}_work"),

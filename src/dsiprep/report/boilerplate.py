@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dsiprep.data.results import UnitResults
 from dsiprep.engines import ants, freesurfer, tortoise
-from dsiprep.report.album import write_atomically
+from dsiprep.report.page_parts import write_atomically
 from dsiprep.stages import (
     acquisition,
     anatomy,
@@ -27,8 +27,8 @@ from dsiprep.stages import (
     fieldmapless,
     motion,
     quality,
-    reference,
     resample,
+    structural_average,
 )
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
@@ -155,7 +155,7 @@ def _named(methods: dict[str, str], told: str) -> list[str]:
 def _anatomy(results: UnitResults) -> list[str]:
     """Structural processing: what applies of bias, brain, tissue, ACPC and template."""
     found = results.anatomy
-    methods = {**reference.METHODS, **anatomy.METHODS, **freesurfer.METHODS, **ants.METHODS}
+    methods = {**structural_average.METHODS, **anatomy.METHODS, **freesurfer.METHODS, **ants.METHODS}
     if found.modality == "none":
         return [methods["none"]] if "none" in methods else []
     normalised = found.acpc_to_template is not None

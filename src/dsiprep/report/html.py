@@ -12,10 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dsiprep.data.results import UnitResults
-from dsiprep.report.album import Album, Section, write_atomically
 from dsiprep.report.boilerplate import methods_html
+from dsiprep.report.page_parts import Album, Section, write_atomically
 from dsiprep.report.sections import SECTIONS
-from dsiprep.report.words import duration
+from dsiprep.report.wording import duration
 
 LOG = logging.getLogger(__name__)
 COLOURS = ("#94a3b8", "#22a7c3", "#3f7fdb", "#7c5cd6", "#c2529c", "#e07b1f", "#d9b310", "#4f9d5d")

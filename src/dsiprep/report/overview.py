@@ -6,8 +6,8 @@ import numpy as np
 
 from dsiprep.data.results import UnitResults
 from dsiprep.report import plots
-from dsiprep.report.album import Album, Fact, Section
-from dsiprep.report.words import (
+from dsiprep.report.page_parts import Album, Fact, Section
+from dsiprep.report.wording import (
     BLIPS,
     METHODS,
     MODELS,
@@ -85,7 +85,7 @@ def summary(results: UnitResults, album: Album) -> Section:
 
 def _headline(results: UnitResults) -> tuple[tuple[str, ...], ...]:
     table = results.quality.table
-    flagged = sum(int(motion.lost.sum()) for motion in results.motions if motion.lost is not None)
+    flagged = sum(int(motion.outlier_slices.sum()) for motion in results.motions if motion.outlier_slices is not None)
     total = int(np.isfinite(results.quality.slice_z).sum())
     ndc = f"{number(table.get('raw_neighbor_corr'))} → {number(table.get('t1_neighbor_corr'))}"
     r2 = np.concatenate([motion.r2 for motion in results.motions]) if results.motions else np.array([np.nan])

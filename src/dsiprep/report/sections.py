@@ -9,11 +9,12 @@ from __future__ import annotations
 import numpy as np
 
 from dsiprep.data.results import Distortion, Motion, Preprocessed, UnitResults
-from dsiprep.ops.affine import rigid_parameters
-from dsiprep.report import figures, plots
-from dsiprep.report.album import Album, Fact, Picture, Section
+from dsiprep.ops.image.affine import rigid_parameters
+from dsiprep.report import plots
+from dsiprep.report import slice_figures as figures
 from dsiprep.report.overview import acquisition, quality, summary
-from dsiprep.report.words import BLIPS, LOST, SCORES, encoding, in_words
+from dsiprep.report.page_parts import Album, Fact, Picture, Section
+from dsiprep.report.wording import BLIPS, LOST, SCORES, encoding, in_words
 
 AXES = ("left-right", "posterior-anterior", "inferior-superior")
 
@@ -77,8 +78,8 @@ def motion(results: UnitResults, album: Album) -> Section:
     dwi = results.acquired.dwi
     outliers = np.zeros(len(dwi))
     for result in results.motions:
-        if result.lost is not None:
-            outliers[result.volumes] = result.lost.sum(1)
+        if result.outlier_slices is not None:
+            outliers[result.volumes] = result.outlier_slices.sum(1)
     fd = np.asarray(results.quality.confounds.get("framewise_displacement", np.full(len(dwi), np.nan)), float)
     parameters = motion_parameters(results.motions, len(dwi))
     pictures = album.still(
@@ -164,7 +165,7 @@ def _agreement(results: UnitResults, result: Motion, album: Album, names: tuple[
     axis = AXES[int(np.argmax(np.abs(result.dwiref.grid.directions[:, result.slice_axis])))]
     pictures += album.still(
         f"slices{tail}",
-        plots.slices(result.slice_z, result.lost, bvals, is_b0, f"{'ijk'[result.slice_axis]} ({axis})"),
+        plots.slices(result.slice_z, result.outlier_slices, bvals, is_b0, f"{'ijk'[result.slice_axis]} ({axis})"),
         "Heat map of the z-score of each slice in each volume.",
         f"Residual of each slice against its prediction{of}; slices that lost signal are boxed.",
         "Signal dropout from sudden motion shows as dark blue slices; a whole dark column is a bad volume.",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsiprep.ops.affine import (
+from dsiprep.ops.image.affine import (
     nearest_rotation,
     point_displacement,
     rigid_matrix,

@@ -12,9 +12,9 @@ from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.raw import RawEpi, RawRun, RawUnit
 from dsiprep.data.results import Acquired, Blip
-from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.sample import pull
-from dsiprep.ops.scheme import recognise
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
+from dsiprep.ops.qspace.sampling_scheme import recognise
 from dsiprep.settings import AcquisitionSettings
 
 VERSION = 1
@@ -84,7 +84,7 @@ def _epi_onto(epi: RawEpi, grid: Grid) -> RawEpi:
 
 def _resampled(data: torch.Tensor, source: Grid, target: Grid) -> torch.Tensor:
     # cubic splines overshoot at edges, and intensities are not negative
-    return pull(data, source, target, cubic=True).clamp_(min=0)
+    return resample_onto(data, source, target, cubic=True).clamp_(min=0)
 
 
 def _along(pe: PhaseEncoding, source: Grid, target: Grid) -> PhaseEncoding:

@@ -15,17 +15,17 @@ from dsiprep.data.results import Anatomy
 from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain
 from dsiprep.errors import InputError
-from dsiprep.ops.affine import nearest_rotation
-from dsiprep.ops.bias import n4_bias
-from dsiprep.ops.diffeomorphic import register_diffeomorphic
-from dsiprep.ops.field import chain_displacement, fit_between
-from dsiprep.ops.linear import register_linear
-from dsiprep.ops.mask import brain_mask_b0, brain_mask_dwiref, brain_mask_t1w, brain_mask_t2w
-from dsiprep.ops.sample import pull
-from dsiprep.ops.size import enlarge_affine, enlarge_chain, enlarge_volume, enlargement
-from dsiprep.ops.tissue import segment_tissue
+from dsiprep.ops.image.affine import nearest_rotation
+from dsiprep.ops.image.displacement_field import chain_displacement, fit_between
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.intensity.bias_field import n4_bias
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0, brain_mask_dwiref, brain_mask_t1w, brain_mask_t2w
+from dsiprep.ops.intensity.tissue_segmentation import segment_tissue
+from dsiprep.ops.registration.diffeomorphic import register_diffeomorphic
+from dsiprep.ops.registration.head_size import enlarge_affine, enlarge_chain, enlarge_volume, enlargement
+from dsiprep.ops.registration.linear import register_linear
 from dsiprep.settings import AnatomySettings
-from dsiprep.stages.reference import average_images
+from dsiprep.stages.structural_average import average_images
 
 VERSION = 7
 METHODS = {
@@ -180,8 +180,8 @@ def _from_t1w(
     opinion = _second_opinion(native, mask, template, to_template)
     pose = _rigid_about_origin(to_template)
     grid = _output_grid(native, pose)
-    image = Volume(pull(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
-    inside = Volume((pull(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
+    image = Volume(resample_onto(native.data[None], native.grid, grid, pose, cubic=True)[0].clamp(min=0), grid)
+    inside = Volume((resample_onto(mask.data[None], mask.grid, grid, pose)[0] > 0.5).float(), grid)
     brain = Volume(image.data * inside.data, grid)
     normalise = steps.normalise if steps.normalise and settings.normalize else _normalise
     forward, back = normalise(brain, template, rim, np.linalg.inv(pose) @ to_template, settings)
@@ -208,8 +208,8 @@ def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
     brain = Volume(dwiref.data * (mask.data > 0.5), dwiref.grid)
     fit = register_linear(brain, template.brain, dof=6, fixed_mask=_rim(template), moving_mask=mask)
     grid = _output_grid(dwiref, fit.matrix)
-    image = pull(dwiref.data[None].float(), dwiref.grid, grid, fit.matrix, cubic=True)[0].clamp(min=0)
-    inside = (pull(mask.data[None].float(), mask.grid, grid, fit.matrix)[0] > 0.5).float()
+    image = resample_onto(dwiref.data[None].float(), dwiref.grid, grid, fit.matrix, cubic=True)[0].clamp(min=0)
+    inside = (resample_onto(mask.data[None].float(), mask.grid, grid, fit.matrix)[0] > 0.5).float()
     return Anatomy(
         modality="none",
         image=Volume(image, grid),
@@ -252,7 +252,7 @@ def _mask(
 def _taken(given: Volume, native: Volume, template: Template) -> Volume:
     """A mask that came with the data, on the grid of the structural image, after a look at it."""
     moved = Volume(given.data.to(native.data.device).float(), given.grid)
-    inside = (pull(moved.data[None], moved.grid, native.grid)[0] > 0.5).float()
+    inside = (resample_onto(moved.data[None], moved.grid, native.grid)[0] > 0.5).float()
     voxel = [float(np.prod(grid.voxel_sizes)) / 1000 for grid in (given.grid, native.grid)]
     whole, left = float((moved.data > 0.5).sum()) * voxel[0], float(inside.sum()) * voxel[1]
     if whole == 0:
@@ -281,7 +281,9 @@ def _second_opinion(native: Volume, mask: Volume, template: Template, to_templat
     """A note where the template's mask, fitted to the whole head, disagrees with the mask."""
     fit = register_linear(native, template.brain, dof=12, fixed_mask=template.mask, initial=to_template, search=False)
     inverse = np.linalg.inv(fit.matrix)
-    near = pull(template.mask.data[None].to(mask.data.device), template.mask.grid, native.grid, inverse)[0] > 0.5
+    near = (
+        resample_onto(template.mask.data[None].to(mask.data.device), template.mask.grid, native.grid, inverse)[0] > 0.5
+    )
     both = float((mask.data * near).sum())
     dice = 2 * both / max(float(mask.data.sum() + near.sum()), 1.0)
     if dice >= AGREE_DICE:
@@ -361,7 +363,7 @@ def _priors(template: Template, back: Chain, grid: Grid, device: torch.device) -
     if template.tissue is None:
         return None
     way = chain_displacement(back, grid, device)
-    return pull(template.tissue.to(device), template.brain.grid, grid, displacement=way)
+    return resample_onto(template.tissue.to(device), template.brain.grid, grid, displacement=way)
 
 
 def _on_template(template: Template, settings: AnatomySettings) -> tuple[str, ...]:
@@ -373,7 +375,7 @@ def _on_template(template: Template, settings: AnatomySettings) -> tuple[str, ..
 
 def _brought(brain: Volume, chain: Chain, grid: Grid) -> Volume:
     displacement = chain_displacement(chain, grid, brain.data.device)
-    return Volume(pull(brain.data[None], brain.grid, grid, displacement=displacement)[0], grid)
+    return Volume(resample_onto(brain.data[None], brain.grid, grid, displacement=displacement)[0], grid)
 
 
 def normalise_brain(

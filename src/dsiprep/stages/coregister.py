@@ -11,8 +11,8 @@ from scipy import ndimage
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Anatomy, Coregistration
 from dsiprep.data.transform import Affine
-from dsiprep.ops.linear import LinearFit, register_linear
-from dsiprep.ops.size import enlarge_matrix, enlarge_volume
+from dsiprep.ops.registration.head_size import enlarge_matrix, enlarge_volume
+from dsiprep.ops.registration.linear import LinearFit, register_linear
 from dsiprep.settings import CoregisterSettings
 
 VERSION = 2

@@ -8,7 +8,7 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Denoised
-from dsiprep.ops.mppca import default_window, mppca
+from dsiprep.ops.intensity.mppca import default_window, mppca
 from dsiprep.settings import DenoiseSettings
 
 VERSION = 1

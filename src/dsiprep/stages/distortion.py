@@ -18,8 +18,13 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion, Motion
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
-from dsiprep.ops.blip import conjugate_gradients, equal_mass_field, sample_lines
-from dsiprep.ops.blip_pair import (
+from dsiprep.ops.image.epi_resampling import warp_volume
+from dsiprep.ops.image.filters import gaussian, resized
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.pepolar.common_displacement import common_displacement
+from dsiprep.ops.pepolar.initial_field import equal_mass_field
+from dsiprep.ops.pepolar.normal_equations import conjugate_gradients
+from dsiprep.ops.pepolar.pair_model import (
     Images,
     Pair,
     State,
@@ -32,13 +37,9 @@ from dsiprep.ops.blip_pair import (
     moved,
     outliers,
 )
-from dsiprep.ops.blip_terms import line_coefficients
-from dsiprep.ops.filter import gaussian, resized
-from dsiprep.ops.linear import register_linear
-from dsiprep.ops.pairs import low_b_pairs
-from dsiprep.ops.sample import pull
-from dsiprep.ops.shared import shared_displacement
-from dsiprep.ops.warp import warp_volume
+from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines
+from dsiprep.ops.qspace.matching_gradients import low_b_pairs
+from dsiprep.ops.registration.linear import register_linear
 from dsiprep.settings import DistortionSettings
 
 VERSION = 3
@@ -192,7 +193,7 @@ def _aligned(dwi: DWI, moved: Motion, volume: int) -> torch.Tensor:
     """A volume (i, j, k) of the series on the b=0 reference of its blip."""
     row = int(np.flatnonzero(moved.volumes == volume)[0])
     eddy = None if moved.eddy is None else moved.eddy.take(np.array([row]))
-    image = torch.nan_to_num(moved.mended(row, dwi.data[volume].cpu()), posinf=0.0, neginf=0.0)
+    image = torch.nan_to_num(moved.with_replaced_slices(row, dwi.data[volume].cpu()), posinf=0.0, neginf=0.0)
     return warp_volume(image, dwi.grid, dwi.grid, moved.transforms[row], eddy=eddy)
 
 
@@ -303,9 +304,9 @@ def _with_structural(pair: Pair, state: State, structural: Volume) -> tuple[Stat
     image = (v0 * j0 + float(np.exp(state.gain)) * v1 * j1) / 2
     inner = Volume(pair.inner.float(), pair.grid)
     fit = register_linear(structural.to("cpu"), Volume(image, pair.grid).to("cpu"), fixed_mask=inner.to("cpu"))
-    there = pull(structural.data[None].float().to(image.device), structural.grid, pair.grid, fit.matrix)[0]
+    there = resample_onto(structural.data[None].float().to(image.device), structural.grid, pair.grid, fit.matrix)[0]
     level = there[pair.inner].median().clamp(min=1e-6)
-    shared, rows = shared_displacement(image, there / level, pair.inner, pair.grid)
+    shared, rows = common_displacement(image, there / level, pair.inner, pair.grid)
     lines = line_coefficients(state.field)
     carried, _, inside = sample_lines(lines, shared / float(pair.grid.voxel_sizes[2]))
     moved = replace(state, field=torch.where(inside > 0, carried, state.field), shared=shared)

@@ -12,11 +12,11 @@ from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError
-from dsiprep.ops.affine import point_displacement
-from dsiprep.ops.linear import register_linear
-from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.offresonance import smooth_field, unfolded, unwrapped_hz
-from dsiprep.ops.warp import distorted_at, warp_volume
+from dsiprep.ops.image.affine import point_displacement
+from dsiprep.ops.image.epi_resampling import sample_displacement, warp_volume
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
+from dsiprep.ops.pepolar.gre_fieldmap import smooth_field, unwrapped_hz, without_folds
+from dsiprep.ops.registration.linear import register_linear
 
 VERSION = 1
 METHODS = {
@@ -116,7 +116,7 @@ def apply_shift(
     moved = torch.from_numpy(np.ascontiguousarray(shift, np.float32))
     field = DisplacementField(moved * step[:, None, None, None], grid)
     still = not bool(moved.any())
-    met = None if still else distorted_at(field, grid, np.eye(4))
+    met = None if still else sample_displacement(field, grid, np.eye(4))
     after = Volume(warp_volume(image.contiguous(), grid, grid, np.eye(4), met), grid)
     hertz = None if pe.readout_time is None else Volume(moved / (pe.readout_time * pe.polarity), grid)
     before = Volume(image, grid)
@@ -136,7 +136,7 @@ def _shift(smooth: Volume, grid: Grid, matrix: np.ndarray, pe: PhaseEncoding) ->
     """The field at the points of the DWI in voxels along the phase-encoding axis; its edge goes on beyond it."""
     voxels = _voxels(grid, smooth.grid, matrix)
     hertz = ndimage.map_coordinates(smooth.numpy(), voxels, order=1, mode="nearest")
-    return unfolded(hertz * (float(pe.readout_time or 0) * pe.polarity), pe.axis)
+    return without_folds(hertz * (float(pe.readout_time or 0) * pe.polarity), pe.axis)
 
 
 def _voxels(grid: Grid, source: Grid, matrix: np.ndarray) -> np.ndarray:

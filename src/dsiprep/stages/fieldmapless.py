@@ -25,14 +25,16 @@ from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion
 from dsiprep.errors import InputError
-from dsiprep.ops.affine import rigid_matrix
-from dsiprep.ops.blip import Normal, along, barrier, conjugate_gradients, sample_lines
-from dsiprep.ops.blip_terms import across_axis, add_penalties, line_coefficients, nearly_largest, rigid_columns
-from dsiprep.ops.contrast import predicted_contrast
-from dsiprep.ops.filter import FWHM, gaussian, resample_to_spacing, resized
-from dsiprep.ops.offresonance import unfolded
-from dsiprep.ops.sample import pull
-from dsiprep.ops.size import enlarge_matrix, enlarge_volume
+from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.image.filters import FWHM, gaussian, resample_to_spacing, resized
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.intensity.tissue_contrast import predicted_contrast
+from dsiprep.ops.pepolar.gre_fieldmap import without_folds
+from dsiprep.ops.pepolar.normal_equations import NormalEquations, conjugate_gradients, percentile_99
+from dsiprep.ops.pepolar.pose_derivatives import across_axis, rigid_columns
+from dsiprep.ops.pepolar.regularisation import add_penalties, along, barrier
+from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines
+from dsiprep.ops.registration.head_size import enlarge_matrix, enlarge_volume
 from dsiprep.stages.fieldmap import apply_shift
 
 VERSION = 1
@@ -129,7 +131,7 @@ def correct_without_fieldmap(
     pose = np.linalg.inv(enlarge_matrix(start.dwiref_to_acpc.matrix, by))
     brain = (mask.data.to(maps.device) > 0.5).permute(order)
     image = b0.data.float().permute(order).contiguous()
-    covered = float((pull(maps, source, grid, pose).sum(0)[brain] > 0.5).float().mean())
+    covered = float((resample_onto(maps, source, grid, pose).sum(0)[brain] > 0.5).float().mean())
     if not covered > LEAST_COVERED:
         raise InputError(
             f"the structural image could not be aligned with the distorted b=0: its brain covers {covered:.0%} of the "
@@ -138,7 +140,7 @@ def correct_without_fieldmap(
     maps = torch.cat([maps, _shells(maps, source)])
     field, trace, notes = _estimate(image / image[brain].median().clamp(min=1e-12), grid, maps, source, pose)
     shift = (field / float(grid.voxel_sizes[2])).permute(np.argsort(order).tolist()).cpu().numpy()
-    return apply_shift(b0.data.float().cpu(), unfolded(shift, pe.axis), b0.grid, pe, trace, "fieldmapless", notes)
+    return apply_shift(b0.data.float().cpu(), without_folds(shift, pe.axis), b0.grid, pe, trace, "fieldmapless", notes)
 
 
 def _shells(maps: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -187,7 +189,7 @@ def _unfolded(field: torch.Tensor, grid: Grid) -> torch.Tensor:
 def _step(level: Level, field: torch.Tensor, pose: np.ndarray) -> tuple[torch.Tensor, np.ndarray, dict[str, float]]:
     """One Gauss-Newton step of field and pose together, at most a voxel long, the weights of the tissues held."""
     grid, h = level.grid, float(level.grid.voxel_sizes[2])
-    maps = pull(level.maps, level.source, grid, pose)
+    maps = resample_onto(level.maps, level.source, grid, pose)
     brain = maps[:TISSUES].sum(0)
     value, slope, inside = sample_lines(level.lines, field / h)
     near = gaussian(brain[None], (RIM_MM / grid.voxel_sizes).tolist())[0]
@@ -206,7 +208,7 @@ def _step(level: Level, field: torch.Tensor, pose: np.ndarray) -> tuple[torch.Te
         "cost": float((weight * rest**2).mean()),
         "step": length,
         "inner": inner_steps,
-        "change_mm": nearly_largest(length * step.abs()[share > 0]),
+        "change_mm": percentile_99(length * step.abs()[share > 0]),
     }
     parameters = moves @ (length * turn.double().cpu().numpy())
     return field + length * step, pose @ rigid_matrix(parameters, centre), row
@@ -214,7 +216,7 @@ def _step(level: Level, field: torch.Tensor, pose: np.ndarray) -> tuple[torch.Te
 
 def _equations(
     field: torch.Tensor, grid: Grid, data: tuple[torch.Tensor, torch.Tensor, torch.Tensor], columns: torch.Tensor
-) -> tuple[Normal, tuple[torch.Tensor, torch.Tensor]]:
+) -> tuple[NormalEquations, tuple[torch.Tensor, torch.Tensor]]:
     """The matrix of the next step and minus the gradient; `data` are slope per mm, weight and residual."""
     slope, weight, rest = data
     sizes, volume = grid.voxel_sizes, float(np.prod(grid.voxel_sizes))
@@ -224,7 +226,7 @@ def _equations(
     weighted = weight * columns
     pose = columns.flatten(1) @ weighted.flatten(1).T + torch.diag(torch.tensor(POSE_PRIOR, device=field.device))
     still = torch.zeros_like(slope)
-    normal = Normal(slope, still, weight, curvature, slope * weighted, pose, sizes, (weak, bent))
+    normal = NormalEquations(slope, still, weight, curvature, slope * weighted, pose, sizes, (weak, bent))
     return normal, (-force, -(weighted.flatten(1) @ rest.reshape(-1)))
 
 

@@ -14,16 +14,19 @@ from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError
-from dsiprep.ops.affine import point_displacement, rigid_matrix
-from dsiprep.ops.agreement import agreement, lost_slices, slice_losses, slice_scores, trust
-from dsiprep.ops.align import Rest, align
-from dsiprep.ops.b0 import align_b0s, between_b0s, mean_b0, nearest_b0
-from dsiprep.ops.eddy import QUIET_MM, bend_step, beyond_chance, choose_terms, no_eddy_currents
-from dsiprep.ops.level import CHUNK, Level, Place, levels_of
-from dsiprep.ops.mask import brain_mask_b0
-from dsiprep.ops.pose import decompose, jitter, part_way, resting_poses, without_trend
-from dsiprep.ops.predict import Model, Prediction, choose_model, predict
-from dsiprep.ops.replace import replaced_slices
+from dsiprep.ops.image.affine import point_displacement, rigid_matrix
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
+from dsiprep.ops.motion.b0_alignment import align_b0s, interpolate_from_b0s, mean_b0, nearest_b0
+from dsiprep.ops.motion.eddy_model import QUIET_MM, choose_terms, discount_chance, eddy_step, no_eddy_currents
+from dsiprep.ops.motion.gauss_newton import align
+from dsiprep.ops.motion.motion_state import MotionState
+from dsiprep.ops.motion.outlier_slices import find_outlier_slices, slice_scores, slice_signal_loss
+from dsiprep.ops.motion.pose_prior import PosePrior, jitter, resting_poses
+from dsiprep.ops.motion.poses import decompose, relaxed_poses, remove_gradient_trend
+from dsiprep.ops.motion.pyramid import CHUNK, PyramidLevel, build_pyramid
+from dsiprep.ops.motion.slice_replacement import slice_replacements
+from dsiprep.ops.motion.volume_agreement import agreement, volume_weights
+from dsiprep.ops.qspace.prediction import Model, Prediction, choose_model, predict
 from dsiprep.settings import MotionSettings
 
 VERSION = 5
@@ -120,31 +123,31 @@ def estimate_motion(
     Cieslak et al. 2024, doi 10.1002/hbm.26570.
     """
     _check(dwi, mask)
-    levels = levels_of(dwi, mask, COARSE_MM)
+    levels = build_pyramid(dwi, mask, COARSE_MM)
     start = np.tile(np.eye(4), (len(dwi), 1, 1))
-    place = Place(start, None, np.zeros((10, 3)), None, _slice_axis(dwi.grid), dwi.grid)
+    state = MotionState(start, None, np.zeros((10, 3)), None, _slice_axis(dwi.grid), dwi.grid)
     if settings.method == "none":
-        return _finish(dwi, levels[-1], place, Model("off", "switched off"), settings, multiband, [])
+        return _finish(dwi, levels[-1], state, Model("off", "switched off"), settings, multiband, [])
     weighted = ~dwi.is_b0
     rings = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
     model = choose_model(int(weighted.sum()), rings, settings.model)
     terms = choose_terms(settings.eddy, int(weighted.sum()))
     if pe is not None and terms and settings.transform == "Rigid" and model.name != "none":
-        place = replace(place, eddy=no_eddy_currents(len(dwi), dwi.grid, pe.axis))
+        state = replace(state, eddy=no_eddy_currents(len(dwi), dwi.grid, pe.axis))
     trace: list[dict[str, Any]] = []
     for number, level in enumerate(levels):
-        place = align_b0s(dwi, level, place)
+        state = align_b0s(dwi, level, state)
         if model.name == "none":
-            place = between_b0s(dwi, level, place)
-            trace += _rows(place.transforms, level, number + 1)
+            state = interpolate_from_b0s(dwi, level, state)
+            trace += _rows(state.transforms, level, number + 1)
             continue
         if number == 0:
-            place = place.at(place.transforms[nearest_b0(dwi)])
+            state = state.with_transforms(state.transforms[nearest_b0(dwi)])
         rounds = settings.iters if number == len(levels) - 1 else COARSE_ROUNDS
         done = int(trace[-1]["iter_num"]) if trace else 0
-        place, rows = _rounds(dwi, level, place, model, settings, (done, rounds), multiband)
+        state, rows = _rounds(dwi, level, state, model, settings, (done, rounds), multiband)
         trace += rows
-    return _finish(dwi, levels[-1], place, model, settings, multiband, trace)
+    return _finish(dwi, levels[-1], state, model, settings, multiband, trace)
 
 
 def _check(dwi: DWI, mask: Volume) -> None:
@@ -165,85 +168,89 @@ def _check(dwi: DWI, mask: Volume) -> None:
 
 def _rounds(
     dwi: DWI,
-    level: Level,
-    place: Place,
+    level: PyramidLevel,
+    state: MotionState,
     model: Model,
     settings: MotionSettings,
     count: tuple[int, int],
     multiband: tuple[tuple[int, ...], ...],
-) -> tuple[Place, list[dict[str, Any]]]:
-    """Predict, register, repeat: `count` rounds done and allowed. Gives the place and a row per volume and round."""
+) -> tuple[MotionState, list[dict[str, Any]]]:
+    """Predict, register, repeat: `count` rounds done and allowed. Gives the state and a row per volume and round."""
     index = np.flatnonzero(~dwi.is_b0)
-    reference = level.read(np.flatnonzero(dwi.is_b0), place).mean(0, keepdim=True)
+    reference = level.sample(np.flatnonzero(dwi.is_b0), state).mean(0, keepdim=True)
     weights, fill = np.ones(len(index)), None
     trace: list[dict[str, Any]] = []
     done, allowed = count
     quiet = level.grid.voxel_sizes.mean() > QUIET_MM
     for number in range(done + 1, done + allowed + 1):
-        seen = level.read(index, place, fill)
+        observed = level.sample(index, state, fill)
         for _ in range(3 if number == 1 else 1):
-            predicted = _predicted(dwi, place, seen, reference, model, weights)
-            weights = trust(seen, predicted.values, dwi.bvals[index])
+            predicted = _predicted(dwi, state, observed, reference, model, weights)
+            weights = volume_weights(observed, predicted.values, dwi.bvals[index])
         if number == 2:
-            place = _try_other_starts(dwi, level, place, predicted.values, weights)
-        if level.name == "full" and place.lost is None:
-            residual = _residual(seen, predicted.values)
-            place = replace(place, lost=_lost(dwi, level, place, residual, predicted.values, multiband))
+            state = _try_other_starts(dwi, level, state, predicted.values, weights)
+        if level.name == "full" and state.outlier_slices is None:
+            residual = _residual(observed, predicted.values)
+            state = replace(state, outlier_slices=_lost(dwi, level, state, residual, predicted.values, multiband))
             del residual
-        before, rest = place.transforms[index], _rest(dwi, level, place.transforms) if number > 2 else None
-        if rest is not None and place.eddy is not None and quiet:
-            place = bend_step(dwi, level, place, seen, predicted, rest, choose_terms(settings.eddy, len(index)))
-        place = _register(level, index, place, predicted, settings.transform == "Affine", rest)
+        before, prior = state.transforms[index], _rest(dwi, level, state.transforms) if number > 2 else None
+        if prior is not None and state.eddy is not None and quiet:
+            state = eddy_step(dwi, level, state, observed, predicted, prior, choose_terms(settings.eddy, len(index)))
+        state = _register(level, index, state, predicted, settings.transform == "Affine", prior)
         if number > done + 1:
             q = np.where(dwi.is_b0[:, None], 0, dwi.q)
-            place = place.at(without_trend(place.transforms, q, dwi.run, level.points.centre))
+            state = state.with_transforms(remove_gradient_trend(state.transforms, q, dwi.run, level.points.centre))
         fill = predicted.values
-        trace += _rows(place.transforms, level, number)
-        moved = point_displacement(before, place.transforms[index], level.few()).mean(1)
+        trace += _rows(state.transforms, level, number)
+        moved = point_displacement(before, state.transforms[index], level.probe_points()).mean(1)
         log.info("motion: round %d (%s voxels), moved %.3f mm at most", number, level.name, moved.max())
         if moved.max() < settings.tolerance:
             break
-    if rest is not None and place.eddy is not None and quiet:
-        place = beyond_chance(dwi, level, place, seen, predicted, rest, choose_terms(settings.eddy, len(index)))
-    return place, trace
+    if prior is not None and state.eddy is not None and quiet:
+        state = discount_chance(dwi, level, state, observed, predicted, prior, choose_terms(settings.eddy, len(index)))
+    return state, trace
 
 
 def _predicted(
-    dwi: DWI, place: Place, seen: torch.Tensor, reference: torch.Tensor, model: Model, weights: np.ndarray
+    dwi: DWI, state: MotionState, observed: torch.Tensor, reference: torch.Tensor, model: Model, weights: np.ndarray
 ) -> Prediction:
     """Every diffusion-weighted volume from the others, gradients as the head saw them."""
     index = np.flatnonzero(~dwi.is_b0)
-    return predict(seen, reference, model, dwi.bvals[index], dwi.bvecs[index], place.transforms[index], weights)
+    return predict(observed, reference, model, dwi.bvals[index], dwi.bvecs[index], state.transforms[index], weights)
 
 
 def _lost(
     dwi: DWI,
-    level: Level,
-    place: Place,
+    level: PyramidLevel,
+    state: MotionState,
     residual: torch.Tensor,
     predicted: torch.Tensor,
     multiband: tuple[tuple[int, ...], ...],
 ) -> np.ndarray:
     """Slices of diffusion-weighted volumes that lost their signal, (n, slices) bool for all volumes."""
     index = np.flatnonzero(~dwi.is_b0)
-    lost = np.zeros((len(dwi), dwi.grid.shape[place.slice_axis]), bool)
-    where = (level.points, dwi.grid, place.transforms[index], place.slice_axis)
-    lost[index] = lost_slices(slice_scores(residual, *where), slice_losses(residual, predicted, *where), multiband)
+    lost = np.zeros((len(dwi), dwi.grid.shape[state.slice_axis]), bool)
+    where = (level.points, dwi.grid, state.transforms[index], state.slice_axis)
+    lost[index] = find_outlier_slices(
+        slice_scores(residual, *where), slice_signal_loss(residual, predicted, *where), multiband
+    )
     return lost
 
 
-def _residual(seen: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+def _residual(observed: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
     """Volumes less their predictions, each with the gain that fits best."""
-    fit, size = (torch.einsum("nm,nm->n", values, predicted) for values in (seen, predicted))
-    return (predicted * (-fit / size.clamp(min=1e-12))[:, None]).add_(seen)
+    fit, size = (torch.einsum("nm,nm->n", values, predicted) for values in (observed, predicted))
+    return (predicted * (-fit / size.clamp(min=1e-12))[:, None]).add_(observed)
 
 
-def _try_other_starts(dwi: DWI, level: Level, place: Place, predicted: torch.Tensor, weights: np.ndarray) -> Place:
+def _try_other_starts(
+    dwi: DWI, level: PyramidLevel, state: MotionState, predicted: torch.Tensor, weights: np.ndarray
+) -> MotionState:
     """Volumes that fit badly start again from other poses; the one that ends with the smallest residual stays."""
     bad = np.flatnonzero(weights < MISFIT)
     if not len(bad):
-        return place
-    out = place.transforms.copy()
+        return state
+    out = state.transforms.copy()
     volumes = np.flatnonzero(~dwi.is_b0)[bad]
     targets = predicted[torch.as_tensor(bad, device=predicted.device)]
     data, still = level.take(volumes), np.tile(np.eye(4), (len(bad), 1, 1))
@@ -258,24 +265,29 @@ def _try_other_starts(dwi: DWI, level: Level, place: Place, predicted: torch.Ten
         best[better] = found.rms[better]
         out[volumes[better]] = found.transforms[better]
     log.info("motion: %d volumes that did not fit were started again", len(bad))
-    return place.at(out)
+    return state.with_transforms(out)
 
 
-def _rest(dwi: DWI, level: Level, transforms: np.ndarray) -> Rest:
+def _rest(dwi: DWI, level: PyramidLevel, transforms: np.ndarray) -> PosePrior:
     """Where the head is expected around the time of each volume, run by run, and how closely."""
     poses = np.empty_like(transforms)
     for run in np.unique(dwi.run):
         own = dwi.run == run
         poses[own] = resting_poses(transforms[own], level.points.centre)
-    away = point_displacement(transforms, poses, level.few())[~dwi.is_b0]
-    return Rest(poses, jitter(np.sqrt((away**2).mean(1))))
+    away = point_displacement(transforms, poses, level.probe_points())[~dwi.is_b0]
+    return PosePrior(poses, jitter(np.sqrt((away**2).mean(1))))
 
 
 def _register(
-    level: Level, index: np.ndarray, place: Place, predicted: Prediction, affine: bool, rest: Rest | None
-) -> Place:
-    """Volumes on their way to their predictions, as far as lets rounds come to rest."""
-    out = place.transforms.copy()
+    level: PyramidLevel,
+    index: np.ndarray,
+    state: MotionState,
+    predicted: Prediction,
+    affine: bool,
+    prior: PosePrior | None,
+) -> MotionState:
+    """Volumes on their way to their predictions, as far as lets rounds come to prior."""
+    out = state.transforms.copy()
     for first in range(0, len(index), CHUNK):
         part = slice(first, first + CHUNK)
         some = index[part]
@@ -287,16 +299,16 @@ def _register(
             out[some],
             affine=affine,
             steps=STEPS,
-            rest=None if rest is None else Rest(rest.poses[some], rest.jitter),
-            eddy=place.eddy_of(some),
+            prior=None if prior is None else PosePrior(prior.poses[some], prior.jitter),
+            eddy=state.eddy_of(some),
         ).transforms
     share = 1.0 if affine else predicted.relaxation
     if share < 1:
-        out[index] = part_way(place.transforms[index], out[index], share, level.points.centre)
-    return place.at(out)
+        out[index] = relaxed_poses(state.transforms[index], out[index], share, level.points.centre)
+    return state.with_transforms(out)
 
 
-def _rows(transforms: np.ndarray, level: Level, number: int) -> list[dict[str, Any]]:
+def _rows(transforms: np.ndarray, level: PyramidLevel, number: int) -> list[dict[str, Any]]:
     """hmcOptimization.csv: shifts in mm and rotations in radians about the brain's centre."""
     name = f"{level.name} round {number}"
     return [
@@ -307,8 +319,8 @@ def _rows(transforms: np.ndarray, level: Level, number: int) -> list[dict[str, A
 
 def _finish(
     dwi: DWI,
-    level: Level,
-    place: Place,
+    level: PyramidLevel,
+    state: MotionState,
     model: Model,
     settings: MotionSettings,
     multiband: tuple[tuple[int, ...], ...],
@@ -316,49 +328,49 @@ def _finish(
 ) -> Motion:
     """The b=0 reference, and how well each volume agrees with its prediction at the end."""
     everything, weighted = np.arange(len(dwi)), ~dwi.is_b0
-    seen = level.read(everything, place)
-    reference = seen[torch.as_tensor(~weighted)].mean(0, keepdim=True)
-    predicted = reference.expand_as(seen).clone()
+    observed = level.sample(everything, state)
+    reference = observed[torch.as_tensor(~weighted)].mean(0, keepdim=True)
+    predicted = reference.expand_as(observed).clone()
     if model.name in ("3dSHORE", "tensor"):
-        rows = torch.as_tensor(np.flatnonzero(weighted), device=seen.device)
+        rows = torch.as_tensor(np.flatnonzero(weighted), device=observed.device)
         for _ in range(2):  # lost slices are filled in the second
-            used = level.read(everything[weighted], place, predicted[rows])
-            predicted[rows] = _predicted(dwi, place, used, reference, model, np.ones(len(rows))).values
+            used = level.sample(everything[weighted], state, predicted[rows])
+            predicted[rows] = _predicted(dwi, state, used, reference, model, np.ones(len(rows))).values
         del used
-    r2, xcorr = agreement(seen, predicted)
-    residual = _residual(seen, predicted)
-    del seen  # of the size of the brain in the whole series, as are all of these
-    z = slice_scores(residual, level.points, dwi.grid, place.transforms, place.slice_axis)
+    r2, xcorr = agreement(observed, predicted)
+    residual = _residual(observed, predicted)
+    del observed  # of the size of the brain in the whole series, as are all of these
+    z = slice_scores(residual, level.points, dwi.grid, state.transforms, state.slice_axis)
     lost = np.zeros(z.shape, bool)
     if model.name in ("3dSHORE", "tensor"):
-        lost = _lost(dwi, level, place, residual[rows], predicted[rows], multiband)
-    place = replace(place, lost=lost)
+        lost = _lost(dwi, level, state, residual[rows], predicted[rows], multiband)
+    state = replace(state, outlier_slices=lost)
     if model.name in ("none", "off"):  # nothing predicts them, so there is nothing to agree with
         r2[weighted] = xcorr[weighted] = z[weighted] = np.nan
-    dwiref = mean_b0(dwi, place.transforms)
+    dwiref = mean_b0(dwi, state.transforms)
     return Motion(
-        transforms=place.transforms,
+        transforms=state.transforms,
         volumes=everything,
         dwiref=dwiref,
         mask=brain_mask_b0(dwiref),
         r2=r2,
         xcorr=xcorr,
         slice_z=z,
-        slice_axis=place.slice_axis,
+        slice_axis=state.slice_axis,
         trace=trace,
         model=model.name,
-        eddy=place.eddy,
-        lost=lost,
-        replacements=replaced_slices(dwi, level, place, predicted) if settings.outliers == "replace" else None,
-        notes=_notes(model, settings, place, dwi.is_b0),
+        eddy=state.eddy,
+        outlier_slices=lost,
+        replacements=slice_replacements(dwi, level, state, predicted) if settings.outliers == "replace" else None,
+        notes=_notes(model, settings, state, dwi.is_b0),
     )
 
 
-def _notes(model: Model, settings: MotionSettings, place: Place, is_b0: np.ndarray) -> tuple[str, ...]:
+def _notes(model: Model, settings: MotionSettings, state: MotionState, is_b0: np.ndarray) -> tuple[str, ...]:
     notes = (f"{model.name}: {model.note}",) if model.name != "3dSHORE" or model.order < 6 else ()
-    if settings.eddy == "none" or place.eddy is not None or model.name in ("none", "off"):
+    if settings.eddy == "none" or state.eddy is not None or model.name in ("none", "off"):
         return notes
-    why = "affine transforms take their place" if settings.transform == "Affine" else "the phase encoding is not known"
+    why = "affine transforms take their state" if settings.transform == "Affine" else "the phase encoding is not known"
     if not choose_terms(settings.eddy, int((~is_b0).sum())):
         why = "there are too few directions"
     return (*notes, f"Eddy currents were not looked for: {why}.")

@@ -19,10 +19,10 @@ from dsiprep.data.results import (
     eddy_currents,
 )
 from dsiprep.data.transform import EDDY_TERMS
-from dsiprep.ops.affine import rigid_parameters
-from dsiprep.ops.sample import pull
-from dsiprep.ops.series import contrast_to_noise, outlier_slices, shore_projection
-from dsiprep.ops.tensor import main_directions, tensor_projection
+from dsiprep.ops.image.affine import rigid_parameters
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection
+from dsiprep.ops.qspace.tensor import main_directions, tensor_projection
 
 VERSION = 3
 
@@ -218,7 +218,7 @@ def _series(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) -> Row:
     brain = np.ascontiguousarray(last[inside])[:, None, None]  # cs_dmri's masks cost more than leaving out
     row["masked_neighbor_corr"] = qc.neighboring_dwi_correlation(brain, table)
     row["dwi_contrast"] = qc.dwi_contrast_ratio(brain, table)
-    row["num_bad_slices"] = int(outlier_slices(data, inside, slice_axis).sum())
+    row["num_bad_slices"] = int(discontinuous_slices(data, inside, slice_axis).sum())
     row["num_directions"] = int((~dwi.is_b0).sum())
     row["coherence_index"] = _coherence(dwi, inside)
     return {prefix + name: value for name, value in row.items()}
@@ -291,7 +291,7 @@ def _overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
     """Dice overlaps, under the names that QSIPrep gives them: 1 is perfect."""
     row: Row = {"t1_dice_distance": None, "mni_dice_distance": None}
     if anatomy.modality != "none":
-        there = pull(anatomy.mask.data[None].float().cpu(), anatomy.mask.grid, preprocessed.mask.grid)[0]
+        there = resample_onto(anatomy.mask.data[None].float().cpu(), anatomy.mask.grid, preprocessed.mask.grid)[0]
         row["t1_dice_distance"] = _dice(there.numpy() > 0.5, preprocessed.mask.numpy() > 0.5)
     template, warped = anatomy.template_image, anatomy.warped
     if template is not None and warped is not None and template.grid.matches(warped.grid):

@@ -14,12 +14,12 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
-from dsiprep.ops.affine import rotate_bvecs
-from dsiprep.ops.bias import n4_bias
-from dsiprep.ops.mask import brain_mask_dwiref
-from dsiprep.ops.pairs import combine, merged_gradients, same_gradients
-from dsiprep.ops.sample import pull
-from dsiprep.ops.warp import distorted_at, warp_volume
+from dsiprep.ops.image.affine import rotate_bvecs
+from dsiprep.ops.image.epi_resampling import sample_displacement, warp_volume
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.intensity.bias_field import n4_bias
+from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
+from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import ResampleSettings
 
 VERSION = 3
@@ -55,7 +55,7 @@ log = logging.getLogger("dsiprep")
 
 
 @dataclass(frozen=True, eq=False)
-class _Way:
+class _BlipTransforms:
     """Where the volumes of one blip are read."""
 
     motion: Motion
@@ -106,22 +106,22 @@ def resample(
     if settings.resolution <= 0:
         raise SettingsError(f"--output-resolution {settings.resolution:g}: give the voxel size of the output in mm")
     to_dwiref = coregistration.dwiref_to_acpc.matrix
-    ways = [_way(dwi, motion, distortion, to_dwiref) for motion in motions]
-    grid = _output_grid(np.concatenate([_brain(anatomy.mask), *(way.brain for way in ways)]), settings.resolution)
+    per_blip = [_blip_transforms(dwi, motion, distortion, to_dwiref) for motion in motions]
+    grid = _output_grid(np.concatenate([_brain(anatomy.mask), *(blip.brain for blip in per_blip)]), settings.resolution)
     data = torch.zeros(len(dwi), *grid.shape, device=dwi.data.device)
     bvecs, groups = np.array(dwi.bvecs, float), _pairs(dwi, settings)
     weights: dict[int, torch.Tensor] = {}
-    for way in ways:
-        bvecs[way.volumes] = rotate_bvecs(dwi.bvecs[way.volumes], way.matrices)
-        met = None if way.distortion is None else distorted_at(way.distortion, grid, to_dwiref)
+    for blip in per_blip:
+        bvecs[blip.volumes] = rotate_bvecs(dwi.bvecs[blip.volumes], blip.matrices)
+        met = None if blip.distortion is None else sample_displacement(blip.distortion, grid, to_dwiref)
         if settings.merge == "least-squares" and met is not None:
-            pose = torch.as_tensor(np.linalg.solve(way.pose[:3, :3], met.direction), device=data.device).float()
+            pose = torch.as_tensor(np.linalg.solve(blip.pose[:3, :3], met.direction), device=data.device).float()
             jacobian = 1 + torch.einsum("a,aijk->ijk", pose, met.slope)
-            weights[int(dwi.blip[way.volumes[0]])] = 1 / jacobian.clamp(min=LEAST_JACOBIAN)
-        for row, v in enumerate(way.volumes):
-            volume = way.motion.mended(row, dwi.data[int(v)])
-            eddy = None if way.motion.eddy is None else way.motion.eddy.take(np.array([row]))
-            data[int(v)] = warp_volume(volume, dwi.grid, grid, way.matrices[row], met, way.linear[row], eddy)
+            weights[int(dwi.blip[blip.volumes[0]])] = 1 / jacobian.clamp(min=LEAST_JACOBIAN)
+        for row, v in enumerate(blip.volumes):
+            volume = blip.motion.with_replaced_slices(row, dwi.data[int(v)])
+            eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
+            data[int(v)] = warp_volume(volume, dwi.grid, grid, blip.matrices[row], met, blip.linear[row], eddy)
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold)
     if groups:
         series = _merged(series, groups, weights if len(weights) > 1 else None, dwi.blip)
@@ -240,7 +240,7 @@ def _harmonize(series: DWI, owner: np.ndarray, mask: torch.Tensor) -> None:
         series.data[v].mul_(float(factors[part]))
 
 
-def _way(dwi: DWI, motion: Motion, distortion: Distortion | None, to_dwiref: np.ndarray) -> _Way:
+def _blip_transforms(dwi: DWI, motion: Motion, distortion: Distortion | None, to_dwiref: np.ndarray) -> _BlipTransforms:
     pose, field = np.eye(4), None
     if distortion is not None:
         blip = int(dwi.blip[motion.volumes[0]])
@@ -249,7 +249,7 @@ def _way(dwi: DWI, motion: Motion, distortion: Distortion | None, to_dwiref: np.
     to_volumes = motion.transforms @ pose
     back = np.linalg.inv(pose @ to_dwiref)
     brain = _brain(motion.mask) @ back[:3, :3].T + back[:3, 3]
-    return _Way(motion, motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field, pose)
+    return _BlipTransforms(motion, motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field, pose)
 
 
 def _brain(mask: Volume) -> np.ndarray:
@@ -285,7 +285,9 @@ def _mask(reference: Volume, anatomy: Anatomy) -> Volume:
     mask = brain_mask_dwiref(reference)
     if anatomy.modality == "none":
         return mask
-    structural = pull(anatomy.mask.data[None].float(), anatomy.mask.grid, reference.grid)[0].cpu().numpy() > 0.5
+    structural = (
+        resample_onto(anatomy.mask.data[None].float(), anatomy.mask.grid, reference.grid)[0].cpu().numpy() > 0.5
+    )
     near = ndimage.distance_transform_edt(~structural, sampling=reference.grid.voxel_sizes) <= DILATION_MM
     both = (mask.numpy() > 0.5) & near
     if both.sum() < 0.5 * structural.sum():

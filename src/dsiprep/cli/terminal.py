@@ -1,0 +1,98 @@
+"""What a person sees on the terminal: the plan, the progress, and how it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column, Table
+
+from dsiprep.data.acquisition import Unit
+from dsiprep.jobs import Job, Outcome, run_jobs
+from dsiprep.pipeline import STEPS
+from dsiprep.plan import choose_lead, plan_stages
+from dsiprep.settings import Settings
+
+
+def print_plan(units: Sequence[Unit], settings: Settings) -> None:
+    """What would be done with which files, per unit (`--dry-run`)."""
+    from dsiprep.io.bids import explain, scheme_of
+
+    console = Console(highlight=False, soft_wrap=True)
+    for unit in units:
+        scheme = scheme_of(unit, settings.acquisition.b0_threshold)
+        console.print(explain(unit, scheme), markup=False)
+        console.print("  Stages:")
+        for stage, method in plan_stages(unit, scheme, settings, choose_lead(unit, units, settings)).items():
+            console.print(f"    {stage:<12} {method}", markup=False)
+        console.print()
+
+
+def run_and_show(
+    jobs: Sequence[Job], processes: int, stop_on_first_crash: bool, refused: Mapping[str, str] | None = None
+) -> int:
+    """Run the jobs with a progress bar, print a table of units; 0 if all went well, otherwise 1.
+
+    `refused` says of subjects that could not even be grouped what is wrong with them; the table shows them too.
+    """
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
+    outcomes = [Outcome(subject, f"sub-{subject}", 0.0, why) for subject, why in (refused or {}).items()]
+    with Progress(*columns, console=console) as progress:
+        bars = _Bars(progress, jobs)
+        for outcome in run_jobs(jobs, processes, stop_on_first_crash, bars.on_step):
+            outcomes.append(outcome)
+            bars.finish(outcome)
+        for outcome in outcomes:  # again: the report is drawn after the last unit has ended
+            bars.finish(outcome)
+    planned = [unit.name for job in jobs for unit in job.units]
+    names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
+    _print_table(console, names, outcomes, jobs[0])
+    return 0 if len(outcomes) == len(planned) and not any(outcome.error for outcome in outcomes) else 1
+
+
+class _Bars:
+    """One bar per unit; the length is the number of steps."""
+
+    def __init__(self, progress: Progress, jobs: Sequence[Job]) -> None:
+        self.progress = progress
+        self.tasks: dict[str, TaskID] = {}
+        for job in jobs:
+            for unit in job.units:
+                self.tasks[unit.name] = progress.add_task(unit.name, total=len(STEPS) + 2, step="waiting")
+
+    def on_step(self, unit: str, step: str) -> None:
+        """A step of a unit begins; an output that joins several units has no bar."""
+        order = [*STEPS, "derivatives", "report"]
+        if unit in self.tasks:
+            self.progress.update(self.tasks[unit], completed=order.index(step.split("-")[0]), step=step)
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(f"{unit}: {step}")
+
+    def finish(self, outcome: Outcome) -> None:
+        """A unit has ended; of reports only failures are told, and these have no bar."""
+        if outcome.unit not in self.tasks:
+            return
+        step = "failed" if outcome.error else "done"
+        self.progress.update(self.tasks[outcome.unit], completed=len(STEPS) + 2, step=step)
+
+
+def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
+    table = Table(*(Column(name, overflow="fold") for name in ("unit", "result", "time")))
+    ended = {outcome.unit: outcome for outcome in outcomes}
+    for name in names:
+        outcome = ended.get(name)
+        if outcome is None:
+            table.add_row(name, "not started", "")
+            continue
+        result = f"[red]failed[/red]: {outcome.error}" if outcome.error else "[green]done[/green]"
+        if outcome.error and outcome.log:
+            result += f"\n(log: {outcome.log})"
+        table.add_row(name, result, f"{outcome.seconds / 60:.1f} min")
+    console.print(table)
+    good = sorted({outcome.subject for outcome in outcomes if not outcome.error})
+    for subject in good:
+        report = job.out / f"sub-{subject}.html"
+        if report.exists():
+            console.print(f"Report: {report}", soft_wrap=True)

@@ -1,0 +1,130 @@
+"""A unit's files into memory, everything checked, and the unit in words."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit
+from dsiprep.data.raw import RawEpi, RawRun, RawUnit
+from dsiprep.errors import GradientError, InputError
+from dsiprep.io.fieldmaps import read_fieldmap
+from dsiprep.io.gradients import read_bvals, read_gradients, require_b0
+from dsiprep.io.nifti import read_image, read_series, read_volume
+from dsiprep.io.sidecars import slice_times
+from dsiprep.settings import Settings
+
+
+def read_unit(unit: Unit, settings: Settings) -> RawUnit:
+    """Read and check every file of a unit.
+
+    Parameters
+    ----------
+    unit : Unit
+    settings : Settings
+        `acquisition.b0_threshold` and `anatomy.modality` matter.
+
+    Returns
+    -------
+    RawUnit
+        Structural images and GRE fieldmaps are checked, but not kept.
+
+    Raises
+    ------
+    InputError
+        If a file is missing, damaged or of the wrong shape, or has values that are not numbers.
+    GradientError
+        If a b-table cannot be used, or no volume of a phase encoding is b=0.
+    """
+    require_files(unit, settings.anatomy.modality)
+    threshold = settings.acquisition.b0_threshold
+    runs = tuple(_read_run(run, threshold) for run in unit.runs)
+    for direction in {_direction(run) for run in runs}:
+        same = [run for run in runs if _direction(run) == direction]
+        bvals = np.concatenate([run.bvals for run in same])
+        require_b0(bvals, threshold, ", ".join(run.name for run in same))
+    epis = tuple(_read_epi(epi, threshold) for epi in unit.epis)
+    for path in unit.structural(settings.anatomy.modality):
+        read_volume(path)
+    if unit.gre:
+        read_fieldmap(unit.gre)
+    return RawUnit(unit.name, runs, epis)
+
+
+def require_files(unit: Unit, modality: str = "T1w") -> None:
+    """Raise an InputError for the first file of the unit that is not there; `modality` of the structural images."""
+    for run in unit.runs:
+        for table, what in ((run.bval, "b-values"), (run.bvec, "b-vectors")):
+            if not table.is_file():
+                raise GradientError(
+                    f"{run.image}: no {what}: {table.name} is neither beside it nor inherited; add it, or "
+                    "leave the run out with --bids-filter-file"
+                )
+    for path in (*unit.files(), *unit.structural(modality), *(unit.gre.files() if unit.gre else ())):
+        if not path.is_file():
+            raise InputError(f"{path}: there is no such file; is it a dangling link (datalad get fetches it)?")
+
+
+def _direction(run: RawRun) -> str:
+    return run.pe.direction if run.pe else ""
+
+
+def _read_run(run: Run, b0_threshold: float) -> RawRun:
+    data, grid = read_series(run.image)
+    bvals, bvecs = read_gradients(run.bval, run.bvec, grid, len(data), b0_threshold, need_b0=False)
+    times = slice_times(run.metadata, grid.shape[2])
+    return RawRun(run.image.name, torch.from_numpy(data), grid, bvals, bvecs, run.pe, times)
+
+
+def _read_epi(epi: EpiReference, b0_threshold: float) -> RawEpi:
+    data, grid = read_image(epi.image)
+    volumes = data.reshape(-1, *grid.shape)
+    if epi.bval is not None:
+        bvals = read_bvals(epi.bval, len(volumes))
+        require_b0(bvals, b0_threshold, str(epi.bval))
+        volumes = volumes[bvals <= b0_threshold]
+    return RawEpi(epi.image.name, torch.from_numpy(np.ascontiguousarray(volumes)), grid, epi.pe)
+
+
+def scheme_of(unit: Unit, b0_threshold: float) -> SamplingScheme | None:
+    """The sampling scheme of a unit from its text files alone; None if they cannot be read.
+
+    b-vectors are taken as they stand in the files: a lattice is a lattice in any frame.
+    """
+    from dsiprep.ops.qspace.sampling_scheme import recognise
+
+    bvals, bvecs = [], []
+    try:
+        for run in unit.runs:
+            vectors = np.loadtxt(run.bvec, ndmin=2)
+            values = np.loadtxt(run.bval, ndmin=1).ravel()
+            vectors = vectors.T if vectors.shape == (3, len(values)) else vectors
+            if vectors.shape != (len(values), 3):
+                raise GradientError(f"{run.bvec}: shape {vectors.shape}")
+            bvals.append(values)
+            bvecs.append(vectors)
+    except (OSError, ValueError, GradientError):
+        return None
+    return recognise(np.concatenate(bvals), np.concatenate(bvecs), b0_threshold)
+
+
+def explain(unit: Unit, scheme: SamplingScheme | None) -> str:
+    """What would be processed together, and why: the text of `--dry-run` for one unit."""
+    lines = [unit.name]
+    lines += [f"  DWI    {run.image.name}  ({_in_words(run.pe)})" for run in unit.runs]
+    lines += [f"  b=0    {epi.image.name}  ({_in_words(epi.pe)})" for epi in unit.epis]
+    lines += [f"  field  {path.name}" for path in (unit.gre.files() if unit.gre else ())]
+    lines += [f"  T1w    {path.name}" for path in unit.t1w]
+    lines += [f"  T2w    {path.name}" for path in unit.t2w]
+    if not unit.t1w:
+        lines.append("  T1w    none")
+    lines.append(f"  scheme {scheme.description if scheme else 'b-values or b-vectors cannot be read'}")
+    lines += [f"  note   {note}" for note in unit.notes]
+    return "\n".join(lines)
+
+
+def _in_words(pe: PhaseEncoding | None) -> str:
+    if pe is None:
+        return "phase encoding unknown"
+    readout = "unknown" if pe.readout_time is None else f"{pe.readout_time:.5f} s"
+    return f"phase encoding {pe.direction}, readout time {readout}"

@@ -1,0 +1,213 @@
+"""The one interpolation: a volume read with cubic B-splines through an affine and a displacement.
+
+On the CPU one Numba loop finds the voxel coordinate, the weights and the intensity; on other devices the same
+sums are made from tensor operations. A test holds both to the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import torch
+
+from dsiprep.data.grid import Grid
+from dsiprep.data.transform import DisplacementField, EddyCurrents
+from dsiprep.ops.image.eddy_displacement import EddyDisplacement, displace_points, displace_voxel, eddy_on_grid
+from dsiprep.ops.image.filters import gradient
+from dsiprep.ops.image.interpolation import _mirrored, resample_onto, sample_cubic, spline_coefficients, voxel_points
+
+__all__ = ["SampledDisplacement", "sample_displacement", "warp_volume"]
+
+
+@dataclass(frozen=True, eq=False)
+class SampledDisplacement:
+    """A displacement field as it is met at the points of a target grid.
+
+    Attributes
+    ----------
+    displacement : Tensor, (3, i, j, k)
+        mm RAS+, added after the affine.
+    slope : Tensor, (3, i, j, k)
+        Gradient, per mm RAS+ of the undistorted space, of the length of the displacement along `direction`.
+    direction : ndarray, (3,)
+        Unit vector that the displacement is parallel to.
+    """
+
+    displacement: torch.Tensor
+    slope: torch.Tensor
+    direction: np.ndarray
+
+
+def sample_displacement(field: DisplacementField, target: Grid, matrix: np.ndarray) -> SampledDisplacement:
+    """A displacement along one direction (phase encoding) at the points of `target`.
+
+    Parameters
+    ----------
+    field : DisplacementField
+        On the undistorted reference; all its vectors parallel.
+    target : Grid
+    matrix : ndarray, (4, 4)
+        World points of the target to world points of the undistorted reference.
+    """
+    u = field.data.float()
+    _, vectors = np.linalg.eigh(torch.einsum("aijk,bijk->ab", u, u).double().cpu().numpy())
+    direction = vectors[:, -1]
+    length = torch.einsum("a,aijk->ijk", torch.as_tensor(direction, device=u.device).float(), u)
+    to_world = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=u.device).float()
+    slope = torch.einsum("vijk,vw->wijk", gradient(length[None])[0], to_world)
+    there = resample_onto(torch.cat([u, slope]), field.grid, target, matrix, cubic=True)
+    return SampledDisplacement(there[:3].contiguous(), there[3:].contiguous(), direction)
+
+
+def warp_volume(
+    volume: torch.Tensor,
+    source: Grid,
+    target: Grid,
+    matrix: np.ndarray,
+    distorted: SampledDisplacement | None = None,
+    linear: np.ndarray | None = None,
+    eddy: EddyCurrents | None = None,
+) -> torch.Tensor:
+    """One volume read at w(x) = matrix @ x + u(x), times the Jacobian determinant of u, never negative.
+
+    Parameters
+    ----------
+    volume : Tensor, (i, j, k), float32
+    source, target : Grid
+        Of the volume and of the result.
+    matrix : ndarray, (4, 4)
+        World RAS+ mm of the target to world of the source.
+    distorted : SampledDisplacement, optional
+        On the points of the target.
+    linear : ndarray, (3, 3), optional
+        A, the linear part of the map from the undistorted reference to the source; identity by default. With
+        u along p and slope g, the Jacobian relative to that of A is det(A + p g') / det(A) = 1 + g . inv(A)
+        p.
+    eddy : EddyCurrents, optional
+        Of this volume: it is read at w(x) + e(w(x)) d, and the Jacobian is multiplied by that of e.
+
+    Returns
+    -------
+    Tensor, as `target`, float32
+        Zero outside the source.
+    """
+    coefficients = spline_coefficients(volume[None].float())
+    direction = np.zeros(3)
+    if distorted is not None:
+        direction = np.linalg.solve(np.eye(3) if linear is None else linear, distorted.direction)
+    bend = eddy_on_grid(eddy, source)
+    if volume.device.type != "cpu":
+        return _gathered(coefficients, source, target, matrix, distorted, direction, bend)
+    world_to_voxel = np.linalg.inv(source.affine)
+    none = np.zeros((3, 0, 0, 0), np.float32)
+    out = np.zeros(target.shape, np.float32)
+    _warp_loop(
+        coefficients[0].numpy(),
+        (world_to_voxel @ matrix @ target.affine)[:3],
+        none if distorted is None else distorted.displacement.numpy(),
+        none if distorted is None else distorted.slope.numpy(),
+        world_to_voxel[:3, :3].astype(np.float32),
+        direction.astype(np.float32),
+        bend.voxels,
+        bend.frame,
+        bend.along,
+        out,
+    )
+    return torch.from_numpy(out)
+
+
+def _gathered(
+    coefficients: torch.Tensor,
+    source: Grid,
+    target: Grid,
+    matrix: np.ndarray,
+    distorted: SampledDisplacement | None,
+    direction: np.ndarray,
+    bend: EddyDisplacement,
+) -> torch.Tensor:
+    """The body for other devices."""
+    moved = None if distorted is None else distorted.displacement
+    points = voxel_points(target, source, matrix, moved).to(coefficients.device)
+    jacobian: torch.Tensor | float = 1.0
+    if len(bend.voxels):
+        flat = points.reshape(1, 3, -1).clone()
+        jacobian = displace_points(bend, flat).reshape(points.shape[1:])
+        points = flat.reshape(points.shape)
+    values = sample_cubic(coefficients, points)[0] * jacobian
+    if distorted is not None:
+        along = torch.as_tensor(direction, device=values.device).float()
+        values = values * (1 + torch.einsum("a,aijk->ijk", along, distorted.slope)).clamp(min=0)
+    return values.clamp(min=0)
+
+
+@numba.njit(inline="always", fastmath=True)
+def _weights(f: np.floating, out: np.ndarray) -> None:
+    g = np.float32(1) - f
+    sixth = np.float32(1 / 6)
+    out[0] = g * g * g * sixth
+    out[1] = np.float32(2 / 3) - f * f * (np.float32(1) - np.float32(0.5) * f)
+    out[2] = np.float32(2 / 3) - g * g * (np.float32(1) - np.float32(0.5) * g)
+    out[3] = f * f * f * sixth
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _warp_loop(
+    coefficients: np.ndarray,
+    affine: np.ndarray,
+    displacement: np.ndarray,
+    slope: np.ndarray,
+    to_voxel: np.ndarray,
+    direction: np.ndarray,
+    eddy: np.ndarray,
+    frame: np.ndarray,
+    along: int,
+    out: np.ndarray,
+) -> None:
+    ni, nj, nk = coefficients.shape
+    moved, bent = displacement.shape[1] > 0, len(eddy) > 0
+    rows = out.shape[0] * out.shape[1]
+    for row in numba.prange(rows):
+        i, j = row // out.shape[1], row % out.shape[1]
+        wx, wy, wz = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
+        at = np.empty(3, np.float32)
+        base = affine[:, 0] * i + affine[:, 1] * j + affine[:, 3]
+        for k in range(out.shape[2]):
+            x = np.float32(base[0] + affine[0, 2] * k)
+            y = np.float32(base[1] + affine[1, 2] * k)
+            z = np.float32(base[2] + affine[2, 2] * k)
+            jacobian = np.float32(1)
+            if moved:
+                u, v, w = displacement[0, i, j, k], displacement[1, i, j, k], displacement[2, i, j, k]
+                x += to_voxel[0, 0] * u + to_voxel[0, 1] * v + to_voxel[0, 2] * w
+                y += to_voxel[1, 0] * u + to_voxel[1, 1] * v + to_voxel[1, 2] * w
+                z += to_voxel[2, 0] * u + to_voxel[2, 1] * v + to_voxel[2, 2] * w
+                for a in range(3):
+                    jacobian += direction[a] * slope[a, i, j, k]
+            if bent:
+                at[0], at[1], at[2] = x, y, z
+                jacobian *= displace_voxel(eddy[0], frame, along, at)
+                x, y, z = at[0], at[1], at[2]
+            if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
+                continue
+            i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
+            _weights(x - np.float32(i0), wx)
+            _weights(y - np.float32(j0), wy)
+            _weights(z - np.float32(k0), wz)
+            value = np.float32(0)
+            if i0 >= 1 and j0 >= 1 and k0 >= 1 and i0 < ni - 2 and j0 < nj - 2 and k0 < nk - 2:
+                for a in range(4):
+                    plane = np.float32(0)
+                    for b in range(4):
+                        line = coefficients[i0 - 1 + a, j0 - 1 + b, k0 - 1 : k0 + 3]
+                        plane += wy[b] * (line[0] * wz[0] + line[1] * wz[1] + line[2] * wz[2] + line[3] * wz[3])
+                    value += wx[a] * plane
+            else:
+                for a in range(4):
+                    p = _mirrored(i0 - 1 + a, ni)
+                    for b in range(4):
+                        q = _mirrored(j0 - 1 + b, nj)
+                        for c in range(4):
+                            value += wx[a] * wy[b] * wz[c] * coefficients[p, q, _mirrored(k0 - 1 + c, nk)]
+            out[i, j, k] = max(np.float32(0), value * max(np.float32(0), jacobian))

@@ -1,0 +1,156 @@
+"""The hot loops of blip-up/blip-down correction on the CPU. Their tensor bodies are in `ops/blip.py`."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+__all__ = ["data_loop", "laplacian_loop", "lines_loop", "solid_loop"]
+
+
+@numba.njit(inline="always", fastmath=True)
+def _mirrored(index: int, size: int) -> int:
+    if index < 0:
+        index = -index
+    if index >= size:
+        index = 2 * size - 2 - index
+    return min(max(index, 0), size - 1)
+
+
+@numba.njit(inline="always", fastmath=True)
+def _fill_taps(f: float, weights: np.ndarray, slopes: np.ndarray) -> None:
+    g = 1 - f
+    weights[0] = g * g * g / 6
+    weights[1] = (4 - 6 * f * f + 3 * f * f * f) / 6
+    weights[2] = (4 - 6 * g * g + 3 * g * g * g) / 6
+    weights[3] = f * f * f / 6
+    slopes[0] = -g * g / 2
+    slopes[1] = (3 * f * f - 4 * f) / 2
+    slopes[2] = (4 * g - 3 * g * g) / 2
+    slopes[3] = f * f / 2
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def lines_loop(coefficients: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`ops.blip.sample_lines` on the CPU."""
+    na, nb, ny = shift.shape
+    value, slope, inside = np.zeros_like(shift), np.zeros_like(shift), np.zeros_like(shift)
+    for a in numba.prange(na):
+        weights, slopes = np.empty(4, np.float32), np.empty(4, np.float32)
+        for b in range(nb):
+            for y in range(ny):
+                where = y + shift[a, b, y]
+                if not (where >= -0.5 and where <= ny - 0.5):
+                    continue
+                base = int(np.floor(where))
+                _fill_taps(where - base, weights, slopes)
+                v, s = np.float32(0), np.float32(0)
+                for t in range(4):
+                    c = coefficients[a, b, _mirrored(base - 1 + t, ny)]
+                    v += weights[t] * c
+                    s += slopes[t] * c
+                value[a, b, y], slope[a, b, y], inside[a, b, y] = v, s, 1
+    return value, slope, inside
+
+
+@numba.njit(inline="always", fastmath=True)
+def _solid_point(
+    coefficients: np.ndarray, point: np.ndarray, weights: np.ndarray, slopes: np.ndarray, result: np.ndarray
+) -> None:
+    """Value and gradient, (4,), at a point that is within the grid."""
+    sa, sb, sy = coefficients.shape
+    ia, ib, iy = int(np.floor(point[0])), int(np.floor(point[1])), int(np.floor(point[2]))
+    _fill_taps(point[0] - ia, weights[0], slopes[0])
+    _fill_taps(point[1] - ib, weights[1], slopes[1])
+    _fill_taps(point[2] - iy, weights[2], slopes[2])
+    y0, y1, y2, y3 = _mirrored(iy - 1, sy), _mirrored(iy, sy), _mirrored(iy + 1, sy), _mirrored(iy + 2, sy)
+    w, g = weights[2], slopes[2]
+    v, da, db, dy = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for s in range(4):
+        ra = _mirrored(ia - 1 + s, sa)
+        for t in range(4):
+            line = coefficients[ra, _mirrored(ib - 1 + t, sb)]
+            c0, c1, c2, c3 = line[y0], line[y1], line[y2], line[y3]
+            m = w[0] * c0 + w[1] * c1 + w[2] * c2 + w[3] * c3
+            both = weights[0, s] * weights[1, t]
+            v += both * m
+            da += slopes[0, s] * weights[1, t] * m
+            db += weights[0, s] * slopes[1, t] * m
+            dy += both * (g[0] * c0 + g[1] * c1 + g[2] * c2 + g[3] * c3)
+    result[0], result[1], result[2], result[3] = v, da, db, dy
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def solid_loop(
+    coefficients: np.ndarray, matrix: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`ops.blip.sample_solid` on the CPU."""
+    na, nb, ny = shift.shape
+    value, inside = np.zeros_like(shift), np.zeros_like(shift)
+    gradient = np.zeros((3, na, nb, ny), np.float32)
+    for a in numba.prange(na):
+        weights, slopes = np.empty((3, 4), np.float32), np.empty((3, 4), np.float32)
+        point, result = np.empty(3), np.empty(4, np.float32)
+        for b in range(nb):
+            for y in range(ny):
+                within = True
+                for r in range(3):
+                    point[r] = matrix[r, 0] * a + matrix[r, 1] * b + matrix[r, 2] * y + matrix[r, 3]
+                    if r == 2:
+                        point[r] += shift[a, b, y]
+                    within = within and point[r] >= -0.5 and point[r] <= coefficients.shape[r] - 0.5
+                if within:
+                    _solid_point(coefficients, point, weights, slopes, result)
+                    value[a, b, y], inside[a, b, y] = result[0], 1
+                    for r in range(3):
+                        gradient[r, a, b, y] = result[r + 1]
+    return value, gradient, inside
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: np.ndarray, rest: float, out: np.ndarray) -> None:
+    """out = factor * laplacian(field) + rest * field; `factor` of one voxel stands for 1 everywhere."""
+    na, nb, ny = field.shape
+    add, varies = np.float32(rest), factor.size > 1
+    ha, hb, hy = np.float32(inverse[0]), np.float32(inverse[1]), np.float32(inverse[2])
+    for a in numba.prange(na):
+        below, above = max(a - 1, 0), min(a + 1, na - 1)
+        for b in range(nb):
+            left, right = max(b - 1, 0), min(b + 1, nb - 1)
+            for y in range(ny):
+                f = 2 * field[a, b, y]
+                bend = ha * (field[below, b, y] + field[above, b, y] - f)
+                bend += hb * (field[a, left, y] + field[a, right, y] - f)
+                bend += hy * (field[a, b, max(y - 1, 0)] + field[a, b, min(y + 1, ny - 1)] - f)
+                if varies:
+                    bend *= factor[a, b, y]
+                out[a, b, y] = bend + add * field[a, b, y]
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def data_loop(
+    field: np.ndarray,
+    level: np.ndarray,
+    tilt: np.ndarray,
+    weight: np.ndarray,
+    curvature: np.ndarray,
+    out: np.ndarray,
+) -> None:
+    """Adds data and barrier of `ops.blip.NormalEquations` times `field` to `out`."""
+    na, nb, ny = field.shape
+    half = np.float32(0.5)
+    for a in numba.prange(na):
+        tilted = np.empty(ny, np.float32)
+        for b in range(nb):
+            for y in range(ny):
+                rise = half * (field[a, b, min(y + 1, ny - 1)] - field[a, b, max(y - 1, 0)])
+                q = weight[a, b, y] * (level[a, b, y] * field[a, b, y] + tilt[a, b, y] * rise)
+                out[a, b, y] += level[a, b, y] * q
+                tilted[y] = half * tilt[a, b, y] * q
+            for y in range(ny):
+                out[a, b, min(y + 1, ny - 1)] += tilted[y]
+                out[a, b, max(y - 1, 0)] -= tilted[y]
+            for y in range(ny - 1):
+                force = curvature[a, b, y] * (field[a, b, y + 1] - field[a, b, y])
+                out[a, b, y + 1] += force
+                out[a, b, y] -= force

@@ -1,0 +1,117 @@
+"""Sampling of EPI images with derivatives, along phase-encoding lines and in three dimensions.
+
+All arrays have the phase-encoding axis last, (a, b, y).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from dsiprep.ops.image.interpolation import spline_coefficients
+from dsiprep.ops.pepolar.kernels import lines_loop, solid_loop
+
+__all__ = ["line_coefficients", "sample_lines", "sample_solid"]
+
+
+def sample_lines(coefficients: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A volume read at x + shift along its last axis.
+
+    Parameters
+    ----------
+    coefficients : Tensor, (a, b, y), float32
+        Cubic B-spline coefficients along the last axis only.
+    shift : Tensor, (a, b, y), float32
+        Voxels along the last axis.
+
+    Returns
+    -------
+    value, slope, inside : Tensor, (a, b, y)
+        Intensity, its derivative along the last axis per voxel, and 1 where the point is within the grid (0 elsewhere,
+        where value and slope are 0 too).
+    """
+    if coefficients.device.type == "cpu":
+        results = lines_loop(coefficients.numpy(), shift.numpy())
+        return tuple(torch.from_numpy(r) for r in results)
+    return _lines_tensors(coefficients, shift)
+
+
+def _lines_tensors(coefficients: torch.Tensor, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    size = coefficients.shape[-1]
+    where = torch.arange(size, device=shift.device) + shift
+    inside = ((where >= -0.5) & (where <= size - 0.5)).float()
+    base = torch.floor(where)
+    weights, slopes = _taps(where - base)
+    value, slope = torch.zeros_like(shift), torch.zeros_like(shift)
+    for tap in range(4):
+        taken = torch.gather(coefficients, 2, _mirror(base.long() - 1 + tap, size))
+        value += weights[tap] * taken
+        slope += slopes[tap] * taken
+    return value * inside, slope * inside, inside
+
+
+def sample_solid(coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A volume read at matrix @ x + shift along its last axis.
+
+    Parameters
+    ----------
+    coefficients : Tensor, (a, b, y), float32
+        Cubic B-spline coefficients along all axes.
+    matrix : ndarray, (3, 4) or (4, 4)
+        Voxels to voxels.
+    shift : Tensor, (a, b, y), float32
+        Voxels along the last axis.
+
+    Returns
+    -------
+    value : Tensor, (a, b, y)
+    gradient : Tensor, (3, a, b, y)
+        Derivatives per voxel at the point.
+    inside : Tensor, (a, b, y)
+    """
+    if coefficients.device.type == "cpu":
+        results = solid_loop(coefficients.numpy(), np.asarray(matrix, np.float64), shift.numpy())
+        return tuple(torch.from_numpy(r) for r in results)
+    return _solid_tensors(coefficients, np.asarray(matrix), shift)
+
+
+def _solid_tensors(coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    axes = [torch.arange(n, device=shift.device, dtype=torch.float32) for n in shift.shape]
+    rows = [[float(m) for m in row] for row in matrix[:3]]
+    where = [r[0] * axes[0][:, None, None] + r[1] * axes[1][:, None] + r[2] * axes[2] + r[3] for r in rows]
+    where[2] = where[2] + shift
+    sizes = coefficients.shape
+    inside = torch.ones_like(shift)
+    for x, n in zip(where, sizes, strict=True):
+        inside *= (x >= -0.5) & (x <= n - 0.5)
+    base = [torch.floor(x) for x in where]
+    taps = [_taps(x - b) for x, b in zip(where, base, strict=True)]
+    total = torch.zeros((4, *shift.shape), device=shift.device)
+    for i in range(4):
+        for j in range(4):
+            for k in range(4):
+                near = [_mirror(b.long() - 1 + t, n) for b, t, n in zip(base, (i, j, k), sizes, strict=True)]
+                taken = coefficients.reshape(-1)[(near[0] * sizes[1] + near[1]) * sizes[2] + near[2]]
+                for d in range(4):
+                    u, v, w = (taps[axis][1 if d == axis + 1 else 0][t] for axis, t in enumerate((i, j, k)))
+                    total[d] += u * v * w * taken
+    total *= inside
+    return total[0], total[1:], inside
+
+
+def _taps(f: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    g = 1 - f
+    weights = [g**3 / 6, (4 - 6 * f**2 + 3 * f**3) / 6, (4 - 6 * g**2 + 3 * g**3) / 6, f**3 / 6]
+    slopes = [-(g**2) / 2, (3 * f**2 - 4 * f) / 2, (4 * g - 3 * g**2) / 2, f**2 / 2]
+    return weights, slopes
+
+
+def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
+    index = index.abs()
+    index = torch.where(index >= size, 2 * size - 2 - index, index)
+    return index.clamp(0, size - 1)
+
+
+def line_coefficients(image: torch.Tensor) -> torch.Tensor:
+    """Cubic B-spline coefficients (a, b, y) of an image along its last axis only, as `sample_lines` takes them."""
+    return spline_coefficients(image.reshape(-1, 1, 1, image.shape[2])).reshape(image.shape)

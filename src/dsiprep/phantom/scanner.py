@@ -1,0 +1,187 @@
+"""A scanner: a head at a pose, its off-resonance field and eddy currents in, an echo-planar image out.
+
+The head moves, its field moves with it, the phase-encoding axis and the eddy currents stay with the scanner.
+Signal is conserved: what a stretch of a line holds is spread over the stretch that it is moved to. Nothing
+here is shared with the code that corrects.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid
+from dsiprep.phantom.interpolation import trilinear
+
+READOUT_TIME = 0.05  # s
+EDDY_SCALE = 100.0  # mm; scanner coordinates are divided by this before powers are taken
+EDDY_TERMS = "1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y²; scanner coordinates in units of 100 mm"
+OVERSAMPLING = 2  # points per voxel along each axis
+AXES = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
+FIELD_OF_VIEW = (200.0, 236.0, 176.0)  # mm, right-left, front-back, up-down
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What is scanned: an image and a field in Hz, each on its own grid of the head frame."""
+
+    image: np.ndarray
+    image_grid: Grid
+    field: np.ndarray
+    field_grid: Grid
+
+
+def scanner_grid(orientation: str, resolution: float, centre: np.ndarray) -> Grid:
+    """Isotropic voxels around `centre`; the third is the slice axis. Oblique is LAS, tilted by 18 degrees."""
+    codes = "LAS" if orientation == "oblique" else orientation
+    directions = np.zeros((3, 3))
+    extent = np.zeros(3)
+    for column, code in enumerate(codes):
+        row, sign = AXES[code]
+        directions[row, column] = sign
+        extent[column] = FIELD_OF_VIEW[row]
+    if orientation == "oblique":
+        directions = Rotation.from_rotvec(np.deg2rad([15.0, 4.0, 9.0])).as_matrix() @ directions
+    shape = 2 * np.ceil(extent / (2 * resolution)).astype(int)
+    affine = np.eye(4)
+    affine[:3, :3] = directions * resolution
+    affine[:3, 3] = centre - affine[:3, :3] @ ((shape - 1) / 2)
+    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+
+
+def phase_encoding(grid: Grid, direction: str) -> PhaseEncoding:
+    """Phase encoding towards the front ("PA") or the back ("AP"), along the voxel axis that runs that way."""
+    axis = int(np.argmax(np.abs(grid.directions[1])))
+    forward = int(np.sign(grid.directions[1, axis]))
+    return PhaseEncoding(axis, forward if direction == "PA" else -forward, READOUT_TIME)
+
+
+def eddy_basis(points: np.ndarray) -> np.ndarray:
+    """1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y² of scanner points (n, 3) in units of 100 mm: (n, 9)."""
+    x, y, z = np.asarray(points, float).T / EDDY_SCALE
+    return np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y], -1)
+
+
+def scan(
+    source: Source,
+    grid: Grid,
+    pe: PhaseEncoding,
+    pose: np.ndarray,
+    eddy: np.ndarray | None = None,
+    oversampling: int = OVERSAMPLING,
+) -> np.ndarray:
+    """One noise-free image.
+
+    Parameters
+    ----------
+    source : Source
+    grid : Grid
+        Of the image.
+    pe : PhaseEncoding
+        With a readout time; 0 leaves the field without effect.
+    pose : ndarray, (4, 4)
+        Head points to scanner points, mm RAS+.
+    eddy : ndarray, (9,), optional
+        Displacement in mm towards higher indices along the phase-encoding axis: coefficients of `eddy_basis`.
+    oversampling : int
+        Points per voxel along each axis.
+
+    Returns
+    -------
+    ndarray, (i, j, k), float32
+        Mean signal of each voxel's box.
+    """
+    order = [a for a in range(3) if a != pe.axis] + [pe.axis]
+    shape = tuple(grid.shape[a] for a in order)
+    affine = grid.affine[:, [*order, 3]]
+    to_head = np.linalg.inv(pose) @ affine
+    size = float(grid.voxel_sizes[pe.axis])
+    coefficients = np.zeros(9) if eddy is None else np.asarray(eddy, float) / size
+    shift_per_hz = float(pe.readout_time or 0.0) * pe.polarity
+    reach = np.abs(source.field).max() * abs(shift_per_hz) + 4 * np.abs(coefficients).sum()
+    out = np.zeros(shape, np.float32)
+    _push_lines(
+        out,
+        source.image,
+        np.linalg.inv(source.image_grid.affine) @ to_head,
+        source.field,
+        np.linalg.inv(source.field_grid.affine) @ to_head,
+        affine / EDDY_SCALE,
+        (shift_per_hz, int(np.ceil(reach)) + 1, oversampling),
+        coefficients,
+    )
+    return np.ascontiguousarray(np.moveaxis(out, (0, 1, 2), order))
+
+
+def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
+    """The magnitude of the image plus complex Gaussian noise (Rician), float32."""
+    real = image + np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
+    imaginary = np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
+    return np.sqrt(real * real + imaginary * imaginary)
+
+
+@numba.njit(inline="always", fastmath=True)
+def _at(values: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
+    return trilinear(
+        values,
+        m[0, 0] * a + m[0, 1] * b + m[0, 2] * p + m[0, 3],
+        m[1, 0] * a + m[1, 1] * b + m[1, 2] * p + m[1, 3],
+        m[2, 0] * a + m[2, 1] * b + m[2, 2] * p + m[2, 3],
+    )
+
+
+@numba.njit(inline="always", fastmath=True)
+def _eddy(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
+    x = m[0, 0] * a + m[0, 1] * b + m[0, 2] * p + m[0, 3]
+    y = m[1, 0] * a + m[1, 1] * b + m[1, 2] * p + m[1, 3]
+    z = m[2, 0] * a + m[2, 1] * b + m[2, 2] * p + m[2, 3]
+    linear = c[0] + c[1] * x + c[2] * y + c[3] * z + c[4] * x * y + c[5] * x * z + c[6] * y * z
+    return linear + c[7] * (x * x - y * y) + c[8] * (2 * z * z - x * x - y * y)
+
+
+@numba.njit(inline="always", fastmath=True)
+def _spread(line: np.ndarray, amount: float, first: float, second: float) -> None:
+    """Share an amount of signal out over the voxels between two points of a line."""
+    low, high = min(first, second) + 0.5, max(first, second) + 0.5
+    density = amount / max(high - low, 1e-9)
+    for voxel in range(max(0, int(np.floor(low))), min(line.size, int(np.floor(high)) + 1)):
+        overlap = min(high, voxel + 1.0) - max(low, float(voxel))
+        if overlap > 0:
+            line[voxel] += density * overlap
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _push_lines(
+    out: np.ndarray,
+    image: np.ndarray,
+    to_image: np.ndarray,
+    field: np.ndarray,
+    to_field: np.ndarray,
+    world: np.ndarray,
+    steps: tuple,
+    eddy: np.ndarray,
+) -> None:
+    """Each cell of a finely cut line goes, with all its signal, where its two ends go."""
+    shift, pad, s = steps
+    for line in numba.prange(out.shape[0] * out.shape[1]):
+        row, column = line // out.shape[1], line % out.shape[1]
+        for sub in range(s * s):
+            a = row + (sub // s + 0.5) / s - 0.5
+            b = column + (sub % s + 0.5) / s - 0.5
+            known, end = -1000000, 0.0
+            for cell in range(-pad * s, (out.shape[2] + pad) * s):
+                value = _at(image, to_image, a, b, (cell + 0.5) / s - 0.5)
+                if value <= 0:
+                    continue
+                e = cell / s - 0.5
+                if known != cell:
+                    end = e + shift * _at(field, to_field, a, b, e) + _eddy(eddy, world, a, b, e)
+                start = end
+                e = (cell + 1) / s - 0.5
+                end = e + shift * _at(field, to_field, a, b, e) + _eddy(eddy, world, a, b, e)
+                known = cell + 1
+                _spread(out[row, column], value / (s * s * s), start, end)

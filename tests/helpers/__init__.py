@@ -1,0 +1,1 @@
+"""Simulated subjects, images and stand-ins that several test modules share."""

@@ -1,0 +1,233 @@
+"""Names of the outputs, and what independent software reads in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+import torch
+
+from dsiprep.data.results import UnitResults
+from dsiprep.data.transform import Affine
+from dsiprep.errors import OutputError
+from dsiprep.io import derivatives, itk
+from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.image.interpolation import sample_linear, voxel_points
+from dsiprep.settings import AnatomySettings
+from helpers.report_subject import make_subject
+
+# What QSIRecon asks a folder for; it stops when a query matches two files.
+QUERIES = [
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.nii\.gz",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.bval",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.bvec",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.b",
+    r"dwi/.*_space-ACPC_desc-preproc_dwi\.b_table\.txt",
+    r"dwi/.*_space-ACPC_dwiref\.nii\.gz",
+    r"dwi/.*_space-ACPC_desc-brain_mask\.nii\.gz",
+    r"dwi/.*_desc-confounds_timeseries\.tsv",
+    r"dwi/.*_space-ACPC_desc-image_qc\.tsv",
+    r"dwi/.*_space-ACPC_desc-slice_qc\.json",
+    r"dwi/.*_hmcOptimization\.csv",
+    r"dwi/.*_space-ACPC_stat-tsnr_dwimap\.nii\.gz",
+    r"dwi/.*_space-ACPC_model-[A-Za-z0-9]+_stat-cnr_dwimap\.nii\.gz",
+    r"dwi/.*_from-orig_to-dwiref_mode-image_desc-hmc_xfm\.txt",
+    r"dwi/.*_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm\.txt",
+    r"fmap/.*_desc-preproc_fieldmap\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_desc-preproc_T1w\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_desc-brain_mask\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_dseg\.nii\.gz",
+    r"anat/sub-[^_]+_space-ACPC_label-GM_probseg\.nii\.gz",
+    r"anat/sub-[^_]+_from-ACPC_to-MNI152[A-Za-z0-9]+_mode-image_xfm\.h5",
+    r"anat/sub-[^_]+_from-MNI152[A-Za-z0-9]+_to-ACPC_mode-image_xfm\.h5",
+    r"anat/sub-[^_]+_from-anat_to-ACPC_mode-image_xfm\.mat",
+    r"anat/sub-[^_]+_from-ACPC_to-anat_mode-image_xfm\.mat",
+]
+
+
+@pytest.fixture(scope="module")
+def subject() -> UnitResults:
+    return make_subject()
+
+
+@pytest.fixture(scope="module")
+def written(subject: UnitResults, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("derivatives")
+    derivatives.write_root(out, "0.0")
+    derivatives.write_unit(subject, out, None)
+    return out
+
+
+@pytest.mark.parametrize("query", QUERIES)
+def test_every_query_matches_one_file(written: Path, query: str) -> None:
+    names = [path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()]
+    assert len([name for name in names if re.search(f"{query}$", name)]) == 1
+
+
+def test_labels_of_structures_are_written_where_there_are_any(subject: UnitResults, tmp_path: Path) -> None:
+    """Under QSIPrep's name, and gone again after a run without them."""
+    name = "sub-01/anat/sub-01_space-ACPC_desc-aseg_dseg.nii.gz"
+    labels = replace(subject.anatomy.mask, data=1024 * subject.anatomy.mask.data)
+    derivatives.write_unit(replace(subject, anatomy=replace(subject.anatomy, labels=labels)), tmp_path, None)
+    stored = nib.load(tmp_path / name)
+    assert stored.get_data_dtype() == np.int16 and np.asarray(stored.dataobj).max() == 1024
+    derivatives.write_unit(subject, tmp_path, None)
+    assert not (tmp_path / name).exists()
+
+
+def test_images_are_lps(written: Path) -> None:
+    images = [path for path in written.rglob("*space-ACPC*.nii.gz") if "/dwi/" in path.as_posix()]
+    assert len(images) >= 4
+    for path in images:
+        assert nib.aff2axcodes(nib.load(path).affine) == ("L", "P", "S"), path.name
+
+
+def test_motion_file_holds_one_transform_per_volume_in_lps(written: Path, subject: UnitResults, tmp_path: Path) -> None:
+    text = next(written.rglob("*desc-hmc_xfm.txt")).read_text()
+    head, *blocks = re.split(r"^#Transform \d+\n", text, flags=re.MULTILINE)
+    assert len(blocks) == len(subject.acquired.dwi)
+    flip = np.array([-1.0, -1, 1])
+    point = np.array([10.0, -20, 30])
+    for moved in subject.motions:
+        for matrix, volume in zip(moved.transforms, moved.volumes, strict=True):
+            single = tmp_path / "one.txt"
+            single.write_text(f"{head}#Transform 0\n{blocks[volume]}")
+            read = sitk.ReadTransform(str(single)).TransformPoint((point * flip).tolist())
+            np.testing.assert_allclose(np.array(read) * flip, matrix[:3, :3] @ point + matrix[:3, 3], atol=1e-4)
+
+
+def test_stored_distortion_is_the_pose_and_the_field(written: Path, subject: UnitResults) -> None:
+    """SimpleITK sends grid points where dsiprep reads: P x + u(x)."""
+    corrected = subject.distortion
+    assert corrected is not None
+    path = next(written.rglob("*desc-sdcup_xfm.h5"))
+    transform = sitk.ReadTransform(str(path))
+    up = [blip.name for blip in subject.acquired.blips].index("up")
+    grid, pose = corrected.fields[up].grid, corrected.poses[up]
+    rng = np.random.default_rng(0)
+    voxels = rng.integers(1, np.array(grid.shape) - 1, (40, 3))
+    for voxel in voxels:
+        point = grid.to_world(voxel)
+        u = corrected.fields[up].data[(slice(None), *voxel)].numpy()
+        wanted = pose[:3, :3] @ point + pose[:3, 3] + u
+        read = np.array(transform.TransformPoint((point * [-1, -1, 1]).tolist())) * [-1, -1, 1]
+        np.testing.assert_allclose(read, wanted, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("originals", "names"),
+    [
+        (["sub-01_ses-a_acq-x_T1w.nii.gz"], ["sub-01_ses-a"]),
+        (["sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz"], ["sub-01_run-1", "sub-01_run-2"]),
+    ],
+)
+def test_each_structural_image_has_its_own_way_to_the_first(
+    subject: UnitResults, tmp_path: Path, originals: list[str], names: list[str]
+) -> None:
+    poses = [Affine(rigid_matrix(np.full(6, 0.1 * index)), "orig", "anat") for index in range(len(originals))]
+    unit = replace(subject.unit, t1w=tuple(map(Path, originals)))
+    found = replace(subject.anatomy, orig_to_anat=tuple(poses))
+    derivatives.write_anatomy_of(found, unit, tmp_path, None, AnatomySettings())
+    found = sorted((tmp_path / "sub-01" / "anat").glob("*_from-orig_to-anat_mode-image_xfm.txt"))
+    assert [path.name.partition("_from")[0] for path in found] == names
+    for path, pose in zip(found, poses, strict=True):
+        np.testing.assert_allclose(itk.read_affine(path).matrix, pose.matrix, atol=1e-6)
+
+
+@pytest.mark.parametrize("modality", ["T1w", "T2w"])
+def test_sessionwise_each_session_has_its_anat(subject: UnitResults, tmp_path: Path, modality: str) -> None:
+    """And nothing of another reference stays, where a query would find two."""
+    settings = AnatomySettings(reference="sessionwise", modality=modality)
+    image = {modality.lower(): (Path(f"sub-01_ses-b_{modality}.nii.gz"),)}
+    unit = replace(subject.unit, session="b", name="sub-01_ses-b_acq-dsi", **image)
+    anatomy = replace(subject.anatomy, modality=modality, orig_to_anat=(Affine(np.eye(4), "orig", "anat"),))
+    results = replace(subject, unit=unit, anatomy=anatomy)
+    derivatives.write_unit(results, tmp_path, None)
+    assert (tmp_path / "sub-01" / "anat" / f"sub-01_space-ACPC_desc-preproc_{modality}.nii.gz").exists()
+    derivatives.write_unit(replace(results, settings=replace(subject.settings, anatomy=settings)), tmp_path, None)
+    image = Path("sub-01", "ses-b", "anat", f"sub-01_ses-b_space-ACPC_desc-preproc_{modality}.nii.gz")
+    assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*_desc-preproc_T?w.nii.gz")] == [image]
+    sidecar = json.loads(next(tmp_path.rglob("*_desc-preproc_dwi.json")).read_text())
+    assert sidecar["SpatialReference"] == image.as_posix()
+    assert (tmp_path / image).with_name("sub-01_ses-b_from-orig_to-anat_mode-image_xfm.txt").exists()
+
+
+def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> None:
+    lines = next(written.rglob("*_timeseries.tsv")).read_text().splitlines()
+    assert len(lines) == 1 + len(subject.acquired.dwi)
+    assert {"framewise_displacement", "trans_x", "rot_z", "bval", "original_file"} <= set(lines[0].split("\t"))
+    assert len({line.count("\t") for line in lines}) == 1
+    quality = next(written.rglob("*image_qc.tsv")).read_text().splitlines()
+    assert len(quality) == 2
+    slices = json.loads(next(written.rglob("*slice_qc.json")).read_text())["slice_z"]
+    assert len(slices) == len(subject.acquired.dwi)
+
+
+def test_nothing_is_left_when_writing_fails(
+    subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(derivatives, "write_tables", full)
+    with pytest.raises(OutputError, match="No space left on device"):
+        derivatives.write_unit(subject, tmp_path / "out", None)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(("model", "named"), [("3dSHORE", "3dSHORE"), ("none", "3dSHORE"), ("tensor", "tensor")])
+def test_contrast_is_named_after_the_model_it_was_measured_with(
+    subject: UnitResults, tmp_path: Path, model: str, named: str
+) -> None:
+    motions = tuple(replace(motion, model=model) for motion in subject.motions)
+    derivatives._write_series(replace(subject, motions=motions), tmp_path)
+    assert len(list(tmp_path.glob("*_stat-cnr_dwimap.nii.gz"))) == 1
+    assert list(tmp_path.glob(f"*_model-{named}_stat-cnr_dwimap.nii.gz"))
+
+
+def test_what_a_killed_run_left_behind_goes_away(subject: UnitResults, tmp_path: Path) -> None:
+    """Killed while writing: the hidden folder stays until the unit is written again; others' are not touched."""
+    name = subject.unit.name
+    for left in (f".dsiprep-{name}", ".dsiprep-sub-99"):
+        (tmp_path / left / "sub-01").mkdir(parents=True)
+        (tmp_path / left / "sub-01" / "half.nii.gz").write_text("")
+    derivatives.write_unit(subject, tmp_path, None)
+    assert [path.name for path in tmp_path.glob(".dsiprep-*")] == [".dsiprep-sub-99"]
+    assert not list(tmp_path.glob("sub-01/half.nii.gz"))
+
+
+def test_an_earlier_run_with_other_options_leaves_no_second_match(subject: UnitResults, tmp_path: Path) -> None:
+    """QSIRecon stops where a query matches two files; files of other units and of the user stay."""
+    name, place = subject.unit.name, tmp_path / f"sub-{subject.unit.subject}"
+    if subject.unit.session:
+        place /= f"ses-{subject.unit.session}"
+    (place / "dwi").mkdir(parents=True)
+    stale = place / "dwi" / f"{name}_space-ACPC_model-other_stat-cnr_dwimap.nii.gz"
+    others = [place / "dwi" / f"{name}_acq-x_space-ACPC_dwiref.nii.gz", place / "dwi" / "notes.txt"]
+    for path in (stale, *others):
+        path.write_text("")
+    derivatives.write_unit(subject, tmp_path, None)
+    assert not stale.exists() and all(path.exists() for path in others)
+    without = replace(subject, distortion=None)
+    derivatives.write_unit(without, tmp_path, None)
+    assert not list(tmp_path.rglob("*_fieldmap.*")) and not list(tmp_path.rglob("*desc-sdc*"))
+
+
+def test_template_images_follow_the_chain(subject: UnitResults) -> None:
+    """A ramp seen through acpc_to_template is the ramp at the mapped points."""
+    chain, grid = subject.anatomy.acpc_to_template, subject.anatomy.image.grid
+    assert chain is not None and subject.anatomy.template_image is not None
+    target = subject.anatomy.template_image.grid
+    ramp = torch.from_numpy(np.indices(grid.shape).sum(0).astype(np.float32))
+    seen = derivatives._through(chain, ramp, grid, target, discrete=False)
+    displacement = derivatives.chain_displacement(chain, target)
+    wanted = sample_linear(ramp[None], voxel_points(target, grid, None, displacement))[0]
+    torch.testing.assert_close(seen, wanted)
+    labels = derivatives._through(chain, (ramp > ramp.mean()).float() * 2, grid, target, discrete=True)
+    assert set(labels.unique().tolist()) == {0.0, 2.0}

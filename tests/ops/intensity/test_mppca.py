@@ -1,0 +1,178 @@
+"""MP-PCA against DIPY and against known noise; the stage that runs it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Volume
+from dsiprep.ops.intensity import mppca as module
+from dsiprep.ops.intensity.mppca import default_window, marchenko_pastur, mppca
+from dsiprep.settings import DenoiseSettings
+from dsiprep.stages.denoise import denoise
+from helpers.grids import make_grid
+
+
+def phantom(n: int, shape: tuple[int, int, int], sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A mixture of eight tissues that vary in space, without and with noise."""
+    rng = np.random.default_rng(0)
+    where = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in shape], indexing="ij")).reshape(3, -1)
+    waves = [np.sin(rng.normal(size=3) * 3 @ where + rng.uniform(0, 6)) for _ in range(8)]
+    signals = rng.gamma(2, 100, size=(8, n))
+    truth = (signals.T @ (1 / (1 + np.exp(-8 * np.stack(waves)))) / 8).reshape(n, *shape)
+    noisy = truth + rng.normal(scale=sigma, size=truth.shape)
+    return torch.from_numpy(truth.astype(np.float32)), torch.from_numpy(noisy.astype(np.float32))
+
+
+def rmse(first: torch.Tensor, second: torch.Tensor) -> float:
+    return float((first - second).pow(2).mean().sqrt())
+
+
+@pytest.mark.parametrize(("n", "shape"), [(13, (14, 13, 12)), (60, (14, 13, 12)), (150, (12, 11, 10))])
+def test_pure_noise(n: int, shape: tuple[int, int, int]) -> None:
+    data = 100 + 5 * torch.from_numpy(np.random.default_rng(1).normal(size=(n, *shape)).astype(np.float32))
+    denoised, sigma, rank = mppca(data)
+    assert abs(float(sigma.mean()) / 5 - 1) < 0.02
+    assert float((sigma / 5 - 1).abs().max()) < 0.15
+    assert float(rank.mean()) < 1.3  # the mean, and nothing else
+    assert rmse(denoised, torch.full_like(data, 100)) < 1.0
+
+
+def test_not_worse_than_dipy() -> None:
+    from dipy.denoise.localpca import mppca as dipy_mppca
+
+    truth, noisy = phantom(40, (14, 14, 12), 20.0)
+    denoised, sigma, _ = mppca(noisy, window=5)
+    theirs, their_sigma = dipy_mppca(noisy.permute(1, 2, 3, 0).numpy(), patch_radius=2, return_sigma=True)
+    error = rmse(denoised, truth)
+    assert error < rmse(torch.from_numpy(theirs).permute(3, 0, 1, 2), truth)
+    assert error < 0.4 * rmse(noisy, truth)
+    inner = (slice(2, -2),) * 3
+    assert abs(float(sigma[inner].mean()) / 20 - 1) < 0.02
+    assert abs(float(sigma[inner].mean()) - 20) <= abs(float(their_sigma[inner].mean()) - 20) + 0.2
+
+
+@pytest.mark.parametrize("sigma", [2.0, 8.0])
+def test_signal_is_not_taken_for_noise(sigma: float) -> None:
+    """What was taken out is a little less than the noise, and has no structure: the volumes' means stay."""
+    truth, noisy = phantom(80, (14, 12, 12), sigma)
+    denoised, found, _ = mppca(noisy)
+    assert abs(float(found.mean()) / sigma - 1) < 0.05
+    assert 0.85 < rmse(noisy, denoised) / sigma < 1.0
+    assert rmse(denoised, truth) < 0.5 * sigma
+    assert float((denoised - truth).mean((1, 2, 3)).abs().max()) < 0.1 * sigma
+
+
+def test_without_noise_nothing_changes() -> None:
+    truth, _ = phantom(30, (9, 9, 9), 1.0)
+    denoised, sigma, _ = mppca(truth)
+    assert rmse(denoised, truth) < 1e-3 * float(truth.std())
+    assert float(sigma.max()) < 0.05
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 1), (5, 5, 2), (30, 4, 1)])
+@pytest.mark.parametrize("n", [2, 13, 40])
+def test_tiny_grids(n: int, shape: tuple[int, int, int]) -> None:
+    data = 10 + torch.from_numpy(np.random.default_rng(2).normal(size=(n, *shape)).astype(np.float32))
+    denoised, sigma, rank = mppca(data)
+    assert denoised.shape == data.shape
+    assert sigma.shape == rank.shape == shape
+    assert bool(denoised.isfinite().all() & sigma.isfinite().all())
+    assert float((denoised - data).abs().max()) < 6
+
+
+def test_mask_and_padding() -> None:
+    truth, noisy = phantom(30, (20, 14, 12), 10.0)
+    mask = torch.zeros(20, 14, 12)
+    mask[6:15, 3:12, 2:10] = 1
+    whole = mppca(noisy)
+    denoised, sigma, _ = mppca(noisy, mask)
+    assert float(denoised[:, mask == 0].abs().max()) == 0
+    assert float(sigma[mask == 0].abs().max()) == 0
+    assert rmse(denoised[:, mask > 0], truth[:, mask > 0]) < 1.1 * rmse(whole[0][:, mask > 0], truth[:, mask > 0])
+    padded = torch.nn.functional.pad(noisy, (5, 5, 5, 5, 5, 5))
+    _, sigma_padded, _ = mppca(padded)
+    assert abs(float(sigma_padded[5:-5, 5:-5, 5:-5].mean()) / 10 - 1) < 0.05
+    assert float(sigma_padded[:3].max()) == 0
+
+
+def test_every_voxel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Single voxels in corners and edges; and the body for other devices gives the same."""
+    _, noisy = phantom(30, (13, 12, 11), 10.0)
+    mask = torch.zeros(13, 12, 11)
+    for voxel in ((0, 0, 0), (12, 11, 10), (12, 0, 5), (6, 6, 6), (3, 11, 0)):
+        mask[voxel] = 1
+    denoised, sigma, _ = mppca(noisy, mask)
+    assert float(sigma[mask > 0].min()) > 8
+    assert float(denoised[:, mask > 0].abs().min()) > 0
+    pooled = module._estimates
+    monkeypatch.setattr(module, "_estimates", lambda v, s, i, pool: pooled(v, s, i, None))
+    chunked, _, _ = mppca(noisy, mask)
+    torch.testing.assert_close(chunked, denoised, rtol=1e-4, atol=1e-2)
+
+
+def test_threshold_against_the_definition() -> None:
+    """Count and variance as Cordero-Grande 2019 defines them, in a plain loop; the known rank is found."""
+    rng = np.random.default_rng(3)
+    rows, columns, rank = 40, 90, 5
+    matrix = rng.normal(size=(rows, columns)) * 3 + 20 * rng.normal(size=(rows, rank)) @ rng.normal(
+        size=(rank, columns)
+    )
+    values = np.linalg.eigvalsh(matrix @ matrix.T)
+    noise, variance = marchenko_pastur(torch.from_numpy(values)[None], torch.tensor([rows]), torch.tensor([columns]))
+    expected, best = 0, 0.0
+    for p in range(1, rows + 1):
+        width = (values[p - 1] - values[0]) / 4 / np.sqrt(p * (columns - rows + p))
+        mean = values[:p].sum() / (p * (columns - rows + p))
+        if width < mean:
+            expected, best = p, mean
+    assert int(noise[0]) == expected == rows - rank
+    assert float(variance[0]) == pytest.approx(best)
+    assert float(variance[0]) == pytest.approx(9, rel=0.1)
+
+
+def test_default_window() -> None:
+    assert [default_window(n) for n in (2, 27, 28, 125, 126, 270, 344)] == [3, 3, 5, 5, 7, 7, 9]
+
+
+def series(sigmas: list[tuple[int, float]]) -> tuple[DWI, torch.Tensor, Volume]:
+    """Runs of so many volumes with so much noise; a mask that leaves a rim."""
+    grid = make_grid("LAS", (12, 11, 10), (2, 2, 2))
+    parts = [phantom(n, grid.shape, sigma) for n, sigma in sigmas]
+    n = sum(count for count, _ in sigmas)
+    run = np.repeat(np.arange(len(sigmas)), [count for count, _ in sigmas])
+    truth, data = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    mask = torch.zeros(grid.shape)
+    mask[1:-1, 1:-1, 1:-1] = 1
+    dwi = DWI(data, grid, np.arange(n) * 10.0, np.eye(3)[np.arange(n) % 3], run, np.zeros(n, int))
+    return dwi, truth, Volume(mask, grid)
+
+
+def test_each_run_has_its_own_noise() -> None:
+    dwi, truth, mask = series([(30, 4.0), (20, 20.0), (4, 9.0)])
+    before = dwi.data.clone()
+    found = denoise(dwi, mask, DenoiseSettings())
+    inside = mask.data > 0
+    for part, limit in ((slice(0, 30), 0.55), (slice(30, 50), 0.55)):
+        clean, noisy = found.dwi.data[part][:, inside], dwi.data[part][:, inside]
+        assert rmse(clean, truth[part][:, inside]) < limit * rmse(noisy, truth[part][:, inside])
+    assert torch.equal(dwi.data, before)
+    assert torch.equal(found.dwi.data[50:], before[50:])
+    assert torch.equal(found.dwi.data[:, ~inside], before[:, ~inside])
+    assert "4 volumes" in found.method
+    assert found.noise is not None
+    expected = np.sqrt((30 * 16 + 20 * 400) / 50)
+    assert float(found.noise.data[inside].mean()) == pytest.approx(expected, rel=0.05)
+
+
+def test_none_and_too_short() -> None:
+    dwi, _, mask = series([(9, 4.0)])
+    none = denoise(dwi, mask, DenoiseSettings(method="none"))
+    assert none.dwi is dwi
+    assert none.noise is None
+    short = denoise(dwi, mask, DenoiseSettings())
+    assert short.noise is None
+    assert short.dwi is dwi
+    assert "skipped" in short.method

@@ -1,0 +1,387 @@
+"""The phantom's physics against what is known in closed form, and its files against BIDS."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+from scipy.ndimage import distance_transform_edt, map_coordinates
+from scipy.spatial.transform import Rotation
+
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid
+from dsiprep.errors import GradientError, OutputError, SettingsError
+from dsiprep.phantom import PhantomSettings, make_phantom
+from dsiprep.phantom.scanner import Source, add_noise, eddy_basis, phase_encoding, scan, scanner_grid
+from dsiprep.phantom.schemes import SCHEMES, gradient_table, half_lattice
+from dsiprep.phantom.session import Session, from_fsl, to_fsl
+from dsiprep.phantom.signal import BUNDLE, Tissue
+from dsiprep.phantom.slice_acquisition import kept_signal, slice_timing
+from dsiprep.score.read import Image, apply, read_image, read_truth
+from helpers.grids import make_grid
+
+CENTRE = np.array([3.0, -5.0, 8.0])
+TINY = PhantomSettings(
+    resolution=5.0,
+    t1w_resolution=3.0,
+    snr=0,
+    moved=0.5,
+    max_motion=4.0,
+    distortion=8.0,
+    orientation="oblique",
+)
+
+
+def _blob(field: float | np.ndarray = 0.0, width: float = 5.0) -> Source:
+    """A lopsided blob near the middle of `make_grid`, with a field."""
+    grid = Grid((81, 81, 81), np.array([[1.0, 0, 0, -37], [0, 1, 0, -45], [0, 0, 1, -32], [0, 0, 0, 1]]))
+    x = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)) - CENTRE
+    image = np.exp(-(x**2 @ [1.0, 0.7, 1.4]) / (2 * width**2)) + 0.6 * np.exp(-((x - [9, 4, -6]) ** 2).sum(-1) / 40)
+    return Source(image.astype(np.float32), grid, np.zeros(grid.shape, np.float32) + np.float32(field), grid)
+
+
+def _field_along(axis: np.ndarray) -> np.ndarray:
+    """A smooth field in Hz on the blob's grid, up to 60 Hz."""
+    x = _blob().image_grid.to_world(np.stack(np.meshgrid(*[np.arange(81)] * 3, indexing="ij"), -1)) - CENTRE
+    return 60 * np.exp(-(x**2).sum(-1) / (2 * 15**2)) * (1 + 0.02 * x @ axis)
+
+
+def test_a_moved_head_moves_the_image(orientation: str) -> None:
+    grid = make_grid(orientation, (24, 26, 22), (3.0, 2.5, 3.5))
+    pe = PhaseEncoding(1, 1, 0.05)
+    still = scan(_blob(), grid, pe, np.eye(4))
+    for axis, steps in ((0, 2), (1, -3), (2, 1)):
+        pose = np.eye(4)
+        pose[:3, 3] = steps * grid.affine[:3, axis]
+        np.testing.assert_allclose(scan(_blob(), grid, pe, pose), np.roll(still, steps, axis), atol=2e-3)
+
+
+def test_rotation_agrees_with_simpleitk(orientation: str) -> None:
+    source = _blob(width=8.0)
+    grid = make_grid(orientation, (24, 26, 22), (3.0, 2.5, 3.5))
+    rotation = Rotation.from_euler("xyz", [9, -5, 14], degrees=True).as_matrix()
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = rotation, CENTRE - rotation @ CENTRE + [2.0, -1.0, 3.0]
+    found = scan(source, grid, PhaseEncoding(0, -1, 0.05), pose, oversampling=3)
+    wanted = _resample_with_itk(source, grid, np.linalg.inv(pose))
+    assert np.abs(found - wanted).max() < 0.04 * wanted.max()
+    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.9995
+
+
+def _resample_with_itk(source: Source, grid: Grid, to_source: np.ndarray) -> np.ndarray:
+    flip = np.diag([-1.0, -1, 1, 1])
+    image = SimpleITK.GetImageFromArray(source.image.transpose(2, 1, 0))
+    target = SimpleITK.Image([int(n) for n in grid.shape], SimpleITK.sitkFloat32)
+    for itk, world in ((image, source.image_grid), (target, grid)):
+        affine = flip @ world.affine
+        itk.SetOrigin(affine[:3, 3].tolist())
+        itk.SetSpacing(world.voxel_sizes.tolist())
+        itk.SetDirection((affine[:3, :3] / world.voxel_sizes).ravel().tolist())
+    transform = SimpleITK.AffineTransform(3)
+    matrix = flip @ to_source @ flip
+    transform.SetMatrix(matrix[:3, :3].ravel().tolist())
+    transform.SetTranslation(matrix[:3, 3].tolist())
+    return SimpleITK.GetArrayFromImage(SimpleITK.Resample(image, target, transform)).transpose(2, 1, 0)
+
+
+@pytest.mark.parametrize("direction", ["PA", "AP"])
+def test_a_constant_field_shifts_along_the_phase_encoding(orientation: str, direction: str) -> None:
+    grid = make_grid(orientation, (24, 26, 22), (3.0, 3.0, 3.0))
+    pe = phase_encoding(grid, direction)
+    still = scan(_blob(), grid, pe, np.eye(4))
+    seen = scan(_blob(40.0), grid, pe, np.eye(4))  # 40 Hz x 0.05 s = 2 voxels
+    np.testing.assert_allclose(seen, np.roll(still, 2 * pe.polarity, pe.axis), atol=2e-3)
+    towards = _centroid(seen, grid) - _centroid(still, grid)
+    assert np.sign(towards[1]) == (1 if direction == "PA" else -1)  # to the front, or to the back
+    assert np.linalg.norm(towards) == pytest.approx(6.0, abs=0.05)
+
+
+def _centroid(image: np.ndarray, grid: Grid) -> np.ndarray:
+    index = np.argwhere(image > 1e-3)
+    return np.average(grid.to_world(index), axis=0, weights=image[tuple(index.T)])
+
+
+def test_a_linear_field_stretches_and_dims() -> None:
+    grid = make_grid("RAS", (24, 60, 22), (2.0, 2.0, 2.0))
+    slope = 0.25  # of displacement, along y
+    x = _blob().field_grid.to_world(np.stack(np.meshgrid(*[np.arange(81)] * 3, indexing="ij"), -1))
+    source = _blob((x[..., 1] - CENTRE[1]) * slope / (2.0 * 0.05))
+    seen = scan(source, grid, PhaseEncoding(1, 1, 0.05), np.eye(4), oversampling=3)
+    points = grid.to_world(np.argwhere(np.ones(grid.shape, bool)))
+    points[:, 1] = CENTRE[1] + (points[:, 1] - CENTRE[1]) / (1 + slope)
+    wanted = map_coordinates(source.image, source.image_grid.to_voxels(points).T, order=1) / (1 + slope)
+    assert np.abs(seen.ravel() - wanted).max() < 0.03 * wanted.max()
+
+
+@pytest.mark.parametrize("polarity", [1, -1])
+def test_signal_is_conserved_where_it_is_piled_up(polarity: int) -> None:
+    grid = make_grid("oblique", (32, 40, 32), (2.5, 2.5, 2.5))
+    still = scan(_blob(), grid, PhaseEncoding(1, polarity, 0.0), np.eye(4))
+    seen = scan(_blob(_field_along(np.array([0, 1.0, 0.5]))), grid, PhaseEncoding(1, polarity, 0.05), np.eye(4))
+    assert np.abs(seen - still).max() > 0.2 * still.max()
+    np.testing.assert_allclose(seen.sum(1), still.sum(1), rtol=1e-3, atol=1e-3)
+
+
+def test_the_field_moves_with_the_head_and_eddy_currents_do_not() -> None:
+    grid = make_grid("LAS", (32, 34, 30), (2.5, 2.5, 2.5))
+    pe = PhaseEncoding(1, 1, 0.05)
+    source = _blob(_field_along(np.array([0.0, 1, 0])))
+    pose = np.eye(4)
+    pose[:3, 3] = 2 * grid.affine[:3, 0] + grid.affine[:3, 2]
+    moved = scan(source, grid, pe, pose)
+    np.testing.assert_allclose(moved, np.roll(scan(source, grid, pe, np.eye(4)), (2, 1), (0, 2)), atol=2e-3)
+    eddy = np.zeros(9)
+    eddy[1] = 40.0  # mm per 100 mm along x
+    plain = replace(source, field=np.zeros_like(source.field))
+    for where in (np.eye(4), pose):
+        still, seen = (scan(plain, grid, pe, where, c) for c in (None, eddy))
+        x = _centroid(still, grid)[0]
+        towards = (_centroid(seen, grid) - _centroid(still, grid)) @ grid.directions[:, 1]
+        assert towards == pytest.approx(0.4 * x, abs=0.05)
+
+
+def test_the_gradient_is_fixed_in_the_scanner() -> None:
+    grid = make_grid("LAS", (8, 8, 8), (4.0, 4.0, 4.0))
+    source = Grid((17, 17, 17), grid.affine @ np.diag([0.5, 0.5, 0.5, 1]))
+    where = np.flatnonzero(np.ones(source.shape))
+    along = np.zeros((len(where), 2, 3), np.float32)
+    along[..., 2] = 1  # fibres run up the head
+    weights = np.tile(np.float32([100.0, 0.0]), (len(where), 1))
+    tissue = Tissue(source, {}, where, along, weights)
+    turned = np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("x", -90, degrees=True).as_matrix()  # up the head is now forwards
+    turned[:3, 3] = grid.centre - turned[:3, :3] @ grid.centre
+    session = _session(grid, np.stack([turned] * 3), np.array([3000.0] * 3), np.eye(3))
+    for volume, cosine in ((0, 0.0), (1, 1.0), (2, 0.0)):
+        wanted = sum(100 * s * np.exp(-3000 * (r + (a - r) * cosine)) for s, a, r in BUNDLE)
+        assert session.play(tissue, volume)[4, 4, 4] == pytest.approx(wanted, rel=1e-4)
+    np.testing.assert_allclose(session.head_bvecs, np.eye(3) @ turned[:3, :3], atol=1e-12)
+
+
+def _session(grid: Grid, poses: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> Session:
+    n, pe = len(bvals), PhaseEncoding(1, 1, 0.05)
+    nothing = np.zeros((2, 2, 2), np.float32)
+    lying, kept = np.zeros(n, bool), np.ones((n, grid.shape[2]))
+    back = replace(pe, polarity=-1)
+    return Session(grid, pe, back, bvals, bvecs, poses, poses[:1], lying, np.zeros((n, 9)), kept, nothing, grid)
+
+
+def test_schemes_are_what_they_are_called() -> None:
+    assert [len(half_lattice(r)) for r in (13, 25)] == [101, 257]
+    sizes = {
+        "dsi257": (257, 13, 7000),
+        "dsi515": (514, 26, 7000),
+        "dsi101": (101, 6, 4000),
+        "hasc55": (55, 6, 5000),
+        "multishell": (270, 18, 3000),
+    }
+    assert set(sizes) == set(SCHEMES)
+    for scheme, (directions, n_b0, top) in sizes.items():
+        bvals, bvecs = gradient_table(scheme)
+        weighted = bvals > 0
+        assert (weighted.sum(), (~weighted).sum(), bvals[0]) == (directions, n_b0, 0)
+        assert bvals.max() <= top + 1e-6
+        np.testing.assert_allclose(np.linalg.norm(bvecs[weighted], axis=1), 1)
+        opposite = np.abs(bvecs[weighted] @ bvecs[weighted].T) * np.isclose(bvals[weighted], bvals[weighted][:, None])
+        once = directions if scheme != "dsi515" else 2 * directions  # a whole lattice holds all antipodes
+        assert (opposite > 1 - 1e-9).sum() == once  # nothing twice
+        if scheme != "multishell":
+            q = bvecs * np.sqrt(bvals / top * (13 if scheme == "dsi101" else 25))[:, None]
+            scale = 1 if scheme != "hasc55" else np.abs(q[weighted]).max() / np.round(np.abs(q[weighted]).max())
+            np.testing.assert_allclose(q / scale, np.round(q / scale), atol=1e-6)
+    with pytest.raises(SettingsError):
+        gradient_table("dsi999")
+
+
+def test_fsl_vectors_are_read_back_by_the_pipeline(orientation: str, tmp_path: Path) -> None:
+    gradients = pytest.importorskip("dsiprep.io.gradients")
+    grid = make_grid(orientation, (4, 5, 6), (2.0, 2.0, 3.0))
+    bvals, bvecs = gradient_table("hasc55")
+    np.testing.assert_allclose(from_fsl(to_fsl(bvecs, grid), grid), bvecs, atol=1e-12)
+    np.savetxt(tmp_path / "x.bval", bvals[None])
+    np.savetxt(tmp_path / "x.bvec", to_fsl(bvecs, grid).T)
+    found = gradients.read_gradients(tmp_path / "x.bval", tmp_path / "x.bvec", grid, len(bvals))[1]
+    np.testing.assert_allclose(found, bvecs, atol=1e-6)
+    las = make_grid("LAS", (4, 5, 6), (2.0, 2.0, 3.0))
+    np.testing.assert_allclose(to_fsl(bvecs, las), bvecs * [-1, 1, 1])
+
+
+@pytest.mark.parametrize("name", ["RAS", "LAS", "LPS", "PSR", "oblique"])
+def test_scanner_grids_are_oriented_as_asked(name: str) -> None:
+    grid = scanner_grid(name, 2.5, CENTRE)
+    codes = "".join(nib.aff2axcodes(grid.affine))
+    assert codes == ("LAS" if name == "oblique" else name)
+    np.testing.assert_allclose(grid.centre, CENTRE)
+    np.testing.assert_allclose(grid.voxel_sizes, 2.5)
+    expected = {"RAS": "j", "LAS": "j", "LPS": "j-", "PSR": "i-", "oblique": "j"}[name]
+    assert phase_encoding(grid, "PA").direction == expected
+    assert phase_encoding(grid, "AP").direction == (expected[0] if expected.endswith("-") else expected + "-")
+
+
+def test_eddy_basis_is_harmonic() -> None:
+    rng = np.random.default_rng(0)
+    centre, h = rng.normal(size=3) * 50, 1.0
+    around = np.concatenate([centre + h * np.eye(3), centre - h * np.eye(3)])
+    laplacian = eddy_basis(around).sum(0) - 6 * eddy_basis(centre[None])[0]
+    np.testing.assert_allclose(laplacian, 0, atol=1e-10)
+
+
+def test_noise_is_rician() -> None:
+    rng = np.random.default_rng(3)
+    air = add_noise(np.zeros((60, 60, 60), np.float32), 10.0, rng)
+    signal = add_noise(np.full((60, 60, 60), 100, np.float32), 10.0, rng)
+    assert air.mean() == pytest.approx(10 * np.sqrt(np.pi / 2), rel=0.01)
+    assert np.mean(signal**2) == pytest.approx(100**2 + 2 * 10**2, rel=0.01)
+
+
+def test_slice_timing_repeats_with_the_multiband_factor() -> None:
+    timing = slice_timing(10)
+    assert timing[:5] == timing[5:] and len(set(timing)) == 5 and max(timing) < 4.2
+    assert len(set(slice_timing(9))) == 9
+
+
+@pytest.mark.parametrize(("slices", "together"), [(24, 2), (25, 1)])
+def test_all_slices_of_a_shot_are_lost(slices: int, together: int) -> None:
+    """Slices that start at one time are lost together and others are not; a tenth of all is, none of b=0."""
+    bvals = np.tile([0.0, 1000.0, 3000.0], 400)
+    kept = kept_signal(bvals, slices, 0.1, np.random.default_rng(2))
+    lost, times = kept < 1, np.array(slice_timing(slices))
+    for k in range(slices):
+        others = [other for other in range(slices) if (lost[:, other] == lost[:, k]).all()]
+        assert others == np.flatnonzero(times == times[k]).tolist() and len(others) == together
+    assert not lost[bvals == 0].any() and kept.min() >= 0.2 and kept[lost].max() <= 0.5
+    shots = 800 * slices / together
+    assert lost[bvals > 0].mean() == pytest.approx(0.1, abs=3 * np.sqrt(0.1 * 0.9 / shots))
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A coarse subject of nine volumes without noise."""
+    folder = tmp_path_factory.mktemp("phantom")
+    return make_phantom(folder / "one", replace(TINY, scheme=_table(folder)))
+
+
+def _table(folder: Path) -> str:
+    bvals, bvecs = gradient_table("dsi101")
+    keep = np.r_[0, 1:7, 21, 24]
+    np.savetxt(folder / "t.bval", bvals[keep][None])
+    np.savetxt(folder / "t.bvec", bvecs[keep].T)
+    return f"{folder / 't.bval'},{folder / 't.bvec'}"
+
+
+def test_the_dataset_is_valid_bids(phantom: Path) -> None:
+    program = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent)) or shutil.which(
+        "bids-validator-deno"
+    )
+    if program is None:
+        pytest.skip("bids-validator-deno is not installed")
+    done = subprocess.run([program, str(phantom / "bids"), "--format", "json"], capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    errors = [issue for issue in report["issues"]["issues"] if issue["severity"] == "error"]
+    assert errors == [] and report["summary"]["totalFiles"] >= 12
+
+
+def test_the_truth_finds_every_point_in_every_volume(phantom: Path) -> None:
+    """Raw b=0 volumes, read where the truth says and corrected for piling up, match the ideal one best."""
+    truth, sub = read_truth(phantom / "truth"), phantom / "bids/sub-01"
+    names = ("dwi/sub-01_dir-PA_dwi", "fmap/sub-01_dir-AP_epi")
+    series, epis = (read_image(sub / f"{name}.nii.gz") for name in names)
+    field, points = truth.image("field_hz"), truth.brain_points()
+    size = np.linalg.norm(truth.mm_per_hz)
+    wanted = truth.image("ideal_b0").at(apply(truth.poses[0], points), order=3)
+    b0 = np.flatnonzero(truth.bvals == 0)
+    assert len(b0) == 2 and np.abs(truth.poses[b0[1]] - truth.poses[b0[0]]).max() > 0.1
+    cases = [(replace(series, data=series.data[..., v]), truth.poses[v], 1) for v in b0]
+    epi_pose = np.asarray(truth.table["epi_head_to_scanner"])[0]
+    for image, pose, sign in [*cases, (replace(epis, data=epis.data[..., 0]), epi_pose, -1)]:
+        along = pose[:3, :3].T @ truth.mm_per_hz / size * 2.0
+        slope = sign * size * (field.at(points + along) - field.at(points - along)) / 4.0
+        still = apply(pose, points)
+        there = still + sign * field.at(points)[:, None] * truth.mm_per_hz
+
+        def match(where: np.ndarray, image: Image = image, slope: np.ndarray = slope) -> float:
+            return float(np.corrcoef(image.at(where, order=3) * (1 + slope), wanted)[0, 1])
+
+        best = match(there)
+        assert best > 0.96 and best > match(still) + 0.01
+        for axis in np.eye(3):
+            before, after = match(there - axis), match(there + axis)
+            assert abs(0.5 * (before - after) / (before - 2 * best + after)) < 0.15  # mm, top of a parabola
+
+
+def test_the_truth_describes_the_head(phantom: Path) -> None:
+    truth = read_truth(phantom / "truth")
+    assert truth.table["largest_displacement_mm"] == pytest.approx(8.0)
+    to_head, mask = truth.image("template_to_head"), truth.image("template_brain_mask")
+    points = mask.points(mask.data > 0.5, 500)
+    there = to_head.at(points)
+    back = truth.image("head_to_template").at(there)
+    assert np.linalg.norm(back - points, axis=1).max() < 0.2
+    brain = truth.image("T1w_brain_mask").at(there, order=0)
+    assert brain.mean() > 0.95
+    moved = np.linalg.norm(there - points - (there - points).mean(0), axis=1)
+    assert moved.max() > 3
+    fibres, shares = truth.image("fibres"), truth.image("fibre_shares")
+    inside = shares.data.sum(-1) > 0
+    np.testing.assert_allclose(np.linalg.norm(fibres.data[inside][:, :3], axis=1), 1, atol=1e-3)
+    np.testing.assert_allclose(shares.data[inside].sum(-1), 1, atol=1e-5)
+
+
+def test_ideal_volumes_show_the_true_fibres(phantom: Path) -> None:
+    """Attenuation in white matter is what the saved fibres predict, and not with a sign turned."""
+    truth = read_truth(phantom / "truth")
+    dwi, fibres, shares = (truth.image(n) for n in ("ideal_dwi", "fibres", "fibre_shares"))
+    depth = distance_transform_edt(shares.data.sum(-1) > 0, sampling=3.0)
+    voxels = np.argwhere(depth > 6)
+    where = tuple(voxels.T)
+    signal = dwi.at(apply(truth.poses[0], apply(fibres.affine, voxels)))
+    gradients = np.asarray(truth.table["bvecs_scanner"]) @ truth.poses[0][:3, :3]  # R' g
+
+    def error(g: np.ndarray) -> float:
+        squared = np.einsum("npd,vd->npv", fibres.data[where].reshape(-1, 2, 3), g) ** 2
+        bundles = sum(s * np.exp(-truth.bvals * (r + (a - r) * squared)) for s, a, r in BUNDLE)
+        predicted = (shares.data[where][..., None] * bundles).sum(1)
+        return float(np.sqrt(np.mean((signal / signal[:, :1] - predicted)[:, truth.bvals > 500] ** 2)))
+
+    assert len(voxels) > 100 and error(gradients) < 0.03
+    for axis in range(3):
+        assert error(gradients * np.where(np.arange(3) == axis, -1, 1)) > 2 * error(gradients)
+
+
+@pytest.mark.slow
+def test_the_seed_decides(phantom: Path, tmp_path: Path) -> None:
+    again = make_phantom(tmp_path / "again", replace(TINY, scheme=_table(tmp_path), ideal=False))
+    for name in ("bids/sub-01/dwi/sub-01_dir-PA_dwi", "bids/sub-01/anat/sub-01_T1w"):
+        first, second = (read_image(f / f"{name}.nii.gz").data for f in (phantom, again))
+        np.testing.assert_array_equal(first, second)
+
+
+def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
+    for wrong in ({"moved": 2.0}, {"resolution": 0.0}, {"distortion": -1.0}, {"orientation": "XYZ"}):
+        with pytest.raises(SettingsError):
+            make_phantom(tmp_path / "x", replace(TINY, **wrong))
+    (tmp_path / "y" / "bids").mkdir(parents=True)
+    with pytest.raises(OutputError):
+        make_phantom(tmp_path / "y", TINY)
+    with pytest.raises(GradientError):
+        make_phantom(tmp_path / "z", replace(TINY, scheme="a.bval,b.bvec"))
+    assert not (tmp_path / "z").exists()
+
+
+@pytest.mark.slow
+def test_the_head_looks_like_one_to_deepbet(tmp_path: Path) -> None:
+    from deepbet import BrainExtraction
+
+    make_phantom(tmp_path / "p", replace(TINY, scheme=_table(tmp_path), t1w_resolution=1.5, ideal=False))
+    image = nib.load(tmp_path / "p/bids/sub-01/anat/sub-01_T1w.nii.gz")
+    found = BrainExtraction(no_gpu=True).run(image)[1].get_fdata() > 0
+    true = read_truth(tmp_path / "p/truth").image("T1w_brain_mask").data > 0
+    assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.95

@@ -1,0 +1,155 @@
+"""Runs put together: one grid, one scale, blips told apart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+
+from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.grid import Grid
+from dsiprep.data.raw import RawEpi, RawRun, RawUnit
+from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.settings import AcquisitionSettings
+from dsiprep.stages.acquisition import conform, multiband_groups
+from helpers.shared_data import SHARED
+
+REAL = SHARED / "bids"
+SHAPE = (30, 34, 26)
+UP, DOWN = PhaseEncoding(1, 1, 0.05), PhaseEncoding(1, -1, 0.05)
+SETTINGS = AcquisitionSettings()
+
+
+def las(shape: tuple[int, int, int] = SHAPE, size: float = 6.0, shift: float = 0.0) -> Grid:
+    affine = np.diag([-size, size, size, 1])
+    affine[:3, 3] = affine[:3, :3] @ (-(np.array(shape) - 1) / 2)
+    affine[2, 3] += shift
+    return Grid(shape, affine)
+
+
+def head(grid: Grid, brightness: float = 1000.0) -> torch.Tensor:
+    """A smooth ball of 75 mm that is brighter on one side, so that every turn shows."""
+    voxels = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1)
+    x, y, z = np.moveaxis(grid.to_world(voxels), -1, 0)
+    inside = 1 / (1 + np.exp((np.sqrt(x**2 + y**2 + z**2) - 75) / 4))
+    return torch.as_tensor(brightness * inside * (1 + x / 400 + y / 300 + z / 200), dtype=torch.float32)
+
+
+def run(pe: PhaseEncoding | None, grid: Grid, brightness: float = 1000.0, volumes: int = 8) -> RawRun:
+    bvals = np.r_[0, np.full(volumes - 1, 1000.0)]
+    bvecs = np.random.default_rng(volumes).normal(size=(volumes, 3))
+    bvecs /= np.linalg.norm(bvecs, axis=1, keepdims=True)
+    bvecs[0] = 0
+    weights = torch.as_tensor(np.where(bvals > 0, 0.4, 1.0), dtype=torch.float32)
+    data = head(grid, brightness)[None] * weights[:, None, None, None]
+    return RawRun("run", data, grid, bvals, bvecs, pe)
+
+
+def mean_in(data: torch.Tensor, mask: torch.Tensor) -> float:
+    return float(data[mask > 0].mean())
+
+
+def test_one_run_is_passed_through_untouched() -> None:
+    single = run(UP, las())
+    acquired = conform(RawUnit("u", (single,)), SETTINGS)
+    assert acquired.dwi.data is single.data
+    assert [(blip.name, blip.pe, len(blip.epis)) for blip in acquired.blips] == [("only", UP, 0)]
+    assert acquired.scales.tolist() == [1] and acquired.scheme.kind == "single-shell"
+    volume = float(acquired.mask.data.sum()) * 216
+    assert 0.8 < volume / (4 / 3 * np.pi * 75**3) < 1.5
+
+
+def test_blips_are_told_apart_up_first() -> None:
+    raw = RawUnit("u", (run(DOWN, las(), volumes=5), run(UP, las(), volumes=7)))
+    acquired = conform(raw, SETTINGS)
+    assert [(blip.name, blip.pe) for blip in acquired.blips] == [("up", UP), ("down", DOWN)]
+    assert acquired.dwi.blip.tolist() == [1] * 5 + [0] * 7
+    assert acquired.dwi.run.tolist() == [0] * 5 + [1] * 7
+    np.testing.assert_array_equal(acquired.dwi.bvecs, np.concatenate([r.bvecs for r in raw.runs]))
+
+
+def test_unknown_direction_makes_one_blip() -> None:
+    acquired = conform(RawUnit("u", (run(None, las()), run(None, las()))), SETTINGS)
+    assert [(blip.name, blip.pe) for blip in acquired.blips] == [("only", None)]
+
+
+def test_intensities_are_brought_together() -> None:
+    raw = RawUnit("u", (run(UP, las(), 500), run(DOWN, las(), 2000)))
+    before = [r.data.clone() for r in raw.runs]
+    acquired = conform(raw, SETTINGS)
+    b0s = [mean_in(acquired.dwi.data[v], acquired.mask.data) for v in (0, 8)]
+    assert b0s[0] == pytest.approx(b0s[1], rel=1e-5)
+    np.testing.assert_allclose(acquired.scales, [2.5, 0.625], rtol=1e-4)
+    assert all(torch.equal(r.data, b) for r, b in zip(raw.runs, before, strict=True))  # inputs stay
+    apart = conform(raw, AcquisitionSettings(harmonize_b0=False))
+    assert apart.scales.tolist() == [1, 1] and torch.equal(apart.dwi.data[8], before[1][0])
+
+
+def test_a_shifted_run_is_resampled_into_the_first_grid() -> None:
+    first, second = las(), las(shift=2.5)
+    acquired = conform(RawUnit("u", (run(UP, first), run(UP, second))), SETTINGS)
+    inner = (slice(3, -3),) * 3
+    difference = (acquired.dwi.data[8] - acquired.dwi.data[0])[inner].abs()
+    assert float(difference.max()) < 12  # of 1000, at the edge of the ball
+    assert float((run(UP, second).data[0] - acquired.dwi.data[0])[inner].abs().max()) > 60
+
+
+def test_references_are_turned_onto_the_grid_with_their_phase_encoding() -> None:
+    """A reference that is stored with j turned around and in smaller voxels."""
+    series = run(UP, las())
+    affine = np.diag([-4.0, -4.0, 4.0, 1])
+    shape = (45, 51, 39)
+    affine[:3, 3] = affine[:3, :3] @ (-(np.array(shape) - 1) / 2)
+    stored = Grid(shape, affine)
+    epi = RawEpi("epi", head(stored, 300)[None], stored, PhaseEncoding(1, 1, 0.06))
+    acquired = conform(RawUnit("u", (series,), (epi,)), SETTINGS)
+    up, down = acquired.blips
+    assert (up.name, up.pe, len(up.epis)) == ("up", UP, 0)
+    assert down.pe is not None and (down.name, down.pe.axis, down.pe.polarity) == ("down", 1, -1)
+    # a field of f Hz moves signal by f x 0.06 voxels of 4 mm: in voxels of 6 mm that is a readout of 0.04 s
+    assert down.pe.readout_time == pytest.approx(0.04)
+    assert mean_in(down.epis[0], acquired.mask.data) == pytest.approx(
+        mean_in(series.data[0], acquired.mask.data), rel=1e-4
+    )
+    inner = (slice(3, -3),) * 3
+    assert float((down.epis[0] - series.data[0])[inner].abs().max()) < 15
+
+
+def test_resampling_is_that_of_scipy() -> None:
+    grid, other = las(), las(shift=2.0)
+    data = head(other)[None]
+    mine = resample_onto(data, other, grid, cubic=True)[0].numpy()
+    moved = ndimage.shift(data[0].numpy(), (0, 0, 2 / 6), order=3, mode="mirror")
+    np.testing.assert_allclose(mine[..., 1:], moved[..., 1:], atol=0.1)
+
+
+def test_references_across_another_axis_are_left() -> None:
+    epi = RawEpi("epi", head(las())[None], las(), PhaseEncoding(0, 1, 0.05))
+    acquired = conform(RawUnit("u", (run(UP, las()),), (epi,)), SETTINGS)
+    assert [blip.name for blip in acquired.blips] == ["only"]
+
+
+def test_multiband_groups() -> None:
+    times = (0.0, 1.0, 0.5, 0.0, 1.0, 0.5)
+    assert multiband_groups([times]) == ((0, 3), (2, 5), (1, 4))
+    jitter = (0.0, 1.0025, 0.5, 0.0, 1.0, 0.5)
+    assert multiband_groups([times, jitter]) == ((0, 3), (2, 5), (1, 4))
+    assert multiband_groups([(0.2, 0.1, 0.0)]) == ((2,), (1,), (0,))
+    assert multiband_groups([times, ()]) == ()
+    assert multiband_groups([times, (0.5, 1.0, 0.0, 0.5, 1.0, 2.0)]) == ()
+    assert multiband_groups([(0.0, 0.0, 1.0)]) == ()
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the public datasets are not beside the project")
+def test_a_real_pair() -> None:
+    from dsiprep.io.bids import find_units, read_unit
+    from dsiprep.settings import Settings
+
+    (unit,) = find_units(REAL, Settings(), participants=["xa30"])
+    acquired = conform(read_unit(unit, Settings()), SETTINGS)
+    assert [blip.name for blip in acquired.blips] == ["up", "down"]
+    assert acquired.dwi.blip.tolist() == [1] * 21 + [0] * 21
+    assert len(acquired.multiband) == 13 and {len(group) for group in acquired.multiband} == {3}
+    np.testing.assert_allclose(acquired.scales, 1, atol=0.01)
+    assert 1.0e6 < float(acquired.mask.data.sum()) * 27 < 1.8e6  # mm³

@@ -1,0 +1,203 @@
+"""Measures of quality against cs_dmri, DIPY, plain formulas and known truth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from cs_dmri import GradientTable
+from cs_dmri.qc import dwi_contrast_ratio, neighboring_dwi_correlation
+from scipy.ndimage import gaussian_filter
+
+from dsiprep.data.acquisition import SamplingScheme
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.results import (
+    Acquired,
+    Anatomy,
+    Coregistration,
+    Denoised,
+    Distortion,
+    Motion,
+    Preprocessed,
+    Quality,
+)
+from dsiprep.data.transform import Affine, DisplacementField
+from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.motion.series_qc import discontinuous_slices, shore_projection
+from dsiprep.ops.qspace.tensor import tensor_projection
+from dsiprep.stages.quality import _cnr, _coherence, framewise_displacement, measure_quality
+from helpers.grids import make_grid
+
+
+def lattice() -> tuple[np.ndarray, np.ndarray]:
+    """A DSI lattice of radius 3, 122 points and b to 4500, with four b=0 volumes."""
+    axis = np.arange(-3, 4)
+    points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+    points = points[(np.linalg.norm(points, axis=1) <= 3) & points.any(1)]
+    points = np.vstack([np.zeros((4, 3)), points])
+    length = np.linalg.norm(points, axis=1, keepdims=True)
+    return 500.0 * length[:, 0] ** 2, np.divide(points, length, out=np.zeros(points.shape), where=length > 0)
+
+
+def phantom(grid: Grid, sigma: float, seed: int = 0) -> tuple[DWI, np.ndarray, np.ndarray]:
+    """Fibres that turn from slice to slice about S, in an ellipsoid; the series, its truth and the mask."""
+    bvals, bvecs = lattice()
+    points = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)) - grid.centre
+    inside = np.linalg.norm(points / (grid.voxel_sizes * grid.shape).max() / 0.42, axis=-1) < 1
+    turn = 0.3 * points[..., 2]
+    fibre = np.stack([-np.sin(turn), np.cos(turn), np.zeros_like(turn)], axis=-1)
+    rng = np.random.default_rng(seed)
+    texture = 1 + 0.2 * gaussian_filter(rng.normal(size=grid.shape), 1.5) / 0.05
+    truth = np.stack(
+        [800 * texture * np.exp(-b * (2e-4 + 1.3e-3 * (fibre @ g) ** 2)) for b, g in zip(bvals, bvecs, strict=True)]
+    )
+    truth *= inside
+    data = (truth + rng.normal(scale=sigma, size=truth.shape)).astype(np.float32)
+    n = len(bvals)
+    dwi = DWI(torch.from_numpy(data), grid, bvals, bvecs, np.arange(n) // 64, np.zeros(n, int))
+    return dwi, truth, inside
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_outlier_slices_are_those_of_cs_dmri(axis: int) -> None:
+    from cs_dmri import qc
+
+    rng = np.random.default_rng(1)
+    data = 500 + 9000 * gaussian_filter(rng.normal(size=(6, 26, 24, 22)), (0, 4, 4, 4))
+    data = (data + rng.normal(scale=5, size=data.shape)).astype(np.float32)
+    for volume, place in ((1, 9), (4, 12), (4, 5)):
+        np.moveaxis(data[volume], axis, 0)[place] *= 0.3
+    where = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in data.shape[1:]], indexing="ij"))
+    mask = (where**2).sum(0) < 0.9
+    expected, _ = qc.outlier_slices(np.moveaxis(data, 0, -1), mask, axis=axis)
+    found = discontinuous_slices(data, mask, axis)
+    assert found[1, 9] & found[4, 12] & found[4, 5]
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_framewise_displacement() -> None:
+    parameters = np.zeros((5, 6))
+    parameters[1] = [1, -2, 0.5, 0.01, 0, -0.02]
+    parameters[2] = [1, -2, 0.5, 0.01, 0, -0.02]
+    parameters[4, 3] = 0.1
+    found = framewise_displacement(parameters, np.array([0, 0, 0, 1, 1]))
+    np.testing.assert_allclose(found, [np.nan, 3.5 + 1.5, 0, np.nan, 5.0])
+
+
+def test_coherence_against_cs_dmri(orientation: str) -> None:
+    """Near cs_dmri's own fit of the tensor, however the grid lies; falls when b-vectors are wrong."""
+    import cs_dmri
+
+    grid = make_grid(orientation, (16, 16, 12), (2, 2, 2.5))
+    dwi, _, inside = phantom(grid, 10.0)
+    found = _coherence(dwi, inside)
+    in_voxels = cs_dmri.GradientTable(dwi.bvals, dwi.bvecs @ grid.directions, b0_threshold=100)
+    last = np.ascontiguousarray(np.moveaxis(dwi.data.numpy(), 0, -1))
+    theirs = cs_dmri.DWI(last, in_voxels, affine=grid.affine, mask=inside).qc().fixel_coherence
+    assert found == pytest.approx(theirs, abs=0.05)
+    wrong = DWI(dwi.data, grid, dwi.bvals, dwi.bvecs[:, [2, 1, 0]], dwi.run, dwi.blip)
+    assert _coherence(wrong, inside) < 0.7 * found
+
+
+@pytest.mark.parametrize("model", ["3dSHORE", "tensor"])
+def test_cnr_is_signal_over_noise(model: str) -> None:
+    grid = make_grid("LAS", (14, 14, 10), (2, 2, 2))
+    dwi, truth, inside = phantom(grid, 40.0)
+    if model == "tensor":
+        keep = dwi.bvals <= 1500
+        dwi, truth = dwi.select(keep), truth[keep]
+    cnr = _cnr(dwi, Volume(torch.from_numpy(inside.astype(np.float32)), grid), model)
+    assert cnr is not None
+    expected = truth[~dwi.is_b0][:, inside].std(0) / 40
+    ratio = cnr.numpy()[inside] / expected
+    assert np.median(ratio) == pytest.approx(1, abs=0.12)
+    assert not cnr.numpy()[~inside].any()
+
+
+def test_projections() -> None:
+    bvals, bvecs = lattice()
+    q = np.sqrt(bvals)[:, None] * bvecs
+    for matrix, freedom in (shore_projection(q), tensor_projection(bvals, bvecs)):
+        noise = np.random.default_rng(0).normal(size=(len(q), 4000))
+        assert ((noise - matrix @ noise) ** 2).sum(0).mean() == pytest.approx(freedom, rel=0.02)
+        assert freedom >= len(q) - 50
+    logs = -bvals * (3e-4 + 1e-3 * bvecs[:, 0] ** 2)
+    np.testing.assert_allclose(tensor_projection(bvals, bvecs)[0] @ logs, logs, atol=1e-9)
+
+
+def whole(grid: Grid, moved: np.ndarray, denoise: bool = True, field: bool = True) -> Quality:
+    """All results of one unit, of which the truth is known."""
+    raw, truth, inside = phantom(grid, 15.0)
+    n, slices = len(raw), grid.shape[2]
+    mask = Volume(torch.from_numpy(inside.astype(np.float32)), grid)
+    empty = Volume(torch.zeros(grid.shape), grid)
+    scheme = SamplingScheme("DSI", False, (), n - 4, 4, 4500.0, "lattice")
+    acquired = Acquired(raw, (), scheme, mask, np.ones(2))
+    clean = raw.with_data(raw.data * 0.5 + 0.5 * torch.from_numpy(truth.astype(np.float32)))
+    denoised = Denoised(clean, mask if denoise else None, None, "")
+    z = np.random.default_rng(0).normal(size=(n, slices))
+    ones = np.ones(n)
+    motion = Motion(rigid_matrix(moved, grid.centre), np.arange(n), mask, mask, ones, ones, z, 2, [], "3dSHORE")
+    fields = (DisplacementField(torch.zeros(3, *grid.shape), grid),)
+    hertz = Volume(torch.full(grid.shape, 12.5), grid)
+    distortion = Distortion(np.eye(4)[None], fields, hertz, empty, (empty,), (empty,), [], "drbuddi")
+    affine = Affine(np.eye(4), "a", "b")
+    shifted = Grid(grid.shape, grid.affine)
+    anatomy = Anatomy("T1w", mask, Volume(mask.data, shifted), None, affine, None, None, "", None, None)
+    preprocessed = Preprocessed(clean, clean.volume(0), mask, "")
+    return measure_quality(
+        "sub-01_ses-2_acq-dsi",
+        acquired,
+        denoised,
+        (motion,),
+        distortion if field else None,
+        Coregistration(affine, 0.1, 0.9, "x"),
+        anatomy,
+        preprocessed,
+    )
+
+
+def test_the_whole_table(orientation: str) -> None:
+    grid = make_grid(orientation, (14, 14, 12), (2, 2, 2.2))
+    moved = np.random.default_rng(3).normal(size=(126, 6)) * [0.01, 0.01, 0.01, 0.4, 0.4, 0.4]
+    found = whole(grid, moved)
+    table, confounds = found.table, found.confounds
+    for axis, place in zip("xyz", range(3), strict=True):
+        np.testing.assert_allclose(confounds[f"rot_{axis}"], moved[:, place], atol=1e-9)
+        np.testing.assert_allclose(confounds[f"trans_{axis}"], moved[:, 3 + place], atol=1e-9)
+    assert np.flatnonzero(np.isnan(confounds["framewise_displacement"])).tolist() == [0, 64]
+    assert table["mean_fd"] == pytest.approx(np.nanmean(confounds["framewise_displacement"]))
+    assert table["max_rotation"] == pytest.approx(np.abs(moved[:, :3]).max())
+    assert table["max_translation"] == pytest.approx(np.abs(moved[:, 3:]).max())
+    assert table["t1_masked_neighbor_corr"] > table["raw_masked_neighbor_corr"] > 0.3
+    assert table["t1_dimension_z"] == 12
+    raw, _, inside = phantom(grid, 15.0)
+    gradients = GradientTable(raw.bvals, raw.bvecs, b0_threshold=100)
+    last = np.ascontiguousarray(np.moveaxis(raw.data.numpy(), 0, -1))
+    expected = neighboring_dwi_correlation(last, gradients, inside)
+    assert table["raw_masked_neighbor_corr"] == pytest.approx(expected, abs=1e-5)
+    assert table["raw_dwi_contrast"] == pytest.approx(dwi_contrast_ratio(last, gradients, inside), abs=1e-5)
+    assert table["raw_voxel_size_z"] == pytest.approx(2.2)
+    assert table["raw_num_directions"] == 122
+    assert table["raw_max_b"] == 4500
+    assert table["t1_dice_distance"] == 1
+    assert table["fieldmap_hz_median"] == 12.5
+    assert table["subject_id"], table["session_id"] == ("01", "2")
+    assert (table["acq_id"], table["run_id"]) == ("dsi", None)
+    assert {f"CNR0_{name}" for name in ("mean", "median", "standard_deviation")} <= set(table)
+    assert (confounds["denoise_change"] > 0).all()
+    assert found.slice_z.shape == (126, 12)
+    assert found.tsnr is not None
+    assert found.cnr is not None
+    assert float(found.tsnr.data.max()) > 20
+    assert all(len(column) == 126 for column in confounds.values())
+    assert all(isinstance(value, float | int | str | None) for value in table.values())
+
+
+def test_what_is_not_there_is_left_out() -> None:
+    grid = make_grid("LAS", (12, 12, 10), (2, 2, 2))
+    found = whole(grid, np.zeros((126, 6)), denoise=False, field=False)
+    assert "denoise_pre" not in found.confounds
+    assert not any(name.startswith("fieldmap") for name in found.table)
+    assert found.table["max_fd"] == 0
