@@ -22,7 +22,8 @@ from dsiprep.io.bids import find_units
 from dsiprep.io.itk import read_affine
 from dsiprep.ops.image.affine import point_displacement, rigid_matrix
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
-from dsiprep.pipeline import preprocess, reference_image
+from dsiprep.pipeline import preprocess
+from dsiprep.stages.dwiref import reference_image
 from dsiprep.plan import choose_lead
 from dsiprep.settings import CoregisterSettings, ResampleSettings, Settings
 from dsiprep.stages.coregister import coregister
@@ -89,7 +90,7 @@ def cut(dwiref: Volume, keep: float, top: bool) -> Volume:
 def errors(results: UnitResults, count: int, keep: float, seed: int) -> np.ndarray:
     """Mean distance in the brain, in mm, between what is found from each start and from the header as it is."""
     rng = np.random.default_rng(seed)
-    dwiref, _ = reference_image(results.motions[0], results.distortion)
+    dwiref = reference_image(results.motions[0], results.distortion).dwiref
     mask, reference = results.anatomy.mask, results.coregistration
     brain = mask.grid.to_world(np.argwhere(mask.numpy() > 0.5)[::500])
     found = []

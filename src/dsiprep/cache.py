@@ -1,20 +1,24 @@
-"""Run a stage once; keep its result; find it again.
+"""Stage results on disk, computed once and found again by their lineage.
 
-The key of a result is a hash of its lineage: stage, VERSION, settings, keys of its inputs. Only files that enter are
-read for it. A result is a folder of `.npy` arrays and one `result.json`, written beside and renamed, so a folder that
-exists is whole, and a run that was killed goes on where it was. What was computed is read back memory-mapped, so that
-a fresh and a resumed run see the very same numbers, and a series takes no memory before it is needed.
+The key of a result is a hash of its lineage: the source of the stage and of every module it reaches, the versions of
+the numerical libraries, the settings and the keys of its inputs; input files enter by their contents. A result is a
+folder of `.npy` arrays and one `result.json`, written under a temporary name and renamed, so a folder that exists is
+complete and an interrupted run resumes where it stopped. Results are read back memory-mapped before the next stage sees
+them, so a fresh and a resumed run work on the same numbers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar, cast
@@ -25,8 +29,12 @@ import torch
 from dsiprep import settings as settings_module
 from dsiprep.data import acquisition, dwi, grid, results, template, transform
 from dsiprep.errors import InputError, OutputError
+from dsiprep.sources import source_digest
 
 T = TypeVar("T")
+LIBRARIES = {
+    name: version(name) for name in ("numpy", "scipy", "numba", "torch", "SimpleITK", "scikit-image", "deepbet")
+}
 INLINE = 256  # arrays up to this size stand in the JSON, where a person can read them
 
 TYPES: dict[str, type] = {
@@ -78,9 +86,11 @@ class Cache:
         self.seconds: dict[str, float] = {}
         self._in_memory: dict[str, object] = {}
 
-    def files(self, paths: tuple[Path, ...], facts: object, read: Callable[[], T]) -> CachedResult[T]:
-        """What `read` gives, under a key of the contents of `paths` and of `facts` about them."""
-        digest = hashlib.sha256(_plain(facts).encode())
+    def files(
+        self, reader: ModuleType, paths: tuple[Path, ...], facts: object, read: Callable[[], T]
+    ) -> CachedResult[T]:
+        """What `read` returns, keyed by the contents of `paths`, by `facts` about them and by the `reader`'s source."""
+        digest = hashlib.sha256(_plain([facts, source_digest(reader.__name__)]).encode())
         for path in paths:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -92,7 +102,7 @@ class Cache:
         Parameters
         ----------
         stage : module
-            Its `VERSION` is part of the key.
+            Its source, and that of all modules that it reaches, is part of the key.
         name : str
             Name of the step, for people and for the key: "motion-up".
         function : callable
@@ -100,7 +110,8 @@ class Cache:
         inputs : CachedResult, tuple of CachedResult, settings or plain values
             `CachedResult` inputs are handed on as their values.
         """
-        lineage = [name, stage.VERSION, [_lineage(item) for item in inputs]]
+        code = [LIBRARIES, source_digest(stage.__name__), _source_of(function)]
+        lineage = [name, code, [_lineage(item) for item in inputs]]
         key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
         if self.folder is None:
             if key not in self._in_memory:
@@ -134,6 +145,16 @@ class Cache:
         """Remove everything that was kept."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _source_of(function: Callable[..., object]) -> str:
+    """The source of what calls a stage, which may stand outside the stage's module."""
+    while isinstance(function, partial):
+        function = function.func
+    try:
+        return inspect.getsource(function)
+    except (TypeError, OSError):  # an object that is called, or code typed at a prompt
+        return type(function).__qualname__
 
 
 def _value(item: object) -> object:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
@@ -48,10 +49,18 @@ def use_threads(count: int) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a computation on `device` may take now."""
+    """Bytes that may be allocated on `device` now; on the CPU, within the memory limit of a container or job."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, ValueError, KeyError):  # macOS does not say what is free: half of what there is
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no control group, or "max": no limit
+        return free
 
 
 def release_gpu(device: torch.device) -> dict[str, str]:

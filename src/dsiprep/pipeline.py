@@ -23,17 +23,18 @@ from dsiprep.data.results import (
     Joined,
     Motion,
     Preprocessed,
+    Reference,
     UnitResults,
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
 from dsiprep.engines.selection import anatomical_steps, check_engines, distortion_step, made_by
+from dsiprep.io import fieldmaps, nifti, templates, unit_reader
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.io.user_mask import find_mask
-from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.plan import choose_distortion, choose_structural
 from dsiprep.settings import (
     AnatomySettings,
@@ -50,6 +51,7 @@ from dsiprep.stages import (
     coregister,
     denoise,
     distortion,
+    dwiref,
     fieldmap,
     fieldmapless,
     motion,
@@ -100,15 +102,13 @@ def preprocess(
     motions, corrected, reason = _undistort(unit, settings, cache, on, acquired)
     modality = settings.anatomy.modality
     led_by = "" if lead is None or lead.name == unit.name or unit.structural(modality) else lead.name
-    reference = motions[0], corrected
+    reference = leading = _reference(cache, motions[0], corrected)
     if lead is not None and led_by:
         beside = cache.beside()
         moved, undistorted, _ = _undistort(lead, settings, beside, on, _acquire(lead, settings, beside))
-        reference = moved[0], undistorted
-    anatomical = prepare_anatomy(unit, settings, cache, on, reference)
-    coregistered = cache.run(
-        coregister, "coregister", _coregister, motions[0], corrected, anatomical, led_by, settings.coregister
-    )
+        leading = _reference(beside, moved[0], undistorted)
+    anatomical = prepare_anatomy(unit, settings, cache, on, leading)
+    coregistered = cache.run(coregister, "coregister", _coregister, reference, anatomical, led_by, settings.coregister)
     aligned = (motions, corrected, coregistered, anatomical)
     preprocessed = cache.run(
         resample, "resample", partial(_resample, on), denoised, aligned, settings.resample, settings.denoise
@@ -135,7 +135,9 @@ def preprocess(
 
 def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acquired]:
     require_files(unit, settings.anatomy.modality)
-    raw = cache.files(unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings))
+    raw = cache.files(
+        unit_reader, unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings)
+    )
     return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
 
 
@@ -157,15 +159,17 @@ def prepare_anatomy(
     settings: Settings,
     cache: Cache,
     device: torch.device,
-    reference: tuple[CachedResult[Motion], CachedResult[Distortion | None]] | None = None,
+    reference: CachedResult[Reference] | None = None,
 ) -> CachedResult[Anatomy]:
     """The structural image of a unit; where it has none, the b=0 reference of `reference` stands in."""
     found = load_template(settings.anatomy.template, settings.anatomy.modality)
-    template = cache.files(found.files, [found.name, found.note], lambda: found)
+    template = cache.files(templates, found.files, [found.name, found.note], lambda: found)
     if paths := unit.structural(settings.anatomy.modality):
-        images = cache.files(paths, settings.anatomy.modality, lambda: tuple(read_volume(path) for path in paths))
+        images = cache.files(
+            nifti, paths, settings.anatomy.modality, lambda: tuple(read_volume(path) for path in paths)
+        )
         given = find_mask(unit, settings.anatomy)
-        mask = cache.files((given,) if given else (), "mask", lambda: read_volume(given) if given else None)
+        mask = cache.files(nifti, (given,) if given else (), "mask", lambda: read_volume(given) if given else None)
         prepare, by = partial(_anatomy, device, cache.folder), made_by(settings.anatomy)
         return cache.run(anatomy, "anatomy", prepare, images, template, mask, by, settings.anatomy)
     prepare = partial(_anatomy_from_b0, device)
@@ -183,12 +187,13 @@ def _correct_distortion(
     acquired, motions = moved
     if method == "gre" and unit.gre:
         gre = unit.gre
-        field = cache.files(gre.files(), gre, lambda: read_fieldmap(gre))
+        field = cache.files(fieldmaps, gre.files(), gre, lambda: read_fieldmap(gre))
         return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
     if method == "fieldmapless":
         seen = _seen_by(unit, settings, cache, device)
         rigid = replace(settings.coregister, dof=6)
-        start = cache.run(coregister, "coregister-distorted", _coregister, motions[0], None, seen, "", rigid)
+        distorted = cache.run(dwiref, "distortion-distorted", dwiref.reference_image, motions[0], None)
+        start = cache.run(coregister, "coregister-distorted", _coregister, distorted, seen, "", rigid)
         correct_alone = partial(_without_fieldmap, device, unit.runs[0].axis)
         return cache.run(fieldmapless, "distortion-fieldmapless", correct_alone, acquired, motions[0], seen, start)
     correct, how = partial(_distortion, device, cache.folder), [method, made_by(settings.distortion)]
@@ -272,27 +277,25 @@ def _anatomy(
 
 def _anatomy_from_b0(
     device: torch.device,
-    reference: tuple[Motion, Distortion | None],
+    reference: Reference,
     template: Template,
     settings: AnatomySettings,
 ) -> Anatomy:
-    dwiref, mask = reference_image(*reference)
     return with_cpu_fallback(
-        lambda image, brain: anatomy.process_anatomy((), image, brain, template, settings), device, (dwiref, mask)
+        lambda image, brain: anatomy.process_anatomy((), image, brain, template, settings),
+        device,
+        (reference.dwiref, reference.mask),
     )
 
 
-def reference_image(moved: Motion, corrected: Distortion | None) -> tuple[Volume, Volume]:
-    """The b=0 reference with the least distortion there is, and its brain mask."""
-    if corrected is None:
-        return moved.dwiref, moved.mask
-    return corrected.dwiref, brain_mask_b0(corrected.dwiref)
+def _reference(
+    cache: Cache, moved: CachedResult[Motion], corrected: CachedResult[Distortion | None]
+) -> CachedResult[Reference]:
+    return cache.run(dwiref, "distortion-dwiref", dwiref.reference_image, moved, corrected)
 
 
-def _coregister(
-    moved: Motion, corrected: Distortion | None, anatomical: Anatomy, led_by: str, settings: CoregisterSettings
-) -> Coregistration:
-    return coregister.coregister(*reference_image(moved, corrected), anatomical, settings, led_by)
+def _coregister(reference: Reference, anatomical: Anatomy, led_by: str, settings: CoregisterSettings) -> Coregistration:
+    return coregister.coregister(reference.dwiref, reference.mask, anatomical, settings, led_by)
 
 
 def _resample(

@@ -70,9 +70,9 @@ def test_precise_settings_are_those_of_fmriprep(tmp_path: Path, monkeypatch: pyt
 
 def test_absence_and_memory_are_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     wanted = Settings(anatomy=FAST)
-    monkeypatch.setattr(programs, "free_memory", lambda: 8e9)
+    monkeypatch.setattr(programs, "free_bytes", lambda device: 8e9)
     ants.check(None, wanted, CPU)
-    monkeypatch.setattr(programs, "free_memory", lambda: 1e8)
+    monkeypatch.setattr(programs, "free_bytes", lambda device: 1e8)
     with pytest.raises(EngineError, match="antsRegistration at 2 mm needs about"):
         ants.check(None, wanted, CPU)
     monkeypatch.setenv("PATH", str(tmp_path))

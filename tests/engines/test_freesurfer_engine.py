@@ -42,7 +42,7 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     home = tmp_path / "freesurfer"
     monkeypatch.setenv("FREESURFER_HOME", str(home))
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.setattr(programs, "free_memory", lambda: 64e9)
+    monkeypatch.setattr(programs, "free_bytes", lambda device: 64e9)
     recorder = Recorder(home)
     (home / "build-stamp.txt").write_text("freesurfer-linux-ubuntu22_x86_64-8.1.0-20250718-f30dfed\n")
     (home / "license.txt").write_text("someone@example.org\n12345\n")
@@ -210,7 +210,7 @@ def test_program_licence_and_memory_are_asked_for_first(
     (tmp_path / "mine.txt").write_text("someone@example.org\n")
     monkeypatch.setenv("FS_LICENSE", str(tmp_path / "mine.txt"))
     check_engines(unit(), wanted, CPU)
-    monkeypatch.setattr(programs, "free_memory", lambda: 14e9)
+    monkeypatch.setattr(programs, "free_bytes", lambda device: 14e9)
     check_engines(unit(), settings(engine="freesurfer", normalize=False), CPU)
     with pytest.raises(EngineError, match=r"mri_synthmorph needs about 16 GB of memory, and 14\.0 GB are free"):
         check_engines(unit(), wanted, CPU)

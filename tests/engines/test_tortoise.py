@@ -209,7 +209,7 @@ def test_missing_program_and_memory_are_told_before_anything_starts(
         tortoise.check(unit, Settings(), cpu)
     recorder.program("DRBUDDI")
     tortoise.check(unit, Settings(), cpu)
-    monkeypatch.setattr(programs, "free_memory", lambda: 2e9)
+    monkeypatch.setattr(programs, "free_bytes", lambda device: 2e9)
     # 2 mm, twice smaller by 1.3 and once more: 0.91 mm, so 200 x 200 x 120 mm are 6.3 million voxels
     with pytest.raises(EngineError, match=r"on 6 million voxels needs about 3 GB of memory, and 2\.0 GB are free"):
         tortoise.check(unit, Settings(), cpu)

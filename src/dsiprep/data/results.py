@@ -139,6 +139,14 @@ def eddy_currents(motions: tuple[Motion, ...], count: int) -> EddyCurrents | Non
 
 
 @dataclass(frozen=True, eq=False)
+class Reference:
+    """The b=0 reference image (dwiref) with the least distortion that is available, and the brain in it (0 or 1)."""
+
+    dwiref: Volume
+    mask: Volume
+
+
+@dataclass(frozen=True, eq=False)
 class Distortion:
     """From the undistorted dwiref to each blip.
 

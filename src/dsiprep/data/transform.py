@@ -7,6 +7,7 @@ named after the image it moves: `dwiref_to_t1w` takes a point of the T1w and say
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,17 @@ EDDY_MM = 100.0  # scanner coordinates are counted in these
 EDDY_TERMS = {  # name in the confounds table, and the term
     "1": "1", "i": "i", "j": "j", "k": "k", "ii": "i²", "jj": "j²", "kk": "k²", "ij": "i j", "ik": "i k", "jk": "j k",
 }  # fmt: skip
+
+
+Array = TypeVar("Array", np.ndarray, torch.Tensor)
+
+
+def eddy_terms(x: Array, y: Array, z: Array) -> list[Array]:
+    """The ten terms of the eddy-current polynomial, in the order of `EDDY_TERMS`, at scanner coordinates / 100 mm.
+
+    `dsiprep.ops.image.eddy_displacement.displace_voxel` is the same polynomial in Numba; a test holds them equal.
+    """
+    return [x * 0 + 1, x, y, z, x * x, y * y, z * z, x * y, x * z, y * z]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +99,7 @@ class EddyCurrents:
         """e_v d at world points (..., 3) in mm RAS+, (..., 3)."""
         s = (np.asarray(points, float) - self.centre) @ self.axes / EDDY_MM
         x, y, z = np.moveaxis(s, -1, 0)
-        terms = np.stack([np.ones_like(x), x, y, z, x * x, y * y, z * z, x * y, x * z, y * z], axis=-1)
+        terms = np.stack(eddy_terms(x, y, z), axis=-1)
         return (terms @ self.coefficients[volume])[..., None] * self.axes[:, self.along]
 
 

@@ -29,7 +29,6 @@ from dsiprep.io.nifti import write_image
 from dsiprep.ops.image.filters import resample_to_spacing
 from dsiprep.settings import AnatomySettings, Settings
 
-VERSION = 1
 METHODS = {
     "ants": (
         "The brain was registered to the template with antsRegistration of ANTs [@avants2008]: rigid, affine, then "
@@ -38,7 +37,7 @@ METHODS = {
 }
 """SyN: doi 10.1016/j.media.2007.06.004. fMRIPrep: doi 10.1038/s41592-018-0235-4."""
 
-__all__ = ["METHODS", "SETTINGS", "VERSION", "check", "command", "normalise", "version"]
+__all__ = ["METHODS", "SETTINGS", "check", "command", "normalise", "version"]
 
 OPTION = "--normalization-engine ants"
 VARIABLE = "ANTSPATH"

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from dsiprep.device import free_bytes
 from dsiprep.errors import EngineError
 
-__all__ = ["Workplace", "find", "free_memory", "require", "require_memory", "run", "threads", "workplace"]
+__all__ = ["Workplace", "find", "require", "require_memory", "run", "threads", "workplace"]
 
 LAST_LINES = 6  # of a log, in the sentence about a failure
 GB = 1e9
@@ -78,18 +79,6 @@ def require(name: str, variable: str, package: str, option: str) -> Path:
     return path
 
 
-def free_memory() -> float:
-    """Bytes that a program may take now: what the system calls available, within the limit of a container."""
-    limits = [float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))]
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        limits = [1024.0 * float(lines["MemAvailable"].split()[0])]
-        limits.append(float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError, KeyError):
-        pass  # another system, or "max", which is no limit
-    return min(limits)
-
-
 def require_memory(needed: float, who: str, option: str) -> None:
     """Say at once that memory will not do.
 
@@ -107,7 +96,7 @@ def require_memory(needed: float, who: str, option: str) -> None:
     EngineError
         If less than that is free.
     """
-    free = free_memory()
+    free = free_bytes(torch.device("cpu"))
     if free < needed:
         raise EngineError(
             f"{option}: {who} needs about {needed / GB:.0f} GB of memory, and {free / GB:.1f} GB are free; run fewer "

@@ -30,7 +30,6 @@ from dsiprep.ops.image.displacement_field import chain_points_back, fit_between
 from dsiprep.ops.image.interpolation import resample_onto, voxel_points
 from dsiprep.settings import AnatomySettings, Settings
 
-VERSION = 1
 METHODS = {
     "freesurfer": (
         "The brain was found by SynthStrip [@hoopes2022], and cerebrospinal fluid, grey and white matter by "
@@ -41,7 +40,7 @@ METHODS = {
 """SynthStrip: doi 10.1016/j.neuroimage.2022.119474. SynthSeg: doi 10.1016/j.media.2023.102789; robust: doi
 10.1073/pnas.2216399120. SynthMorph: doi 10.1109/TMI.2021.3116879."""
 
-__all__ = ["METHODS", "TISSUES", "VERSION", "brain_mask", "check", "inverse_on", "normalise", "segment", "version"]
+__all__ = ["METHODS", "TISSUES", "brain_mask", "check", "inverse_on", "normalise", "segment", "version"]
 
 HOME = "FREESURFER_HOME"
 STRIP, SEG, MORPH = "mri_synthstrip", "mri_synthseg", "mri_synthmorph"

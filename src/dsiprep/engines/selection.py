@@ -13,6 +13,7 @@ import torch
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import Distortion
 from dsiprep.settings import AnatomySettings, DistortionSettings, Settings
+from dsiprep.sources import source_digest
 from dsiprep.stages import anatomy, distortion
 
 __all__ = ["ENGINES", "anatomical_steps", "check_engines", "distortion_step", "engines_for", "made_by"]
@@ -21,7 +22,7 @@ ENGINES = {name: f"dsiprep.engines.{name}" for name in ("tortoise", "freesurfer"
 
 
 def _engine(name: str) -> ModuleType:
-    """`VERSION`, `METHODS`, `version`, `check`, and functions with the signatures of native ones."""
+    """`METHODS`, `version`, `check`, and functions with the signatures of native ones."""
     return import_module(ENGINES[name])
 
 
@@ -54,7 +55,7 @@ def check_engines(unit: Unit, settings: Settings, device: torch.device) -> None:
 
 def made_by(settings: AnatomySettings | DistortionSettings) -> list[list[object]]:
     """What the key of a stage's result tells of engines: another version of a program makes another result."""
-    return [[name, _engine(name).VERSION, _engine(name).version()] for name in _asked(settings)]
+    return [[name, source_digest(ENGINES[name]), _engine(name).version()] for name in _asked(settings)]
 
 
 def distortion_step(settings: DistortionSettings, folder: Path | None) -> Callable[..., Distortion]:

@@ -36,7 +36,6 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import DistortionSettings, Settings
 from dsiprep.stages import distortion
 
-VERSION = 1
 METHODS = {
     "tortoise": (
         "Susceptibility distortion was estimated from b=0 images with opposite phase encoding by DRBUDDI "
@@ -45,7 +44,7 @@ METHODS = {
 }
 """doi 10.1016/j.neuroimage.2014.11.042."""
 
-__all__ = ["METHODS", "VERSION", "check", "correct_distortion", "version"]
+__all__ = ["METHODS", "check", "correct_distortion", "version"]
 
 log = logging.getLogger("dsiprep")
 OPTION = "--sdc-engine tortoise"

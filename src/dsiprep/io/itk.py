@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.grid import Grid
-from dsiprep.data.transform import EDDY_MM, Affine, Chain, DisplacementField, EddyCurrents
+from dsiprep.data.transform import EDDY_MM, Affine, Chain, DisplacementField, EddyCurrents, eddy_terms
 from dsiprep.errors import InputError, OutputError
 from dsiprep.io.vector_image import VectorImage, write_vectors
 
@@ -173,14 +173,14 @@ def write_eddy_series(path: Path | str, eddy: EddyCurrents, grid: Grid) -> None:
     where = np.stack(np.meshgrid(*knots, indexing="ij"), axis=-1)
     s = (where + (corner - eddy.centre) @ eddy.axes) / EDDY_MM
     x, y, z = np.moveaxis(s, -1, 0)
-    square = (physical / EDDY_MM) ** 2 / 3
-    terms = [np.ones_like(x), x, y, z, x * x - square[0], y * y - square[1], z * z - square[2], x * y, x * z, y * z]
+    terms = np.stack(eddy_terms(x, y, z))
+    terms[4:7] -= ((physical / EDDY_MM) ** 2 / 3)[:, None, None, None]
     direction = FLIP[:3, :3] @ eddy.axes
     origin = FLIP[:3, :3] @ (corner - eddy.axes @ physical)
     fixed = np.concatenate([[4, 4, 4], origin, physical, direction.ravel()])
     lines = [TEXT_HEADER]
     for number, coefficients in enumerate(eddy.coefficients):
-        along = np.tensordot(coefficients, np.stack(terms), axes=1)
+        along = np.tensordot(coefficients, terms, axes=1)
         values = direction[:, eddy.along, None, None, None] * along
         lines += [
             f"#Transform {number}",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from dsiprep.compiled import compiled, inlined
 from dsiprep.data.grid import Grid
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def trilinear(values: np.ndarray, x: float, y: float, z: float) -> float:
     """The value of an (i, j, k) array at a voxel point; zero beyond the outermost voxel centres."""
     ni, nj, nk = values.shape
@@ -29,7 +30,7 @@ def read(values: np.ndarray, grid: Grid, points: np.ndarray, nearest: bool = Fal
     return _read_all(np.ascontiguousarray(values, np.float32), np.asarray(points, float), world_to_voxel, nearest)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _read_all(values: np.ndarray, points: np.ndarray, m: np.ndarray, nearest: bool) -> np.ndarray:
     out = np.empty(points.shape[0], np.float32)
     for n in numba.prange(points.shape[0]):

@@ -13,6 +13,7 @@ import numba
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+from dsiprep.compiled import compiled, inlined
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.phantom.interpolation import trilinear
@@ -124,7 +125,7 @@ def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.n
     return np.sqrt(real * real + imaginary * imaginary)
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _at(values: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
     return trilinear(
         values,
@@ -134,7 +135,7 @@ def _at(values: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> floa
     )
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _eddy(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
     x = m[0, 0] * a + m[0, 1] * b + m[0, 2] * p + m[0, 3]
     y = m[1, 0] * a + m[1, 1] * b + m[1, 2] * p + m[1, 3]
@@ -143,7 +144,7 @@ def _eddy(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
     return linear + c[7] * (x * x - y * y) + c[8] * (2 * z * z - x * x - y * y)
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _spread(line: np.ndarray, amount: float, first: float, second: float) -> None:
     """Share an amount of signal out over the voxels between two points of a line."""
     low, high = min(first, second) + 0.5, max(first, second) + 0.5
@@ -154,7 +155,7 @@ def _spread(line: np.ndarray, amount: float, first: float, second: float) -> Non
             line[voxel] += density * overlap
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _push_lines(
     out: np.ndarray,
     image: np.ndarray,

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numba
 import numpy as np
 
+from dsiprep.compiled import compiled
 from dsiprep.data.grid import Grid
 from dsiprep.phantom.head import Head, slabs
 
@@ -134,7 +135,7 @@ def fibre_image(head: Head, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
     return directions, shares
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _add_bundles(
     out: np.ndarray,
     where: np.ndarray,

@@ -17,7 +17,6 @@ from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.sampling_scheme import recognise
 from dsiprep.settings import AcquisitionSettings
 
-VERSION = 1
 METHODS = {
     "conform": (
         "Runs of one session were concatenated on the voxel grid of the first. Where their fields of view "

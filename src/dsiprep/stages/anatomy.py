@@ -27,7 +27,6 @@ from dsiprep.ops.registration.linear import register_linear
 from dsiprep.settings import AnatomySettings
 from dsiprep.stages.structural_average import average_images
 
-VERSION = 7
 METHODS = {
     "brain": (
         "The brain was found in the T1w image by the deepbet network [@fisch2024] and compared with the "
@@ -55,7 +54,7 @@ METHODS = {
     ),
 }
 
-__all__ = ["METHODS", "VERSION", "Steps", "normalise_brain", "process_anatomy"]
+__all__ = ["METHODS", "Steps", "normalise_brain", "process_anatomy"]
 
 LEAST_VOXEL_MM = 0.8
 SHRINK_MM = 4.0  # distance of the voxels that N4 sees

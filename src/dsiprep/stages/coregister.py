@@ -15,7 +15,6 @@ from dsiprep.ops.registration.head_size import enlarge_matrix, enlarge_volume
 from dsiprep.ops.registration.linear import LinearFit, register_linear
 from dsiprep.settings import CoregisterSettings
 
-VERSION = 2
 METHODS = {
     "mi": (
         "The undistorted b=0 reference was registered to the structural image with a rigid (or, where asked "
@@ -38,7 +37,7 @@ METHODS = {
 LEAST_CORRELATION, LEAST_INFORMATION = 0.6, 1.01  # below, something is wrong: real heads gave 0.88 and 1.03
 MARGIN_MM = 6.0  # the edge of the brain tells more than its inside, where b=0 and T1w are both grey
 
-__all__ = ["METHODS", "VERSION", "coregister"]
+__all__ = ["METHODS", "coregister"]
 
 
 def coregister(

@@ -11,8 +11,6 @@ from dsiprep.data.results import Denoised
 from dsiprep.ops.intensity.mppca import default_window, mppca
 from dsiprep.settings import DenoiseSettings
 
-VERSION = 1
-
 METHODS = {
     "dwidenoise": (
         "Noise was estimated and removed with Marchenko-Pastur principal component analysis (MP-PCA) "

@@ -42,8 +42,6 @@ from dsiprep.ops.qspace.matching_gradients import low_b_pairs
 from dsiprep.ops.registration.linear import register_linear
 from dsiprep.settings import DistortionSettings
 
-VERSION = 3
-
 METHODS = {
     "drbuddi": (
         "Susceptibility distortion was estimated from b=0 images with opposite phase encoding. As in DRBUDDI "

@@ -18,7 +18,6 @@ from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.pepolar.gre_fieldmap import smooth_field, unwrapped_hz, without_folds
 from dsiprep.ops.registration.linear import register_linear
 
-VERSION = 1
 METHODS = {
     "gre": (
         "Susceptibility distortion was corrected with a gradient-echo fieldmap. Its phase was unwrapped "
@@ -34,7 +33,7 @@ METHODS = {
 ROUNDS = 2
 CLEAR = 1.15  # gain of mutual information over independence: less is no sign that the head moved by 2 mm
 
-__all__ = ["METHODS", "VERSION", "apply_shift", "correct_with_fieldmap"]
+__all__ = ["METHODS", "apply_shift", "correct_with_fieldmap"]
 
 
 def correct_with_fieldmap(blip: Blip, b0: torch.Tensor, grid: Grid, mask: Volume, fieldmap: RawFieldmap) -> Distortion:

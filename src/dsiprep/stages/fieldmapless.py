@@ -37,7 +37,6 @@ from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines
 from dsiprep.ops.registration.head_size import enlarge_matrix, enlarge_volume
 from dsiprep.stages.fieldmap import apply_shift
 
-VERSION = 1
 METHODS = {
     "fieldmapless": (
         "Susceptibility distortion was estimated without a fieldmap: a smooth displacement along the phase-encoding "
@@ -65,7 +64,7 @@ MISFIT = 0.03  # of the brain's intensity: no prediction is better
 STEPS, SETTLED = 30, 0.1  # mm
 LEAST_COVERED = 0.5
 
-__all__ = ["METHODS", "VERSION", "correct_without_fieldmap"]
+__all__ = ["METHODS", "correct_without_fieldmap"]
 
 
 @dataclass(frozen=True, eq=False)

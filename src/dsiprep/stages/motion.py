@@ -29,7 +29,6 @@ from dsiprep.ops.motion.volume_agreement import agreement, volume_weights
 from dsiprep.ops.qspace.prediction import Model, Prediction, choose_model, predict
 from dsiprep.settings import MotionSettings
 
-VERSION = 5
 _ROUNDS = (
     "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors "
     "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds "
@@ -65,7 +64,7 @@ METHODS = {
         "judged together [@andersson2016outliers]."
     ),
 }
-__all__ = ["METHODS", "VERSION", "estimate_motion", "explain_model"]
+__all__ = ["METHODS", "estimate_motion", "explain_model"]
 
 log = logging.getLogger("dsiprep")
 COARSE_MM = (8.0, 5.0)  # voxel sizes before the volumes' own

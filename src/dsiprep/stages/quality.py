@@ -24,8 +24,6 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection
 from dsiprep.ops.qspace.tensor import main_directions, tensor_projection
 
-VERSION = 3
-
 METHODS = {
     "quality": (
         "Framewise displacement was computed from translations, and rotations on a sphere of 50 mm "

@@ -22,8 +22,6 @@ from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import ResampleSettings
 
-VERSION = 3
-
 METHODS = {
     "resample": (
         "Head motion, eddy currents, distortion, coregistration and the rotation to ACPC were composed, and each "

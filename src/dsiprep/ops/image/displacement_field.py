@@ -11,6 +11,7 @@ import numba
 import numpy as np
 import torch
 
+from dsiprep.compiled import compiled
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.ops.image.filters import gradient
@@ -288,7 +289,7 @@ def _solve(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
     return torch.where(safe, torch.stack(rows), residual)
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _value_and_slopes(u: np.ndarray, x: float, y: float, z: float, out: np.ndarray) -> None:
     """The three components at a point by trilinear interpolation, zero outside, and their slopes du_a/dx_b."""
     _, ni, nj, nk = u.shape
@@ -315,7 +316,7 @@ def _value_and_slopes(u: np.ndarray, x: float, y: float, z: float, out: np.ndarr
         out[5 + 3 * a] = (1 - x) * ((1 - y) * d00 + y * d01) + x * ((1 - y) * d10 + y * d11)
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _newton_step(state: np.ndarray, residual: np.ndarray, step: np.ndarray) -> None:
     """step = (I + J)^-1 residual by Cramer's rule; the residual itself where I + J is near-singular."""
     a, b, c = state[3] + 1, state[4], state[5]
@@ -332,7 +333,7 @@ def _newton_step(state: np.ndarray, residual: np.ndarray, step: np.ndarray) -> N
     step[2] = (kc * p + (b * g - a * h) * q + (a * e - b * d) * r) / determinant
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _invert_voxel(
     u: np.ndarray, i: int, j: int, k: int, iterations: int, tolerance: float, work: np.ndarray, best: np.ndarray
 ) -> None:
@@ -360,7 +361,7 @@ def _invert_voxel(
             trial[a] = best[a] - step[a]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _invert_loop(u: np.ndarray, iterations: int, tolerance: float) -> np.ndarray:
     out = np.empty_like(u)
     _, ni, nj, nk = u.shape

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numba
 import numpy as np
 import torch
 
+from dsiprep.compiled import inlined
 from dsiprep.data.grid import Grid
-from dsiprep.data.transform import EDDY_MM, EddyCurrents
+from dsiprep.data.transform import EDDY_MM, EddyCurrents, eddy_terms
 
 __all__ = ["EddyDisplacement", "displace_points", "displace_voxel", "eddy_on_grid", "eddy_polynomial"]
 
@@ -44,7 +44,7 @@ def eddy_on_grid(eddy: EddyCurrents | None, grid: Grid) -> EddyDisplacement:
     )
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def displace_voxel(c: np.ndarray, frame: np.ndarray, along: int, at: np.ndarray) -> np.floating:
     """Displace one voxel coordinate `at` (3,) in place by the polynomial `c` (10,); gives the Jacobian."""
     x = frame[0, 0] * at[0] + frame[1, 0]
@@ -74,7 +74,7 @@ def eddy_polynomial(s: torch.Tensor, along: int) -> tuple[torch.Tensor, torch.Te
     """The ten terms of `EddyCurrents` at scanner coordinates (n, 3, m), and their slopes along one axis, (10, n, m)."""
     x, y, z = s.unbind(1)
     one, none = torch.ones_like(x), torch.zeros_like(x)
-    terms = torch.stack([one, x, y, z, x * x, y * y, z * z, x * y, x * z, y * z])
+    terms = torch.stack(eddy_terms(x, y, z))
     slopes = (
         [none, one, none, none, 2 * x, none, none, y, z, none],
         [none, none, one, none, none, 2 * y, none, x, none, z],

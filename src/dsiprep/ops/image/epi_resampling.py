@@ -12,11 +12,13 @@ import numba
 import numpy as np
 import torch
 
+from dsiprep.compiled import compiled
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import DisplacementField, EddyCurrents
+from dsiprep.ops.image.bspline import cubic_weights, mirrored
 from dsiprep.ops.image.eddy_displacement import EddyDisplacement, displace_points, displace_voxel, eddy_on_grid
 from dsiprep.ops.image.filters import gradient
-from dsiprep.ops.image.interpolation import _mirrored, resample_onto, sample_cubic, spline_coefficients, voxel_points
+from dsiprep.ops.image.interpolation import resample_onto, sample_cubic, spline_coefficients, voxel_points
 
 __all__ = ["SampledDisplacement", "sample_displacement", "warp_volume"]
 
@@ -142,17 +144,7 @@ def _gathered(
     return values.clamp(min=0)
 
 
-@numba.njit(inline="always", fastmath=True)
-def _weights(f: np.floating, out: np.ndarray) -> None:
-    g = np.float32(1) - f
-    sixth = np.float32(1 / 6)
-    out[0] = g * g * g * sixth
-    out[1] = np.float32(2 / 3) - f * f * (np.float32(1) - np.float32(0.5) * f)
-    out[2] = np.float32(2 / 3) - g * g * (np.float32(1) - np.float32(0.5) * g)
-    out[3] = f * f * f * sixth
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _warp_loop(
     coefficients: np.ndarray,
     affine: np.ndarray,
@@ -192,9 +184,9 @@ def _warp_loop(
             if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
                 continue
             i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
-            _weights(x - np.float32(i0), wx)
-            _weights(y - np.float32(j0), wy)
-            _weights(z - np.float32(k0), wz)
+            wx[0], wx[1], wx[2], wx[3] = cubic_weights(x - np.float32(i0))
+            wy[0], wy[1], wy[2], wy[3] = cubic_weights(y - np.float32(j0))
+            wz[0], wz[1], wz[2], wz[3] = cubic_weights(z - np.float32(k0))
             value = np.float32(0)
             if i0 >= 1 and j0 >= 1 and k0 >= 1 and i0 < ni - 2 and j0 < nj - 2 and k0 < nk - 2:
                 for a in range(4):
@@ -205,9 +197,9 @@ def _warp_loop(
                     value += wx[a] * plane
             else:
                 for a in range(4):
-                    p = _mirrored(i0 - 1 + a, ni)
+                    p = mirrored(i0 - 1 + a, ni)
                     for b in range(4):
-                        q = _mirrored(j0 - 1 + b, nj)
+                        q = mirrored(j0 - 1 + b, nj)
                         for c in range(4):
-                            value += wx[a] * wy[b] * wz[c] * coefficients[p, q, _mirrored(k0 - 1 + c, nk)]
+                            value += wx[a] * wy[b] * wz[c] * coefficients[p, q, mirrored(k0 - 1 + c, nk)]
             out[i, j, k] = max(np.float32(0), value * max(np.float32(0), jacobian))

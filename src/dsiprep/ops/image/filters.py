@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from dsiprep.compiled import compiled
 from dsiprep.data.grid import Volume
 from dsiprep.ops.image.interpolation import resample_onto
 
@@ -148,7 +149,7 @@ def _along(volumes: torch.Tensor, axis: int, kernel: np.ndarray) -> torch.Tensor
     return functional.conv3d(functional.pad(volumes[:, None], pad, mode="replicate"), weight)[:, 0]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _lines_loop(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolve (outer, size, inner) along `size`; whole rows of `inner` at a time."""
     outer, size, inner = lines.shape
@@ -166,7 +167,7 @@ def _lines_loop(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _last_loop(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     """Convolve (rows, size, 1) along `size`, each row padded once."""
     rows, size, _ = lines.shape
@@ -186,7 +187,7 @@ def _last_loop(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _gradient_loop(volumes: np.ndarray) -> np.ndarray:
     n, ni, nj, nk = volumes.shape
     out = np.zeros((n, 3, ni, nj, nk), np.float32)
@@ -204,7 +205,7 @@ def _gradient_loop(volumes: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _box_loop(volumes: np.ndarray, radius: int) -> np.ndarray:
     """Running sums: slabs of i first, then rows of j and k of each slab."""
     n, ni, nj, nk = volumes.shape
@@ -218,7 +219,7 @@ def _box_loop(volumes: np.ndarray, radius: int) -> np.ndarray:
     return out
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _box_plane(plane: np.ndarray, out: np.ndarray, radius: int) -> None:
     nj, nk = plane.shape
     rows = np.zeros(nk, np.float32)

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from scipy.ndimage import spline_filter1d
 
+from dsiprep.compiled import compiled
 from dsiprep.data.grid import Grid
+from dsiprep.ops.image.bspline import cubic_weights, cubic_weights_of, mirror_indices, mirrored
 
 __all__ = ["resample_onto", "sample_cubic", "sample_linear", "spline_coefficients", "voxel_points"]
 
@@ -123,7 +125,7 @@ def _sample(volumes: torch.Tensor, points: torch.Tensor, cubic: bool) -> torch.T
     return result.reshape(volumes.shape[0], *points.shape[1:])
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _linear_loop(volumes: np.ndarray, points: np.ndarray) -> np.ndarray:
     n, ni, nj, nk = volumes.shape
     out = np.zeros((n, points.shape[1]), np.float32)
@@ -152,18 +154,7 @@ def _linear_loop(volumes: np.ndarray, points: np.ndarray) -> np.ndarray:
     return out
 
 
-@numba.njit(inline="always", fastmath=True)
-def _mirrored(index: int, size: int) -> int:
-    if size == 1:
-        return 0
-    if index < 0:
-        index = -index
-    if index >= size:
-        index = 2 * size - 2 - index
-    return min(max(index, 0), size - 1)
-
-
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _cubic_loop(volumes: np.ndarray, points: np.ndarray) -> np.ndarray:
     n, ni, nj, nk = volumes.shape
     out = np.zeros((n, points.shape[1]), np.float32)
@@ -173,19 +164,15 @@ def _cubic_loop(volumes: np.ndarray, points: np.ndarray) -> np.ndarray:
             continue
         i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
         weights = np.empty((3, 4), np.float32)
-        for a, f in enumerate((x - i0, y - j0, z - k0)):
-            g = 1 - f
-            weights[a, 0] = g * g * g / 6
-            weights[a, 1] = (4 - 6 * f * f + 3 * f * f * f) / 6
-            weights[a, 2] = (4 - 6 * g * g + 3 * g * g * g) / 6
-            weights[a, 3] = f * f * f / 6
+        for a, f in enumerate((x - np.float32(i0), y - np.float32(j0), z - np.float32(k0))):
+            weights[a, 0], weights[a, 1], weights[a, 2], weights[a, 3] = cubic_weights(f)
         for di in range(4):
-            i = _mirrored(i0 - 1 + di, ni)
+            i = mirrored(i0 - 1 + di, ni)
             for dj in range(4):
-                j = _mirrored(j0 - 1 + dj, nj)
+                j = mirrored(j0 - 1 + dj, nj)
                 wij = weights[0, di] * weights[1, dj]
                 for dk in range(4):
-                    k = _mirrored(k0 - 1 + dk, nk)
+                    k = mirrored(k0 - 1 + dk, nk)
                     w = wij * weights[2, dk]
                     for v in range(n):
                         out[v, p] += w * volumes[v, i, j, k]
@@ -199,11 +186,7 @@ def _gather(volumes: torch.Tensor, points: torch.Tensor, cubic: bool) -> torch.T
     inside = ((points >= -margin) & (points <= size - 1 + margin)).all(0)
     base = torch.floor(points)
     f = points - base
-    g = 1 - f
-    if cubic:
-        taps = [g**3 / 6, (4 - 6 * f**2 + 3 * f**3) / 6, (4 - 6 * g**2 + 3 * g**3) / 6, f**3 / 6]
-    else:
-        taps = [g, f]
+    taps = cubic_weights_of(f) if cubic else (1 - f, f)
     first = -1 if cubic else 0
     index = [base.long() + first + t for t in range(len(taps))]
     flat = volumes.reshape(volumes.shape[0], -1)
@@ -213,12 +196,9 @@ def _gather(volumes: torch.Tensor, points: torch.Tensor, cubic: bool) -> torch.T
             for c, wc in enumerate(taps):
                 where = torch.stack([index[a][0], index[b][1], index[c][2]])
                 weight = wa[0] * wb[1] * wc[2] * inside
-                if cubic:
-                    where = where.abs()
-                    where = torch.where(where >= size, 2 * size - 2 - where, where)
-                else:
+                if not cubic:
                     weight = weight * ((where >= 0) & (where < size)).all(0)
-                where = torch.minimum(where.clamp(min=0), size - 1)
+                where = mirror_indices(where, size)
                 linear = (where[0] * volumes.shape[2] + where[1]) * volumes.shape[3] + where[2]
                 out += weight * flat[:, linear]
     return out

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from dsiprep.compiled import compiled, inlined
 from dsiprep.data.grid import Volume
 
 __all__ = ["segment_tissue"]
@@ -174,7 +175,7 @@ def _gaussians(image: np.ndarray, weights: np.ndarray, inside: np.ndarray) -> tu
     return means, np.maximum(w.T @ x**2 / total - means**2, 1e-4)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _round(
     image: np.ndarray,
     inside: np.ndarray,
@@ -217,7 +218,7 @@ def _round(
     return after, by_slab.sum(0), changed.sum() / max(voxels.sum(), 1.0)
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _neighbours(p: np.ndarray, i: int, j: int, k: int, c: int, bonds: np.ndarray) -> float:
     """Probability of tissue `c` in the six neighbours, weighted by their bonds; nothing beyond the edges."""
     ni, nj, nk, _ = p.shape

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from dsiprep.compiled import compiled, inlined
 from dsiprep.ops.image.eddy_displacement import displace_voxel
 
 __all__ = ["FREEDOM", "equations_loop", "read_loop"]
@@ -16,7 +17,7 @@ __all__ = ["FREEDOM", "equations_loop", "read_loop"]
 FREEDOM = 4.0  # degrees of freedom of the Student t distribution of residuals
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _linear(volume: np.ndarray, x: float, y: float, z: float) -> float:
     """Trilinear value at a point inside the volume."""
     ni, nj, nk = volume.shape
@@ -29,7 +30,7 @@ def _linear(volume: np.ndarray, x: float, y: float, z: float) -> float:
     return (c00 * (1 - fy) + c01 * fy) * (1 - fx) + (c10 * (1 - fy) + c11 * fy) * fx
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def read_loop(
     volumes: np.ndarray,
     voxels: np.ndarray,
@@ -60,7 +61,7 @@ def read_loop(
                 out[v, p] = jacobian * _linear(volumes[v], x, y, z)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def equations_loop(
     volumes: np.ndarray,
     voxels: np.ndarray,

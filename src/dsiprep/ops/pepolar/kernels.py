@@ -5,32 +5,19 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from dsiprep.compiled import compiled, inlined
+from dsiprep.ops.image.bspline import cubic_slopes, cubic_weights, mirrored
+
 __all__ = ["data_loop", "laplacian_loop", "lines_loop", "solid_loop"]
 
 
-@numba.njit(inline="always", fastmath=True)
-def _mirrored(index: int, size: int) -> int:
-    if index < 0:
-        index = -index
-    if index >= size:
-        index = 2 * size - 2 - index
-    return min(max(index, 0), size - 1)
-
-
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _fill_taps(f: float, weights: np.ndarray, slopes: np.ndarray) -> None:
-    g = 1 - f
-    weights[0] = g * g * g / 6
-    weights[1] = (4 - 6 * f * f + 3 * f * f * f) / 6
-    weights[2] = (4 - 6 * g * g + 3 * g * g * g) / 6
-    weights[3] = f * f * f / 6
-    slopes[0] = -g * g / 2
-    slopes[1] = (3 * f * f - 4 * f) / 2
-    slopes[2] = (4 * g - 3 * g * g) / 2
-    slopes[3] = f * f / 2
+    weights[0], weights[1], weights[2], weights[3] = cubic_weights(f)
+    slopes[0], slopes[1], slopes[2], slopes[3] = cubic_slopes(f)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def lines_loop(coefficients: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """`ops.blip.sample_lines` on the CPU."""
     na, nb, ny = shift.shape
@@ -46,14 +33,14 @@ def lines_loop(coefficients: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray,
                 _fill_taps(where - base, weights, slopes)
                 v, s = np.float32(0), np.float32(0)
                 for t in range(4):
-                    c = coefficients[a, b, _mirrored(base - 1 + t, ny)]
+                    c = coefficients[a, b, mirrored(base - 1 + t, ny)]
                     v += weights[t] * c
                     s += slopes[t] * c
                 value[a, b, y], slope[a, b, y], inside[a, b, y] = v, s, 1
     return value, slope, inside
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _solid_point(
     coefficients: np.ndarray, point: np.ndarray, weights: np.ndarray, slopes: np.ndarray, result: np.ndarray
 ) -> None:
@@ -63,13 +50,13 @@ def _solid_point(
     _fill_taps(point[0] - ia, weights[0], slopes[0])
     _fill_taps(point[1] - ib, weights[1], slopes[1])
     _fill_taps(point[2] - iy, weights[2], slopes[2])
-    y0, y1, y2, y3 = _mirrored(iy - 1, sy), _mirrored(iy, sy), _mirrored(iy + 1, sy), _mirrored(iy + 2, sy)
+    y0, y1, y2, y3 = mirrored(iy - 1, sy), mirrored(iy, sy), mirrored(iy + 1, sy), mirrored(iy + 2, sy)
     w, g = weights[2], slopes[2]
     v, da, db, dy = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
     for s in range(4):
-        ra = _mirrored(ia - 1 + s, sa)
+        ra = mirrored(ia - 1 + s, sa)
         for t in range(4):
-            line = coefficients[ra, _mirrored(ib - 1 + t, sb)]
+            line = coefficients[ra, mirrored(ib - 1 + t, sb)]
             c0, c1, c2, c3 = line[y0], line[y1], line[y2], line[y3]
             m = w[0] * c0 + w[1] * c1 + w[2] * c2 + w[3] * c3
             both = weights[0, s] * weights[1, t]
@@ -80,7 +67,7 @@ def _solid_point(
     result[0], result[1], result[2], result[3] = v, da, db, dy
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def solid_loop(
     coefficients: np.ndarray, matrix: np.ndarray, shift: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,7 +94,7 @@ def solid_loop(
     return value, gradient, inside
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: np.ndarray, rest: float, out: np.ndarray) -> None:
     """out = factor * laplacian(field) + rest * field; `factor` of one voxel stands for 1 everywhere."""
     na, nb, ny = field.shape
@@ -127,7 +114,7 @@ def laplacian_loop(field: np.ndarray, inverse: np.ndarray, factor: np.ndarray, r
                 out[a, b, y] = bend + add * field[a, b, y]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def data_loop(
     field: np.ndarray,
     level: np.ndarray,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from dsiprep.ops.image.bspline import cubic_slopes_of, cubic_weights_of, mirror_indices
 from dsiprep.ops.image.interpolation import spline_coefficients
 from dsiprep.ops.pepolar.kernels import lines_loop, solid_loop
 
@@ -41,10 +42,10 @@ def _lines_tensors(coefficients: torch.Tensor, shift: torch.Tensor) -> tuple[tor
     where = torch.arange(size, device=shift.device) + shift
     inside = ((where >= -0.5) & (where <= size - 0.5)).float()
     base = torch.floor(where)
-    weights, slopes = _taps(where - base)
+    weights, slopes = cubic_weights_of(where - base), cubic_slopes_of(where - base)
     value, slope = torch.zeros_like(shift), torch.zeros_like(shift)
     for tap in range(4):
-        taken = torch.gather(coefficients, 2, _mirror(base.long() - 1 + tap, size))
+        taken = torch.gather(coefficients, 2, mirror_indices(base.long() - 1 + tap, size))
         value += weights[tap] * taken
         slope += slopes[tap] * taken
     return value * inside, slope * inside, inside
@@ -85,31 +86,18 @@ def _solid_tensors(coefficients: torch.Tensor, matrix: np.ndarray, shift: torch.
     for x, n in zip(where, sizes, strict=True):
         inside *= (x >= -0.5) & (x <= n - 0.5)
     base = [torch.floor(x) for x in where]
-    taps = [_taps(x - b) for x, b in zip(where, base, strict=True)]
+    taps = [(cubic_weights_of(x - b), cubic_slopes_of(x - b)) for x, b in zip(where, base, strict=True)]
     total = torch.zeros((4, *shift.shape), device=shift.device)
     for i in range(4):
         for j in range(4):
             for k in range(4):
-                near = [_mirror(b.long() - 1 + t, n) for b, t, n in zip(base, (i, j, k), sizes, strict=True)]
+                near = [mirror_indices(b.long() - 1 + t, n) for b, t, n in zip(base, (i, j, k), sizes, strict=True)]
                 taken = coefficients.reshape(-1)[(near[0] * sizes[1] + near[1]) * sizes[2] + near[2]]
                 for d in range(4):
                     u, v, w = (taps[axis][1 if d == axis + 1 else 0][t] for axis, t in enumerate((i, j, k)))
                     total[d] += u * v * w * taken
     total *= inside
     return total[0], total[1:], inside
-
-
-def _taps(f: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    g = 1 - f
-    weights = [g**3 / 6, (4 - 6 * f**2 + 3 * f**3) / 6, (4 - 6 * g**2 + 3 * g**3) / 6, f**3 / 6]
-    slopes = [-(g**2) / 2, (3 * f**2 - 4 * f) / 2, (4 * g - 3 * g**2) / 2, f**2 / 2]
-    return weights, slopes
-
-
-def _mirror(index: torch.Tensor, size: int) -> torch.Tensor:
-    index = index.abs()
-    index = torch.where(index >= size, 2 * size - 2 - index, index)
-    return index.clamp(0, size - 1)
 
 
 def line_coefficients(image: torch.Tensor) -> torch.Tensor:

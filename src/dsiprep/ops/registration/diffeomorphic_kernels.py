@@ -10,12 +10,14 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from dsiprep.compiled import compiled, inlined
+
 __all__ = ["compose_loop", "correlation_loop", "smooth_loop", "volume_loop", "warp_loop"]
 
 SLAB = 24  # planes that one thread correlates in one go: the sums of planes at both ends are made twice
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _read(volume: np.ndarray, x: float, y: float, z: float) -> np.float32:
     """Trilinear interpolation; zero outside."""
     ni, nj, nk = volume.shape
@@ -40,7 +42,7 @@ def _read(volume: np.ndarray, x: float, y: float, z: float) -> np.float32:
     return total
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def warp_loop(moving: np.ndarray, u: np.ndarray, spans: np.ndarray, out: np.ndarray) -> None:
     """out(x) = moving(x + u(x))."""
     for i in numba.prange(out.shape[0]):
@@ -49,7 +51,7 @@ def warp_loop(moving: np.ndarray, u: np.ndarray, spans: np.ndarray, out: np.ndar
                 out[i, j, k] = _read(moving, i + u[0, i, j, k], j + u[1, i, j, k], k + u[2, i, j, k])
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def compose_loop(u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndarray, out: np.ndarray) -> None:
     """out(x) = v(x) + u(x + v(x)), where v is the step, shortened to less than `longest`."""
     inverse = np.float32(1 / longest**2)
@@ -64,7 +66,7 @@ def compose_loop(u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndar
                 out[2, i, j, k] = c + _read(u[2], i + a, j + b, k + c)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def smooth_loop(volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: float, out: np.ndarray) -> None:
     """out = keep * out + (n, i, j, k) volumes convolved along all axes, edges repeated."""
     n, ni = volumes.shape[:2]
@@ -74,7 +76,7 @@ def smooth_loop(volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep
         _smooth_slab(volumes[number // slabs], kernel, spans, np.float32(keep), start, out[number // slabs])
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _smooth_slab(
     volume: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: np.float32, start: int, out: np.ndarray
 ) -> None:
@@ -105,7 +107,7 @@ def _smooth_slab(
                     target[k] += w * line[k]
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _smooth_row(
     plane: np.ndarray, kernel: np.ndarray, j: int, first: int, last: int, row: np.ndarray, out: np.ndarray
 ) -> None:
@@ -132,7 +134,7 @@ def _smooth_row(
             out[k] += w * row[k + t]
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def volume_loop(u: np.ndarray, least: float) -> np.ndarray:
     """1 where det(I + du/dx), central differences of u in voxels, is below `least`; not on the faces."""
     _, ni, nj, nk = u.shape
@@ -155,7 +157,7 @@ def volume_loop(u: np.ndarray, least: float) -> np.ndarray:
     return out
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def correlation_loop(
     fixed: np.ndarray,
     moving: np.ndarray,
@@ -178,7 +180,7 @@ def correlation_loop(
     return found[:, 0].sum() / max(found[:, 1].sum(), 1e-6)
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _correlate_slab(
     fixed: np.ndarray,
     moving: np.ndarray,
@@ -215,14 +217,14 @@ def _correlate_slab(
             _plane_force(fixed, moving, target, maps, spans[:, target], rows, flat, force)
 
 
-@numba.njit(cache=True)
+@compiled()
 def _clear(rows: np.ndarray, begin: int, end: int) -> None:
     for p in range(rows.shape[0]):
         for k in range(begin, end):
             rows[p, k] = 0
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _plane_sums(
     fixed: np.ndarray, moving: np.ndarray, radius: int, spans: np.ndarray, rows: np.ndarray, out: np.ndarray
 ) -> None:
@@ -252,7 +254,7 @@ def _plane_sums(
                     target[k] += line[k + t]
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _plane_maps(
     sums: np.ndarray, weights: np.ndarray, floor: float, spans: np.ndarray, rows: np.ndarray, out: np.ndarray
 ) -> tuple[float, float]:
@@ -289,7 +291,7 @@ def _plane_maps(
     return scores, totals
 
 
-@numba.njit(fastmath=True, cache=True)
+@compiled()
 def _plane_force(
     fixed: np.ndarray,
     moving: np.ndarray,

@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import minimize
 from scipy.spatial.transform import Rotation
 
+from dsiprep.compiled import compiled
 from dsiprep.data.grid import Volume
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.image.filters import FWHM, gaussian, resample_to_spacing
@@ -262,7 +263,7 @@ def _evaluate(level: _Level, matrix: np.ndarray) -> tuple[float, np.ndarray]:
     return score, level.to_voxel[:3, :3].T @ by_voxel
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _sample_loop(
     volume: np.ndarray, points: np.ndarray, matrix: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,6 +11,8 @@ import numba
 import numpy as np
 import torch
 
+from dsiprep.compiled import compiled, inlined
+from dsiprep.ops.image.bspline import cubic_slopes, cubic_weights
 from dsiprep.ops.image.filters import box_sum
 
 __all__ = ["VARIANCE_FLOOR", "correlation", "local_correlation", "mutual_information", "to_bins"]
@@ -142,7 +144,7 @@ def _correlation_maps(sums: torch.Tensor, weights: torch.Tensor, count: int) -> 
     return fm * fm / (ff * mm), torch.stack([a, b, b * mean_m - a * mean_f])
 
 
-@numba.njit(inline="always", fastmath=True)
+@inlined
 def _bin(value: float, low: float, scale: float, bins: int) -> tuple[int, float]:
     """First of the four bins that a sample touches, and its place between the second and the third."""
     position = min(max((value - low) * scale, 0.0), bins - 3 - 1e-4)
@@ -150,7 +152,7 @@ def _bin(value: float, low: float, scale: float, bins: int) -> tuple[int, float]
     return first, position - first
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _histogram_loop(
     fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray, low: float, scale: float, bins: int
 ) -> np.ndarray:
@@ -162,16 +164,16 @@ def _histogram_loop(
             w = weights[p]
             if w > 0:
                 b, t = _bin(moving[p], low, scale, bins)
-                u = 1 - t
+                w0, w1, w2, w3 = cubic_weights(t)
                 row = table[fixed[p]]
-                row[b] += w * u * u * u / 6
-                row[b + 1] += w * (4 - 6 * t * t + 3 * t * t * t) / 6
-                row[b + 2] += w * (4 - 6 * u * u + 3 * u * u * u) / 6
-                row[b + 3] += w * t * t * t / 6
+                row[b] += w * w0
+                row[b + 1] += w * w1
+                row[b + 2] += w * w2
+                row[b + 3] += w * w3
     return partial.sum(axis=0)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)
+@compiled(parallel=True)
 def _histogram_derivative(
     fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray, low: float, scale: float, table: np.ndarray
 ) -> np.ndarray:
@@ -181,8 +183,7 @@ def _histogram_derivative(
         position = (moving[p] - low) * scale
         if weights[p] > 0 and position > 0 and position < bins - 3:
             b, t = _bin(moving[p], low, scale, bins)
-            u = 1 - t
+            s0, s1, s2, s3 = cubic_slopes(t)
             row = table[fixed[p]]
-            inner = row[b + 1] * (-4 * t + 3 * t * t) + row[b + 2] * (4 * u - 3 * u * u)
-            out[p] = weights[p] * 0.5 * (inner - row[b] * u * u + row[b + 3] * t * t)
+            out[p] = weights[p] * (row[b] * s0 + row[b + 1] * s1 + row[b + 2] * s2 + row[b + 3] * s3)
     return out
