@@ -23,10 +23,10 @@ from dsiprep.io.itk import read_affine
 from dsiprep.ops.image.affine import point_displacement, rigid_matrix
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.pipeline import preprocess
-from dsiprep.stages.dwiref import reference_image
 from dsiprep.plan import choose_lead
 from dsiprep.settings import CoregisterSettings, ResampleSettings, Settings
 from dsiprep.stages.coregister import coregister
+from dsiprep.stages.dwiref import reference_image
 
 COREG = "_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt"
 
@@ -98,7 +98,7 @@ def errors(results: UnitResults, count: int, keep: float, seed: int) -> np.ndarr
         part = cut(dwiref, keep, number % 2 == 0) if keep < 1 else dwiref
         move = random_rigid(rng, dwiref.grid.centre)
         moved = Volume(part.data, Grid(part.grid.shape, move @ part.grid.affine))
-        fit = coregister(moved, brain_mask_b0(moved), results.anatomy, CoregisterSettings(), reference.led_by)
+        fit = coregister(moved, brain_mask_b0(moved), results.anatomy, CoregisterSettings(), reference.target_unit)
         matrix = np.linalg.inv(move) @ fit.dwiref_to_acpc.matrix
         found.append(point_displacement(matrix[None], reference.dwiref_to_acpc.matrix[None], brain).mean())
     return np.array(found)

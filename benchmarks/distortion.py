@@ -24,7 +24,7 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.phantom.head import Head, make_head, slabs
-from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.session import make_field
 from dsiprep.phantom.signal import make_tissue
@@ -48,9 +48,9 @@ def simulate(out: Path, voxel: float, largest: float, degrees: float, mm: float,
     truth = scan(source, grid, replace(up, readout_time=0.0), np.eye(4))
     brain, mm_field = np.zeros(shape, np.uint8), np.zeros(shape, np.float32)
     for rows, points in slabs(grid):
-        inside = read(head.atlas["brain"], head.atlas_grid, head.to_template(points)) > 0.5
+        inside = interpolate(head.atlas["brain"], head.atlas_grid, head.to_template(points)) > 0.5
         brain[rows] = inside.reshape(brain[rows].shape)
-        mm_field[rows] = read(field, field_grid, points).reshape(brain[rows].shape) * voxel * READOUT_TIME
+        mm_field[rows] = interpolate(field, field_grid, points).reshape(brain[rows].shape) * voxel * READOUT_TIME
     sigma = float(truth[brain > 0].mean() / snr)
     out.mkdir(parents=True, exist_ok=True)
     pair = {"up": scan(source, grid, up, np.eye(4)), "down": scan(source, grid, down, pose)}

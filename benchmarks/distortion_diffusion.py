@@ -22,7 +22,7 @@ from dsiprep.data.results import Blip
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.matching_gradients import low_b_pairs
 from dsiprep.phantom.head import make_head, slabs
-from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.schemes import gradient_table
 from dsiprep.phantom.session import make_field
@@ -60,10 +60,10 @@ class Simulated:
         self.brain, self.field = np.zeros(shape, bool), np.zeros(shape, np.float32)
         for rows, points in slabs(self.grid):
             there = self.brain[rows].shape
-            self.brain[rows] = (read(head.atlas["brain"], head.atlas_grid, head.to_template(points)) > 0.5).reshape(
-                there
-            )
-            self.field[rows] = read(field, field_grid, points).reshape(there) * voxel * READOUT_TIME
+            self.brain[rows] = (
+                interpolate(head.atlas["brain"], head.atlas_grid, head.to_template(points)) > 0.5
+            ).reshape(there)
+            self.field[rows] = interpolate(field, field_grid, points).reshape(there) * voxel * READOUT_TIME
         self.data = np.empty((2, len(self.bvals), *shape), np.float32)
         for blip, (pose, polarity) in enumerate(zip(poses, (1, -1), strict=True)):
             pe = PhaseEncoding(1, polarity, READOUT_TIME)

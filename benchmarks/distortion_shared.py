@@ -20,7 +20,7 @@ from dsiprep.data.grid import Grid
 from dsiprep.data.results import Distortion
 from dsiprep.phantom.dataset import T1_WEIGHT
 from dsiprep.phantom.head import make_head, slabs
-from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.session import make_field
 from dsiprep.phantom.signal import make_tissue
@@ -55,11 +55,13 @@ def simulate(out: Path, differ: float, seed: int) -> tuple[np.ndarray, np.ndarra
     }
     brain, moved = np.zeros(shape, bool), np.zeros((2, *shape))
     for rows, places in slabs(grid):
-        brain[rows] = (read(head.atlas["brain"], head.atlas_grid, head.to_template(places)) > 0.5).reshape(
+        brain[rows] = (interpolate(head.atlas["brain"], head.atlas_grid, head.to_template(places)) > 0.5).reshape(
             brain[rows].shape
         )
         for blip, (hertz, sign) in enumerate(((field, 1), (other, -1))):
-            moved[blip][rows] = sign * read(hertz, field_grid, places).reshape(brain[rows].shape) * VOXEL * READOUT_TIME
+            moved[blip][rows] = (
+                sign * interpolate(hertz, field_grid, places).reshape(brain[rows].shape) * VOXEL * READOUT_TIME
+            )
     out.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
         noisy = add_noise(image, float(image[brain].mean() / (40 if name == "t1w" else 20)), rng)

@@ -25,11 +25,11 @@ from dsiprep.settings import Settings
 from dsiprep.stages.acquisition import conform
 from dsiprep.stages.motion import estimate_motion
 
-LEAST_JITTER = ["--moved", "0", "--max-motion", "0"]
+STILL = ["--moved", "0", "--max-motion", "0"]
 CASES = {
-    "still": LEAST_JITTER,
-    "restless": [*LEAST_JITTER, "--jitter", "0.2"],
-    "restless, eddy currents": [*LEAST_JITTER, "--jitter", "0.1", "--eddy", "2"],
+    "still": STILL,
+    "restless": [*STILL, "--jitter", "0.2"],
+    "restless, eddy currents": [*STILL, "--jitter", "0.1", "--eddy", "2"],
     "20 % moved": ["--moved", "0.2"],
 }
 SUBJECTS = ("1", "2")

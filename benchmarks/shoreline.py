@@ -116,7 +116,7 @@ def floor(folder: Path) -> None:
     """The row of volumes registered to what they would be without noise, in the pose of the first volume."""
     from dsiprep.io.bids import find_units, read_unit
     from dsiprep.ops.image.point_set import point_set
-    from dsiprep.ops.motion.gauss_newton import align
+    from dsiprep.ops.motion.gauss_newton import MovingVolumes, align
     from dsiprep.settings import Settings
     from dsiprep.stages.acquisition import conform
 
@@ -130,7 +130,8 @@ def floor(folder: Path) -> None:
     found = poses.copy()
     for volume, image in noise_free(truth, dwi.bvals):
         some = slice(volume, volume + 1)
-        found[some] = align(dwi.data[some], dwi.grid, points, image[inside][None], poses[some], steps=12).transforms
+        moving = MovingVolumes(dwi.data[some], dwi.grid)
+        found[some] = align(moving, points, image[inside][None], poses[some], steps=12).transforms
     few = dwi.grid.to_world(np.argwhere(acquired.mask.numpy() > 0.5)[::200])
     print(json.dumps(errors(found, poses, dwi.bvals, few)))
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests."""
+"""Fixtures shared by all tests."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from helpers.grids import AXES
 
 @pytest.fixture(params=list(AXES))
 def orientation(request: pytest.FixtureRequest) -> str:
-    """Each orientation in turn."""
+    """Each orientation of `helpers.grids.AXES` in turn."""
     return str(request.param)

@@ -1,4 +1,4 @@
-"""A GPU that runs out of memory: smaller chunks, then the CPU, each with a line in the log."""
+"""Fallbacks when a GPU runs out of memory: smaller chunks, then the CPU, each with a warning in the log."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 from dsiprep.data.results import Distortion
 from dsiprep.device import in_chunks, with_cpu_fallback
-from dsiprep.standalone import blip_pair as pair
+from dsiprep.standalone import blip_pair
 from helpers.epi_pair import Case, make_grid
 
 CPU = torch.device("cpu")
 
 
-def test_a_stage_goes_on_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+def test_stage_is_repeated_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     calls = []
 
     def stage(values: torch.Tensor) -> tuple[torch.Tensor, str]:
@@ -28,12 +28,14 @@ def test_a_stage_goes_on_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
         return 2 * values, "done"
 
     with caplog.at_level(logging.WARNING):
-        doubled, word = with_cpu_fallback(stage, CPU, (torch.arange(3),))
-    assert doubled.tolist() == [0, 2, 4] and word == "done" and len(calls) == 2
-    assert "this stage goes on on the CPU" in caplog.text
+        doubled, message = with_cpu_fallback(stage, CPU, (torch.arange(3),))
+    assert doubled.tolist() == [0, 2, 4]
+    assert message == "done"
+    assert len(calls) == 2
+    assert "running this stage on the CPU" in caplog.text
 
 
-def test_a_failure_of_another_kind_is_not_hidden() -> None:
+def test_other_errors_are_raised() -> None:
     def stage(values: torch.Tensor) -> torch.Tensor:
         raise ValueError("something else")
 
@@ -42,8 +44,8 @@ def test_a_failure_of_another_kind_is_not_hidden() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 7, 16])
-def test_chunks_are_halved_until_they_fit(count: int, caplog: pytest.LogCaptureFixture) -> None:
-    """Not more than three items at once, as if memory ended there; all come out, once and in order."""
+def test_chunks_are_halved_until_they_fit_in_memory(count: int, caplog: pytest.LogCaptureFixture) -> None:
+    """With memory for three items per chunk, every item is computed once and in order."""
     sizes = []
 
     def double(part: slice) -> torch.Tensor:
@@ -55,10 +57,10 @@ def test_chunks_are_halved_until_they_fit(count: int, caplog: pytest.LogCaptureF
     with caplog.at_level(logging.WARNING):
         done = torch.cat(in_chunks(double, count, 1, CPU))
     assert done.tolist() == [2 * i for i in range(count)]
-    assert ("GPU out of memory: going on in chunks" in caplog.text) == (count > 3)
+    assert ("GPU out of memory: continuing in chunks" in caplog.text) == (count > 3)
 
 
-def test_one_item_that_does_not_fit_is_an_error() -> None:
+def test_single_item_that_does_not_fit_raises() -> None:
     def never(part: slice) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -66,22 +68,23 @@ def test_one_item_that_does_not_fit_is_an_error() -> None:
         in_chunks(never, 4, 1, CPU)
 
 
-def test_a_pair_is_corrected_although_memory_ran_out(
+def test_pepolar_correction_falls_back_to_the_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     case, calls = Case(make_grid("LAS", sizes=(8.0, 8.0, 8.0)), 1), []
     for name, image in zip(("up", "down"), case.images, strict=True):
         nib.save(nib.Nifti1Image(image[0].numpy(), case.grid.affine), tmp_path / f"{name}.nii.gz")
-    real = pair.correct_distortion
+    original = blip_pair.correct_distortion
 
-    def short_of_memory(*inputs: object) -> Distortion:
+    def fail_once(*inputs: object) -> Distortion:
         calls.append(inputs)
         if len(calls) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(*inputs)  # type: ignore[arg-type]
+        return original(*inputs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(pair, "correct_distortion", short_of_memory)
+    monkeypatch.setattr(blip_pair, "correct_distortion", fail_once)
     with caplog.at_level(logging.WARNING):
-        result = pair.correct_pair(tmp_path / "up.nii.gz", tmp_path / "down.nii.gz", pe_dir="j")
-    assert len(calls) == 2 and "goes on on the CPU" in caplog.text
+        result = blip_pair.correct_pair(tmp_path / "up.nii.gz", tmp_path / "down.nii.gz", pe_dir="j")
+    assert len(calls) == 2
+    assert "running this stage on the CPU" in caplog.text
     assert np.isfinite(result.dwiref.numpy()).all()

@@ -1,4 +1,4 @@
-"""All stages on a GPU that is not there (see `pretend_gpu`): no two devices meet, and the numbers are the CPU's."""
+"""All stages on a simulated GPU (see `pretend_gpu`): no operation mixes devices, and the results match the CPU."""
 
 from __future__ import annotations
 
@@ -29,32 +29,33 @@ from helpers.pretend_gpu import GPU, pretend_gpu
 CPU = torch.device("cpu")
 
 
-def on_both(work: Callable[[torch.device], Any]) -> list[Any]:
-    """What work gives on the CPU, and on the GPU that is not there."""
-    places: list[tuple[torch.device, AbstractContextManager[Any]]] = [(CPU, nullcontext()), (GPU, pretend_gpu())]
+def run_on_both(work: Callable[[torch.device], Any]) -> list[Any]:
+    """Results of `work` on the CPU and on the simulated GPU."""
+    contexts: list[tuple[torch.device, AbstractContextManager[Any]]] = [(CPU, nullcontext()), (GPU, pretend_gpu())]
     results = []
-    for device, place in places:
-        with place:
+    for device, context in contexts:
+        with context:
             results.append(work(device))
     return results
 
 
-def test_the_pretended_gpu_refuses_what_a_gpu_refuses() -> None:
-    here = torch.ones(2, 3)
+def test_simulated_gpu_raises_the_errors_of_a_gpu() -> None:
+    on_cpu = torch.ones(2, 3)
     with pretend_gpu() as device:
-        there = here.to(device)
-        assert there.device.type == (there + 1).device.type == torch.zeros(2, device=device).device.type == "cuda"
-        assert here.device.type == there.cpu().device.type == "cpu"
-        assert float(there.sum()) == 6 and there[here > 0].device.type == "cuda"
-        for wrong in (lambda: there + here, lambda: torch.stack([here, there]), lambda: here[there > 0]):
+        on_gpu = on_cpu.to(device)
+        assert on_gpu.device.type == (on_gpu + 1).device.type == torch.zeros(2, device=device).device.type == "cuda"
+        assert on_cpu.device.type == on_gpu.cpu().device.type == "cpu"
+        assert float(on_gpu.sum()) == 6
+        assert on_gpu[on_cpu > 0].device.type == "cuda"
+        for invalid in (lambda: on_gpu + on_cpu, lambda: torch.stack([on_cpu, on_gpu]), lambda: on_cpu[on_gpu > 0]):
             with pytest.raises(RuntimeError, match="same device"):
-                wrong()
-        for wrong in (there.numpy, lambda: np.asarray(there)):
+                invalid()
+        for invalid in (on_gpu.numpy, lambda: np.asarray(on_gpu)):
             with pytest.raises(TypeError, match=r"Tensor\.cpu"):
-                wrong()
+                invalid()
 
 
-def test_the_field_of_a_pair_is_that_of_the_cpu() -> None:
+def test_pepolar_field_matches_the_cpu() -> None:
     grid = simulation.make_grid("RAS")
     pe = (PhaseEncoding(1, 1, 0.05), PhaseEncoding(1, -1, 0.05))
     axis = np.array([0.0, 1.0, 0.0])
@@ -68,41 +69,41 @@ def test_the_field_of_a_pair_is_that_of_the_cpu() -> None:
         b0s = (images[0].to(device), images[1].to(device))
         return correct_distortion(blips, b0s, grid, mask, DistortionSettings()).fields[0].data.cpu()
 
-    first, second = on_both(work)
-    assert float(first.abs().max()) > 2
-    assert float((first - second).norm(dim=0).max()) < 0.001
+    on_cpu, on_gpu = run_on_both(work)
+    assert float(on_cpu.abs().max()) > 2
+    assert float((on_cpu - on_gpu).norm(dim=0).max()) < 0.001
 
 
-def test_the_field_without_a_fieldmap_is_that_of_the_cpu() -> None:
+def test_fieldmapless_field_matches_the_cpu() -> None:
     case = tissues.case()
-    image = Volume(torch.from_numpy(case.shot(tissues.UP)), case.grid)
+    image = Volume(torch.from_numpy(case.acquire(tissues.UP)), case.grid)
 
     def work(device: torch.device) -> torch.Tensor:
-        return case.found(image.to(device)).fields[0].data.cpu()
+        return case.correct(image.to(device)).fields[0].data.cpu()
 
-    first, second = on_both(work)
-    assert float((first - second).norm(dim=0)[torch.from_numpy(case.brain)].max()) < 0.001
+    on_cpu, on_gpu = run_on_both(work)
+    assert float((on_cpu - on_gpu).norm(dim=0)[torch.from_numpy(case.brain)].max()) < 0.001
 
 
-def test_the_registration_is_that_of_the_cpu() -> None:
-    """The template's lowest plane cuts through the brain stem: there both have to end alike."""
+def test_registration_matches_the_cpu() -> None:
+    """Including the lowest plane of the template, where the field of view cuts the brain stem."""
     template = load_template("MNI152NLin2009aSym")
     fixed, mask = resample_to_spacing(template.brain, 4.0), resample_to_spacing(template.mask, 4.0)
     pose = np.eye(4)
     pose[:3, 3] = 3.0, -2.0, 4.0
 
     def work(device: torch.device) -> torch.Tensor:
-        moving, still, where = fixed.to(device), fixed.to(device), mask.to(device)
-        return register_diffeomorphic(moving, still, pose, fixed_mask=where, finest_mm=4.0).forward.data.cpu()
+        moving, target, target_mask = fixed.to(device), fixed.to(device), mask.to(device)
+        return register_diffeomorphic(moving, target, pose, fixed_mask=target_mask, finest_mm=4.0).forward.data.cpu()
 
-    first, second = on_both(work)
-    assert float(first.norm(dim=0).max()) > 2
-    assert float((first - second).norm(dim=0).max()) < 0.002
+    on_cpu, on_gpu = run_on_both(work)
+    assert float(on_cpu.norm(dim=0).max()) > 2
+    assert float((on_cpu - on_gpu).norm(dim=0).max()) < 0.002
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> list[UnitResults]:
-    """The whole pipeline on a small phantom, on both."""
+    """Results of the whole pipeline for a small phantom, on the CPU and on the simulated GPU."""
     small = PhantomSettings(scheme="hasc55", resolution=5.0, t1w_resolution=2.5, moved=0.2, ideal=False, seed=3)
     folder = make_phantom(tmp_path_factory.mktemp("phantom"), small)
     settings = Settings(
@@ -112,22 +113,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> list[UnitResults]:
     network = deepbet.BrainExtraction
 
     def work(device: torch.device) -> UnitResults:
-        with pytest.MonkeyPatch.context() as patch:  # its weights are not ours to move
+        with pytest.MonkeyPatch.context() as patch:  # deepbet moves its own weights to the GPU
             patch.setattr(deepbet, "BrainExtraction", lambda no_gpu: network(no_gpu=True))
             return preprocess(unit, settings, None, device)
 
-    return on_both(work)
+    return run_on_both(work)
 
 
 @pytest.mark.slow
-def test_the_pipeline_gives_what_it_gives_on_the_cpu(finished: list[UnitResults]) -> None:
-    first, second = finished
-    assert (first.device, second.device) == ("cpu", "cuda:0")
-    np.testing.assert_allclose(first.motions[0].transforms, second.motions[0].transforms, atol=1e-3)
+def test_pipeline_matches_the_cpu(finished: list[UnitResults]) -> None:
+    on_cpu, on_gpu = finished
+    assert (on_cpu.device, on_gpu.device) == ("cpu", "cuda:0")
+    np.testing.assert_allclose(on_cpu.motions[0].transforms, on_gpu.motions[0].transforms, atol=1e-3)
     fields = [result.distortion.fields[0].data for result in finished if result.distortion]
     assert float((fields[0] - fields[1]).norm(dim=0).max()) < 0.001
     poses = [result.coregistration.dwiref_to_acpc.matrix for result in finished]
     np.testing.assert_allclose(*poses, atol=2e-3)
-    inside = first.preprocessed.mask.data > 0.5
+    inside = on_cpu.preprocessed.mask.data > 0.5
     series = [result.preprocessed.dwi.data[:, inside] for result in finished]
     assert float((series[0] - series[1]).abs().max()) < 0.005 * float(series[0].max())

@@ -1,9 +1,12 @@
-"""dsiprep: preprocessing of diffusion spectrum imaging, and any other q-space sampling.
+"""dsiprep: preprocessing of diffusion spectrum imaging, and of any other q-space sampling.
 
-    from dsiprep import Settings, find_units, preprocess
-    results = preprocess(find_units("bids", Settings())[0], Settings())
+    from dsiprep import ResampleSettings, Settings, find_units, preprocess, write_derivatives
 
-Names are loaded when they are first used, so that `import dsiprep` costs nothing.
+    settings = Settings(resample=ResampleSettings(resolution=2.0))
+    for unit in find_units("bids", settings):
+        write_derivatives(preprocess(unit, settings), "derivatives")
+
+Names are imported on first use, so `import dsiprep` is cheap.
 """
 
 from __future__ import annotations
@@ -14,41 +17,110 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsiprep.io.bids import find_units, read_unit
+    from dsiprep.cache import Cache
+    from dsiprep.errors import (
+        DsiprepError,
+        EngineError,
+        GradientError,
+        InputError,
+        MetadataError,
+        OutputError,
+        SettingsError,
+    )
+    from dsiprep.io.bids import find_units
+    from dsiprep.outputs import write_derivatives, write_report
     from dsiprep.pipeline import preprocess
-    from dsiprep.settings import Settings
-    from dsiprep.standalone.blip_pair import correct_pair
+    from dsiprep.plan import choose_lead
+    from dsiprep.settings import (
+        AcquisitionSettings,
+        AnatomySettings,
+        CoregisterSettings,
+        DenoiseSettings,
+        DistortionSettings,
+        MotionSettings,
+        ResampleSettings,
+        Settings,
+    )
+    from dsiprep.standalone.add_normalization import add_normalization
+    from dsiprep.standalone.blip_pair import correct_pair, write_pair
+    from dsiprep.standalone.convert_warp import convert_warp
     from dsiprep.standalone.shoreline import align_series, estimate_motion
 
-# Threads that wait sleep rather than spin. On a shared machine spinning cost three times the CPU time and more of wall
-# time. It has to be set before torch or Numba load OpenMP.
+# Waiting threads sleep instead of spinning: on a shared machine spinning cost three times the CPU time, and more wall
+# time too. This has to be set before torch or Numba load OpenMP.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy: small matrices only
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy works on small matrices only
 
 __version__ = version("dsiprep")
 __all__ = [
+    "AcquisitionSettings",
+    "AnatomySettings",
+    "Cache",
+    "CoregisterSettings",
+    "DenoiseSettings",
+    "DistortionSettings",
+    "DsiprepError",
+    "EngineError",
+    "GradientError",
+    "InputError",
+    "MetadataError",
+    "MotionSettings",
+    "OutputError",
+    "ResampleSettings",
     "Settings",
+    "SettingsError",
     "__version__",
+    "add_normalization",
     "align_series",
+    "choose_lead",
+    "convert_warp",
     "correct_pair",
     "estimate_motion",
     "find_units",
     "preprocess",
-    "read_unit",
+    "write_derivatives",
+    "write_pair",
+    "write_report",
 ]
 
-_HOMES = {
-    "correct_pair": "dsiprep.standalone.blip_pair",
-    "Settings": "dsiprep.settings",
-    "align_series": "dsiprep.standalone.shoreline",
-    "estimate_motion": "dsiprep.standalone.shoreline",
-    "find_units": "dsiprep.io.bids",
-    "preprocess": "dsiprep.pipeline",
-    "read_unit": "dsiprep.io.bids",
+_MODULES = {
+    "dsiprep.cache": ("Cache",),
+    "dsiprep.errors": (
+        "DsiprepError",
+        "EngineError",
+        "GradientError",
+        "InputError",
+        "MetadataError",
+        "OutputError",
+        "SettingsError",
+    ),
+    "dsiprep.io.bids": ("find_units",),
+    "dsiprep.outputs": ("write_derivatives", "write_report"),
+    "dsiprep.pipeline": ("preprocess",),
+    "dsiprep.plan": ("choose_lead",),
+    "dsiprep.settings": (
+        "AcquisitionSettings",
+        "AnatomySettings",
+        "CoregisterSettings",
+        "DenoiseSettings",
+        "DistortionSettings",
+        "MotionSettings",
+        "ResampleSettings",
+        "Settings",
+    ),
+    "dsiprep.standalone.add_normalization": ("add_normalization",),
+    "dsiprep.standalone.blip_pair": ("correct_pair", "write_pair"),
+    "dsiprep.standalone.convert_warp": ("convert_warp",),
+    "dsiprep.standalone.shoreline": ("align_series", "estimate_motion"),
 }
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'dsiprep' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULE_OF[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -35,7 +35,7 @@ T = TypeVar("T")
 LIBRARIES = {
     name: version(name) for name in ("numpy", "scipy", "numba", "torch", "SimpleITK", "scikit-image", "deepbet")
 }
-INLINE = 256  # arrays up to this size stand in the JSON, where a person can read them
+INLINE = 256  # largest array that is stored in the JSON file, where it can be read
 
 TYPES: dict[str, type] = {
     name: kind
@@ -46,7 +46,7 @@ TYPES: dict[str, type] = {
 
 
 class CachedResult(Generic[T]):
-    """A result and the key of its lineage. `value` is made or loaded when it is first asked for."""
+    """A result and the key of its lineage; `value` is computed or loaded on first use."""
 
     def __init__(self, key: str, make: Callable[[], T]) -> None:
         self.key = key
@@ -62,16 +62,16 @@ class CachedResult(Generic[T]):
 
 
 class Cache:
-    """Results of stages in a folder, or in memory only.
+    """Stage results in a folder, or in memory only.
 
     Parameters
     ----------
     folder : Path or None
-        One folder per subject, so that the sessions of a subject share its anatomy. None keeps nothing on disk.
+        One folder per subject, so that its sessions share the anatomy. None keeps results in memory.
     started : callable, optional
-        Told the name of each stage that is about to be computed (not of those found).
+        Called with the name of each stage that is about to be computed, not of those found.
     only_found : bool
-        Compute nothing: a stage that is not there is an error.
+        Compute nothing; a missing result is an error.
     """
 
     def __init__(
@@ -97,18 +97,18 @@ class Cache:
         return CachedResult(digest.hexdigest(), read)
 
     def run(self, stage: ModuleType, name: str, function: Callable[..., T], *inputs: object) -> CachedResult[T]:
-        """`function(*inputs)`, from the cache if it was there.
+        """`function(*inputs)`, from the cache if it is there.
 
         Parameters
         ----------
         stage : module
             Its source, and that of all modules that it reaches, is part of the key.
         name : str
-            Name of the step, for people and for the key: "motion-up".
+            Name of the step, for display and for the key: "motion-up".
         function : callable
             Pure: its result depends on its inputs only.
         inputs : CachedResult, tuple of CachedResult, settings or plain values
-            `CachedResult` inputs are handed on as their values.
+            `CachedResult` inputs are passed on as their values.
         """
         code = [LIBRARIES, source_digest(stage.__name__), _source_of(function)]
         lineage = [name, code, [_lineage(item) for item in inputs]]
@@ -137,12 +137,12 @@ class Cache:
         self.seconds[name] = round(time.perf_counter() - start, 2)
         return value
 
-    def beside(self) -> Cache:
-        """The same folder for another unit's stages, whose times are counted apart."""
+    def for_other_unit(self) -> Cache:
+        """The same folder for another unit, whose times are counted separately."""
         return Cache(self.folder, self.started, self.only_found)
 
     def clear(self) -> None:
-        """Remove everything that was kept."""
+        """Remove all stored results."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""Where the work is done: device, threads, chunks that fit. The only file that says "cuda"."""
+"""Device, threads, and chunks that fit into memory. The only file that names CUDA devices."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 
 def choose(name: str = "auto") -> torch.device:
-    """The device of that name: "auto", "cpu", "cuda" or "cuda:N".
+    """The torch device for "auto", "cpu", "cuda" or "cuda:N".
 
     Raises
     ------
     SettingsError
-        If a GPU is asked for and there is none of that number.
+        If there is no GPU of that number.
     """
     count = torch.cuda.device_count()
     if name == "auto":
@@ -42,7 +42,7 @@ def choose(name: str = "auto") -> torch.device:
 
 
 def use_threads(count: int) -> None:
-    """Let torch and Numba use `count` threads each."""
+    """Limit torch and Numba to `count` threads each."""
     count = max(1, min(count, os.cpu_count() or 1))
     torch.set_num_threads(count)
     numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))  # type: ignore[attr-defined]
@@ -64,12 +64,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def release_gpu(device: torch.device) -> dict[str, str]:
-    """Give back what torch holds of a GPU in reserve, for another program to use it.
+    """Release GPU memory that torch keeps in reserve, so that another program can use it.
 
     Returns
     -------
     dict
-        Environment in which that program sees this GPU as its only one; empty on the CPU.
+        Environment variables under which that program sees this GPU only; empty on the CPU.
     """
     if device.type != "cuda":
         return {}
@@ -82,18 +82,18 @@ def release_gpu(device: torch.device) -> dict[str, str]:
 def in_chunks(
     function: Callable[[slice], torch.Tensor], count: int, bytes_each: int, device: torch.device
 ) -> list[torch.Tensor]:
-    """`function` over slices of `range(count)` that fit in memory; halves the slice when a GPU runs out.
+    """Apply `function` to slices of `range(count)` that fit into memory, halving them when a GPU runs out.
 
     Parameters
     ----------
     function : slice -> Tensor
         Computes items `start:stop`.
     count : int
-        How many items there are.
+        Number of items.
     bytes_each : int
         Peak memory of one item.
     device : torch.device
-        Where `function` works.
+        Where `function` runs.
 
     Raises
     ------
@@ -112,25 +112,25 @@ def in_chunks(
                 raise
             size = (size + 1) // 2
             torch.cuda.empty_cache()
-            log.warning("GPU out of memory: going on in chunks of %d", size)
+            log.warning("GPU out of memory: continuing in chunks of %d", size)
     return done
 
 
 def with_cpu_fallback(function: Callable[..., T], device: torch.device, movable: Sequence[object]) -> T:
-    """`function(*movable)` on `device`, and again on the CPU if the GPU's memory does not suffice.
+    """Call `function(*movable)` on `device`, and again on the CPU if the GPU runs out of memory.
 
-    Every item of `movable` that has a `.to` is moved first. The result comes back in the CPU's memory.
+    Items of `movable` that have a `.to` method are moved first. The result is returned on the CPU.
     """
     try:
         return to_cpu(function(*(_moved(item, device) for item in movable)))
     except torch.OutOfMemoryError:
-        log.warning("GPU out of memory: this stage goes on on the CPU")
+        log.warning("GPU out of memory: running this stage on the CPU")
         torch.cuda.empty_cache()
         return to_cpu(function(*(_moved(item, torch.device("cpu")) for item in movable)))
 
 
 def to_cpu(item: Any) -> Any:
-    """The same result with every tensor in it in the CPU's memory."""
+    """The same result with all its tensors on the CPU."""
     if isinstance(item, torch.Tensor):
         return item.cpu()
     if isinstance(item, tuple | list):

@@ -1,23 +1,23 @@
-"""What can go wrong, as a tree.
+"""The tree of errors.
 
     DsiprepError              shown as one sentence, exit code 1
-    ├── InputError            a file cannot be used: missing, truncated, wrong shape, NaN
+    ├── InputError            a file or argument cannot be used: missing, truncated, wrong shape, NaN
     │   ├── GradientError     b-values or b-vectors missing, mismatched or impossible
     │   └── MetadataError     a BIDS sidecar lacks a field, or contradicts another
     ├── SettingsError         an option, or a combination of options, that cannot work (exit code 2)
-    ├── EngineError           a program that was asked for is missing, lacks licence or memory, or failed
-    └── OutputError           the output cannot be written: no space, no right, inside the input
+    ├── EngineError           a third-party program is missing, lacks a licence or memory, or failed
+    └── OutputError           the output cannot be written: disk full, no permission, inside the input
 
-Every message says what was found, what was wanted, and what to do.
+Every message states what was found, what is wanted and what to do.
 """
 
 
 class DsiprepError(Exception):
-    """Base of every error that is shown to people as a sentence, without a traceback."""
+    """Base of all errors that are shown to the user as one sentence, without a traceback."""
 
 
 class InputError(DsiprepError):
-    """An input file cannot be used."""
+    """An input file or argument cannot be used."""
 
 
 class GradientError(InputError):
@@ -25,16 +25,16 @@ class GradientError(InputError):
 
 
 class MetadataError(InputError):
-    """A BIDS sidecar lacks what is needed."""
+    """A BIDS sidecar lacks a required field or contradicts another one."""
 
 
 class SettingsError(DsiprepError):
-    """The options cannot work, or cannot work together."""
+    """A setting, or a combination of settings, cannot work."""
 
 
 class EngineError(DsiprepError):
-    """A program that people own (TORTOISE, FreeSurfer, ANTs) cannot do what it was asked for."""
+    """A third-party program (TORTOISE, FreeSurfer, ANTs) cannot run or failed."""
 
 
 class OutputError(DsiprepError):
-    """The results cannot be written where they were asked for."""
+    """The results cannot be written."""

@@ -1,6 +1,6 @@
-"""Many subjects: one after the other, or one process per share of cores or per GPU.
+"""Run the subjects of a dataset, one after another or in parallel processes.
 
-A subject is the grain: its units (sessions, outputs) follow each other in one process and share its anatomy and its
+Each subject runs in a single process: its units (sessions, outputs) run one after another and share the anatomy and the
 report. A failed unit does not stop the others.
 """
 
@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TypeVar
 
 from dsiprep import __version__
 from dsiprep.cache import Cache
@@ -26,11 +28,12 @@ from dsiprep.settings import Settings
 
 log = logging.getLogger("dsiprep")
 StepCallback = Callable[[str, str], None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One subject's work.
+    """The processing of one subject.
 
     Attributes
     ----------
@@ -40,17 +43,17 @@ class Job:
         At least one.
     settings : Settings
     out, work : Path
-        Derivatives, and the folder of stage results.
+        Folders of the derivatives and of the cached stage results.
     device : str
         "auto", "cpu", "cuda" or "cuda:N".
     threads : int
-        Cores that this subject may use.
+        Number of cores to use.
     keep_work : bool
-        Keep the stage results after a finished subject.
+        Keep the cached results after all units have finished.
     mode : str
-        "" for everything, "anat_only", "reports_only" or "boilerplate_only" (the last two compute nothing).
+        "" for full processing, "anat_only", "reports_only" or "boilerplate_only" (the last two compute nothing).
     command : str
-        What was typed, for the report.
+        Command line, for the report.
     """
 
     subject: str
@@ -67,7 +70,18 @@ class Job:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one unit (or, under "sub-X report", a report) ended: `error` is None, or the sentence that says why."""
+    """Result of one unit, of an output joined from several units, or of a report (named "sub-X report").
+
+    Attributes
+    ----------
+    subject, unit : str
+    seconds : float
+        Wall time.
+    error : str or None
+        One-line error message after a failure.
+    log : Path or None
+        File with the traceback, if it could be written.
+    """
 
     subject: str
     unit: str
@@ -77,7 +91,7 @@ class Outcome:
 
 
 def memory_needed(job: Job) -> int:
-    """About how many MB one subject takes at its peak: a few float32 copies of the largest series, and the rest."""
+    """Approximate peak memory of a job in MB: five float32 copies of its largest unit, and 2500 MB for the rest."""
     import nibabel as nib
 
     largest = 0
@@ -93,17 +107,17 @@ def run_jobs(
     stop_on_first_crash: bool = False,
     on_step: StepCallback = lambda unit, step: None,
 ) -> Iterator[Outcome]:
-    """Outcomes as they come in.
+    """Run the jobs and yield their outcomes as they finish.
 
     Parameters
     ----------
     jobs : sequence of Job
     processes : int
-        How many subjects at once.
+        Number of subjects that run in parallel.
     stop_on_first_crash : bool
-        Start nothing more after a failure.
+        Start no further work after a failure.
     on_step : callable
-        Told (unit, step) when a step is about to be computed; with one process only.
+        Called with (unit, step) before a step is computed; only if there is a single process.
     """
     if processes == 1 or len(jobs) == 1:
         for job in jobs:
@@ -112,9 +126,9 @@ def run_jobs(
                 if outcome.error and stop_on_first_crash:
                     return
         return
-    # spawn: CUDA and threads do not survive a fork
+    # spawn, because CUDA contexts and threads do not survive a fork
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_run_quietly, job, stop_on_first_crash): job for job in jobs}
+        futures = {pool.submit(_run_without_callback, job, stop_on_first_crash): job for job in jobs}
         for future in as_completed(futures):
             outcomes = _collect(future, futures[future])
             yield from outcomes
@@ -124,25 +138,26 @@ def run_jobs(
 
 
 def _collect(future: Future[list[Outcome]], job: Job) -> list[Outcome]:
-    """A job's outcomes; where its process was killed, that of every unit."""
+    """Return the outcomes of a job; if its process was killed, all its units have failed."""
     try:
         return future.result()
     except BrokenProcessPool:
-        why = (
-            "a process was killed, most likely because memory ran out; run fewer subjects at once (--mem, or more "
-            "--omp-nthreads): the same command goes on from here"
+        error = (
+            "a process was killed, probably because memory ran out; run fewer subjects in parallel (with --mem or a "
+            "higher --omp-nthreads), and the same command resumes from here"
         )
-        return [Outcome(job.subject, unit.name, 0.0, why) for unit in job.units]
+        return [Outcome(job.subject, unit.name, 0.0, error) for unit in job.units]
 
 
-def _run_quietly(job: Job, stop_on_first_crash: bool) -> list[Outcome]:
+def _run_without_callback(job: Job, stop_on_first_crash: bool) -> list[Outcome]:
     return list(run_subject(job, lambda unit, step: None, stop_on_first_crash))
 
 
 def run_subject(job: Job, on_step: StepCallback, stop_on_first_crash: bool = False) -> Iterator[Outcome]:
-    """All units of one subject, then its report; yields an outcome per unit, and one for a report that failed.
+    """Run all units of one subject, then write its joined outputs and its report.
 
-    The stage results stay in the work folder if a unit failed, so that a second try goes on from there.
+    Yields the outcome of every unit, and of each joined output or report that failed. The cached results are kept after
+    a failure, so that the next run resumes from them.
     """
     from dsiprep.device import use_threads
 
@@ -150,85 +165,84 @@ def run_subject(job: Job, on_step: StepCallback, stop_on_first_crash: bool = Fal
     finished: list[UnitResults] = []
     failures: list[tuple[str, str]] = []
     for unit in _leads_first(job):
-        start = time.perf_counter()
-        error, where = None, None
-        try:
-            good = tuple(other for other in job.units if other.name not in dict(failures))  # a failed one leads none
-            result = _run_unit(unit, replace(job, units=good), on_step)
-            finished += [result] if result is not None else []
-        except Exception as problem:
-            error, where = _explain(problem, unit.name, job.out)
-            failures.append((unit.name, error))
-        yield Outcome(job.subject, unit.name, time.perf_counter() - start, error, where)
-        if error and stop_on_first_crash:
+        # the b=0 reference of a failed unit cannot replace another unit's structural image
+        usable = tuple(other for other in job.units if other.name not in dict(failures))
+        results, outcome = _attempt(job, unit.name, partial(_run_unit, unit, replace(job, units=usable), on_step))
+        finished += [results] if results is not None else []
+        failures += [(unit.name, outcome.error)] if outcome.error else []
+        yield outcome
+        if outcome.error and stop_on_first_crash:
             break
-    finished.sort(key=lambda result: [unit.name for unit in job.units].index(result.unit.name))
-    for name in dict.fromkeys(unit.output for unit in job.units if unit.output) if not job.mode else ():
-        start = time.perf_counter()
-        try:
-            _write_joined(name, finished, job, on_step)
-        except Exception as problem:
-            error, where = _explain(problem, name, job.out)
-            failures.append((name, error))
-            yield Outcome(job.subject, name, time.perf_counter() - start, error, where)
+    finished.sort(key=lambda results: [unit.name for unit in job.units].index(results.unit.name))
+    final_steps = {}
+    if not job.mode:
+        for name in dict.fromkeys(unit.output for unit in job.units if unit.output):
+            final_steps[name] = partial(_write_joined, name, finished, job, on_step)
     if job.mode != "anat_only":
-        start, name = time.perf_counter(), f"sub-{job.subject} report"
-        try:
-            _write_reports(finished, failures, job, on_step)
-        except Exception as problem:
-            error, where = _explain(problem, name, job.out)
-            failures.append((name, error))
-            yield Outcome(job.subject, name, time.perf_counter() - start, error, where)
+        final_steps[f"sub-{job.subject} report"] = partial(_write_reports, finished, failures, job, on_step)
+    for name, step in final_steps.items():
+        outcome = _attempt(job, name, step)[1]
+        if outcome.error:
+            failures.append((name, outcome.error))
+            yield outcome
     if not failures and not job.keep_work and not job.mode:
         Cache(_work_folder(job)).clear()
 
 
+def _attempt(job: Job, name: str, step: Callable[[], T]) -> tuple[T | None, Outcome]:
+    """Run a step; after an exception its result is None and its outcome holds the error."""
+    start = time.perf_counter()
+    result, error, log_file = None, None, None
+    try:
+        result = step()
+    except Exception as problem:
+        error, log_file = _explain(problem, name, job.out)
+    return result, Outcome(job.subject, name, time.perf_counter() - start, error, log_file)
+
+
 def _leads_first(job: Job) -> list[Unit]:
-    """Units in order, those first whose b=0 reference stands in for others' structural image."""
+    """The units in order, but first those whose b=0 reference replaces the structural image of others."""
     from dsiprep.plan import choose_lead
 
-    leading = {choose_lead(unit, job.units, job.settings).name for unit in job.units}
-    return sorted(job.units, key=lambda unit: unit.name not in leading)
+    leads = {choose_lead(unit, job.units, job.settings).name for unit in job.units}
+    return sorted(job.units, key=lambda unit: unit.name not in leads)
 
 
 def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None:
     from dsiprep.device import choose
-    from dsiprep.io.derivatives import write_anatomy_of, write_root, write_unit
-    from dsiprep.io.templates import load_template
+    from dsiprep.io.derivatives import write_anatomy_only, write_root
+    from dsiprep.outputs import template_of, write_derivatives
     from dsiprep.pipeline import prepare_anatomy, preprocess
     from dsiprep.plan import choose_lead
 
-    redraw = job.mode in ("reports_only", "boilerplate_only")
-    cache = Cache(_work_folder(job), lambda step: on_step(unit.name, step), only_found=redraw)
+    reports_only = job.mode in ("reports_only", "boilerplate_only")
+    cache = Cache(_work_folder(job), lambda step: on_step(unit.name, step), only_found=reports_only)
     device = choose(job.device)
-    template = None
-    if job.settings.anatomy.normalize:
-        template = load_template(job.settings.anatomy.template, job.settings.anatomy.modality)
     if job.mode == "anat_only":
         modality = job.settings.anatomy.modality
         if not unit.structural(modality):
-            raise DsiprepError(f"{unit.name}: --anat-only, but there is no {modality} image; leave the option out")
+            raise DsiprepError(f"{unit.name}: --anat-only, but there is no {modality} image; remove the option")
         anatomy = prepare_anatomy(unit, job.settings, cache, device)
         write_root(job.out, __version__)
-        write_anatomy_of(anatomy.value, unit, job.out, template, job.settings.anatomy)
+        write_anatomy_only(anatomy.value, unit, job.out, template_of(job.settings.anatomy), job.settings.anatomy)
         return None
     results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))
-    if not redraw:
+    if not reports_only:
         on_step(unit.name, "derivatives")
-        write_unit(results, job.out, template)
+        write_derivatives(results, job.out)
     return results
 
 
 def _write_joined(name: str, finished: list[UnitResults], job: Job, on_step: StepCallback) -> None:
-    """The output that several finished units make together."""
+    """Write the output that is joined from several finished units."""
     from dsiprep.io.derivatives import write_joined
     from dsiprep.pipeline import join_units
 
     parts = [results for results in finished if results.unit.output == name]
-    wanted = [unit.name for unit in job.units if unit.output == name]
-    missing = sorted(set(wanted) - {results.unit.name for results in parts})
+    expected = {unit.name for unit in job.units if unit.output == name}
+    missing = sorted(expected - {results.unit.name for results in parts})
     if missing:
-        raise DsiprepError(f"{name}: not joined, for {', '.join(missing)} did not finish")
+        raise DsiprepError(f"{name}: not joined, because {', '.join(missing)} did not finish")
     on_step(name, "join")
     write_joined(join_units(name, parts), parts, job.out)
 
@@ -236,16 +250,13 @@ def _write_joined(name: str, finished: list[UnitResults], job: Job, on_step: Ste
 def _write_reports(
     finished: list[UnitResults], failures: list[tuple[str, str]], job: Job, on_step: StepCallback
 ) -> None:
-    from dsiprep.io.derivatives import write_root
-    from dsiprep.report.boilerplate import write_boilerplate
-    from dsiprep.report.html import render_report
+    from dsiprep.outputs import write_methods, write_report
 
-    write_root(job.out, __version__)
     on_step(job.units[-1].name, "report")
-    if finished:
-        write_boilerplate(finished, job.out)
-    if job.mode != "boilerplate_only":
-        render_report(finished, job.out, __version__, failures, job.command)
+    if job.mode == "boilerplate_only":
+        write_methods(finished, job.out)
+    else:
+        write_report(finished, job.out, failures, job.command)
 
 
 def _work_folder(job: Job) -> Path:
@@ -253,19 +264,24 @@ def _work_folder(job: Job) -> Path:
 
 
 def _explain(problem: Exception, name: str, out: Path) -> tuple[str, Path | None]:
-    """A sentence for people; the traceback goes to a log."""
-    where: Path | None = out / "logs" / f"{name.replace(' ', '_')}.log"
-    try:
-        assert where is not None
-        where.parent.mkdir(parents=True, exist_ok=True)
-        where.write_text("".join(traceback.format_exception(problem)))
-    except OSError:
-        where = None
+    """Return a one-line error message and the log file that holds the traceback."""
+    log_file = _write_log(problem, name, out)
     if isinstance(problem, DsiprepError):
-        return str(problem), where
+        return str(problem), log_file
     if isinstance(problem, MemoryError):
-        return "memory ran out; give more with --mem, or run fewer subjects at once", where
+        return "memory ran out; give more with --mem, or run fewer subjects in parallel", log_file
     if isinstance(problem, OSError) and problem.errno is not None:
-        advice = "check its rights" if isinstance(problem, PermissionError) else "make room or check the rights"
-        return f"{problem.filename or out}: {problem.strerror}; {advice}, then run again", where
-    return f"unexpected {type(problem).__name__}: {problem}; please report it with the log", where
+        permission = isinstance(problem, PermissionError)
+        advice = "check the permissions" if permission else "check the free space and permissions"
+        return f"{problem.filename or out}: {problem.strerror}; {advice}, then rerun", log_file
+    return f"unexpected {type(problem).__name__}: {problem}; please report it with the log", log_file
+
+
+def _write_log(problem: Exception, name: str, out: Path) -> Path | None:
+    log_file = out / "logs" / f"{name.replace(' ', '_')}.log"
+    try:
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.write_text("".join(traceback.format_exception(problem)))
+    except OSError:
+        return None
+    return log_file

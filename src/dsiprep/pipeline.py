@@ -1,4 +1,4 @@
-"""The way from raw data to results: the stages in order. Read this page first."""
+"""The preprocessing pipeline: all stages in order. Start here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
-from dsiprep.engines.selection import anatomical_steps, check_engines, distortion_step, made_by
+from dsiprep.engines.selection import anatomical_steps, check_engines, distortion_step, engine_fingerprints
 from dsiprep.io import fieldmaps, nifti, templates, unit_reader
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.fieldmaps import read_fieldmap
@@ -70,30 +70,35 @@ def preprocess(
     device: torch.device | str = "cpu",
     lead: Unit | None = None,
 ) -> UnitResults:
-    """One unit from raw data to results.
+    """Preprocess one unit: the DWI runs that become one output.
 
     Parameters
     ----------
     unit : Unit
-        From `dsiprep.io.bids.find_units`.
+        From `find_units`.
     settings : Settings
+        `resample.resolution` has no default.
     cache : Cache, optional
-        Where results of stages are kept and found; in memory by default.
+        Holds stage results, so that an interrupted call resumes; in memory by default.
     device : torch.device or str
-        Where tensors are worked on.
+        Where tensors are processed.
     lead : Unit, optional
-        From `choose_lead`: the unit whose b=0 reference stands in where there is no structural image, so that all
-        series of a person come to lie in one space. The unit itself by default.
+        From `choose_lead`: the unit whose b=0 reference replaces a missing structural image, so that all series of a
+        subject share one space. The unit itself by default.
 
     Returns
     -------
     UnitResults
+        For `write_derivatives`.
 
     Raises
     ------
     InputError
-        If the data cannot be used; the message says what to do.
+        If the data cannot be used.
+    SettingsError
+        If no output resolution is set.
     """
+    settings.resample.require_resolution()
     cache, on = cache or Cache(None), torch.device(device)
     if not cache.only_found:
         check_engines(unit, settings, on)
@@ -101,14 +106,16 @@ def preprocess(
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
     motions, corrected, reason = _undistort(unit, settings, cache, on, acquired)
     modality = settings.anatomy.modality
-    led_by = "" if lead is None or lead.name == unit.name or unit.structural(modality) else lead.name
+    target_unit = "" if lead is None or lead.name == unit.name or unit.structural(modality) else lead.name
     reference = leading = _reference(cache, motions[0], corrected)
-    if lead is not None and led_by:
-        beside = cache.beside()
-        moved, undistorted, _ = _undistort(lead, settings, beside, on, _acquire(lead, settings, beside))
-        leading = _reference(beside, moved[0], undistorted)
+    if lead is not None and target_unit:
+        other = cache.for_other_unit()
+        moved, undistorted, _ = _undistort(lead, settings, other, on, _acquire(lead, settings, other))
+        leading = _reference(other, moved[0], undistorted)
     anatomical = prepare_anatomy(unit, settings, cache, on, leading)
-    coregistered = cache.run(coregister, "coregister", _coregister, reference, anatomical, led_by, settings.coregister)
+    coregistered = cache.run(
+        coregister, "coregister", _coregister, reference, anatomical, target_unit, settings.coregister
+    )
     aligned = (motions, corrected, coregistered, anatomical)
     preprocessed = cache.run(
         resample, "resample", partial(_resample, on), denoised, aligned, settings.resample, settings.denoise
@@ -136,7 +143,7 @@ def preprocess(
 def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acquired]:
     require_files(unit, settings.anatomy.modality)
     raw = cache.files(
-        unit_reader, unit.files(), [unit.facts(), settings.acquisition], lambda: read_unit(unit, settings)
+        unit_reader, unit.files(), [unit.sidecar_fields(), settings.acquisition], lambda: read_unit(unit, settings)
     )
     return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
 
@@ -144,7 +151,7 @@ def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acqui
 def _undistort(
     unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: CachedResult[Acquired]
 ) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[Distortion | None], str]:
-    """Motion of each blip, the distortion between them, and why it was corrected in that way."""
+    """Motion of each blip, the distortion, and why it is corrected in that way."""
     motions = tuple(
         cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion)
         for b, blip in enumerate(acquired.value.blips)
@@ -161,7 +168,7 @@ def prepare_anatomy(
     device: torch.device,
     reference: CachedResult[Reference] | None = None,
 ) -> CachedResult[Anatomy]:
-    """The structural image of a unit; where it has none, the b=0 reference of `reference` stands in."""
+    """The structural image of a unit, or `reference` in its place if there is none."""
     found = load_template(settings.anatomy.template, settings.anatomy.modality)
     template = cache.files(templates, found.files, [found.name, found.note], lambda: found)
     if paths := unit.structural(settings.anatomy.modality):
@@ -170,7 +177,7 @@ def prepare_anatomy(
         )
         given = find_mask(unit, settings.anatomy)
         mask = cache.files(nifti, (given,) if given else (), "mask", lambda: read_volume(given) if given else None)
-        prepare, by = partial(_anatomy, device, cache.folder), made_by(settings.anatomy)
+        prepare, by = partial(_anatomy, device, cache.folder), engine_fingerprints(settings.anatomy)
         return cache.run(anatomy, "anatomy", prepare, images, template, mask, by, settings.anatomy)
     prepare = partial(_anatomy_from_b0, device)
     return cache.run(anatomy, "anatomy-b0", prepare, reference, template, settings.anatomy)
@@ -190,13 +197,13 @@ def _correct_distortion(
         field = cache.files(fieldmaps, gre.files(), gre, lambda: read_fieldmap(gre))
         return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
     if method == "fieldmapless":
-        seen = _seen_by(unit, settings, cache, device)
+        anat = _undistorted_anatomy(unit, settings, cache, device)
         rigid = replace(settings.coregister, dof=6)
         distorted = cache.run(dwiref, "distortion-distorted", dwiref.reference_image, motions[0], None)
-        start = cache.run(coregister, "coregister-distorted", _coregister, distorted, seen, "", rigid)
+        start = cache.run(coregister, "coregister-distorted", _coregister, distorted, anat, "", rigid)
         correct_alone = partial(_without_fieldmap, device, unit.runs[0].axis)
-        return cache.run(fieldmapless, "distortion-fieldmapless", correct_alone, acquired, motions[0], seen, start)
-    correct, how = partial(_distortion, device, cache.folder), [method, made_by(settings.distortion)]
+        return cache.run(fieldmapless, "distortion-fieldmapless", correct_alone, acquired, motions[0], anat, start)
+    correct, how = partial(_distortion, device, cache.folder), [method, engine_fingerprints(settings.distortion)]
     return cache.run(distortion, "distortion", correct, acquired, motions, how, settings.distortion)
 
 
@@ -205,8 +212,8 @@ def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Dis
     return fieldmap.correct_with_fieldmap(acquired.blips[0], reference, grid, moved.mask, field)
 
 
-def _seen_by(unit: Unit, settings: Settings, cache: Cache, device: torch.device) -> CachedResult[Anatomy]:
-    """The structural image that stands in for a fieldmap; a given mask is that of the other image's brain."""
+def _undistorted_anatomy(unit: Unit, settings: Settings, cache: Cache, device: torch.device) -> CachedResult[Anatomy]:
+    """The structural image that replaces a fieldmap; a mask given by the user applies to the other image."""
     modality, wanted = choose_structural(unit, settings), settings.anatomy
     if modality != wanted.modality:
         wanted = replace(wanted, modality=modality, mask="")
@@ -214,11 +221,16 @@ def _seen_by(unit: Unit, settings: Settings, cache: Cache, device: torch.device)
 
 
 def _without_fieldmap(
-    device: torch.device, axis: int | None, acquired: Acquired, moved: Motion, seen: Anatomy, start: Coregistration
+    device: torch.device,
+    axis: int | None,
+    acquired: Acquired,
+    moved: Motion,
+    anat: Anatomy,
+    start: Coregistration,
 ) -> Distortion:
-    pe = acquired.blips[0].pe or PhaseEncoding(axis or 0, 1)  # of what is given no sign, no field in Hz is made
+    pe = acquired.blips[0].pe or PhaseEncoding(axis or 0, 1)  # without a sign no field in Hz is written
     return with_cpu_fallback(
-        lambda b0: fieldmapless.correct_without_fieldmap(pe, b0, moved.mask, seen, start), device, (moved.dwiref,)
+        lambda b0: fieldmapless.correct_without_fieldmap(pe, b0, moved.mask, anat, start), device, (moved.dwiref,)
     )
 
 
@@ -229,7 +241,7 @@ def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings
 
 
 def _motion(device: torch.device, acquired: Acquired, blip: int, settings: MotionSettings) -> Motion:
-    """Motion is found in the series as acquired: denoising before it carries anatomy from volume to volume."""
+    """Motion is estimated on the series as acquired: denoised volumes would carry anatomy into each other."""
     chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
     moved = with_cpu_fallback(
         lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband),
@@ -294,8 +306,10 @@ def _reference(
     return cache.run(dwiref, "distortion-dwiref", dwiref.reference_image, moved, corrected)
 
 
-def _coregister(reference: Reference, anatomical: Anatomy, led_by: str, settings: CoregisterSettings) -> Coregistration:
-    return coregister.coregister(reference.dwiref, reference.mask, anatomical, settings, led_by)
+def _coregister(
+    reference: Reference, anatomical: Anatomy, target_unit: str, settings: CoregisterSettings
+) -> Coregistration:
+    return coregister.coregister(reference.dwiref, reference.mask, anatomical, settings, target_unit)
 
 
 def _resample(
@@ -311,14 +325,14 @@ def _resample(
 
 
 def join_units(name: str, parts: list[UnitResults]) -> Joined:
-    """Finished units of one session as one series in ACPC space.
+    """Join finished units of one session into one series in ACPC space.
 
     Parameters
     ----------
     name : str
         Prefix of the output.
     parts : list of UnitResults
-        With one structural image and one set of settings.
+        Units that share a structural image and settings.
     """
     settings, anatomical = parts[0].settings, parts[0].anatomy
     series = tuple(part.preprocessed for part in parts)

@@ -1,43 +1,111 @@
-"""Every setting: its default, unit and meaning. Command line, docs page and cache keys are drawn from here."""
+"""All settings of a run: default, unit, range and meaning. Command line, docs and cache keys are derived from here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, cast
+
+from dsiprep.errors import SettingsError
+
+KINDS: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "text"),
+}
 
 
-def option(default: Any, help: str, *flags: str, choices: tuple[Any, ...] = (), metavar: str = "") -> Any:
-    """A dataclass field that is also a command-line option; the first flag is the one shown."""
-    metadata = {"help": help, "flags": flags, "choices": choices, "metavar": metavar}
-    return field(default=default, metadata=metadata)
+def option(
+    default: Any,
+    help: str,
+    *flags: str,
+    choices: tuple[Any, ...] = (),
+    metavar: str = "",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line option.
 
-
-@dataclass(frozen=True)
-class AcquisitionSettings:
-    """Which volumes count as b=0, and how runs are put together."""
-
-    b0_threshold: float = option(100.0, "b-values at or below this (s/mm²) count as b=0", "--b0-threshold", metavar="B")
-    harmonize_b0: bool = option(
-        True, "do not scale runs so that their mean b=0 intensities agree", "--no-b0-harmonization"
+    Parameters
+    ----------
+    default
+    help : str
+        For the command line and the docs.
+    flags : str
+        Names of the option, the preferred one first; none for a setting of the library alone.
+    choices : tuple
+        Values that are accepted; any by default.
+    metavar : str
+        Placeholder for the value in the help.
+    least, above, most : float, optional
+        Smallest accepted value, a bound that has to be exceeded, and the largest accepted value.
+    """
+    bounds = {"least": least, "above": above, "most": most}
+    return field(
+        default=default, metadata={"help": help, "flags": flags, "choices": choices, "metavar": metavar, **bounds}
     )
 
 
+class Checked:
+    """Settings that refuse values of the wrong type or out of range when they are made."""
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # type: ignore[arg-type]
+            value, default = getattr(self, entry.name), cast(Any, entry.default)
+            if problem := _problem(value, default, entry.metadata):
+                flags = entry.metadata["flags"]
+                shown = f" ({flags[0]})" if flags else ""
+                raise SettingsError(f"{type(self).__name__}.{entry.name}{shown}: {problem}")
+            object.__setattr__(self, entry.name, type(default)(value))  # 2 and numpy.float32(2) become 2.0
+
+
+def _problem(value: Any, default: Any, metadata: Any) -> str:
+    """What is wrong with a value, or nothing."""
+    kind, name = KINDS[type(default)]
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        return f"{value!r} is not {name}"
+    if metadata["choices"] and value not in metadata["choices"]:
+        return f"{value!r} is not one of {', '.join(map(str, metadata['choices']))}"
+    least, above, most = (metadata[bound] for bound in ("least", "above", "most"))
+    if least is not None and not value >= least:
+        return f"{value:g} is too small; the smallest accepted value is {least:g}"
+    if above is not None and not value > above:
+        return f"{value:g} is too small; a value above {above:g} is needed"
+    if most is not None and not value <= most:
+        return f"{value:g} is too large; the largest accepted value is {most:g}"
+    return ""
+
+
 @dataclass(frozen=True)
-class DenoiseSettings:
-    """Noise, ringing and receive bias."""
+class AcquisitionSettings(Checked):
+    """b=0 threshold and concatenation of runs."""
+
+    b0_threshold: float = option(
+        100.0, "b-values at or below this (s/mm²) count as b=0", "--b0-threshold", metavar="B", least=0
+    )
+    harmonize_b0: bool = option(True, "do not scale runs to a common mean b=0 intensity", "--no-b0-harmonization")
+
+
+@dataclass(frozen=True)
+class DenoiseSettings(Checked):
+    """Noise, Gibbs ringing and receive bias field."""
 
     method: str = option(
         "dwidenoise",
-        "denoising: MP-PCA, under MRtrix3's name for it, or none",
+        "denoising: MP-PCA (named after MRtrix3's program) or none",
         "--denoise-method",
         choices=("dwidenoise", "none"),
     )
     window: int = option(
         0,
-        "MP-PCA window in voxels along each axis (odd); 0 takes the smallest that holds as many voxels as volumes",
+        "MP-PCA window in voxels along each axis (odd); 0 takes the smallest that holds as many voxels as there are "
+        "volumes",
         "--dwidenoise-window",
         "--dwi-denoise-window",
         metavar="VOXELS",
+        least=0,
     )
     unringing: str = option("none", "Gibbs-ringing removal", "--unringing-method", choices=("none",))
     biascorrect: str = option(
@@ -47,91 +115,107 @@ class DenoiseSettings:
         choices=("n4", "none"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window and self.window % 2 == 0:
+            raise SettingsError(
+                f"DenoiseSettings.window (--dwidenoise-window): {self.window} is even; give an odd number of voxels"
+            )
+
 
 @dataclass(frozen=True)
-class MotionSettings:
-    """SHORELine: predict each volume from the others, register, repeat."""
+class MotionSettings(Checked):
+    """Head motion by SHORELine: predict each volume from the others, register it to its prediction, repeat."""
 
     method: str = option("shoreline", "head-motion correction", "--hmc-method", choices=("shoreline", "none"))
     model: str = option(
         "auto",
-        "signal model that predicts each volume; auto takes 3dSHORE; none aligns b=0 volumes only and interpolates "
-        "between them",
+        "signal model that predicts each volume; auto takes 3dSHORE where there are enough directions; none aligns the "
+        "b=0 volumes only and interpolates between them",
         "--hmc-model",
         choices=("auto", "3dSHORE", "tensor", "none"),
     )
-    iters: int = option(4, "upper bound on rounds of prediction and registration", "--shoreline-iters", metavar="N")
-    transform: str = option("Rigid", "motion of each volume", "--hmc-transform", choices=("Rigid", "Affine"))
+    iters: int = option(
+        4, "largest number of rounds of prediction and registration", "--shoreline-iters", metavar="N", least=1
+    )
+    transform: str = option("Rigid", "transform of each volume", "--hmc-transform", choices=("Rigid", "Affine"))
     eddy: str = option(
         "quadratic",
         "eddy currents of diffusion-weighted volumes: displacement along the phase-encoding axis, a polynomial of this "
-        "order in scanner coordinates, tied to the gradient",
+        "order in scanner coordinates whose coefficients are linear in the gradient",
         "--eddy-model",
         choices=("none", "linear", "quadratic"),
     )
     outliers: str = option(
         "report",
-        "slices that lost their signal: report them, or replace them by the prediction",
+        "slices with signal dropout: report them, or replace them by their prediction",
         "--outliers",
         choices=("report", "replace"),
     )
     tolerance: float = option(
-        0.02, "stop when no volume moved more than this (mm) between rounds", "--hmc-tolerance", metavar="MM"
+        0.02,
+        "stop when no volume moves by more than this (mm) in a round",
+        "--hmc-tolerance",
+        metavar="MM",
+        above=0,
     )
 
 
 @dataclass(frozen=True)
-class DistortionSettings:
+class DistortionSettings(Checked):
     """Susceptibility distortion along the phase-encoding axis."""
 
     method: str = option(
         "auto",
-        "susceptibility distortion correction; auto takes drbuddi wherever there are reversed phase encodings, and a "
-        "gradient-echo fieldmap elsewhere",
+        "susceptibility distortion correction; auto takes drbuddi where there are reversed phase encodings, and "
+        "a gradient-echo fieldmap otherwise",
         "--sdc-method",
         choices=("auto", "drbuddi", "none"),
     )
     anat_reference: str = option(
         "none",
-        "correct series that no fieldmap reaches against the tissues of a structural image: invt1w (the T1w), t2w, or "
-        "auto, the image of --anat-modality",
+        "correct series without a fieldmap using the tissues of a structural image: invt1w (the T1w), t2w, or auto "
+        "(the image of --anat-modality)",
         "--sdc-anat-reference",
         choices=("none", "auto", "t2w", "invt1w"),
     )
     engine: str = option(
         "native",
-        "what does blip-up/blip-down correction: dsiprep itself, or DRBUDDI of TORTOISE, from TORTOISE_HOME or PATH",
+        "program for blip-up/blip-down correction: dsiprep itself, or TORTOISE's DRBUDDI from TORTOISE_HOME or PATH",
         "--sdc-engine",
         choices=("native", "tortoise"),
     )
 
 
 @dataclass(frozen=True)
-class AnatomySettings:
-    """The structural image: bias, brain, ACPC, template."""
+class AnatomySettings(Checked):
+    """Structural image: bias field, brain mask, ACPC alignment, template."""
 
     modality: str = option(
-        "T1w", "structural image; none works from the b=0 reference", "--anat-modality", choices=("T1w", "T2w", "none")
+        "T1w",
+        "structural image; none uses the b=0 reference instead",
+        "--anat-modality",
+        choices=("T1w", "T2w", "none"),
     )
     reference: str = option(
         "first-lex",
-        "where structural images are averaged: first-lex, all images of a subject in the space of the first by name; "
-        "unbiased, all in a space midway between them; sessionwise, those of each session by themselves, midway",
+        "how several structural images are averaged: first-lex, all images of a subject in the space of the first by "
+        "name; unbiased, all in a space midway between them; sessionwise, midway within each session",
         "--subject-anatomical-reference",
         choices=("first-lex", "unbiased", "sessionwise"),
     )
     mask: str = option(
         "",
-        "brain mask that is taken as it is: a file, a pattern with {subject} and {session}, or a folder of BIDS "
-        "derivatives with desc-brain_mask files",
+        "brain mask to use as it is: a file, a pattern with {subject} and {session}, or a folder of BIDS derivatives "
+        "with desc-brain_mask files",
         "--anat-mask",
         metavar="FILE|PATTERN|FOLDER",
     )
     template: str = option(
         "",
-        "template: a name of TemplateFlow (MNI152NLin6Asym, MNIInfant+2), fetched where it is not on this machine, or "
-        "the T1w or T2w file of one of your own, with mask and tissue priors beside it under TemplateFlow's names; by "
-        "default MNI152NLin2009cAsym where TemplateFlow has it, otherwise MNI152NLin2009aSym",
+        "template: a TemplateFlow name (MNI152NLin6Asym, MNIInfant+2), downloaded if it is not on this machine, or a "
+        "T1w or T2w file of your own with mask and tissue priors beside it under TemplateFlow's names; by default "
+        "MNI152NLin2009cAsym if TemplateFlow has it on this machine, MNI152NLin2009aSym otherwise",
         "--anatomical-template",
         metavar="NAME|FILE",
     )
@@ -141,30 +225,30 @@ class AnatomySettings:
     normalize: bool = option(
         True, "do not register the structural image to the template", "--skip-anat-based-spatial-normalization"
     )
-    finest_mm: float = option(1.0, "voxel size in mm at which the registration to the template ends")
+    finest_mm: float = option(1.0, "voxel size in mm at which the registration to the template ends", least=0.5)
     engine: str = option(
         "native",
-        "what finds brain and tissue: dsiprep itself, or SynthStrip and SynthSeg of FreeSurfer 7.4 or later, from "
-        "FREESURFER_HOME",
+        "program for brain mask and tissue segmentation: dsiprep itself, or FreeSurfer's SynthStrip and SynthSeg (7.4 "
+        "or later, from FREESURFER_HOME)",
         "--anat-engine",
         choices=("native", "freesurfer"),
     )
     normalization: str = option(
         "auto",
-        "what registers to the template: dsiprep itself, ANTs (antsRegistration, or antspyx), or SynthMorph of "
-        "FreeSurfer; auto takes SynthMorph with --anat-engine freesurfer, and native otherwise",
+        "program for the registration to the template: dsiprep itself, ANTs (antsRegistration, or antspyx) or "
+        "FreeSurfer's SynthMorph; auto takes SynthMorph with --anat-engine freesurfer, native otherwise",
         "--normalization-engine",
         choices=("auto", "native", "ants", "synthmorph"),
     )
     ants_settings: str = option(
-        "precise", "fMRIPrep's settings of ANTs that are taken", "--ants-settings", choices=("precise", "fast")
+        "precise", "which of fMRIPrep's settings ANTs uses", "--ants-settings", choices=("precise", "fast")
     )
-    synthseg_robust: bool = option(False, "SynthSeg in its robust mode: slower, more memory", "--synthseg-robust")
-    synthseg_parc: bool = option(False, "let SynthSeg parcellate the cortex too", "--synthseg-parc")
+    synthseg_robust: bool = option(False, "SynthSeg in robust mode: slower, more memory", "--synthseg-robust")
+    synthseg_parc: bool = option(False, "let SynthSeg parcellate the cortex as well", "--synthseg-parc")
 
     @property
     def normalizer(self) -> str:
-        """What registers to the template: "none", "native", "ants" or "synthmorph"."""
+        """Program that registers to the template: "none", "native", "ants" or "synthmorph"."""
         if not self.normalize:
             return "none"
         if self.normalization != "auto":
@@ -173,8 +257,8 @@ class AnatomySettings:
 
 
 @dataclass(frozen=True)
-class CoregisterSettings:
-    """The b=0 reference to the structural image."""
+class CoregisterSettings(Checked):
+    """Registration of the b=0 reference to the structural image."""
 
     dof: int = option(
         6, "degrees of freedom from the b=0 reference to the structural image", "--dwi2anat-dof", choices=(6, 12)
@@ -182,23 +266,50 @@ class CoregisterSettings:
 
 
 @dataclass(frozen=True)
-class ResampleSettings:
-    """The one interpolation."""
+class ResampleSettings(Checked):
+    """Output grid, and how series of different phase encoding are combined."""
 
-    resolution: float = option(0.0, "voxel size of the output in mm (required)", "--output-resolution", metavar="MM")
+    resolution: float = option(
+        0.0, "voxel size of the output in mm (required)", "--output-resolution", metavar="MM", least=0, most=10
+    )
     merge: str = option(
         "none",
-        "what becomes of corrected series of different phase encoding: concat joins all corrected outputs of a session "
-        "into one; average does so too, and makes one volume of those with the same b-value and b-vector; "
-        "least-squares is average with the weights that follow from how much each phase encoding stretched the image",
+        "how corrected series of different phase encoding are combined: concat joins all corrected outputs of a "
+        "session; average also averages volumes with the same b-value and b-vector; least-squares averages them with "
+        "weights that follow from how much each phase encoding stretched the image",
         "--distortion-group-merge",
         choices=("none", "concat", "average", "least-squares"),
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if 0 < self.resolution < SMALLEST_VOXEL_MM:  # 0 is the default: not chosen yet
+            raise SettingsError(
+                f"ResampleSettings.resolution (--output-resolution): {self.resolution:g} mm is too small; "
+                f"the smallest accepted value is {SMALLEST_VOXEL_MM:g}"
+            )
+
+    def require_resolution(self) -> None:
+        """Refuse the default of 0, which stands for a resolution that has not been chosen.
+
+        Raises
+        ------
+        SettingsError
+            With a line that works.
+        """
+        if not self.resolution:
+            raise SettingsError(
+                "no output resolution is set; give the voxel size in mm: --output-resolution 2, or in Python "
+                "Settings(resample=ResampleSettings(resolution=2.0))"
+            )
+
+
+SMALLEST_VOXEL_MM = 0.5
+
 
 @dataclass(frozen=True)
 class Settings:
-    """All settings of one run, by stage."""
+    """All settings of a run, by stage."""
 
     acquisition: AcquisitionSettings = AcquisitionSettings()
     denoise: DenoiseSettings = DenoiseSettings()
@@ -207,3 +318,12 @@ class Settings:
     anatomy: AnatomySettings = AnatomySettings()
     coregister: CoregisterSettings = CoregisterSettings()
     resample: ResampleSettings = ResampleSettings()
+
+    def __post_init__(self) -> None:
+        for entry in fields(self):
+            value, kind = getattr(self, entry.name), type(entry.default)
+            if not isinstance(value, kind):
+                raise SettingsError(
+                    f"Settings.{entry.name} is {type(value).__name__}; {kind.__name__}(...) is wanted, as in "
+                    f"Settings({entry.name}={kind.__name__}())"
+                )

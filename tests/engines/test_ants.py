@@ -1,4 +1,4 @@
-"""ANTs as an engine, run for real: antsRegistration where it is on PATH, else that of antspyx."""
+"""ANTs as an engine, with the real program: antsRegistration if it is on PATH, otherwise antspyx."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from dsiprep.errors import EngineError
 from dsiprep.ops.image.displacement_field import chain_points
 from dsiprep.settings import AnatomySettings, Settings
 from helpers.recorder import Recorder
-from helpers.template_person import bend, make_person, make_template
+from helpers.template_subject import make_subject, make_template, template_to_subject
 
 CPU = torch.device("cpu")
 FAST = replace(AnatomySettings(), normalization="ants", ants_settings="fast")
 
 
-def test_a_known_warp_is_recovered_both_ways(tmp_path: Path) -> None:
-    pytest.importorskip("ants", reason="neither antsRegistration nor antspyx is here")
+def test_known_warp_is_recovered_in_both_directions(tmp_path: Path) -> None:
+    pytest.importorskip("ants", reason="neither antsRegistration nor antspyx is installed")
     template, start = make_template(), np.eye(4)
     start[:3, 3] = 1.0, -2.0, 0.0
-    forward, back = ants.normalise(make_person()[0], template, template.mask, start, FAST, folder=tmp_path)
+    forward, back = ants.normalise(make_subject()[0], template, template.mask, start, FAST, folder=tmp_path)
     inside = template.brain.grid.to_world(np.argwhere(template.mask.numpy() > 0)[::20])
-    truth = bend(inside)
+    truth = template_to_subject(inside)
     before = np.linalg.norm(inside + start[:3, 3] - truth, axis=1).mean()
-    there = np.linalg.norm(chain_points(forward, inside) - truth, axis=1)
-    again = np.linalg.norm(chain_points(back, truth) - inside, axis=1)
+    forward_error = np.linalg.norm(chain_points(forward, inside) - truth, axis=1)
+    back_error = np.linalg.norm(chain_points(back, truth) - inside, axis=1)
     affine = np.linalg.lstsq(np.c_[inside, np.ones(len(inside))], truth, rcond=None)[0]
-    without_bend = np.linalg.norm(np.c_[inside, np.ones(len(inside))] @ affine - truth, axis=1).mean()
-    assert before > 4 and without_bend > 1.5
-    assert max(there.mean(), again.mean()) < 0.75 * without_bend  # of voxels of 5 mm, by the fast settings
+    affine_error = np.linalg.norm(np.c_[inside, np.ones(len(inside))] @ affine - truth, axis=1).mean()
+    assert before > 4
+    assert affine_error > 1.5
+    assert (
+        max(forward_error.mean(), back_error.mean()) < 0.75 * affine_error
+    )  # with voxels of 5 mm and the fast settings
     assert np.linalg.norm(chain_points(back, chain_points(forward, inside)) - inside, axis=1).mean() < 0.1
     assert (forward.source, back.source) == ("ACPC", template.name)
     assert [path.name for path in tmp_path.iterdir()] == ["antsRegistration.log"]
@@ -55,28 +58,28 @@ PRECISE = (
 )
 
 
-def test_precise_settings_are_those_of_fmriprep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a program on PATH goes before antspyx; what it leaves must be there."""
+def test_precise_settings_match_fmriprep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed antsRegistration takes precedence over antspyx, and missing output is an error."""
     template, recorder = make_template(), Recorder(tmp_path / "ants")
     monkeypatch.setenv("ANTSPATH", str(tmp_path / "ants" / "bin"))
-    recorder.program("antsRegistration", says="ANTs Version: v2.5.4-g1234\nCompiled: today")
+    recorder.program("antsRegistration", output="ANTs Version: v2.5.4-g1234\nCompiled: today")
     assert ants.version() == "ANTs v2.5.4-g1234"
-    with pytest.raises(EngineError, match="antsRegistration ended well, but left no transform"):
+    with pytest.raises(EngineError, match="antsRegistration finished, but its transforms cannot be read"):
         ants.normalise(template.brain, template, template.mask, np.eye(4), AnatomySettings())
     call = recorder.calls()[1]
-    words = " ".join([str(call["name"]), *call["arguments"]])  # type: ignore[misc]
-    assert words.replace(f"{call['cwd']}/", "") == PRECISE
+    command_line = " ".join([str(call["name"]), *call["arguments"]])  # type: ignore[misc]
+    assert command_line.replace(f"{call['cwd']}/", "") == PRECISE
 
 
-def test_absence_and_memory_are_told_before_anything_starts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    wanted = Settings(anatomy=FAST)
+def test_missing_program_and_memory_are_reported_in_advance(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = Settings(anatomy=FAST)
     monkeypatch.setattr(programs, "free_bytes", lambda device: 8e9)
-    ants.check(None, wanted, CPU)
+    ants.check(None, settings, CPU)
     monkeypatch.setattr(programs, "free_bytes", lambda device: 1e8)
     with pytest.raises(EngineError, match="antsRegistration at 2 mm needs about"):
-        ants.check(None, wanted, CPU)
+        ants.check(None, settings, CPU)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "ants", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(EngineError, match="antspyx is not installed; run `pip install antspyx`"):
-        ants.check(None, wanted, CPU)
+        ants.check(None, settings, CPU)

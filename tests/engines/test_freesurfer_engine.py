@@ -1,6 +1,6 @@
-"""FreeSurfer as an engine: a recorder stands in for its programs and hands back files in their conventions.
+"""FreeSurfer as an engine, with fake programs that produce files in FreeSurfer's conventions.
 
-A "person" is the packaged template, moved and bent by a known map, so that masks, labels and warps are known.
+The subject is the packaged template deformed by a known map, so that masks, labels and warps are known.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dsiprep.io.freesurfer import write_warp
 from dsiprep.ops.image.displacement_field import chain_points
 from dsiprep.settings import AnatomySettings, Settings
 from helpers.recorder import Recorder
-from helpers.template_person import GRID, bend, make_template, unbend
+from helpers.template_subject import GRID, make_template, subject_to_template, template_to_subject
 
 CPU = torch.device("cpu")
 CONFORMED = np.array([[-1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # FreeSurfer's axes: L, I, A
@@ -50,8 +50,8 @@ def recorder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return recorder
 
 
-def an_image() -> Volume:
-    """An oblique image, so that nothing that swaps axes goes unseen."""
+def oblique_image() -> Volume:
+    """A random image on an oblique grid, so that swapped axes are detected."""
     affine = np.array([[-3.0, 0.2, 0, 30], [0.2, -3.0, 0.3, 35], [0, 0.3, 3.2, -40], [0, 0, 0, 1]])
     data = torch.from_numpy(np.random.default_rng(0).random((20, 24, 22), np.float32))
     return Volume(data, Grid((20, 24, 22), affine))
@@ -62,43 +62,54 @@ def save(path: Path, data: np.ndarray, affine: np.ndarray) -> Path:
     return path
 
 
-def test_synthstrip_is_asked_for_a_mask(recorder: Recorder, tmp_path: Path) -> None:
-    image = an_image()
+def test_brain_mask_by_synthstrip(recorder: Recorder, tmp_path: Path) -> None:
+    image = oblique_image()
     truth = image.numpy() > 0.5
-    mask = save(tmp_path / "made.nii.gz", truth.astype(np.uint8), image.grid.affine)
+    mask = save(tmp_path / "output.nii.gz", truth.astype(np.uint8), image.grid.affine)
     recorder.program("mri_synthstrip", {"-m": mask})
     found = freesurfer.brain_mask(image)
-    assert recorder.words() == [["mri_synthstrip", "-i", "image.nii.gz", "-m", "mask.nii.gz"]]
-    assert np.array_equal(found.numpy(), truth.astype(np.float32)) and found.grid is image.grid
+    assert recorder.command_lines() == [["mri_synthstrip", "-i", "image.nii.gz", "-m", "mask.nii.gz"]]
+    assert np.array_equal(found.numpy(), truth.astype(np.float32))
+    assert found.grid is image.grid
 
 
 @pytest.mark.parametrize("modes", [{}, {"robust": True, "parc": True}])
-def test_synthseg_gives_tissues_and_labels(modes: dict[str, bool], recorder: Recorder, tmp_path: Path) -> None:
-    """Its labels lie at 1 mm on axes of its own; left and right, front and back must stay where they are."""
-    image = an_image()
+def test_tissue_and_labels_by_synthseg(modes: dict[str, bool], recorder: Recorder, tmp_path: Path) -> None:
+    """SynthSeg writes labels at 1 mm with different axes; the orientation must be preserved."""
+    image = oblique_image()
     inside = Volume(torch.ones(image.grid.shape), image.grid)
     affine = CONFORMED.copy()
     shape = np.array([80, 90, 90])
     affine[:3, 3] = image.grid.centre - affine[:3, :3] @ ((shape - 1) / 2)
     world = np.moveaxis(np.indices(shape), 0, -1) @ affine[:3, :3].T + affine[:3, 3] - image.grid.centre
-    labels = np.zeros(shape, np.int32)  # left: white matter in front, cortex behind; right: ventricle; else nothing
+    labels = np.zeros(shape, np.int32)  # left: white matter in front, cortex behind; right: ventricle above
     labels[(world[..., 0] < 0) & (world[..., 1] > 0)] = 2
     labels[(world[..., 0] < 0) & (world[..., 1] <= 0)] = 1024 if modes else 3
     labels[(world[..., 0] >= 0) & (world[..., 2] > 0)] = 43
-    recorder.program("mri_synthseg", {"--o": save(tmp_path / "made.nii.gz", labels, affine)})
+    recorder.program("mri_synthseg", {"--o": save(tmp_path / "output.nii.gz", labels, affine)})
     tissue, found = freesurfer.segment(image, inside, None, **modes)
-    more = ["--robust", "--parc"] if modes else []
+    options = ["--robust", "--parc"] if modes else []
     threads = str(torch.get_num_threads())
-    words = ["mri_synthseg", "--i", "image.nii.gz", "--o", "labels.nii.gz", "--threads", threads, *more, "--cpu"]
-    assert recorder.words() == [words]
+    command_line = [
+        "mri_synthseg",
+        "--i",
+        "image.nii.gz",
+        "--o",
+        "labels.nii.gz",
+        "--threads",
+        threads,
+        *options,
+        "--cpu",
+    ]
+    assert recorder.command_lines() == [command_line]
     assert torch.allclose(tissue.sum(0), torch.ones(image.grid.shape), atol=1e-5)
-    place = image.grid.to_world(np.moveaxis(np.indices(image.grid.shape), 0, -1)) - image.grid.centre
-    clear = (np.abs(place) > 2).all(-1)
-    left, front = place[..., 0] < 0, place[..., 1] > 0
-    for number, where in ((2, left & front), (1, left & ~front), (0, ~left)):  # what it calls nothing is CSF
-        assert (tissue[number].numpy()[where & clear] > 0.99).all()
-    numbers = found.numpy()[clear & left & ~front]
-    assert (numbers == (1024 if modes else 3)).all()
+    position = image.grid.to_world(np.moveaxis(np.indices(image.grid.shape), 0, -1)) - image.grid.centre
+    away_from_borders = (np.abs(position) > 2).all(-1)
+    left, front = position[..., 0] < 0, position[..., 1] > 0
+    for number, where in ((2, left & front), (1, left & ~front), (0, ~left)):  # background in the mask is CSF
+        assert (tissue[number].numpy()[where & away_from_borders] > 0.99).all()
+    parcel = found.numpy()[away_from_borders & left & ~front]
+    assert (parcel == (1024 if modes else 3)).all()
     assert set(np.unique(found.numpy())) <= {0, 2, 3, 43, 1024}
 
 
@@ -108,27 +119,27 @@ def displacement(grid: Grid, function: object) -> DisplacementField:
     return DisplacementField(torch.from_numpy(np.moveaxis(u, -1, 0).astype(np.float32)), grid)
 
 
-def write_old_warp(path: Path, field: DisplacementField) -> Path:
-    """As SynthMorph of FreeSurfer 7.4 saves it through NiBabel: four axes, no intent, RAS displacements."""
+def write_warp_7_4(path: Path, field: DisplacementField) -> Path:
+    """Write a warp like SynthMorph of FreeSurfer 7.4: four axes, no intent code, RAS displacements."""
     return save(path, np.moveaxis(field.data.numpy(), 0, -1), field.grid.affine)
 
 
 @pytest.mark.parametrize("release", list(HELP))
-def test_synthmorph_gives_both_ways(release: str, recorder: Recorder, tmp_path: Path) -> None:
+def test_normalisation_by_synthmorph(release: str, recorder: Recorder, tmp_path: Path) -> None:
     template, grid = make_template(), GRID
     brain = Volume(torch.zeros(grid.shape), grid)
-    there, back = displacement(template.brain.grid, bend), displacement(grid, unbend)
+    there, back = displacement(template.brain.grid, template_to_subject), displacement(grid, subject_to_template)
     if release == "8":
         write_warp(tmp_path / "t.nii.gz", there, grid)
         write_warp(tmp_path / "T.nii.gz", back, template.brain.grid)
-        gives = {"-t": tmp_path / "t.nii.gz", "-T": tmp_path / "T.nii.gz"}
+        files = {"-t": tmp_path / "t.nii.gz", "-T": tmp_path / "T.nii.gz"}
     else:
-        gives = {"-t": write_old_warp(tmp_path / "t.nii.gz", there)}
-    recorder.program("mri_synthmorph", gives, says=HELP[release])
-    forward, way_back = freesurfer.normalise(brain, template, template.mask, np.eye(4), AnatomySettings())
+        files = {"-t": write_warp_7_4(tmp_path / "t.nii.gz", there)}
+    recorder.program("mri_synthmorph", files, output=HELP[release])
+    forward, inverse = freesurfer.normalise(brain, template, template.mask, np.eye(4), AnatomySettings())
     threads = str(torch.get_num_threads())
     common = ["-j", threads, "moving.nii.gz", "fixed.nii.gz"]
-    assert recorder.words() == [
+    assert recorder.command_lines() == [
         ["mri_synthmorph", "register", "-h"],
         *(
             [["mri_synthmorph", "-m", "joint", "-t", "forward.nii.gz", "-T", "back.nii.gz", *common]]
@@ -140,46 +151,46 @@ def test_synthmorph_gives_both_ways(release: str, recorder: Recorder, tmp_path: 
         ),
     ]
     inside = template.brain.grid.to_world(np.argwhere(template.mask.numpy() > 0)[::40])
-    assert np.abs(chain_points(forward, inside) - bend(inside)).max() < 0.1
-    person = bend(inside)
-    assert np.abs(chain_points(way_back, person) - inside).max() < 0.1
-    assert (forward.source, forward.target, way_back.target) == ("ACPC", template.name, "ACPC")
+    assert np.abs(chain_points(forward, inside) - template_to_subject(inside)).max() < 0.1
+    subject_points = template_to_subject(inside)
+    assert np.abs(chain_points(inverse, subject_points) - inside).max() < 0.1
+    assert (forward.source, forward.target, inverse.target) == ("ACPC", template.name, "ACPC")
 
 
-def test_a_gpu_is_handed_on(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a GPU here, the command lines are looked at only."""
-    image = an_image()
-    asked: list[list[str]] = []
+def test_gpu_options_are_passed(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tested without a GPU: only the command lines are checked."""
+    image = oblique_image()
+    commands: list[list[str]] = []
 
-    def stop(program: str, words: list[object], place: object, device: torch.device) -> None:
-        asked.append([program, *map(str, words)])
-        raise EngineError("enough")
+    def stop(program: str, arguments: list[object], directory: object, device: torch.device) -> None:
+        commands.append([program, *map(str, arguments)])
+        raise EngineError("stopped")
 
     monkeypatch.setattr(freesurfer, "_run", stop)
-    monkeypatch.setattr(freesurfer, "_knows_joint", lambda place: True)
+    monkeypatch.setattr(freesurfer, "_has_joint_model", lambda directory: True)
     monkeypatch.setattr(freesurfer, "write_image", lambda *image: None)
-    far = Volume(image.data.to("meta"), image.grid)
+    gpu_image = Volume(image.data.to("meta"), image.grid)
     monkeypatch.setattr(freesurfer, "on_gpu", lambda volume: volume.data.device.type == "meta")
-    for ask in (
-        lambda: freesurfer.brain_mask(far),
-        lambda: freesurfer.segment(far, image, None),
-        lambda: freesurfer.normalise(far, Template("t", image, image, image.data[None], "test"), image, np.eye(4),
+    for call in (
+        lambda: freesurfer.brain_mask(gpu_image),
+        lambda: freesurfer.segment(gpu_image, image, None),
+        lambda: freesurfer.normalise(gpu_image, Template("t", image, image, image.data[None], "test"), image, np.eye(4),
                                      AnatomySettings()),
     ):  # fmt: skip
-        with pytest.raises(EngineError, match="enough"):
-            ask()
-    assert "-g" in asked[0] and "--cpu" not in asked[1] and "-g" in asked[2]
+        with pytest.raises(EngineError, match="stopped"):
+            call()
+    assert "-g" in commands[0]
+    assert "--cpu" not in commands[1]
+    assert "-g" in commands[2]
 
 
 def test_failures_are_explained(recorder: Recorder) -> None:
-    recorder.program("mri_synthstrip", status=1, says="torch.cuda.OutOfMemoryError: CUDA out of memory.")
-    with pytest.raises(
-        EngineError, match="mri_synthstrip ended with exit status 1: the memory of the GPU did not suffi"
-    ):
-        freesurfer.brain_mask(an_image())
+    recorder.program("mri_synthstrip", status=1, output="torch.cuda.OutOfMemoryError: CUDA out of memory.")
+    with pytest.raises(EngineError, match="mri_synthstrip ended with exit status 1: the GPU ran out of memory"):
+        freesurfer.brain_mask(oblique_image())
     recorder.program("mri_synthstrip")
-    with pytest.raises(EngineError, match=r"ended well, but what it left cannot be read: .*no such file"):
-        freesurfer.brain_mask(an_image())
+    with pytest.raises(EngineError, match=r"finished, but its output cannot be read: .*no such file"):
+        freesurfer.brain_mask(oblique_image())
 
 
 def settings(**changes: object) -> Settings:
@@ -190,41 +201,41 @@ def unit() -> Unit:
     return Unit("01", None, "sub-01", (), t1w=(Path("sub-01_T1w.nii.gz"),))
 
 
-def test_program_licence_and_memory_are_asked_for_first(
+def test_program_licence_and_memory_are_checked_in_advance(
     recorder: Recorder, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    wanted = settings(engine="freesurfer")
+    freesurfer_settings = settings(engine="freesurfer")
     with pytest.raises(EngineError, match=r"--anat-engine freesurfer: mri_synthstrip of FreeSurfer .*FREESURFER_HOME"):
-        check_engines(unit(), wanted, CPU)
+        check_engines(unit(), freesurfer_settings, CPU)
     recorder.program("mri_synthstrip")
     recorder.program("mri_synthseg")
     with pytest.raises(EngineError, match="--normalization-engine synthmorph: mri_synthmorph"):
-        check_engines(unit(), wanted, CPU)
+        check_engines(unit(), freesurfer_settings, CPU)
     check_engines(unit(), settings(engine="freesurfer", normalization="native"), CPU)
     recorder.program("mri_synthmorph")
-    check_engines(unit(), wanted, CPU)
+    check_engines(unit(), freesurfer_settings, CPU)
     licence = recorder.folder / "license.txt"
     licence.unlink()
-    with pytest.raises(EngineError, match=r"licence is not in .*license.txt; it is free"):
-        check_engines(unit(), wanted, CPU)
+    with pytest.raises(EngineError, match=r"licence is not in .*license.txt; get one for free"):
+        check_engines(unit(), freesurfer_settings, CPU)
     (tmp_path / "mine.txt").write_text("someone@example.org\n")
     monkeypatch.setenv("FS_LICENSE", str(tmp_path / "mine.txt"))
-    check_engines(unit(), wanted, CPU)
+    check_engines(unit(), freesurfer_settings, CPU)
     monkeypatch.setattr(programs, "free_bytes", lambda device: 14e9)
     check_engines(unit(), settings(engine="freesurfer", normalize=False), CPU)
     with pytest.raises(EngineError, match=r"mri_synthmorph needs about 16 GB of memory, and 14\.0 GB are free"):
-        check_engines(unit(), wanted, CPU)
+        check_engines(unit(), freesurfer_settings, CPU)
     with pytest.raises(EngineError, match="mri_synthseg needs about 18 GB"):
         check_engines(unit(), settings(engine="freesurfer", synthseg_robust=True), CPU)
     monkeypatch.delenv("FREESURFER_HOME")
     with pytest.raises(EngineError, match="FREESURFER_HOME is not set"):
-        check_engines(unit(), wanted, CPU)
+        check_engines(unit(), freesurfer_settings, CPU)
 
 
-def test_engines_are_asked_for_only_where_they_have_work() -> None:
+def test_only_required_engines_are_selected() -> None:
     everything = replace(settings(engine="freesurfer", normalization="ants"), distortion=replace(
         Settings().distortion, engine="tortoise"))  # fmt: skip
-    assert engines_for(unit(), everything) == ("freesurfer", "ants")  # no opposite phase encodings
+    assert engines_for(unit(), everything) == ("freesurfer", "ants")  # without opposite phase encodings
     assert engines_for(replace(unit(), t1w=()), everything) == ()
     assert engines_for(unit(), Settings()) == ()
     assert AnatomySettings().normalizer == "native"
@@ -232,14 +243,14 @@ def test_engines_are_asked_for_only_where_they_have_work() -> None:
     assert replace(AnatomySettings(), engine="freesurfer", normalize=False).normalizer == "none"
 
 
-def test_version_is_that_of_the_stamp(recorder: Recorder) -> None:
+def test_version_is_read_from_the_stamp(recorder: Recorder) -> None:
     assert freesurfer.version() == "FreeSurfer 8.1.0"
 
 
-def test_licence_is_an_option_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_licence_file_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FS_LICENSE", "elsewhere")
     (tmp_path / "bids").mkdir()
-    words = [str(tmp_path / "bids"), str(tmp_path / "out"), "participant", "--output-resolution", "2", "--dry-run"]
-    more = ["--skip-bids-validation", "--work-dir", str(tmp_path / "work")]
-    cli.main([*words, *more, "--fs-license-file", str(tmp_path / "mine.txt")])
+    arguments = [str(tmp_path / "bids"), str(tmp_path / "out"), "participant", "--output-resolution", "2", "--dry-run"]
+    options = ["--skip-bids-validation", "--work-dir", str(tmp_path / "work")]
+    cli.main([*arguments, *options, "--fs-license-file", str(tmp_path / "mine.txt")])
     assert os.environ["FS_LICENSE"] == str(tmp_path / "mine.txt")

@@ -1,1 +1,1 @@
-"""Simulated subjects, images and stand-ins that several test modules share."""
+"""Simulated subjects, images and test doubles shared by several test modules."""

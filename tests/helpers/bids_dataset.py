@@ -1,4 +1,4 @@
-"""Small BIDS datasets written file by file."""
+"""Small BIDS datasets for tests, written file by file."""
 
 from __future__ import annotations
 
@@ -55,6 +55,7 @@ class Dataset:
         return find_units(self.root, SETTINGS, **options)
 
     def unit(self, **options: Any) -> Unit:
-        found = self.units(**options)
-        assert len(found) == 1, [unit.name for unit in found]
-        return found[0]
+        """The only unit of the dataset."""
+        units = self.units(**options)
+        assert len(units) == 1, [unit.name for unit in units]
+        return units[0]

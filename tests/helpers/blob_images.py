@@ -1,4 +1,4 @@
-"""Smooth images of random blobs, moved by known maps."""
+"""Smooth synthetic images of a head-shaped phantom, moved by known transforms."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from helpers.grids import make_grid
 GRID = make_grid("RAS", (64, 76, 62), (2.5, 2.5, 2.5))
 
 
-def blobs(seed: int, count: int = 60) -> np.ndarray:
-    """Something like a brain, as labels: 0 outside, 1 a rim (CSF), 2 and 3 folded inside. No symmetry."""
+def blob_labels(seed: int) -> np.ndarray:
+    """Labels of a brain-like phantom without symmetry: 0 outside, 1 an outer rim (CSF), 2 and 3 folded inside."""
     rng = np.random.default_rng(seed)
     points = (GRID.to_world(np.argwhere(np.ones(GRID.shape))) - GRID.centre) / [62, 78, 60]
     radius = np.linalg.norm(points, axis=1) + 0.1 * np.sin(3 * points[:, 0] + 1) * points[:, 2]
@@ -26,8 +26,9 @@ def blobs(seed: int, count: int = 60) -> np.ndarray:
     return labels.reshape(GRID.shape)
 
 
-def volume(labels: np.ndarray, levels: tuple[float, float, float, float]) -> Volume:
-    data = ndimage.gaussian_filter(np.asarray(levels)[labels], 0.6).astype(np.float32)
+def image_of(labels: np.ndarray, intensities: tuple[float, float, float, float]) -> Volume:
+    """The labels as an image with one intensity per label, slightly smoothed."""
+    data = ndimage.gaussian_filter(np.asarray(intensities)[labels], 0.6).astype(np.float32)
     return Volume(torch.from_numpy(data), GRID)
 
 
@@ -42,16 +43,16 @@ def moved(image: Volume, matrix: np.ndarray, noise: float, shape: tuple[int, int
     return Volume((data + torch.from_numpy(added)).abs(), grid)
 
 
-def error(found: np.ndarray, truth: np.ndarray) -> float:
-    """Largest distance in the head, mm."""
+def max_error(estimate: np.ndarray, truth: np.ndarray) -> float:
+    """Largest distance in mm between the images of head points under two matrices."""
     corners = np.array(np.meshgrid(*[(-60, 60)] * 3)).reshape(3, -1).T
     corners = corners * [0.8, 1, 0.8] + GRID.centre
-    difference = (found - truth)[:3]
+    difference = (estimate - truth)[:3]
     return float(np.linalg.norm(corners @ difference[:, :3].T + difference[:, 3], axis=1).max())
 
 
-def far_pose(seed: int) -> np.ndarray:
-    """30 degrees and 50 mm, in any direction."""
+def large_pose(seed: int) -> np.ndarray:
+    """A rotation of 30 degrees and a translation of 50 mm in random directions."""
     rng = np.random.default_rng(seed)
     axis, shift = rng.normal(size=3), rng.normal(size=3)
     axis *= np.radians(30) / np.linalg.norm(axis)

@@ -1,9 +1,12 @@
-"""A blip-up/blip-down pair of a smooth analytic head, simulated line by line without interpolation."""
+"""A blip-up/blip-down pair of a smooth analytic head.
+
+The simulation is independent of the correction: it moves signal along oversampled lines rather than interpolating
+images.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
@@ -14,15 +17,13 @@ from dsiprep.data.results import Blip, Distortion
 from dsiprep.settings import DistortionSettings
 from dsiprep.stages.distortion import correct_distortion
 
-READOUT = 0.05
-
+READOUT = 0.05  # s
 SIZE = 4.0  # mm
-
-CENTRE = np.array([3.0, -12.0, 8.0])
+CENTRE = np.array([3.0, -12.0, 8.0])  # of the head, world RAS+ mm
 
 
 def make_grid(codes: str, tilt: float = 0.0, sizes: tuple[float, float, float] = (SIZE,) * 3) -> Grid:
-    """A grid around the head whose voxel axes point to `codes`, turned by `tilt` degrees."""
+    """A grid around the head whose voxel axes point to `codes`, rotated by `tilt` degrees."""
     directions = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
     extent = np.array([132.0, 156.0, 116.0])
     affine, shape = np.eye(4), []
@@ -37,7 +38,7 @@ def make_grid(codes: str, tilt: float = 0.0, sizes: tuple[float, float, float] =
 
 
 def head(points: np.ndarray) -> np.ndarray:
-    """Intensity of a head of ellipsoids at world points (..., 3)."""
+    """Intensity of a head made of ellipsoids at world points (..., 3)."""
     x, y, z = np.moveaxis(np.asarray(points) - CENTRE, -1, 0)
 
     def blob(c: tuple[float, float, float], r: tuple[float, float, float], softness: float = 3.0) -> np.ndarray:
@@ -53,22 +54,24 @@ def head(points: np.ndarray) -> np.ndarray:
 
 
 def field_mm(points: np.ndarray, axis: np.ndarray, amplitude: float) -> np.ndarray:
-    """Displacement along `axis` for blip-up (mm) at world points: one strong spot near the edge, one weaker, and a
-    slow wave."""
+    """Displacement of blip-up along `axis` in mm at world points (..., 3).
+
+    It has a strong peak near the edge of the head, a weaker one, and a slow wave.
+    """
     p = np.asarray(points) - CENTRE
 
-    def spot(c: np.ndarray, r: float) -> np.ndarray:
+    def peak(c: np.ndarray, r: float) -> np.ndarray:
         return np.exp(-0.5 * ((p - c) ** 2).sum(-1) / r**2)
 
     wave = np.sin(p @ np.array([0.015, 0.02, 0.01]) + 0.4)
     strong = 40 * axis + np.array([4.0, -3.0, -14.0])
-    return amplitude * (spot(strong, 15) - 0.6 * spot(np.array([-34.0, 5.0, -18.0]), 14) + 0.12 * wave)
+    return amplitude * (peak(strong, 15) - 0.6 * peak(np.array([-34.0, 5.0, -18.0]), 14) + 0.12 * wave)
 
 
 def acquire(
     grid: Grid, axis: int, scale: float, pose: np.ndarray, amplitude: float, polarity_axis: np.ndarray
 ) -> np.ndarray:
-    """The head at `pose`, its signal moved by scale * field along +axis, (i, j, k)."""
+    """Image of the head at `pose`, its signal displaced by scale * field along +axis, (i, j, k)."""
     oversampling = 12
     ranges = [np.arange(n, dtype=float) for n in grid.shape]
     ranges[axis] = (np.arange(grid.shape[axis] * oversampling) + 0.5) / oversampling - 0.5
@@ -77,12 +80,12 @@ def acquire(
     inverse = np.linalg.inv(pose)
     points = world @ inverse[:3, :3].T + inverse[:3, 3]
     mass = np.moveaxis(head(points), axis, -1) / oversampling
-    where = voxels[..., axis] + scale * field_mm(points, polarity_axis, amplitude) / grid.voxel_sizes[axis]
-    where = np.moveaxis(where, axis, -1).reshape(-1, mass.shape[-1])
-    fine = (where + 0.5) * oversampling - 0.5
+    position = voxels[..., axis] + scale * field_mm(points, polarity_axis, amplitude) / grid.voxel_sizes[axis]
+    position = np.moveaxis(position, axis, -1).reshape(-1, mass.shape[-1])
+    fine = (position + 0.5) * oversampling - 0.5
     n = mass.shape[-1]
-    out = np.zeros((len(where), n))
-    line = np.arange(len(where))[:, None]
+    out = np.zeros((len(position), n))
+    line = np.arange(len(position))[:, None]
     base = np.floor(fine).astype(int)
     for side in (0, 1):
         cell = base + side
@@ -94,7 +97,7 @@ def acquire(
 
 
 def rigid(rotation: tuple[float, float, float], translation: np.ndarray) -> np.ndarray:
-    """Turn by degrees about the head's centre, then move by mm."""
+    """Rotation by degrees about the head's centre, followed by a translation in mm."""
     pose = np.eye(4)
     pose[:3, :3] = Rotation.from_rotvec(np.deg2rad(rotation)).as_matrix()
     pose[:3, 3] = CENTRE + translation - pose[:3, :3] @ CENTRE
@@ -102,7 +105,7 @@ def rigid(rotation: tuple[float, float, float], translation: np.ndarray) -> np.n
 
 
 class Case:
-    """A simulated pair with its truth, and what the stage makes of it."""
+    """A simulated pair with its ground truth."""
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class Case:
         return correct_distortion(self.blips, self.images, self.grid, self.mask, DistortionSettings())
 
     def errors(self, result: Distortion) -> np.ndarray:
-        """Error of blip-up's displacement in the brain in mm, less its median."""
+        """Absolute error of the estimated field in the brain, relative to its median error, mm."""
         unit = self.grid.directions[:, self.axis]
         found = np.einsum("c,cijk->ijk", unit, result.fields[0].data.numpy()) / self.scales[0]
         error = (found - self.field)[self.brain]
@@ -149,8 +152,3 @@ class Case:
 
 def correlation(a: np.ndarray, b: np.ndarray, where: np.ndarray) -> float:
     return float(np.corrcoef(a[where], b[where])[0, 1])
-
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Grids in all the orientations that scanners and converters make."""
+"""Grids in typical orientations of scanners and converters."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AXES = {
 
 
 def make_grid(orientation: str, shape: tuple[int, int, int], spacing: tuple[float, float, float]) -> Grid:
-    """A grid whose middle is near, but not at, the origin of the world."""
+    """A grid with its centre close to, but not at, the world origin."""
     affine = np.eye(4)
     affine[:3, :3] = AXES[orientation] * np.asarray(spacing)
     affine[:3, 3] = np.array([3.0, -5, 8]) - affine[:3, :3] @ ((np.asarray(shape) - 1) / 2)

@@ -1,4 +1,4 @@
-"""Results of stages that leave everything where it is."""
+"""Stage results with identity transforms, for a synthetic head."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from dsiprep.data.transform import Affine
 from helpers.grids import make_grid
 
 
-def points_of(grid: Grid) -> np.ndarray:
-    """World positions of the voxels, (i, j, k, 3)."""
+def voxel_points(grid: Grid) -> np.ndarray:
+    """World coordinates of the voxels, (i, j, k, 3)."""
     return grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1))
 
 
-def blob(points: np.ndarray) -> np.ndarray:
-    """A smooth head of about 22 by 27 by 20 mm around (0, 0, 0), with structure inside."""
+def head_intensity(points: np.ndarray) -> np.ndarray:
+    """Intensity of a smooth head with internal structure, semi-axes 22, 27 and 20 mm, centred at (0, 0, 0)."""
     radius = np.linalg.norm(points / np.array([22.0, 27, 20]), axis=-1)
     wave = 1 + 0.2 * np.sin(points[..., 0] / 5) * np.cos(points[..., 1] / 6) + 0.1 * np.sin(points[..., 2] / 5)
     return 1000 * wave / (1 + np.exp((radius - 1) * 12))
 
 
-def anatomy(modality: str = "none") -> Anatomy:
+def make_anatomy(modality: str = "none") -> Anatomy:
     grid = make_grid("LPS", (34, 38, 34), (2, 2, 2))
-    mask = Volume(torch.from_numpy((blob(points_of(grid)) > 400).astype(np.float32)), grid)
+    mask = Volume(torch.from_numpy((head_intensity(voxel_points(grid)) > 400).astype(np.float32)), grid)
     identity = Affine(np.eye(4), "anat", "ACPC")
     return Anatomy(modality, mask, mask, None, identity, None, None, "none", None, None)
 
 
-def one_motion(grid: Grid, transforms: np.ndarray, volumes: np.ndarray) -> Motion:
-    mask = torch.from_numpy((blob(points_of(grid)) > 300).astype(np.float32))
+def make_motion(grid: Grid, transforms: np.ndarray, volumes: np.ndarray) -> Motion:
+    mask = torch.from_numpy((head_intensity(voxel_points(grid)) > 300).astype(np.float32))
     zero = np.zeros(len(volumes))
     slices = np.zeros((len(volumes), grid.shape[2]))
     return Motion(transforms, volumes, Volume(mask, grid), Volume(mask, grid), zero, zero, slices, 2, [], "3dSHORE")
 
 
-def coregistration(matrix: np.ndarray) -> Coregistration:
+def make_coregistration(matrix: np.ndarray) -> Coregistration:
     return Coregistration(Affine(matrix, "dwiref", "ACPC"), 0.0, 0.0, "none")

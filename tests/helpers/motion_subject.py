@@ -1,4 +1,4 @@
-"""A small head of smooth analytic shapes whose signal is exact wherever and however it lies: no interpolation."""
+"""A small synthetic head of smooth analytic shapes, whose signal is exact in any pose without interpolation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RADIUS = 45.0
 
 @dataclass(frozen=True)
 class Subject:
-    """A series, its rough mask and the poses that were put in (reference to volume)."""
+    """A series, its rough mask and its true poses (points of the reference to points of each volume)."""
 
     dwi: DWI
     mask: Volume
@@ -26,7 +26,7 @@ class Subject:
 
 
 def tissue(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Free water, isotropic tissue and fibres (with their direction in the plane) at head points (m, 3)."""
+    """Fractions of free water and isotropic tissue, (m,), and fibre vectors, (m, 3), at head points (m, 3)."""
     rng = np.random.default_rng(5)
     x = points - CENTRE
     head = 1 / (1 + np.exp((np.linalg.norm(x / [1, 1.15, 0.9], axis=-1) - RADIUS) / 3))
@@ -36,23 +36,24 @@ def tissue(points: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         blobs[number % 2] += np.exp(-((x - middle) ** 2).sum(-1) / (2 * size**2))
     fibres = head * np.clip(blobs[0], 0, 1)
     water = (head - fibres) * np.clip(blobs[1], 0, 1)
-    turn = 3 * np.sin(x @ [0.05, 0.03, -0.04])
-    tilt = 2 * np.cos(x @ [-0.03, 0.05, 0.03])
-    direction = np.stack([np.cos(turn) * np.cos(tilt), np.sin(turn) * np.cos(tilt), np.sin(tilt)], axis=-1)
+    azimuth = 3 * np.sin(x @ [0.05, 0.03, -0.04])
+    elevation = 2 * np.cos(x @ [-0.03, 0.05, 0.03])
+    plane = np.cos(elevation)
+    direction = np.stack([np.cos(azimuth) * plane, np.sin(azimuth) * plane, np.sin(elevation)], axis=-1)
     return water, head - fibres - water, fibres[:, None] * direction
 
 
 def signal(points: np.ndarray, b: float, g: np.ndarray) -> np.ndarray:
-    """Intensity of head points for a gradient as the head sees it, (m,)."""
+    """Intensity of head points (m, 3) for a b-value and a gradient in the frame of the head, (m,)."""
     water, grey, fibres = tissue(points)
-    amount = np.linalg.norm(fibres, axis=-1)
-    along = (fibres @ g) ** 2 / np.maximum(amount, 1e-9) ** 2
-    white = 0.6 * np.exp(-b * 1.7e-3 * along) + 0.4 * np.exp(-b * (4e-4 + 1.2e-3 * along))
-    return 1000 * (2 * water * np.exp(-b * 3e-3) + 1.1 * grey * np.exp(-b * 8e-4) + amount * white)
+    fraction = np.linalg.norm(fibres, axis=-1)
+    cos2 = (fibres @ g) ** 2 / np.maximum(fraction, 1e-9) ** 2
+    white = 0.6 * np.exp(-b * 1.7e-3 * cos2) + 0.4 * np.exp(-b * (4e-4 + 1.2e-3 * cos2))
+    return 1000 * (2 * water * np.exp(-b * 3e-3) + 1.1 * grey * np.exp(-b * 8e-4) + fraction * white)
 
 
 def directions(count: int) -> np.ndarray:
-    """Spread over half a sphere, in shuffled order."""
+    """Unit vectors (count, 3) spread evenly over half a sphere, in random order."""
     index = np.arange(count)
     z = 1 - (index + 0.5) / count
     angle = index * np.pi * (1 + 5**0.5)
@@ -62,7 +63,7 @@ def directions(count: int) -> np.ndarray:
 
 
 def scheme(count: int, rings: tuple[float, ...], b0_every: int) -> tuple[np.ndarray, np.ndarray]:
-    """b-values and b-vectors: b=0 first and then after every `b0_every` volumes (0: only first)."""
+    """b-values and b-vectors: b=0 first, and again after every `b0_every` directions (0: only first)."""
     bvals, bvecs = [0.0], [np.zeros(3)]
     for number, g in enumerate(directions(count)):
         if b0_every and number and number % b0_every == 0:
@@ -83,7 +84,7 @@ def make_subject(
     noise: float = 30.0,
     largest: tuple[float, float] = (4.0, 5.0),
 ) -> Subject:
-    """`moved` of the volumes lie up to `largest` (mm, degrees) elsewhere."""
+    """Simulate a series in which a fraction `moved` of the volumes moved by up to `largest` (mm, degrees) per axis."""
     rng = np.random.default_rng(11)
     bvals, bvecs = scheme(count, rings, b0_every)
     n = len(bvals)
@@ -110,13 +111,16 @@ def make_subject(
     return Subject(dwi, mask, transforms)
 
 
-def errors(found: np.ndarray, subject: Subject) -> tuple[float, float]:
-    """Rotation (degrees), translation (mm): root mean square over weighted volumes and axes, less one rigid offset."""
+def errors(estimated: np.ndarray, subject: Subject) -> tuple[float, float]:
+    """Rotation (degrees) and translation (mm) errors of estimated transforms.
+
+    Root mean square over diffusion-weighted volumes and axes, after removal of their mean rigid offset.
+    """
     weighted = ~subject.dwi.is_b0
-    left = np.linalg.inv(subject.transforms[weighted]) @ found[weighted]
+    difference = np.linalg.inv(subject.transforms[weighted]) @ estimated[weighted]
     for _ in range(3):
-        offset = rigid_matrix(rigid_parameters(left, CENTRE).mean(axis=0), CENTRE)
-        left = left @ np.linalg.inv(offset)
-    parameters = rigid_parameters(left, CENTRE)
+        offset = rigid_matrix(rigid_parameters(difference, CENTRE).mean(axis=0), CENTRE)
+        difference = difference @ np.linalg.inv(offset)
+    parameters = rigid_parameters(difference, CENTRE)
     rotation = np.rad2deg(np.sqrt((parameters[:, :3] ** 2).mean()))
     return float(rotation), float(np.sqrt((parameters[:, 3:] ** 2).mean()))

@@ -1,4 +1,4 @@
-"""QSIPrep's own wheels from PyPI, for tests: fetched once, kept in pytest's cache, never in the project."""
+"""QSIPrep wheels from PyPI for the tests, downloaded once into pytest's cache."""
 
 from __future__ import annotations
 
@@ -13,44 +13,36 @@ from pathlib import Path
 
 import pytest
 
-from dsiprep.qsiprep.releases import CHECKED
+from dsiprep.qsiprep.releases import CHECKED_RELEASES
 
-UNREACHABLE: list[str] = []  # what pip said once, so that no other test waits for it again
-__all__ = ["CHECKED", "parser_of", "wheel_of"]
+DOWNLOAD_ERRORS: list[str] = []  # the first error, so that no other test tries again
+__all__ = ["CHECKED_RELEASES", "parser_of", "wheel_of"]
 
 
 def wheel_of(version: str, config: pytest.Config) -> Path:
-    """The wheel of a release; the test is skipped where PyPI cannot be reached."""
+    """Path of the wheel of a release; the test is skipped if PyPI cannot be reached."""
     assert config.cache is not None
-    kept = config.cache.mkdir("qsiprep") / f"qsiprep-{version}-py3-none-any.whl"
-    if kept.is_file():
-        return kept
-    if UNREACHABLE:
-        pytest.skip(UNREACHABLE[0])
-    with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--retries",
-            "1",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-        ]
-        done = subprocess.run([*command, "-d", folder, f"qsiprep=={version}"], capture_output=True, text=True)
-        found = list(Path(folder).glob("*.whl"))
-        if not found:
-            UNREACHABLE.append(f"QSIPrep {version} cannot be had from PyPI: {done.stderr.strip().splitlines()[-1:]}")
-            pytest.skip(UNREACHABLE[0])
-        found[0].replace(kept)
-    return kept
+    wheel = config.cache.mkdir("qsiprep") / f"qsiprep-{version}-py3-none-any.whl"
+    if wheel.is_file():
+        return wheel
+    if DOWNLOAD_ERRORS:
+        pytest.skip(DOWNLOAD_ERRORS[0])
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--retries", "1", "--no-deps",
+                   "--only-binary", ":all:"]  # fmt: skip
+        process = subprocess.run([*command, "-d", folder, f"qsiprep=={version}"], capture_output=True, text=True)
+        downloaded = list(Path(folder).glob("*.whl"))
+        if not downloaded:
+            DOWNLOAD_ERRORS.append(
+                f"QSIPrep {version} cannot be downloaded from PyPI: {process.stderr.strip().splitlines()[-1:]}"
+            )
+            pytest.skip(DOWNLOAD_ERRORS[0])
+        downloaded[0].replace(wheel)
+    return wheel
 
 
 def parser_of(wheel: Path, version: str, folder: Path) -> argparse.ArgumentParser:
-    """The command line of a release, built by its own code; what that imports beside argparse is stood in for."""
+    """The parser of a release, built by its own code; the modules it imports from QSIPrep are replaced by stubs."""
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(folder)
     name = f"qsiprep_{version.replace('.', '_')}"

@@ -1,6 +1,6 @@
-"""Programs that are not here, played by a recorder: it writes down its command line and hands back files made before.
+"""Fake third-party programs that record their command line and produce prepared output files.
 
-A recorder tests what dsiprep asks of a program and what it makes of its answer, not the program.
+They test which arguments and files dsiprep passes to a program and how it uses the output, not the program itself.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from pathlib import Path
 
 SCRIPT = """#!{python}
 import json, os, shutil, sys
-here = {folder!r}
+folder = {folder!r}
 name = os.path.basename(sys.argv[0])
-for word in filter(os.path.isfile, sys.argv[1:]):
-    for path in (word, word[:-4] + ".bmtxt"):
+for argument in filter(os.path.isfile, sys.argv[1:]):
+    for path in (argument, argument[:-4] + ".bmtxt"):
         if os.path.isfile(path):
-            shutil.copy(path, os.path.join(here, "got-" + os.path.basename(path)))
-seen = {{key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}}
-with open(os.path.join(here, "calls.jsonl"), "a") as stream:
-    stream.write(json.dumps({{"name": name, "arguments": sys.argv[1:], "cwd": os.getcwd(), "seen": seen}}) + chr(10))
-plan = json.load(open(os.path.join(here, name + ".json")))
-print(plan["says"])
-for place, source in plan["gives"].items():
-    if place.isdigit() or place.startswith("-"):
-        if place not in sys.argv:
+            shutil.copy(path, os.path.join(folder, "got-" + os.path.basename(path)))
+environment = {{key: os.environ.get(key) for key in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")}}
+with open(os.path.join(folder, "calls.jsonl"), "a") as stream:
+    call = {{"name": name, "arguments": sys.argv[1:], "cwd": os.getcwd(), "environment": environment}}
+    stream.write(json.dumps(call) + chr(10))
+behaviour = json.load(open(os.path.join(folder, name + ".json")))
+print(behaviour["output"])
+for target, source in behaviour["files"].items():
+    if target.isdigit() or target.startswith("-"):
+        if target not in sys.argv:
             continue
-        place = sys.argv[sys.argv.index(place) + 1]
-    shutil.copy(source, os.path.join(os.getcwd(), place))
-sys.exit(plan["status"])
+        target = sys.argv[sys.argv.index(target) + 1]
+    shutil.copy(source, os.path.join(os.getcwd(), target))
+sys.exit(behaviour["status"])
 """
 
 
 class Recorder:
-    """A folder with programs that record.
+    """Installation folder with fake programs.
 
-    `gives` of `program` names files to hand back: under the name they get in the program's working folder, or under
-    the option whose value is that name ("-t").
+    `folder` receives `got-NAME`, a copy of every file that a program was given, and the record of the calls.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -45,21 +45,35 @@ class Recorder:
         (folder / "bin").mkdir(parents=True)
 
     def program(
-        self, name: str, gives: dict[str, Path] | None = None, status: int = 0, says: str = "working ..."
+        self, name: str, files: dict[str, Path] | None = None, status: int = 0, output: str = "working ..."
     ) -> None:
+        """Install a fake program.
+
+        Parameters
+        ----------
+        name : str
+        files : dict, optional
+            Files that the program produces, by their name in its working folder, or by the option ("-t") whose value
+            is that name.
+        status : int
+            Exit status.
+        output : str
+            Text that the program prints.
+        """
         path = self.folder / "bin" / name
         path.write_text(SCRIPT.format(python=sys.executable, folder=str(self.folder)))
         path.chmod(0o755)
-        plan = {"gives": {k: str(v) for k, v in (gives or {}).items()}, "status": status, "says": says}
-        (self.folder / f"{name}.json").write_text(json.dumps(plan))
+        produced = {target: str(source) for target, source in (files or {}).items()}
+        behaviour = {"files": produced, "status": status, "output": output}
+        (self.folder / f"{name}.json").write_text(json.dumps(behaviour))
 
     def calls(self) -> list[dict[str, object]]:
         """Name, arguments, working folder and environment of each call, in order."""
         log = self.folder / "calls.jsonl"
         return [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
 
-    def words(self) -> list[list[str]]:
-        """The command lines, with the paths of files reduced to their names."""
+    def command_lines(self) -> list[list[str]]:
+        """The command lines, with paths reduced to file names."""
         lines = []
         for call in self.calls():
             arguments: list[str] = list(call["arguments"])  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""A small made-up subject as `UnitResults`: what a report is drawn from, without running a stage."""
+"""Results of a small simulated subject, from which a report can be rendered without running any stage."""
 
 from __future__ import annotations
 
@@ -30,12 +30,23 @@ from dsiprep.settings import Settings
 AIR, CSF, GREY, WHITE, SCALP = range(5)
 B0 = np.array([0.02, 1.6, 0.9, 0.65, 0.35])
 T1 = np.array([0.01, 0.2, 0.62, 1.0, 0.7])
-PES = (PhaseEncoding(1, -1, 0.05), PhaseEncoding(1, 1, 0.05))
+PHASE_ENCODINGS = (PhaseEncoding(1, -1, 0.05), PhaseEncoding(1, 1, 0.05))
+SECONDS = {
+    "acquisition": 3.1,
+    "denoise": 41.0,
+    "motion-up": 88.0,
+    "motion-down": 61.0,
+    "distortion": 35.5,
+    "anatomy": 74.0,
+    "coregister": 6.2,
+    "resample": 19.0,
+    "quality": 9.3,
+}
 Labels = Callable[[np.ndarray], np.ndarray]
 
 
 def ellipsoids(points: np.ndarray) -> np.ndarray:
-    """Tissue at ACPC points (..., 3): nested ellipsoids, one nostril-like notch in front and below."""
+    """Tissue labels at ACPC points (..., 3): nested ellipsoids."""
 
     def inside(*radii: float) -> np.ndarray:
         return (np.square((points - [0, -12, 8]) / np.array(radii)).sum(-1)) < 1
@@ -53,19 +64,19 @@ def ellipsoids(points: np.ndarray) -> np.ndarray:
 
 
 def fibre(points: np.ndarray) -> np.ndarray:
-    """Fibre direction at ACPC points (..., 3): left-right near the middle, up-down at the sides."""
+    """Fibre direction at ACPC points (..., 3): left-right at the midline, inferior-superior laterally."""
     tilt = np.clip(np.abs(points[..., 0]) / 60, 0, 1) * np.pi / 2
     zero = np.zeros_like(tilt)
     return np.stack([np.cos(tilt), zero, np.sign(points[..., 0]) * np.sin(tilt)], -1)
 
 
 def off_resonance(points: np.ndarray) -> np.ndarray:
-    """Hz: strong above the nose, weak elsewhere."""
+    """Off-resonance field in Hz at ACPC points: strong above the sinuses, weak elsewhere."""
     return 110 * np.exp(-np.square((points - [0, 48, -25]) / [28, 26, 24]).sum(-1)) - 8
 
 
 def lattice(radius: int, max_b: float) -> tuple[np.ndarray, np.ndarray]:
-    """A Cartesian DSI table: b-values (n,) and world b-vectors (n, 3), b=0 first and now and then."""
+    """Cartesian DSI scheme: b-values (n,) and world b-vectors (n, 3), with b=0 first and every 17th volume."""
     steps = np.arange(-radius, radius + 1)
     q = np.stack(np.meshgrid(steps, steps, steps, indexing="ij"), -1).reshape(-1, 3)
     q = q[(np.square(q).sum(1) <= radius**2) & (np.abs(q).sum(1) > 0)]
@@ -75,8 +86,8 @@ def lattice(radius: int, max_b: float) -> tuple[np.ndarray, np.ndarray]:
     return max_b * length**2 / radius**2, q / np.maximum(length, 1)[:, None]
 
 
-def grid_of(spacing: float, orientation: np.ndarray, size: tuple[float, float, float]) -> Grid:
-    """A grid about the head with axes in the columns of `orientation` (world), `size` mm along them."""
+def head_grid(spacing: float, orientation: np.ndarray, size: tuple[float, float, float]) -> Grid:
+    """A grid centred on the head with the columns of `orientation` as axes (world) and `size` in mm along them."""
     shape = np.round(np.asarray(size) / spacing).astype(int)
     affine = np.eye(4)
     affine[:3, :3] = orientation * spacing
@@ -85,7 +96,7 @@ def grid_of(spacing: float, orientation: np.ndarray, size: tuple[float, float, f
 
 
 def rigid(angles: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """A 4 x 4 rigid matrix from a rotation vector (rad) and a translation (mm)."""
+    """Rigid matrix (4, 4) from a rotation vector (rad) and a translation (mm)."""
     from scipy.spatial.transform import Rotation
 
     matrix = np.eye(4)
@@ -94,25 +105,28 @@ def rigid(angles: np.ndarray, shift: np.ndarray) -> np.ndarray:
     return matrix
 
 
-def move(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+def transform_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Apply an affine (4, 4) to points (..., 3)."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def signal(labels: np.ndarray, points: np.ndarray, bval: float, bvec: np.ndarray) -> np.ndarray:
-    """Diffusion signal of one volume at ACPC points."""
+    """Diffusion-weighted signal of one volume at ACPC points with the given tissue labels."""
     along = np.square(fibre(points) @ bvec)
     diffusivity = np.stack(
         [np.zeros_like(along), along * 0 + 3e-3, along * 0 + 8e-4, 2e-4 + 1.5e-3 * along, along * 0 + 1e-3]
     )
-    chosen = np.take_along_axis(diffusivity, labels[None], 0)[0]
-    return B0[labels] * np.exp(-bval * chosen)
+    per_voxel = np.take_along_axis(diffusivity, labels[None], 0)[0]
+    return B0[labels] * np.exp(-bval * per_voxel)
 
 
 def volume(values: np.ndarray, grid: Grid) -> Volume:
+    """A float32 volume from an array."""
     return Volume(torch.as_tensor(np.ascontiguousarray(values, dtype=np.float32)), grid)
 
 
 def voxels(grid: Grid) -> np.ndarray:
+    """World coordinates of all voxel centres, (i, j, k, 3)."""
     return grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1))
 
 
@@ -125,25 +139,25 @@ def make_subject(
     blips: int = 2,
     seed: int = 0,
 ) -> UnitResults:
-    """Results of a unit whose head is given by `labels`, with known motion, distortion and noise.
+    """Results of a unit with known motion, distortion and noise; `labels` gives the tissue at ACPC points.
 
-    The DWI grid is oblique and not RAS, the T1w grid is LPS+, as the application writes it.
+    The DWI grid is oblique and LAS; the T1w grid is LPS+, as in the derivatives.
     """
     rng = np.random.default_rng(seed)
     orient = rigid(np.array([0.12, 0.03, 0.0]), np.zeros(3))[:3, :3] @ np.diag([-1.0, 1.0, 1.0])
-    grid = grid_of(spacing, orient, (190, 224, 176))
+    grid = head_grid(spacing, orient, (190, 224, 176))
     acpc_from_dwi = rigid(np.array([0.03, -0.02, 0.04]), np.array([2.0, -3.0, 1.0]))
     dwiref_to_acpc = Affine(np.linalg.inv(acpc_from_dwi), "dwiref", "ACPC")
-    points = move(acpc_from_dwi, voxels(grid))
+    points = transform_points(acpc_from_dwi, voxels(grid))
     bvals, bvecs = lattice(radius, 4000.0)
     n = len(bvals)
     tissue = labels(points)
     hz = off_resonance(points)
-    pe = PES[:blips]
+    encodings = PHASE_ENCODINGS[:blips]
     drift = np.cumsum(rng.normal(0, 0.12, (n, 6)), 0) * [1, 1, 1, 0.012, 0.012, 0.012]
     drift[n // 2 :, 3] += 0.02
     transforms = np.stack([rigid(d[3:], d[:3]) for d in drift])
-    distorted = [labels(move(acpc_from_dwi, voxels(grid) - _shift(hz, e, grid))) for e in pe]
+    distorted = [labels(transform_points(acpc_from_dwi, voxels(grid) - _shift(hz, e, grid))) for e in encodings]
     blip_of = np.where(np.arange(n) % 2 == 0, 0, blips - 1) if blips == 2 else np.zeros(n, int)
     blip_of = np.sort(blip_of)
     acpc_bvecs = rotate_bvecs(bvecs, transforms) @ acpc_from_dwi[:3, :3].T
@@ -156,53 +170,49 @@ def make_subject(
         return DWI(torch.as_tensor(values.astype(np.float32)), grid, bvals, bvecs, blip_of, blip_of)
 
     mask = volume((tissue != AIR) & (tissue != SCALP), grid)
-    scheme = SamplingScheme(
-        "DSI",
-        False,
-        tuple(np.unique(bvals[bvals > 0])),
-        int((bvals > 0).sum()),
-        int((bvals == 0).sum()),
-        4000.0,
-        f"Cartesian DSI, {int((bvals > 0).sum())} directions, radius {radius} (full sphere), b to 4000",
-    )
     names = ("up", "down") if blips == 2 else ("only",)
     empty = torch.zeros((0, *grid.shape))
-    blip_list = tuple(Blip(name, e, empty) for name, e in zip(names, pe, strict=True))
+    blip_list = tuple(Blip(name, e, empty) for name, e in zip(names, encodings, strict=True))
     before = [volume(B0[d] * 1000, grid) for d in distorted]
     motions = tuple(_motion(b, blip_of, transforms, before[b], mask, bvals, rng) for b in range(blips))
     dwiref = volume(B0[tissue] * 1000, grid)
-    out = grid_of(spacing * 0.9, np.diag([-1.0, -1.0, 1.0]), (170, 204, 166))
+    out = head_grid(spacing * 0.9, np.diag([-1.0, -1.0, 1.0]), (170, 204, 166))
     unit = _unit(session, blips)
     z = np.concatenate([m.slice_z for m in motions])
     return UnitResults(
         unit=unit,
         settings=Settings(),
-        acquired=Acquired(series(noisy), blip_list, scheme, mask, np.ones(blips)),
-        denoised=Denoised(series(clean), volume(sigma, grid), None, "MP-PCA in windows of 5x5x5 voxels."),
+        acquired=Acquired(series(noisy), blip_list, _scheme(bvals, radius), mask, np.ones(blips)),
+        denoised=Denoised(series(clean), volume(sigma, grid), None, "MP-PCA denoising with windows of 5x5x5 voxels."),
         motions=motions,
-        distortion=_distortion(pe, grid, hz, dwiref, before) if blips == 2 else None,
-        distortion_reason="two phase encodings, j- and j" if blips == 2 else "only one phase encoding",
+        distortion=_distortion(encodings, grid, hz, dwiref, before) if blips == 2 else None,
+        distortion_reason="Blip-up/blip-down correction with phase encodings j- and j."
+        if blips == 2
+        else "Distortion is not corrected: there is only one phase encoding.",
         anatomy=_anatomy(labels, anat_spacing, rng),
         coregistration=Coregistration(dwiref_to_acpc, 1.21, 1.38, "mi"),
         preprocessed=_preprocessed(labels, out, bvals, acpc_bvecs, blip_of, rng),
         quality=_quality(drift, bvals, acpc_bvecs, z, out, labels, unit),
-        seconds={
-            "acquisition": 3.1,
-            "denoise": 41.0,
-            "motion-up": 88.0,
-            "motion-down": 61.0,
-            "distortion": 35.5,
-            "anatomy": 74.0,
-            "coregister": 6.2,
-            "resample": 19.0,
-            "quality": 9.3,
-        },
+        seconds=SECONDS,
         device="cpu",
     )
 
 
+def _scheme(bvals: np.ndarray, radius: int) -> SamplingScheme:
+    directions = int((bvals > 0).sum())
+    return SamplingScheme(
+        "DSI",
+        False,
+        tuple(np.unique(bvals[bvals > 0])),
+        directions,
+        int((bvals == 0).sum()),
+        4000.0,
+        f"Cartesian DSI, {directions} directions, radius {radius} (full sphere), b to 4000",
+    )
+
+
 def _shift(hz: np.ndarray, pe: PhaseEncoding, grid: Grid) -> np.ndarray:
-    """Displacement in mm of signal, (i, j, k, 3)."""
+    """Susceptibility displacement in mm, (i, j, k, 3)."""
     return (hz * (pe.readout_time or 0) * pe.polarity)[..., None] * pe.vector(grid)
 
 
@@ -210,10 +220,10 @@ def _unit(session: str | None, blips: int) -> Unit:
     name = "sub-01" + (f"_ses-{session}" if session else "") + "_acq-dsi"
     runs = tuple(
         Run(Path(f"{name}_dir-{d}_dwi.nii.gz"), Path(f"{name}.bval"), Path(f"{name}.bvec"), pe, {"dir": d})
-        for d, pe in zip(("AP", "PA"), PES, strict=True)
+        for d, pe in zip(("AP", "PA"), PHASE_ENCODINGS, strict=True)
     )[:blips]
     notes = (
-        "Runs 1 and 2 go together: same grid, opposite phase encodings (j-, j).",
+        "Runs 1 and 2 are combined: same grid, opposite phase encodings (j-, j).",
         "TotalReadoutTime was derived from EffectiveEchoSpacing and ReconMatrixPE.",
     )
     epi = EpiReference(Path(f"{name}_dir-PA_epi.nii.gz"), PhaseEncoding(1, 1, 0.05))
@@ -221,7 +231,7 @@ def _unit(session: str | None, blips: int) -> Unit:
 
 
 def _motion(
-    b: int,
+    blip: int,
     blip_of: np.ndarray,
     transforms: np.ndarray,
     dwiref: Volume,
@@ -229,11 +239,11 @@ def _motion(
     bvals: np.ndarray,
     rng: np.random.Generator,
 ) -> Motion:
-    chosen = np.flatnonzero(blip_of == b)
-    m = len(chosen)
-    z = rng.normal(0, 1, (m, dwiref.grid.shape[2]))
-    z[m // 3, dwiref.grid.shape[2] // 2] = -7.5
-    r2 = 0.97 - bvals[chosen] / 30000 - rng.uniform(0, 0.08, m)
+    volumes = np.flatnonzero(blip_of == blip)
+    count = len(volumes)
+    z = rng.normal(0, 1, (count, dwiref.grid.shape[2]))
+    z[count // 3, dwiref.grid.shape[2] // 2] = -7.5
+    r2 = 0.97 - bvals[volumes] / 30000 - rng.uniform(0, 0.08, count)
     trace = [
         {
             "iter_num": float(k),
@@ -246,12 +256,12 @@ def _motion(
             "rotateZ": 0.0,
         }
         for k in range(1, 5)
-        for v in chosen
+        for v in volumes
     ]
-    notes = ("Volume 12 did not settle in four rounds (last change 0.06 mm).",) if b == 0 else ()
+    notes = ("Volume 12 did not converge within four iterations (last change 0.06 mm).",) if blip == 0 else ()
     return Motion(
-        transforms[chosen],
-        chosen,
+        transforms[volumes],
+        volumes,
         dwiref,
         mask,
         r2,
@@ -261,7 +271,7 @@ def _motion(
         trace,
         "3dSHORE",
         EddyCurrents(
-            np.random.default_rng(0).normal(0, 0.3, (len(chosen), 10)), dwiref.grid.directions, dwiref.grid.centre, 1
+            np.random.default_rng(0).normal(0, 0.3, (len(volumes), 10)), dwiref.grid.directions, dwiref.grid.centre, 1
         ),
         z < -5,
         None,
@@ -270,14 +280,15 @@ def _motion(
 
 
 def _distortion(
-    pe: tuple[PhaseEncoding, ...], grid: Grid, hz: np.ndarray, dwiref: Volume, before: list[Volume]
+    encodings: tuple[PhaseEncoding, ...], grid: Grid, hz: np.ndarray, dwiref: Volume, before: list[Volume]
 ) -> Distortion:
     fields = tuple(
-        DisplacementField(torch.as_tensor(np.moveaxis(_shift(hz, e, grid), -1, 0).astype(np.float32)), grid) for e in pe
+        DisplacementField(torch.as_tensor(np.moveaxis(_shift(hz, e, grid), -1, 0).astype(np.float32)), grid)
+        for e in encodings
     )
     trace = [{"level": s, "cost": np.exp(-i / 9), "change_mm": np.exp(-i / 4)} for s in (4, 2, 1) for i in range(20)]
     return Distortion(
-        np.stack([np.eye(4)] * len(pe)),
+        np.stack([np.eye(4)] * len(encodings)),
         fields,
         volume(hz, grid),
         dwiref,
@@ -289,21 +300,21 @@ def _distortion(
 
 
 def _anatomy(labels: Labels, spacing: float, rng: np.random.Generator) -> Anatomy:
-    grid = grid_of(spacing, np.diag([-1.0, -1.0, 1.0]), (190, 228, 200))
+    grid = head_grid(spacing, np.diag([-1.0, -1.0, 1.0]), (190, 228, 200))
     tissue = labels(voxels(grid))
     image = volume(T1[tissue] * 800 + rng.normal(0, 12, grid.shape), grid)
     mask = volume((tissue != AIR) & (tissue != SCALP), grid)
     probability = torch.as_tensor(np.stack([tissue == t for t in (CSF, GREY, WHITE)]).astype(np.float32))
     brain = Volume(image.data * mask.data, grid)
-    to = Chain((Affine(np.eye(4), "ACPC", "MNI"),), "ACPC", "MNI")
+    identity = Chain((Affine(np.eye(4), "ACPC", "MNI"),), "ACPC", "MNI")
     return Anatomy(
         "T1w",
         image,
         mask,
         probability,
         Affine(np.eye(4), "anat", "ACPC"),
-        to,
-        to,
+        identity,
+        identity,
         "MNI152NLin2009cAsym",
         brain,
         volume(np.roll(brain.numpy(), 1, 1), grid),
@@ -363,8 +374,8 @@ def _quality(
         "max_translation": 1.9,
         "t1_dice_distance": 0.94,
         "mni_dice_distance": 0.96,
-        "CNR1_mean": 1.9,
-        "CNR1_median": 1.7,
+        "CNR0_mean": 1.9,
+        "CNR0_median": 1.7,
         "fieldmap_hz_median": -7.0,
         "fieldmap_hz_minimum": -8.1,
         "fieldmap_hz_maximum": 101.0,
@@ -372,4 +383,11 @@ def _quality(
     }
     tissue = labels(voxels(grid))
     inside = (tissue != AIR) & (tissue != SCALP)
-    return Quality(table, confounds, z, volume(inside * 1.8, grid), volume(inside * 22.0, grid), ("No DSI Studio.",))
+    return Quality(
+        table,
+        confounds,
+        z,
+        volume(inside * 1.8, grid),
+        volume(inside * 22.0, grid),
+        ("There are too few b=0 volumes for a reliable temporal SNR.",),
+    )

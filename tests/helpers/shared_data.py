@@ -1,4 +1,4 @@
-"""Where people's data lie beside a checkout; tests that need them are skipped where they are absent."""
+"""Location of shared data sets next to a checkout; tests that need them are skipped if they are absent."""
 
 from __future__ import annotations
 

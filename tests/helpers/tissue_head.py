@@ -1,4 +1,4 @@
-"""A head of tissues seen by one phase encoding, with its displacement known."""
+"""A phantom head with known tissues, acquired with one phase encoding and a known displacement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsiprep.data.results import Anatomy, Coregistration, Distortion
 from dsiprep.data.transform import Affine
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.phantom.head import make_head
-from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.session import make_field
 from dsiprep.phantom.signal import make_tissue
@@ -26,7 +26,19 @@ UP = PhaseEncoding(1, 1, READOUT_TIME)
 
 
 class Case:
-    """A phantom with fields to 8 mm, its tissues, and a coregistration that is off by 2 degrees and 1 mm."""
+    """A phantom with displacements of up to 8 mm, and its tissues.
+
+    Attributes
+    ----------
+    grid : Grid
+    brain : ndarray, (i, j, k), bool
+    known : ndarray, (i, j, k)
+        Displacement along y for `UP`, mm.
+    maps : Tensor, (3, i, j, k)
+        CSF, grey and white matter.
+    noise : float
+        Standard deviation for an SNR of 20.
+    """
 
     def __init__(self) -> None:
         rng = np.random.default_rng(3)
@@ -41,32 +53,37 @@ class Case:
         self.source = Source(tissue.signal(0.0, np.zeros(3)), tissue.grid, field, field_grid)
         points = self.grid.to_world(np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), -1)).reshape(-1, 3)
         atlas, inside = head.atlas, head.to_template(points)
-        brain, gm, wm = (read(atlas[n], head.atlas_grid, inside).reshape(shape) for n in ("brain", "gm", "wm"))
+        brain, gm, wm = (interpolate(atlas[n], head.atlas_grid, inside).reshape(shape) for n in ("brain", "gm", "wm"))
         self.brain = brain > 0.5
-        self.known = read(field, field_grid, points).reshape(shape) * VOXEL * READOUT_TIME
+        self.known = interpolate(field, field_grid, points).reshape(shape) * VOXEL * READOUT_TIME
         maps = torch.from_numpy(np.stack([np.clip(brain - gm - wm, 0, 1), gm, wm]).astype(np.float32))
         self.maps = maps * torch.from_numpy(self.brain)
-        self.noise = float(self.shot(replace(UP, readout_time=0.0))[self.brain].mean()) / 20
+        self.noise = float(self.acquire(replace(UP, readout_time=0.0))[self.brain].mean()) / 20
 
-    def shot(self, pe: PhaseEncoding) -> np.ndarray:
+    def acquire(self, pe: PhaseEncoding) -> np.ndarray:
+        """Distorted, noise-free b=0 image, (i, j, k)."""
         return np.asarray(scan(self.source, self.grid, pe, np.eye(4)), np.float32)
 
     def mask(self) -> Volume:
         return Volume(torch.from_numpy(self.brain.astype(np.float32)), self.grid)
 
-    def seen(self, tissue: torch.Tensor | None, enlarged: float = 1.0) -> Anatomy:
+    def anatomy(self, tissue: torch.Tensor | None) -> Anatomy:
         image = Volume(self.maps.sum(0), self.grid)
-        none = Affine(np.eye(4), "anat", "ACPC")
-        return Anatomy("T1w", image, self.mask(), tissue, none, None, None, "a", None, None, enlarged=enlarged)
+        identity = Affine(np.eye(4), "anat", "ACPC")
+        return Anatomy("T1w", image, self.mask(), tissue, identity, None, None, "a", None, None)
 
-    def found(self, b0: Volume, pe: PhaseEncoding = UP, degrees: float = 0.0) -> Distortion:
-        wrong = rigid_matrix(np.array([np.deg2rad(degrees), 0, 0, degrees / 4, 0, degrees / 2]), self.head.centre)
-        start = Coregistration(Affine(wrong, "dwiref", "ACPC"), 1.0, 1.0, "mi")
-        return correct_without_fieldmap(pe, b0, self.mask(), self.seen(self.maps), start)
+    def correct(self, b0: Volume, pe: PhaseEncoding = UP, pose_error: float = 0.0) -> Distortion:
+        """Correct an image from an initial pose with a rotation error in degrees and a translation error of about half
+        as many mm."""
+        parameters = np.array([np.deg2rad(pose_error), 0, 0, pose_error / 4, 0, pose_error / 2])
+        pose = rigid_matrix(parameters, self.head.centre)
+        start = Coregistration(Affine(pose, "dwiref", "ACPC"), 1.0, 1.0, "mi")
+        return correct_without_fieldmap(pe, b0, self.mask(), self.anatomy(self.maps), start)
 
-    def corrected(self, pe: PhaseEncoding, degrees: float = 2.0) -> Distortion:
-        image = add_noise(self.shot(pe), self.noise, np.random.default_rng(7))
-        return self.found(Volume(torch.from_numpy(image), self.grid), pe, degrees)
+    def correct_noisy(self, pe: PhaseEncoding, pose_error: float = 2.0) -> Distortion:
+        """Acquire an image with noise and correct it."""
+        image = add_noise(self.acquire(pe), self.noise, np.random.default_rng(7))
+        return self.correct(Volume(torch.from_numpy(image), self.grid), pe, pose_error)
 
 
 case = cache(Case)

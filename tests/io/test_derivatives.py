@@ -1,4 +1,4 @@
-"""Names of the outputs, and what independent software reads in them."""
+"""File names of derivatives, and their content as read by independent software."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dsiprep.ops.image.interpolation import sample_linear, voxel_points
 from dsiprep.settings import AnatomySettings
 from helpers.report_subject import make_subject
 
-# What QSIRecon asks a folder for; it stops when a query matches two files.
+# The queries of QSIRecon, which fails if one matches two files.
 QUERIES = [
     r"dwi/.*_space-ACPC_desc-preproc_dwi\.nii\.gz",
     r"dwi/.*_space-ACPC_desc-preproc_dwi\.bval",
@@ -70,54 +70,55 @@ def test_every_query_matches_one_file(written: Path, query: str) -> None:
     assert len([name for name in names if re.search(f"{query}$", name)]) == 1
 
 
-def test_labels_of_structures_are_written_where_there_are_any(subject: UnitResults, tmp_path: Path) -> None:
-    """Under QSIPrep's name, and gone again after a run without them."""
+def test_segmentation_labels_are_written_if_available(subject: UnitResults, tmp_path: Path) -> None:
+    """Written under QSIPrep's name, and removed by a later run without labels."""
     name = "sub-01/anat/sub-01_space-ACPC_desc-aseg_dseg.nii.gz"
     labels = replace(subject.anatomy.mask, data=1024 * subject.anatomy.mask.data)
     derivatives.write_unit(replace(subject, anatomy=replace(subject.anatomy, labels=labels)), tmp_path, None)
     stored = nib.load(tmp_path / name)
-    assert stored.get_data_dtype() == np.int16 and np.asarray(stored.dataobj).max() == 1024
+    assert stored.get_data_dtype() == np.int16
+    assert np.asarray(stored.dataobj).max() == 1024
     derivatives.write_unit(subject, tmp_path, None)
     assert not (tmp_path / name).exists()
 
 
-def test_images_are_lps(written: Path) -> None:
+def test_images_are_oriented_lps(written: Path) -> None:
     images = [path for path in written.rglob("*space-ACPC*.nii.gz") if "/dwi/" in path.as_posix()]
     assert len(images) >= 4
     for path in images:
         assert nib.aff2axcodes(nib.load(path).affine) == ("L", "P", "S"), path.name
 
 
-def test_motion_file_holds_one_transform_per_volume_in_lps(written: Path, subject: UnitResults, tmp_path: Path) -> None:
+def test_motion_file_has_one_lps_transform_per_volume(written: Path, subject: UnitResults, tmp_path: Path) -> None:
     text = next(written.rglob("*desc-hmc_xfm.txt")).read_text()
     head, *blocks = re.split(r"^#Transform \d+\n", text, flags=re.MULTILINE)
     assert len(blocks) == len(subject.acquired.dwi)
     flip = np.array([-1.0, -1, 1])
     point = np.array([10.0, -20, 30])
-    for moved in subject.motions:
-        for matrix, volume in zip(moved.transforms, moved.volumes, strict=True):
-            single = tmp_path / "one.txt"
+    for motion in subject.motions:
+        for matrix, volume in zip(motion.transforms, motion.volumes, strict=True):
+            single = tmp_path / "single.txt"
             single.write_text(f"{head}#Transform 0\n{blocks[volume]}")
-            read = sitk.ReadTransform(str(single)).TransformPoint((point * flip).tolist())
-            np.testing.assert_allclose(np.array(read) * flip, matrix[:3, :3] @ point + matrix[:3, 3], atol=1e-4)
+            mapped = sitk.ReadTransform(str(single)).TransformPoint((point * flip).tolist())
+            np.testing.assert_allclose(np.array(mapped) * flip, matrix[:3, :3] @ point + matrix[:3, 3], atol=1e-4)
 
 
-def test_stored_distortion_is_the_pose_and_the_field(written: Path, subject: UnitResults) -> None:
-    """SimpleITK sends grid points where dsiprep reads: P x + u(x)."""
-    corrected = subject.distortion
-    assert corrected is not None
+def test_distortion_file_combines_pose_and_field(written: Path, subject: UnitResults) -> None:
+    """SimpleITK maps grid points as dsiprep does: P x + u(x)."""
+    distortion = subject.distortion
+    assert distortion is not None
     path = next(written.rglob("*desc-sdcup_xfm.h5"))
     transform = sitk.ReadTransform(str(path))
     up = [blip.name for blip in subject.acquired.blips].index("up")
-    grid, pose = corrected.fields[up].grid, corrected.poses[up]
+    grid, pose = distortion.fields[up].grid, distortion.poses[up]
     rng = np.random.default_rng(0)
     voxels = rng.integers(1, np.array(grid.shape) - 1, (40, 3))
     for voxel in voxels:
         point = grid.to_world(voxel)
-        u = corrected.fields[up].data[(slice(None), *voxel)].numpy()
-        wanted = pose[:3, :3] @ point + pose[:3, 3] + u
-        read = np.array(transform.TransformPoint((point * [-1, -1, 1]).tolist())) * [-1, -1, 1]
-        np.testing.assert_allclose(read, wanted, atol=2e-3)
+        u = distortion.fields[up].data[(slice(None), *voxel)].numpy()
+        expected = pose[:3, :3] @ point + pose[:3, 3] + u
+        mapped = np.array(transform.TransformPoint((point * [-1, -1, 1]).tolist())) * [-1, -1, 1]
+        np.testing.assert_allclose(mapped, expected, atol=2e-3)
 
 
 @pytest.mark.parametrize(
@@ -127,22 +128,22 @@ def test_stored_distortion_is_the_pose_and_the_field(written: Path, subject: Uni
         (["sub-01_run-1_T1w.nii.gz", "sub-01_run-2_T1w.nii.gz"], ["sub-01_run-1", "sub-01_run-2"]),
     ],
 )
-def test_each_structural_image_has_its_own_way_to_the_first(
+def test_one_transform_per_structural_image(
     subject: UnitResults, tmp_path: Path, originals: list[str], names: list[str]
 ) -> None:
     poses = [Affine(rigid_matrix(np.full(6, 0.1 * index)), "orig", "anat") for index in range(len(originals))]
     unit = replace(subject.unit, t1w=tuple(map(Path, originals)))
-    found = replace(subject.anatomy, orig_to_anat=tuple(poses))
-    derivatives.write_anatomy_of(found, unit, tmp_path, None, AnatomySettings())
-    found = sorted((tmp_path / "sub-01" / "anat").glob("*_from-orig_to-anat_mode-image_xfm.txt"))
-    assert [path.name.partition("_from")[0] for path in found] == names
-    for path, pose in zip(found, poses, strict=True):
+    anatomy = replace(subject.anatomy, orig_to_anat=tuple(poses))
+    derivatives.write_anatomy_only(anatomy, unit, tmp_path, None, AnatomySettings())
+    files = sorted((tmp_path / "sub-01" / "anat").glob("*_from-orig_to-anat_mode-image_xfm.txt"))
+    assert [path.name.partition("_from")[0] for path in files] == names
+    for path, pose in zip(files, poses, strict=True):
         np.testing.assert_allclose(itk.read_affine(path).matrix, pose.matrix, atol=1e-6)
 
 
 @pytest.mark.parametrize("modality", ["T1w", "T2w"])
-def test_sessionwise_each_session_has_its_anat(subject: UnitResults, tmp_path: Path, modality: str) -> None:
-    """And nothing of another reference stays, where a query would find two."""
+def test_sessionwise_anatomy_is_written_per_session(subject: UnitResults, tmp_path: Path, modality: str) -> None:
+    """Files of an earlier run with another reference are removed, so that queries stay unambiguous."""
     settings = AnatomySettings(reference="sessionwise", modality=modality)
     image = {modality.lower(): (Path(f"sub-01_ses-b_{modality}.nii.gz"),)}
     unit = replace(subject.unit, session="b", name="sub-01_ses-b_acq-dsi", **image)
@@ -169,65 +170,64 @@ def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> 
     assert len(slices) == len(subject.acquired.dwi)
 
 
-def test_nothing_is_left_when_writing_fails(
-    subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
+def test_failed_write_leaves_no_files(subject: UnitResults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disk_full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(derivatives, "write_tables", full)
+    monkeypatch.setattr(derivatives, "write_tables", disk_full)
     with pytest.raises(OutputError, match="No space left on device"):
         derivatives.write_unit(subject, tmp_path / "out", None)
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(("model", "named"), [("3dSHORE", "3dSHORE"), ("none", "3dSHORE"), ("tensor", "tensor")])
-def test_contrast_is_named_after_the_model_it_was_measured_with(
-    subject: UnitResults, tmp_path: Path, model: str, named: str
-) -> None:
+@pytest.mark.parametrize(("model", "name"), [("3dSHORE", "3dSHORE"), ("none", "3dSHORE"), ("tensor", "tensor")])
+def test_cnr_file_is_named_after_its_model(subject: UnitResults, tmp_path: Path, model: str, name: str) -> None:
     motions = tuple(replace(motion, model=model) for motion in subject.motions)
     derivatives._write_series(replace(subject, motions=motions), tmp_path)
     assert len(list(tmp_path.glob("*_stat-cnr_dwimap.nii.gz"))) == 1
-    assert list(tmp_path.glob(f"*_model-{named}_stat-cnr_dwimap.nii.gz"))
+    assert list(tmp_path.glob(f"*_model-{name}_stat-cnr_dwimap.nii.gz"))
 
 
-def test_what_a_killed_run_left_behind_goes_away(subject: UnitResults, tmp_path: Path) -> None:
-    """Killed while writing: the hidden folder stays until the unit is written again; others' are not touched."""
+def test_leftovers_of_a_killed_run_are_removed(subject: UnitResults, tmp_path: Path) -> None:
+    """The hidden folder of a killed run is removed when its unit is written again; those of other units remain."""
     name = subject.unit.name
-    for left in (f".dsiprep-{name}", ".dsiprep-sub-99"):
-        (tmp_path / left / "sub-01").mkdir(parents=True)
-        (tmp_path / left / "sub-01" / "half.nii.gz").write_text("")
+    for leftover in (f".dsiprep-{name}", ".dsiprep-sub-99"):
+        (tmp_path / leftover / "sub-01").mkdir(parents=True)
+        (tmp_path / leftover / "sub-01" / "half.nii.gz").write_text("")
     derivatives.write_unit(subject, tmp_path, None)
     assert [path.name for path in tmp_path.glob(".dsiprep-*")] == [".dsiprep-sub-99"]
     assert not list(tmp_path.glob("sub-01/half.nii.gz"))
 
 
-def test_an_earlier_run_with_other_options_leaves_no_second_match(subject: UnitResults, tmp_path: Path) -> None:
-    """QSIRecon stops where a query matches two files; files of other units and of the user stay."""
-    name, place = subject.unit.name, tmp_path / f"sub-{subject.unit.subject}"
+def test_stale_files_of_earlier_runs_are_removed(subject: UnitResults, tmp_path: Path) -> None:
+    """A second match would break QSIRecon's queries; files of other units and of the user remain."""
+    name, folder = subject.unit.name, tmp_path / f"sub-{subject.unit.subject}"
     if subject.unit.session:
-        place /= f"ses-{subject.unit.session}"
-    (place / "dwi").mkdir(parents=True)
-    stale = place / "dwi" / f"{name}_space-ACPC_model-other_stat-cnr_dwimap.nii.gz"
-    others = [place / "dwi" / f"{name}_acq-x_space-ACPC_dwiref.nii.gz", place / "dwi" / "notes.txt"]
+        folder /= f"ses-{subject.unit.session}"
+    (folder / "dwi").mkdir(parents=True)
+    stale = folder / "dwi" / f"{name}_space-ACPC_model-other_stat-cnr_dwimap.nii.gz"
+    others = [folder / "dwi" / f"{name}_acq-x_space-ACPC_dwiref.nii.gz", folder / "dwi" / "notes.txt"]
     for path in (stale, *others):
         path.write_text("")
     derivatives.write_unit(subject, tmp_path, None)
-    assert not stale.exists() and all(path.exists() for path in others)
-    without = replace(subject, distortion=None)
-    derivatives.write_unit(without, tmp_path, None)
-    assert not list(tmp_path.rglob("*_fieldmap.*")) and not list(tmp_path.rglob("*desc-sdc*"))
+    assert not stale.exists()
+    assert all(path.exists() for path in others)
+    uncorrected = replace(subject, distortion=None)
+    derivatives.write_unit(uncorrected, tmp_path, None)
+    assert not list(tmp_path.rglob("*_fieldmap.*"))
+    assert not list(tmp_path.rglob("*desc-sdc*"))
 
 
-def test_template_images_follow_the_chain(subject: UnitResults) -> None:
-    """A ramp seen through acpc_to_template is the ramp at the mapped points."""
+def test_template_images_are_warped_through_the_chain(subject: UnitResults) -> None:
+    """A ramp warped through acpc_to_template equals the ramp at the mapped points."""
     chain, grid = subject.anatomy.acpc_to_template, subject.anatomy.image.grid
-    assert chain is not None and subject.anatomy.template_image is not None
+    assert chain is not None
+    assert subject.anatomy.template_image is not None
     target = subject.anatomy.template_image.grid
     ramp = torch.from_numpy(np.indices(grid.shape).sum(0).astype(np.float32))
-    seen = derivatives._through(chain, ramp, grid, target, discrete=False)
+    warped = derivatives._warp(chain, ramp, grid, target, discrete=False)
     displacement = derivatives.chain_displacement(chain, target)
-    wanted = sample_linear(ramp[None], voxel_points(target, grid, None, displacement))[0]
-    torch.testing.assert_close(seen, wanted)
-    labels = derivatives._through(chain, (ramp > ramp.mean()).float() * 2, grid, target, discrete=True)
+    expected = sample_linear(ramp[None], voxel_points(target, grid, None, displacement))[0]
+    torch.testing.assert_close(warped, expected)
+    labels = derivatives._warp(chain, (ramp > ramp.mean()).float() * 2, grid, target, discrete=True)
     assert set(labels.unique().tolist()) == {0.0, 2.0}

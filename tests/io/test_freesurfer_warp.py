@@ -1,8 +1,8 @@
-"""FreeSurfer's and SynthMorph's warps and linear transforms against surfa, which the same people write.
+"""Warps and linear transforms of FreeSurfer and SynthMorph compared with surfa, which has the same developers.
 
-surfa 0.6.3 agrees in all that is tested here. Reading, it calls a NumPy function that NumPy 2.3 took away, which is
-given back to it below. It takes a 4-D warp without intent for voxel displacements, whatever it holds, so those files
-are compared with the numbers that went in.
+surfa 0.6.3 agrees in everything tested here. Its reader calls a NumPy function that NumPy 2.3 removed and that is
+restored below. It always interprets a 4-D warp without intent code as voxel displacements, so these files are compared
+with the original values.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ TILT = rigid_matrix(np.array([0.1, -0.15, 0.2, 4, -6, 3]))
 
 
 @pytest.fixture(autouse=True)
-def old_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What surfa needs to read binary numbers."""
+def restored_fromstring(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Restore `np.fromstring` for binary data, which surfa requires."""
     monkeypatch.setattr(np, "fromstring", lambda content, dtype: np.frombuffer(content, dtype).copy())
 
 
@@ -42,7 +42,7 @@ def moving_grid() -> Grid:
 
 
 def displacement(grid: Grid, seed: int = 0, size: float = 6.0) -> np.ndarray:
-    """Smooth, in mm RAS, (3, i, j, k)."""
+    """Smooth displacement, mm RAS, (3, i, j, k)."""
     noise = torch.from_numpy(np.random.default_rng(seed).normal(size=(3, *grid.shape)).astype(np.float32))
     smooth = gaussian(noise, 2.0).numpy()
     return smooth * (size / np.abs(smooth).max())
@@ -62,8 +62,8 @@ def warp_of_surfa(grid: Grid, moving: Grid, u: np.ndarray) -> surfa.Warp:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_mgz_warps_of_every_layout(tmp_path: Path, orientation: str, layout: str) -> None:
-    """Version 769, which nibabel refuses."""
+def test_mgz_warps_of_all_layouts(tmp_path: Path, orientation: str, layout: str) -> None:
+    """The files have version 769, which nibabel rejects."""
     grid, moving = make_grid(orientation, FIXED, (1.7, 2.3, 3.1)), moving_grid()
     u = displacement(grid)
     path = tmp_path / "warp.mgz"
@@ -74,7 +74,9 @@ def test_mgz_warps_of_every_layout(tmp_path: Path, orientation: str, layout: str
     found = read_warp(path)
     assert found.layout == layout
     np.testing.assert_allclose(found.field.data.numpy(), u, atol=1e-3)
-    assert found.field.grid.matches(grid) and found.moving is not None and found.moving.matches(moving)
+    assert found.field.grid.matches(grid)
+    assert found.moving is not None
+    assert found.moving.matches(moving)
 
 
 def test_nifti_warps_with_header_extension(tmp_path: Path, orientation: str) -> None:
@@ -83,14 +85,17 @@ def test_nifti_warps_with_header_extension(tmp_path: Path, orientation: str) -> 
     path = tmp_path / "warp.nii.gz"
     warp_of_surfa(grid, moving, u).save(str(path))
     header = nib.load(path).header
-    assert header["intent_code"] == 1006 and header.get_data_shape() == (*FIXED, 1, 3)
+    assert header["intent_code"] == 1006
+    assert header.get_data_shape() == (*FIXED, 1, 3)
     found = read_warp(path)
     assert found.layout == "displacement"
     np.testing.assert_allclose(found.field.data.numpy(), u, atol=1e-4)
-    assert found.field.grid.matches(grid) and found.moving is not None and found.moving.matches(moving)
+    assert found.field.grid.matches(grid)
+    assert found.moving is not None
+    assert found.moving.matches(moving)
 
 
-def test_what_is_written_is_read_by_surfa(tmp_path: Path, orientation: str) -> None:
+def test_surfa_reads_written_warps(tmp_path: Path, orientation: str) -> None:
     grid, moving = make_grid(orientation, FIXED, (1.7, 2.3, 3.1)), moving_grid()
     u = displacement(grid)
     path = tmp_path / "warp.nii.gz"
@@ -102,17 +107,16 @@ def test_what_is_written_is_read_by_surfa(tmp_path: Path, orientation: str) -> N
     voxels = np.moveaxis(warp.convert(surfa.Warp.Format.abs_crs).data, -1, 0)
     expected = np.moveaxis(moving.to_voxels(np.moveaxis(points_of(grid) + u, 0, -1)), -1, 0)
     np.testing.assert_allclose(voxels, expected, atol=5e-4)
-    again = read_warp(path)
-    np.testing.assert_array_equal(again.field.data.numpy(), u)
-    assert again.moving is not None and again.moving.matches(moving)
+    reread = read_warp(path)
+    np.testing.assert_array_equal(reread.field.data.numpy(), u)
+    assert reread.moving is not None
+    assert reread.moving.matches(moving)
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".mgz"])
 @pytest.mark.parametrize("absolute", [False, True])
-def test_files_without_a_word_are_told_from_the_data(
-    tmp_path: Path, orientation: str, suffix: str, absolute: bool
-) -> None:
-    """SynthMorph of FreeSurfer 7.3 and 7.4 wrote displacements, EasyReg writes coordinates."""
+def test_layout_of_untagged_files_is_inferred(tmp_path: Path, orientation: str, suffix: str, absolute: bool) -> None:
+    """SynthMorph of FreeSurfer 7.3 and 7.4 wrote displacements; EasyReg writes coordinates."""
     grid = make_grid(orientation, FIXED, (1.7, 2.3, 3.1))
     u = displacement(grid, size=9.0)
     values = np.moveaxis(u + points_of(grid) if absolute else u, 0, -1).astype(np.float32)
@@ -122,18 +126,19 @@ def test_files_without_a_word_are_told_from_the_data(
     found = read_warp(path)
     assert found.layout == ("absolute" if absolute else "displacement")
     np.testing.assert_allclose(found.field.data.numpy(), u, atol=1e-4)
-    assert found.field.grid.matches(grid) and found.moving is None
+    assert found.field.grid.matches(grid)
+    assert found.moving is None
 
 
-def test_large_turns_are_told_and_undecided_ones_are_asked_for(tmp_path: Path) -> None:
+def test_layout_is_inferred_for_rotations_and_ambiguity_raises(tmp_path: Path) -> None:
     grid = make_grid("oblique", FIXED, (1.7, 2.3, 3.1))
     points = points_of(grid)
 
     def write(angle: float, absolute: bool) -> Path:
-        turn = rigid_matrix(np.array([0, np.radians(angle), 0, 5, 9, -20]))
-        places = np.einsum("ab,bijk->aijk", turn[:3, :3], points) + turn[:3, 3, None, None, None]
-        values = places if absolute else places - points
-        path = tmp_path / "turn.nii.gz"
+        rigid = rigid_matrix(np.array([0, np.radians(angle), 0, 5, 9, -20]))
+        mapped = np.einsum("ab,bijk->aijk", rigid[:3, :3], points) + rigid[:3, 3, None, None, None]
+        values = mapped if absolute else mapped - points
+        path = tmp_path / "rotation.nii.gz"
         nib.save(nib.Nifti1Image(np.moveaxis(values, 0, -1).astype(np.float32), grid.affine), path)
         return path
 
@@ -150,8 +155,9 @@ def test_large_turns_are_told_and_undecided_ones_are_asked_for(tmp_path: Path) -
     )
 
 
-def test_a_sheared_grid_is_kept(tmp_path: Path) -> None:
-    """The .mgz header cannot hold shears; a tag does."""
+@pytest.mark.filterwarnings("ignore:voxel size .* differs substantially:UserWarning")  # from surfa, for shears
+def test_sheared_grids_are_preserved(tmp_path: Path) -> None:
+    """The .mgz header has no shears; they are stored in a tag."""
     affine = make_grid("oblique", FIXED, (1.7, 2.3, 3.1)).affine.copy()
     affine[:3, :3] = affine[:3, :3] @ np.array([[1, 0.1, 0.05], [0, 1, -0.07], [0, 0, 1]])
     grid = Grid(FIXED, affine)
@@ -159,17 +165,19 @@ def test_a_sheared_grid_is_kept(tmp_path: Path) -> None:
     for name in ("warp.mgz", "warp.nii.gz"):
         warp_of_surfa(grid, grid, u).save(str(tmp_path / name))
         found = read_warp(tmp_path / name)
-        assert found.field.grid.matches(grid) and found.moving is not None and found.moving.matches(grid)
+        assert found.field.grid.matches(grid)
+        assert found.moving is not None
+        assert found.moving.matches(grid)
         np.testing.assert_allclose(found.field.data.numpy(), u, atol=1e-3)
-    write_warp(tmp_path / "again.nii.gz", DisplacementField(torch.from_numpy(u), grid), grid)
+    write_warp(tmp_path / "written.nii.gz", DisplacementField(torch.from_numpy(u), grid), grid)
     np.testing.assert_allclose(
-        surfa.load_warp(str(tmp_path / "again.nii.gz")).target.vox2world.matrix, affine, atol=1e-4
+        surfa.load_warp(str(tmp_path / "written.nii.gz")).target.vox2world.matrix, affine, atol=1e-4
     )
 
 
 @pytest.mark.parametrize("space", ["world", "voxel"])
-def test_linear_transforms(tmp_path: Path, orientation: str, space: str) -> None:
-    """The file leads from the moving image to the fixed; ours leads back."""
+def test_linear_transforms_agree_with_surfa_and_nitransforms(tmp_path: Path, orientation: str, space: str) -> None:
+    """The file maps the moving image to the fixed one; dsiprep returns the inverse."""
     fixed, moving = make_grid(orientation, FIXED, (1.7, 2.3, 3.1)), moving_grid()
     matrix = TILT.copy()
     matrix[:3, :3] = matrix[:3, :3] @ np.array([[1.1, 0.02, 0], [0, 0.93, 0.04], [-0.03, 0, 1.05]])
@@ -183,7 +191,7 @@ def test_linear_transforms(tmp_path: Path, orientation: str, space: str) -> None
     np.testing.assert_allclose(linear.load(path, fmt="fs").matrix, np.linalg.inv(matrix), atol=1e-4)
 
 
-def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
+def test_invalid_files_raise(tmp_path: Path) -> None:
     grid, moving = make_grid("LAS", FIXED, (2, 2, 2)), moving_grid()
     warp = warp_of_surfa(grid, moving, displacement(grid))
     warp.convert(0).save(str(tmp_path / "good.mgz"))
@@ -193,7 +201,7 @@ def test_errors_say_what_is_wrong(tmp_path: Path) -> None:
         (content[:100], "truncated"),
         (content[:2000], "truncated"),
         (content[:16] + struct.pack(">i", 1) + content[20:], "1 frames"),
-        (content[:28] + b"\0\0" + content[30:], "where the voxels are"),
+        (content[:28] + b"\0\0" + content[30:], "no orientation"),
     ):
         bad.write_bytes(broken)
         with pytest.raises(InputError, match=message):

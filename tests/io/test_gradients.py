@@ -1,4 +1,4 @@
-"""The b-table in and out of its three file formats."""
+"""Reading b-tables, and writing them in three formats."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dsiprep.io.gradients import (
 )
 from dsiprep.io.nifti import to_lps
 
-# voxel axes, and the frame that FSL's convention gives for them: the first one turned where det > 0
+# voxel axes, and the frame of FSL's b-vectors for them: the first axis is reversed if det > 0
 FRAMES = {
     "RAS": "LAS",
     "LAS": "LAS",
@@ -35,15 +35,15 @@ FRAMES = {
 WORLD = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 
 
-def grid_of(codes: str, turn: np.ndarray | None = None) -> Grid:
-    """A grid with these voxel axes, anisotropic, turned by a rotation."""
+def grid_of(codes: str, rotation: np.ndarray | None = None) -> Grid:
+    """An anisotropic grid with these voxel axes, optionally rotated."""
     affine = np.eye(4)
     affine[:3, :3] = 0
     for axis, (code, size) in enumerate(zip(codes, (1.5, 2.0, 3.0), strict=True)):
         world, sign = WORLD[code]
         affine[world, axis] = sign * size
-    if turn is not None:
-        affine[:3, :3] = turn @ affine[:3, :3]
+    if rotation is not None:
+        affine[:3, :3] = rotation @ affine[:3, :3]
     affine[:3, 3] = (10, -20, 30)
     return Grid((5, 6, 7), affine)
 
@@ -57,14 +57,15 @@ def table(count: int = 20) -> tuple[np.ndarray, np.ndarray]:
     return bvals, bvecs
 
 
-def test_the_table_of_frames_follows_the_determinant() -> None:
+def test_first_axis_is_reversed_for_positive_determinant() -> None:
     for codes, frame in FRAMES.items():
-        turned = np.linalg.det(grid_of(codes).affine[:3, :3]) > 0
-        assert (codes[0] != frame[0]) == turned and codes[1:] == frame[1:]
+        is_reversed = np.linalg.det(grid_of(codes).affine[:3, :3]) > 0
+        assert (codes[0] != frame[0]) == is_reversed
+        assert codes[1:] == frame[1:]
 
 
 @pytest.mark.parametrize("codes", FRAMES)
-def test_fsl_file_is_what_dipy_makes_of_the_world_vectors(codes: str, tmp_path: Path) -> None:
+def test_fsl_bvecs_agree_with_dipy(codes: str, tmp_path: Path) -> None:
     bvals, bvecs = table()
     write_bvals(tmp_path / "a.bval", bvals)
     write_fsl_bvecs(tmp_path / "a.bvec", bvecs, grid_of(codes))
@@ -77,22 +78,22 @@ def test_fsl_file_is_what_dipy_makes_of_the_world_vectors(codes: str, tmp_path: 
 
 @pytest.mark.parametrize("codes", FRAMES)
 @pytest.mark.parametrize("oblique", [False, True])
-def test_three_formats_agree(codes: str, oblique: bool, tmp_path: Path) -> None:
-    turn = Rotation.from_euler("xyz", (12, -20, 8), degrees=True).as_matrix() if oblique else None
+def test_fsl_mrtrix_and_dsi_studio_formats_agree(codes: str, oblique: bool, tmp_path: Path) -> None:
+    rotation = Rotation.from_euler("xyz", (12, -20, 8), degrees=True).as_matrix() if oblique else None
     bvals, bvecs = table()
-    grid = grid_of(codes, turn)
+    grid = grid_of(codes, rotation)
     write_bvals(tmp_path / "a.bval", bvals)
     write_fsl_bvecs(tmp_path / "a.bvec", bvecs, grid)
     write_mrtrix_b(tmp_path / "a.b", bvals, bvecs)
     write_dsi_studio(tmp_path / "a.txt", bvals, bvecs, grid)
 
-    again, world = read_gradients(tmp_path / "a.bval", tmp_path / "a.bvec", grid, len(bvals))
+    read_bvals, world = read_gradients(tmp_path / "a.bval", tmp_path / "a.bvec", grid, len(bvals))
     np.testing.assert_allclose(world, bvecs, atol=1e-7)
-    np.testing.assert_allclose(again, bvals)
+    np.testing.assert_allclose(read_bvals, bvals)
     mrtrix = np.loadtxt(tmp_path / "a.b")
     np.testing.assert_allclose(mrtrix[:, :3], bvecs, atol=1e-9)
     np.testing.assert_allclose(mrtrix[:, 3], bvals)
-    # DSI Studio's vectors lie along the voxel axes of the image once it is turned to L, P, S
+    # b-vectors of DSI Studio refer to the voxel axes of the image reoriented to L, P, S
     lps = to_lps(np.zeros(grid.shape), grid)[1]
     studio = np.loadtxt(tmp_path / "a.txt")
     np.testing.assert_allclose(studio[:, 1:] @ lps.directions.T, bvecs, atol=2e-6)
@@ -101,13 +102,13 @@ def test_three_formats_agree(codes: str, oblique: bool, tmp_path: Path) -> None:
         np.testing.assert_allclose(studio[:, 1:], mrtrix[:, :3] * (-1, -1, 1), atol=2e-6)
 
 
-def test_b_table_is_as_dsi_studio_prints_it(tmp_path: Path) -> None:
+def test_dsi_studio_b_table_text(tmp_path: Path) -> None:
     write_dsi_studio(tmp_path / "t", np.array([0.0, 994.9999]), np.array([[0, 0, 0], [1.0, 0, 0]]), grid_of("LPS"))
     assert (tmp_path / "t").read_text() == "0 0.000000 0.000000 0.000000\n995 -1.000000 0.000000 0.000000\n"
 
 
-def test_turning_the_image_around_leaves_the_fsl_file_alone(tmp_path: Path) -> None:
-    """FSL's frame does not see left-right flips of the storage: that is what it was made for."""
+def test_fsl_bvecs_are_invariant_to_left_right_storage_order(tmp_path: Path) -> None:
+    """FSL's frame is defined to be independent of left-right flips of the stored image."""
     _, bvecs = table()
     for codes in ("RAS", "LAS"):
         write_fsl_bvecs(tmp_path / codes, bvecs, grid_of(codes))
@@ -120,7 +121,7 @@ def write(tmp_path: Path, bvals: np.ndarray, bvecs: np.ndarray) -> tuple[Path, P
     return tmp_path / "a.bval", tmp_path / "a.bvec"
 
 
-def test_columns_and_rounded_norms_are_read(tmp_path: Path) -> None:
+def test_transposed_and_rounded_bvecs_are_read(tmp_path: Path) -> None:
     bvals, bvecs = table()
     grid = grid_of("LAS")
     files = write(tmp_path, bvals, bvecs.T)
@@ -131,13 +132,13 @@ def test_columns_and_rounded_norms_are_read(tmp_path: Path) -> None:
     np.testing.assert_allclose(np.linalg.norm(found[1:], axis=1), 1, atol=1e-12)
 
 
-def test_three_volumes_are_read_as_fsl_writes_them(tmp_path: Path) -> None:
+def test_square_bvec_file_is_read_in_fsl_order(tmp_path: Path) -> None:
     vectors = np.array([[0, 0, 0], [0, 1.0, 0], [0.6, 0, 0.8]])
     files = write(tmp_path, np.array([0, 1000.0, 1000]), vectors.T)
     np.testing.assert_allclose(read_gradients(*files, grid_of("LAS"), 3)[1], vectors * (-1, 1, 1))
 
 
-def bad(**changes: object) -> tuple[np.ndarray, np.ndarray, int, float]:
+def invalid_table(**changes: object) -> tuple[np.ndarray, np.ndarray, int, float]:
     bvals, bvecs = table()
     if "bval" in changes:
         bvals[3:5] = changes["bval"]
@@ -151,7 +152,7 @@ def bad(**changes: object) -> tuple[np.ndarray, np.ndarray, int, float]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bvec": 0.0}, r"a\.bvec.*volumes 3, 7 .*zero although a\.bval says b > 0"),
+        ({"bvec": 0.0}, r"a\.bvec.*volumes 3, 7 .*zero although b > 0 in a\.bval"),
         ({"bvec": np.nan}, r"a\.bvec.*volumes 3, 7 .*not a number"),
         ({"bvec": 0.4}, r"a\.bvec.*length 0\.693"),
         ({"bval": np.nan}, r"a\.bval.*volumes 3, 4 .*negative or not a number"),
@@ -160,14 +161,14 @@ def bad(**changes: object) -> tuple[np.ndarray, np.ndarray, int, float]:
         ({"no_b0": True}, r"a\.bval.*lowest b-value is 150.*--b0-threshold 150"),
     ],
 )
-def test_impossible_tables_are_told(changes: dict[str, object], message: str, tmp_path: Path) -> None:
-    bvals, bvecs, volumes, threshold = bad(**changes)
+def test_invalid_tables_raise(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    bvals, bvecs, volumes, threshold = invalid_table(**changes)
     files = write(tmp_path, bvals, bvecs.T)
     with pytest.raises(GradientError, match=message):
         read_gradients(*files, grid_of("RAS"), volumes, threshold)
 
 
-def test_unusable_files_are_told(tmp_path: Path) -> None:
+def test_unreadable_files_raise(tmp_path: Path) -> None:
     bvals, bvecs = table()
     bval, bvec = write(tmp_path, bvals, bvecs.T)
     grid = grid_of("RAS")
@@ -189,7 +190,7 @@ def test_unusable_files_are_told(tmp_path: Path) -> None:
         read_gradients(bval, bvec, grid, 20)
 
 
-def test_b0_may_have_any_vector(tmp_path: Path) -> None:
+def test_b0_volumes_may_have_any_vector(tmp_path: Path) -> None:
     bvals, bvecs = table()
     bvecs[0] = (0.3, 0, 0)
     files = write(tmp_path, bvals, bvecs.T)

@@ -1,4 +1,4 @@
-"""Templates: their names, their geometry, and that nothing is fetched unasked."""
+"""Templates: names, geometry, and no downloads unless requested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dsiprep.io.templates import load_template
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """An empty TemplateFlow folder, and sockets that refuse."""
+    """An empty TemplateFlow folder, and sockets that refuse to connect."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("a connection was opened")
@@ -45,7 +45,7 @@ def _write_cache(home: Path, name: str, resolution: str = "01", cohort: str = ""
     return affine
 
 
-def test_packaged_template_has_its_true_name_and_mni_geometry(no_network):
+def test_bundled_template_has_mni_geometry_and_its_own_name(no_network):
     template = load_template()
     assert template.name == "MNI152NLin2009aSym"
     assert template.origin == "nilearn"
@@ -60,7 +60,7 @@ def test_packaged_template_has_its_true_name_and_mni_geometry(no_network):
     assert np.all(total[~inside] == 0)
 
 
-def test_packaged_template_is_symmetric_about_the_world_plane(no_network):
+def test_bundled_template_is_symmetric_about_the_midsagittal_plane(no_network):
     template = load_template("MNI152NLin2009aSym")
     voxels = template.brain.grid.to_voxels([[0.0, 0, 0]])[0]
     middle = int(voxels[0])
@@ -69,7 +69,7 @@ def test_packaged_template_is_symmetric_about_the_world_plane(no_network):
     assert np.corrcoef(right.ravel(), left.ravel())[0, 1] > 0.999
 
 
-def test_packaged_tissue_lies_where_anatomy_says(no_network):
+def test_bundled_tissue_priors_match_anatomy(no_network):
     template = load_template()
     points = {0: (6, -8, 22), 1: (12, 12, 8), 2: (26, -20, 32)}  # lateral ventricle, caudate, corona radiata
     for tissue, point in points.items():
@@ -78,7 +78,7 @@ def test_packaged_tissue_lies_where_anatomy_says(no_network):
 
 
 @pytest.mark.parametrize("resolution", ["01", "1"])
-def test_files_of_templateflow_win_where_they_are(no_network, resolution):
+def test_templateflow_files_take_precedence(no_network, resolution):
     affine = _write_cache(no_network, "MNI152NLin2009cAsym", resolution)
     template = load_template()
     assert (template.name, template.origin) == ("MNI152NLin2009cAsym", "TemplateFlow")
@@ -87,13 +87,13 @@ def test_files_of_templateflow_win_where_they_are(no_network, resolution):
     assert np.allclose(template.tissue.amax((1, 2, 3)).numpy(), [0.2, 0.5, 0.3], atol=1e-6)
 
 
-def test_empty_stubs_of_templateflow_do_not_count(no_network):
+def test_empty_templateflow_placeholders_are_ignored(no_network):
     _write_cache(no_network, "MNI152NLin2009cAsym")
     next((no_network / "tpl-MNI152NLin2009cAsym").glob("*GM*")).write_bytes(b"")
     assert load_template().origin == "nilearn"
 
 
-def test_a_truncated_file_is_told(no_network):
+def test_truncated_file_raises(no_network):
     _write_cache(no_network, "MNI152NLin2009cAsym")
     file = next((no_network / "tpl-MNI152NLin2009cAsym").glob("*_T1w*"))
     file.write_bytes(file.read_bytes()[:200])
@@ -101,23 +101,23 @@ def test_a_truncated_file_is_told(no_network):
         load_template()
 
 
-def test_a_template_that_is_not_there_is_told(no_network):
+def test_unavailable_template_raises(no_network):
     with pytest.raises(InputError, match="MNI152NLin6Asym"):
         load_template("MNI152NLin6Asym")
 
 
-def test_the_network_is_asked_only_on_request(no_network, monkeypatch):
-    asked = []
+def test_templates_are_downloaded_only_on_request(no_network, monkeypatch):
+    downloads = []
 
     def download(name: str, cohort: str) -> None:
-        asked.append(name)
+        downloads.append(name)
         _write_cache(no_network, name)
 
     monkeypatch.setattr(templates, "_download", download)
     assert load_template().origin == "nilearn"
-    assert not asked
+    assert not downloads
     assert load_template(allow_network=True).origin == "TemplateFlow"
-    assert asked == ["MNI152NLin2009cAsym"]
+    assert downloads == ["MNI152NLin2009cAsym"]
 
 
 def test_loading_imports_neither_nilearn_nor_templateflow(tmp_path):
@@ -129,28 +129,29 @@ def test_loading_imports_neither_nilearn_nor_templateflow(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
-def test_the_default_that_is_not_there_is_told_in_the_report(no_network):
+def test_note_if_the_default_template_is_unavailable(no_network):
     assert "MNI152NLin2009cAsym is not in" in load_template().note
     assert load_template("MNI152NLin2009aSym").note == ""
     _write_cache(no_network, "MNI152NLin2009cAsym")
     assert load_template().note == ""
 
 
-def test_the_default_asked_for_by_name_is_not_replaced_by_another(no_network):
-    with pytest.raises(InputError, match="leave --anatomical-template out"):
+def test_default_requested_by_name_is_not_replaced(no_network):
+    with pytest.raises(InputError, match="omit --anatomical-template"):
         load_template("MNI152NLin2009cAsym")
 
 
-@pytest.mark.parametrize("wanted", ["MNIInfant+2", "MNIInfant:cohort-2"])
-def test_a_cohort_of_a_template(no_network, wanted):
+@pytest.mark.parametrize("name", ["MNIInfant+2", "MNIInfant:cohort-2"])
+def test_cohort_of_a_template(no_network, name):
     _write_cache(no_network, "MNIInfant", "1", cohort="2")
-    template = load_template(wanted)
-    assert template.name == "MNIInfant+2" and len(template.files) == 5
+    template = load_template(name)
+    assert template.name == "MNIInfant+2"
+    assert len(template.files) == 5
     with pytest.raises(InputError, match="MNIInfant"):
         load_template("MNIInfant+3")
 
 
-def test_t2w_of_a_template_where_it_has_one(no_network):
+def test_t2w_is_used_if_the_template_has_one(no_network):
     _write_cache(no_network, "Baby")
     folder = no_network / "tpl-Baby"
     assert load_template("Baby", "T2w").files[-1].name == "tpl-Baby_res-01_T1w.nii.gz"
@@ -159,13 +160,14 @@ def test_t2w_of_a_template_where_it_has_one(no_network):
     assert load_template("Baby", "T1w").files[-1].name == "tpl-Baby_res-01_T1w.nii.gz"
 
 
-def test_a_template_of_ones_own(no_network):
+def test_custom_template(no_network):
     _write_cache(no_network, "Macaque")
     folder = no_network / "tpl-Macaque"
     head = folder / "tpl-Macaque_res-01_T1w.nii.gz"
     template = load_template(str(head))
     assert (template.name, template.origin, template.note) == ("Macaque", str(folder), "")
-    assert template.tissue is not None and np.count_nonzero(template.brain.numpy()) == 27
+    assert template.tissue is not None
+    assert np.count_nonzero(template.brain.numpy()) == 27
     for prior in folder.glob("*_probseg.nii.gz"):
         if "CSF" in prior.name:
             continue
@@ -181,7 +183,7 @@ def test_a_template_of_ones_own(no_network):
         load_template(str(folder / "tpl-Ape_T1w.nii.gz"))
 
 
-def test_a_template_of_ones_own_does_not_pass_for_a_standard_one(no_network):
+def test_custom_template_may_not_have_a_standard_name(no_network):
     _write_cache(no_network, "MNI152NLin2009cAsym")
     with pytest.raises(InputError, match="rename"):
         load_template(str(no_network / "tpl-MNI152NLin2009cAsym" / "tpl-MNI152NLin2009cAsym_res-01_T1w.nii.gz"))

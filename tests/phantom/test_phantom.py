@@ -1,4 +1,4 @@
-"""The phantom's physics against what is known in closed form, and its files against BIDS."""
+"""Physics of the phantom compared with closed-form results, and its dataset with BIDS."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dsiprep.phantom.scanner import Source, add_noise, eddy_basis, phase_encodin
 from dsiprep.phantom.schemes import SCHEMES, gradient_table, half_lattice
 from dsiprep.phantom.session import Session, from_fsl, to_fsl
 from dsiprep.phantom.signal import BUNDLE, Tissue
-from dsiprep.phantom.slice_acquisition import kept_signal, slice_timing
+from dsiprep.phantom.slice_acquisition import remaining_signal, slice_timing
 from dsiprep.score.read import Image, apply, read_image, read_truth
 from helpers.grids import make_grid
 
@@ -41,7 +41,7 @@ TINY = PhantomSettings(
 
 
 def _blob(field: float | np.ndarray = 0.0, width: float = 5.0) -> Source:
-    """A lopsided blob near the middle of `make_grid`, with a field."""
+    """An asymmetric blob near the centre of `make_grid`, with an off-resonance field in Hz."""
     grid = Grid((81, 81, 81), np.array([[1.0, 0, 0, -37], [0, 1, 0, -45], [0, 0, 1, -32], [0, 0, 0, 1]]))
     x = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), -1)) - CENTRE
     image = np.exp(-(x**2 @ [1.0, 0.7, 1.4]) / (2 * width**2)) + 0.6 * np.exp(-((x - [9, 4, -6]) ** 2).sum(-1) / 40)
@@ -49,12 +49,12 @@ def _blob(field: float | np.ndarray = 0.0, width: float = 5.0) -> Source:
 
 
 def _field_along(axis: np.ndarray) -> np.ndarray:
-    """A smooth field in Hz on the blob's grid, up to 60 Hz."""
+    """A smooth field on the grid of the blob, about 60 Hz at most."""
     x = _blob().image_grid.to_world(np.stack(np.meshgrid(*[np.arange(81)] * 3, indexing="ij"), -1)) - CENTRE
     return 60 * np.exp(-(x**2).sum(-1) / (2 * 15**2)) * (1 + 0.02 * x @ axis)
 
 
-def test_a_moved_head_moves_the_image(orientation: str) -> None:
+def test_translated_head_shifts_the_image(orientation: str) -> None:
     grid = make_grid(orientation, (24, 26, 22), (3.0, 2.5, 3.5))
     pe = PhaseEncoding(1, 1, 0.05)
     still = scan(_blob(), grid, pe, np.eye(4))
@@ -70,10 +70,10 @@ def test_rotation_agrees_with_simpleitk(orientation: str) -> None:
     rotation = Rotation.from_euler("xyz", [9, -5, 14], degrees=True).as_matrix()
     pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = rotation, CENTRE - rotation @ CENTRE + [2.0, -1.0, 3.0]
-    found = scan(source, grid, PhaseEncoding(0, -1, 0.05), pose, oversampling=3)
-    wanted = _resample_with_itk(source, grid, np.linalg.inv(pose))
-    assert np.abs(found - wanted).max() < 0.04 * wanted.max()
-    assert np.corrcoef(found.ravel(), wanted.ravel())[0, 1] > 0.9995
+    image = scan(source, grid, PhaseEncoding(0, -1, 0.05), pose, oversampling=3)
+    expected = _resample_with_itk(source, grid, np.linalg.inv(pose))
+    assert np.abs(image - expected).max() < 0.04 * expected.max()
+    assert np.corrcoef(image.ravel(), expected.ravel())[0, 1] > 0.9995
 
 
 def _resample_with_itk(source: Source, grid: Grid, to_source: np.ndarray) -> np.ndarray:
@@ -93,15 +93,15 @@ def _resample_with_itk(source: Source, grid: Grid, to_source: np.ndarray) -> np.
 
 
 @pytest.mark.parametrize("direction", ["PA", "AP"])
-def test_a_constant_field_shifts_along_the_phase_encoding(orientation: str, direction: str) -> None:
+def test_constant_field_shifts_along_the_phase_encoding_axis(orientation: str, direction: str) -> None:
     grid = make_grid(orientation, (24, 26, 22), (3.0, 3.0, 3.0))
     pe = phase_encoding(grid, direction)
     still = scan(_blob(), grid, pe, np.eye(4))
-    seen = scan(_blob(40.0), grid, pe, np.eye(4))  # 40 Hz x 0.05 s = 2 voxels
-    np.testing.assert_allclose(seen, np.roll(still, 2 * pe.polarity, pe.axis), atol=2e-3)
-    towards = _centroid(seen, grid) - _centroid(still, grid)
-    assert np.sign(towards[1]) == (1 if direction == "PA" else -1)  # to the front, or to the back
-    assert np.linalg.norm(towards) == pytest.approx(6.0, abs=0.05)
+    shifted = scan(_blob(40.0), grid, pe, np.eye(4))  # 40 Hz x 0.05 s = 2 voxels
+    np.testing.assert_allclose(shifted, np.roll(still, 2 * pe.polarity, pe.axis), atol=2e-3)
+    shift = _centroid(shifted, grid) - _centroid(still, grid)
+    assert np.sign(shift[1]) == (1 if direction == "PA" else -1)  # towards anterior or posterior
+    assert np.linalg.norm(shift) == pytest.approx(6.0, abs=0.05)
 
 
 def _centroid(image: np.ndarray, grid: Grid) -> np.ndarray:
@@ -109,28 +109,29 @@ def _centroid(image: np.ndarray, grid: Grid) -> np.ndarray:
     return np.average(grid.to_world(index), axis=0, weights=image[tuple(index.T)])
 
 
-def test_a_linear_field_stretches_and_dims() -> None:
+def test_linear_field_stretches_and_scales_signal() -> None:
     grid = make_grid("RAS", (24, 60, 22), (2.0, 2.0, 2.0))
-    slope = 0.25  # of displacement, along y
+    slope = 0.25  # derivative of the displacement along y
     x = _blob().field_grid.to_world(np.stack(np.meshgrid(*[np.arange(81)] * 3, indexing="ij"), -1))
     source = _blob((x[..., 1] - CENTRE[1]) * slope / (2.0 * 0.05))
-    seen = scan(source, grid, PhaseEncoding(1, 1, 0.05), np.eye(4), oversampling=3)
+    image = scan(source, grid, PhaseEncoding(1, 1, 0.05), np.eye(4), oversampling=3)
     points = grid.to_world(np.argwhere(np.ones(grid.shape, bool)))
     points[:, 1] = CENTRE[1] + (points[:, 1] - CENTRE[1]) / (1 + slope)
-    wanted = map_coordinates(source.image, source.image_grid.to_voxels(points).T, order=1) / (1 + slope)
-    assert np.abs(seen.ravel() - wanted).max() < 0.03 * wanted.max()
+    expected = map_coordinates(source.image, source.image_grid.to_voxels(points).T, order=1) / (1 + slope)
+    assert np.abs(image.ravel() - expected).max() < 0.03 * expected.max()
 
 
 @pytest.mark.parametrize("polarity", [1, -1])
-def test_signal_is_conserved_where_it_is_piled_up(polarity: int) -> None:
+def test_signal_is_conserved_under_distortion(polarity: int) -> None:
     grid = make_grid("oblique", (32, 40, 32), (2.5, 2.5, 2.5))
     still = scan(_blob(), grid, PhaseEncoding(1, polarity, 0.0), np.eye(4))
-    seen = scan(_blob(_field_along(np.array([0, 1.0, 0.5]))), grid, PhaseEncoding(1, polarity, 0.05), np.eye(4))
-    assert np.abs(seen - still).max() > 0.2 * still.max()
-    np.testing.assert_allclose(seen.sum(1), still.sum(1), rtol=1e-3, atol=1e-3)
+    source = _blob(_field_along(np.array([0, 1.0, 0.5])))
+    distorted = scan(source, grid, PhaseEncoding(1, polarity, 0.05), np.eye(4))
+    assert np.abs(distorted - still).max() > 0.2 * still.max()
+    np.testing.assert_allclose(distorted.sum(1), still.sum(1), rtol=1e-3, atol=1e-3)
 
 
-def test_the_field_moves_with_the_head_and_eddy_currents_do_not() -> None:
+def test_field_moves_with_the_head_but_eddy_currents_do_not() -> None:
     grid = make_grid("LAS", (32, 34, 30), (2.5, 2.5, 2.5))
     pe = PhaseEncoding(1, 1, 0.05)
     source = _blob(_field_along(np.array([0.0, 1, 0])))
@@ -140,41 +141,41 @@ def test_the_field_moves_with_the_head_and_eddy_currents_do_not() -> None:
     np.testing.assert_allclose(moved, np.roll(scan(source, grid, pe, np.eye(4)), (2, 1), (0, 2)), atol=2e-3)
     eddy = np.zeros(9)
     eddy[1] = 40.0  # mm per 100 mm along x
-    plain = replace(source, field=np.zeros_like(source.field))
-    for where in (np.eye(4), pose):
-        still, seen = (scan(plain, grid, pe, where, c) for c in (None, eddy))
+    without_field = replace(source, field=np.zeros_like(source.field))
+    for head_pose in (np.eye(4), pose):
+        still, displaced = (scan(without_field, grid, pe, head_pose, c) for c in (None, eddy))
         x = _centroid(still, grid)[0]
-        towards = (_centroid(seen, grid) - _centroid(still, grid)) @ grid.directions[:, 1]
-        assert towards == pytest.approx(0.4 * x, abs=0.05)
+        shift = (_centroid(displaced, grid) - _centroid(still, grid)) @ grid.directions[:, 1]
+        assert shift == pytest.approx(0.4 * x, abs=0.05)
 
 
-def test_the_gradient_is_fixed_in_the_scanner() -> None:
+def test_gradients_are_fixed_in_the_scanner() -> None:
     grid = make_grid("LAS", (8, 8, 8), (4.0, 4.0, 4.0))
     source = Grid((17, 17, 17), grid.affine @ np.diag([0.5, 0.5, 0.5, 1]))
-    where = np.flatnonzero(np.ones(source.shape))
-    along = np.zeros((len(where), 2, 3), np.float32)
-    along[..., 2] = 1  # fibres run up the head
-    weights = np.tile(np.float32([100.0, 0.0]), (len(where), 1))
-    tissue = Tissue(source, {}, where, along, weights)
-    turned = np.eye(4)
-    turned[:3, :3] = Rotation.from_euler("x", -90, degrees=True).as_matrix()  # up the head is now forwards
-    turned[:3, 3] = grid.centre - turned[:3, :3] @ grid.centre
-    session = _session(grid, np.stack([turned] * 3), np.array([3000.0] * 3), np.eye(3))
+    voxels = np.flatnonzero(np.ones(source.shape))
+    fibres = np.zeros((len(voxels), 2, 3), np.float32)
+    fibres[..., 2] = 1  # fibres along the superior-inferior axis of the head
+    weights = np.tile(np.float32([100.0, 0.0]), (len(voxels), 1))
+    tissue = Tissue(source, {}, voxels, fibres, weights)
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("x", -90, degrees=True).as_matrix()  # superior becomes anterior
+    pose[:3, 3] = grid.centre - pose[:3, :3] @ grid.centre
+    session = _session(grid, np.stack([pose] * 3), np.array([3000.0] * 3), np.eye(3))
     for volume, cosine in ((0, 0.0), (1, 1.0), (2, 0.0)):
-        wanted = sum(100 * s * np.exp(-3000 * (r + (a - r) * cosine)) for s, a, r in BUNDLE)
-        assert session.play(tissue, volume)[4, 4, 4] == pytest.approx(wanted, rel=1e-4)
-    np.testing.assert_allclose(session.head_bvecs, np.eye(3) @ turned[:3, :3], atol=1e-12)
+        expected = sum(100 * s * np.exp(-3000 * (r + (a - r) * cosine)) for s, a, r in BUNDLE)
+        assert session.acquire(tissue, volume)[4, 4, 4] == pytest.approx(expected, rel=1e-4)
+    np.testing.assert_allclose(session.head_bvecs, np.eye(3) @ pose[:3, :3], atol=1e-12)
 
 
 def _session(grid: Grid, poses: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> Session:
     n, pe = len(bvals), PhaseEncoding(1, 1, 0.05)
-    nothing = np.zeros((2, 2, 2), np.float32)
-    lying, kept = np.zeros(n, bool), np.ones((n, grid.shape[2]))
-    back = replace(pe, polarity=-1)
-    return Session(grid, pe, back, bvals, bvecs, poses, poses[:1], lying, np.zeros((n, 9)), kept, nothing, grid)
+    no_field = np.zeros((2, 2, 2), np.float32)
+    moved, signal_fraction = np.zeros(n, bool), np.ones((n, grid.shape[2]))
+    reversed_pe, eddy = replace(pe, polarity=-1), np.zeros((n, 9))
+    return Session(grid, pe, reversed_pe, bvals, bvecs, poses, poses[:1], moved, eddy, signal_fraction, no_field, grid)
 
 
-def test_schemes_are_what_they_are_called() -> None:
+def test_schemes_have_their_nominal_sampling() -> None:
     assert [len(half_lattice(r)) for r in (13, 25)] == [101, 257]
     sizes = {
         "dsi257": (257, 13, 7000),
@@ -191,8 +192,8 @@ def test_schemes_are_what_they_are_called() -> None:
         assert bvals.max() <= top + 1e-6
         np.testing.assert_allclose(np.linalg.norm(bvecs[weighted], axis=1), 1)
         opposite = np.abs(bvecs[weighted] @ bvecs[weighted].T) * np.isclose(bvals[weighted], bvals[weighted][:, None])
-        once = directions if scheme != "dsi515" else 2 * directions  # a whole lattice holds all antipodes
-        assert (opposite > 1 - 1e-9).sum() == once  # nothing twice
+        pairs = directions if scheme != "dsi515" else 2 * directions  # a whole lattice contains all antipodes
+        assert (opposite > 1 - 1e-9).sum() == pairs  # no duplicates
         if scheme != "multishell":
             q = bvecs * np.sqrt(bvals / top * (13 if scheme == "dsi101" else 25))[:, None]
             scale = 1 if scheme != "hasc55" else np.abs(q[weighted]).max() / np.round(np.abs(q[weighted]).max())
@@ -201,21 +202,21 @@ def test_schemes_are_what_they_are_called() -> None:
         gradient_table("dsi999")
 
 
-def test_fsl_vectors_are_read_back_by_the_pipeline(orientation: str, tmp_path: Path) -> None:
+def test_fsl_bvecs_are_read_by_the_pipeline(orientation: str, tmp_path: Path) -> None:
     gradients = pytest.importorskip("dsiprep.io.gradients")
     grid = make_grid(orientation, (4, 5, 6), (2.0, 2.0, 3.0))
     bvals, bvecs = gradient_table("hasc55")
     np.testing.assert_allclose(from_fsl(to_fsl(bvecs, grid), grid), bvecs, atol=1e-12)
     np.savetxt(tmp_path / "x.bval", bvals[None])
     np.savetxt(tmp_path / "x.bvec", to_fsl(bvecs, grid).T)
-    found = gradients.read_gradients(tmp_path / "x.bval", tmp_path / "x.bvec", grid, len(bvals))[1]
-    np.testing.assert_allclose(found, bvecs, atol=1e-6)
+    read_bvecs = gradients.read_gradients(tmp_path / "x.bval", tmp_path / "x.bvec", grid, len(bvals))[1]
+    np.testing.assert_allclose(read_bvecs, bvecs, atol=1e-6)
     las = make_grid("LAS", (4, 5, 6), (2.0, 2.0, 3.0))
     np.testing.assert_allclose(to_fsl(bvecs, las), bvecs * [-1, 1, 1])
 
 
 @pytest.mark.parametrize("name", ["RAS", "LAS", "LPS", "PSR", "oblique"])
-def test_scanner_grids_are_oriented_as_asked(name: str) -> None:
+def test_scanner_grids_have_the_requested_orientation(name: str) -> None:
     grid = scanner_grid(name, 2.5, CENTRE)
     codes = "".join(nib.aff2axcodes(grid.affine))
     assert codes == ("LAS" if name == "oblique" else name)
@@ -229,8 +230,8 @@ def test_scanner_grids_are_oriented_as_asked(name: str) -> None:
 def test_eddy_basis_is_harmonic() -> None:
     rng = np.random.default_rng(0)
     centre, h = rng.normal(size=3) * 50, 1.0
-    around = np.concatenate([centre + h * np.eye(3), centre - h * np.eye(3)])
-    laplacian = eddy_basis(around).sum(0) - 6 * eddy_basis(centre[None])[0]
+    neighbours = np.concatenate([centre + h * np.eye(3), centre - h * np.eye(3)])
+    laplacian = eddy_basis(neighbours).sum(0) - 6 * eddy_basis(centre[None])[0]
     np.testing.assert_allclose(laplacian, 0, atol=1e-10)
 
 
@@ -244,32 +245,38 @@ def test_noise_is_rician() -> None:
 
 def test_slice_timing_repeats_with_the_multiband_factor() -> None:
     timing = slice_timing(10)
-    assert timing[:5] == timing[5:] and len(set(timing)) == 5 and max(timing) < 4.2
+    assert timing[:5] == timing[5:]
+    assert len(set(timing)) == 5
+    assert max(timing) < 4.2
     assert len(set(slice_timing(9))) == 9
 
 
-@pytest.mark.parametrize(("slices", "together"), [(24, 2), (25, 1)])
-def test_all_slices_of_a_shot_are_lost(slices: int, together: int) -> None:
-    """Slices that start at one time are lost together and others are not; a tenth of all is, none of b=0."""
+@pytest.mark.parametrize(("slices", "per_shot"), [(24, 2), (25, 1)])
+def test_dropout_affects_all_slices_of_a_shot(slices: int, per_shot: int) -> None:
+    """Slices with the same start time drop out together, a tenth of all slices and none at b=0."""
     bvals = np.tile([0.0, 1000.0, 3000.0], 400)
-    kept = kept_signal(bvals, slices, 0.1, np.random.default_rng(2))
-    lost, times = kept < 1, np.array(slice_timing(slices))
+    fraction = remaining_signal(bvals, slices, 0.1, np.random.default_rng(2))
+    outlier, times = fraction < 1, np.array(slice_timing(slices))
     for k in range(slices):
-        others = [other for other in range(slices) if (lost[:, other] == lost[:, k]).all()]
-        assert others == np.flatnonzero(times == times[k]).tolist() and len(others) == together
-    assert not lost[bvals == 0].any() and kept.min() >= 0.2 and kept[lost].max() <= 0.5
-    shots = 800 * slices / together
-    assert lost[bvals > 0].mean() == pytest.approx(0.1, abs=3 * np.sqrt(0.1 * 0.9 / shots))
+        same = [other for other in range(slices) if (outlier[:, other] == outlier[:, k]).all()]
+        assert same == np.flatnonzero(times == times[k]).tolist()
+        assert len(same) == per_shot
+    assert not outlier[bvals == 0].any()
+    assert fraction.min() >= 0.2
+    assert fraction[outlier].max() <= 0.5
+    shots = 800 * slices / per_shot
+    assert outlier[bvals > 0].mean() == pytest.approx(0.1, abs=3 * np.sqrt(0.1 * 0.9 / shots))
 
 
 @pytest.fixture(scope="module")
 def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A coarse subject of nine volumes without noise."""
+    """A coarse phantom of nine noise-free volumes."""
     folder = tmp_path_factory.mktemp("phantom")
-    return make_phantom(folder / "one", replace(TINY, scheme=_table(folder)))
+    return make_phantom(folder / "phantom", replace(TINY, scheme=_write_scheme(folder)))
 
 
-def _table(folder: Path) -> str:
+def _write_scheme(folder: Path) -> str:
+    """Write a b-table of nine volumes and return it as BVAL,BVEC."""
     bvals, bvecs = gradient_table("dsi101")
     keep = np.r_[0, 1:7, 21, 24]
     np.savetxt(folder / "t.bval", bvals[keep][None])
@@ -277,7 +284,7 @@ def _table(folder: Path) -> str:
     return f"{folder / 't.bval'},{folder / 't.bvec'}"
 
 
-def test_the_dataset_is_valid_bids(phantom: Path) -> None:
+def test_dataset_is_valid_bids(phantom: Path) -> None:
     program = shutil.which("bids-validator-deno", path=str(Path(sys.executable).parent)) or shutil.which(
         "bids-validator-deno"
     )
@@ -286,88 +293,92 @@ def test_the_dataset_is_valid_bids(phantom: Path) -> None:
     done = subprocess.run([program, str(phantom / "bids"), "--format", "json"], capture_output=True, text=True)
     report = json.loads(done.stdout)
     errors = [issue for issue in report["issues"]["issues"] if issue["severity"] == "error"]
-    assert errors == [] and report["summary"]["totalFiles"] >= 12
+    assert errors == []
+    assert report["summary"]["totalFiles"] >= 12
 
 
-def test_the_truth_finds_every_point_in_every_volume(phantom: Path) -> None:
-    """Raw b=0 volumes, read where the truth says and corrected for piling up, match the ideal one best."""
+def test_ground_truth_locates_points_in_raw_volumes(phantom: Path) -> None:
+    """Raw b=0 volumes, sampled at the true positions with intensity correction, match the ideal b=0 best."""
     truth, sub = read_truth(phantom / "truth"), phantom / "bids/sub-01"
     names = ("dwi/sub-01_dir-PA_dwi", "fmap/sub-01_dir-AP_epi")
     series, epis = (read_image(sub / f"{name}.nii.gz") for name in names)
     field, points = truth.image("field_hz"), truth.brain_points()
     size = np.linalg.norm(truth.mm_per_hz)
-    wanted = truth.image("ideal_b0").at(apply(truth.poses[0], points), order=3)
+    ideal = truth.image("ideal_b0").at(apply(truth.poses[0], points), order=3)
     b0 = np.flatnonzero(truth.bvals == 0)
-    assert len(b0) == 2 and np.abs(truth.poses[b0[1]] - truth.poses[b0[0]]).max() > 0.1
+    assert len(b0) == 2
+    assert np.abs(truth.poses[b0[1]] - truth.poses[b0[0]]).max() > 0.1
     cases = [(replace(series, data=series.data[..., v]), truth.poses[v], 1) for v in b0]
     epi_pose = np.asarray(truth.table["epi_head_to_scanner"])[0]
     for image, pose, sign in [*cases, (replace(epis, data=epis.data[..., 0]), epi_pose, -1)]:
-        along = pose[:3, :3].T @ truth.mm_per_hz / size * 2.0
-        slope = sign * size * (field.at(points + along) - field.at(points - along)) / 4.0
-        still = apply(pose, points)
-        there = still + sign * field.at(points)[:, None] * truth.mm_per_hz
+        offset = pose[:3, :3].T @ truth.mm_per_hz / size * 2.0
+        slope = sign * size * (field.at(points + offset) - field.at(points - offset)) / 4.0
+        undistorted = apply(pose, points)
+        distorted = undistorted + sign * field.at(points)[:, None] * truth.mm_per_hz
 
-        def match(where: np.ndarray, image: Image = image, slope: np.ndarray = slope) -> float:
-            return float(np.corrcoef(image.at(where, order=3) * (1 + slope), wanted)[0, 1])
+        def correlation(positions: np.ndarray, image: Image = image, slope: np.ndarray = slope) -> float:
+            return float(np.corrcoef(image.at(positions, order=3) * (1 + slope), ideal)[0, 1])
 
-        best = match(there)
-        assert best > 0.96 and best > match(still) + 0.01
+        best = correlation(distorted)
+        assert best > 0.96
+        assert best > correlation(undistorted) + 0.01
         for axis in np.eye(3):
-            before, after = match(there - axis), match(there + axis)
-            assert abs(0.5 * (before - after) / (before - 2 * best + after)) < 0.15  # mm, top of a parabola
+            before, after = correlation(distorted - axis), correlation(distorted + axis)
+            assert abs(0.5 * (before - after) / (before - 2 * best + after)) < 0.15  # mm, vertex of a parabola
 
 
-def test_the_truth_describes_the_head(phantom: Path) -> None:
+def test_ground_truth_maps_and_fibres_are_consistent(phantom: Path) -> None:
     truth = read_truth(phantom / "truth")
     assert truth.table["largest_displacement_mm"] == pytest.approx(8.0)
     to_head, mask = truth.image("template_to_head"), truth.image("template_brain_mask")
     points = mask.points(mask.data > 0.5, 500)
-    there = to_head.at(points)
-    back = truth.image("head_to_template").at(there)
+    head = to_head.at(points)
+    back = truth.image("head_to_template").at(head)
     assert np.linalg.norm(back - points, axis=1).max() < 0.2
-    brain = truth.image("T1w_brain_mask").at(there, order=0)
+    brain = truth.image("T1w_brain_mask").at(head, order=0)
     assert brain.mean() > 0.95
-    moved = np.linalg.norm(there - points - (there - points).mean(0), axis=1)
-    assert moved.max() > 3
-    fibres, shares = truth.image("fibres"), truth.image("fibre_shares")
-    inside = shares.data.sum(-1) > 0
+    displacement = np.linalg.norm(head - points - (head - points).mean(0), axis=1)
+    assert displacement.max() > 3
+    fibres, fractions = truth.image("fibres"), truth.image("fibre_shares")
+    inside = fractions.data.sum(-1) > 0
     np.testing.assert_allclose(np.linalg.norm(fibres.data[inside][:, :3], axis=1), 1, atol=1e-3)
-    np.testing.assert_allclose(shares.data[inside].sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(fractions.data[inside].sum(-1), 1, atol=1e-5)
 
 
-def test_ideal_volumes_show_the_true_fibres(phantom: Path) -> None:
-    """Attenuation in white matter is what the saved fibres predict, and not with a sign turned."""
+def test_ideal_attenuation_matches_true_fibres(phantom: Path) -> None:
+    """Attenuation in white matter matches the saved fibres, but not with a flipped gradient component."""
     truth = read_truth(phantom / "truth")
-    dwi, fibres, shares = (truth.image(n) for n in ("ideal_dwi", "fibres", "fibre_shares"))
-    depth = distance_transform_edt(shares.data.sum(-1) > 0, sampling=3.0)
+    dwi, fibres, fractions = (truth.image(n) for n in ("ideal_dwi", "fibres", "fibre_shares"))
+    depth = distance_transform_edt(fractions.data.sum(-1) > 0, sampling=3.0)
     voxels = np.argwhere(depth > 6)
-    where = tuple(voxels.T)
+    index = tuple(voxels.T)
     signal = dwi.at(apply(truth.poses[0], apply(fibres.affine, voxels)))
     gradients = np.asarray(truth.table["bvecs_scanner"]) @ truth.poses[0][:3, :3]  # R' g
 
     def error(g: np.ndarray) -> float:
-        squared = np.einsum("npd,vd->npv", fibres.data[where].reshape(-1, 2, 3), g) ** 2
+        squared = np.einsum("npd,vd->npv", fibres.data[index].reshape(-1, 2, 3), g) ** 2
         bundles = sum(s * np.exp(-truth.bvals * (r + (a - r) * squared)) for s, a, r in BUNDLE)
-        predicted = (shares.data[where][..., None] * bundles).sum(1)
+        predicted = (fractions.data[index][..., None] * bundles).sum(1)
         return float(np.sqrt(np.mean((signal / signal[:, :1] - predicted)[:, truth.bvals > 500] ** 2)))
 
-    assert len(voxels) > 100 and error(gradients) < 0.03
+    assert len(voxels) > 100
+    assert error(gradients) < 0.03
     for axis in range(3):
         assert error(gradients * np.where(np.arange(3) == axis, -1, 1)) > 2 * error(gradients)
 
 
 @pytest.mark.slow
-def test_the_seed_decides(phantom: Path, tmp_path: Path) -> None:
-    again = make_phantom(tmp_path / "again", replace(TINY, scheme=_table(tmp_path), ideal=False))
+def test_phantom_is_reproducible_from_its_seed(phantom: Path, tmp_path: Path) -> None:
+    repeated = make_phantom(tmp_path / "repeated", replace(TINY, scheme=_write_scheme(tmp_path), ideal=False))
     for name in ("bids/sub-01/dwi/sub-01_dir-PA_dwi", "bids/sub-01/anat/sub-01_T1w"):
-        first, second = (read_image(f / f"{name}.nii.gz").data for f in (phantom, again))
+        first, second = (read_image(f / f"{name}.nii.gz").data for f in (phantom, repeated))
         np.testing.assert_array_equal(first, second)
 
 
-def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
-    for wrong in ({"moved": 2.0}, {"resolution": 0.0}, {"distortion": -1.0}, {"orientation": "XYZ"}):
+def test_invalid_settings_and_folders_raise(tmp_path: Path) -> None:
+    for invalid in ({"moved": 2.0}, {"resolution": 0.0}, {"distortion": -1.0}, {"orientation": "XYZ"}):
         with pytest.raises(SettingsError):
-            make_phantom(tmp_path / "x", replace(TINY, **wrong))
+            make_phantom(tmp_path / "x", replace(TINY, **invalid))
     (tmp_path / "y" / "bids").mkdir(parents=True)
     with pytest.raises(OutputError):
         make_phantom(tmp_path / "y", TINY)
@@ -377,11 +388,11 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_head_looks_like_one_to_deepbet(tmp_path: Path) -> None:
+def test_deepbet_finds_the_brain(tmp_path: Path) -> None:
     from deepbet import BrainExtraction
 
-    make_phantom(tmp_path / "p", replace(TINY, scheme=_table(tmp_path), t1w_resolution=1.5, ideal=False))
+    make_phantom(tmp_path / "p", replace(TINY, scheme=_write_scheme(tmp_path), t1w_resolution=1.5, ideal=False))
     image = nib.load(tmp_path / "p/bids/sub-01/anat/sub-01_T1w.nii.gz")
-    found = BrainExtraction(no_gpu=True).run(image)[1].get_fdata() > 0
+    predicted = BrainExtraction(no_gpu=True).run(image)[1].get_fdata() > 0
     true = read_truth(tmp_path / "p/truth").image("T1w_brain_mask").data > 0
-    assert 2 * (found & true).sum() / (found.sum() + true.sum()) > 0.95
+    assert 2 * (predicted & true).sum() / (predicted.sum() + true.sum()) > 0.95

@@ -27,7 +27,7 @@ HZ_TO_MM = 0.05 * 3.0
 
 
 class Subject:
-    """A made-up truth, and the perfect derivatives of it, to be spoilt one at a time."""
+    """A synthetic ground truth with error-free derivatives, to which known errors are added one at a time."""
 
     def __init__(self, folder: Path) -> None:
         rng = np.random.default_rng(5)
@@ -42,12 +42,14 @@ class Subject:
         self.bvals = np.r_[0.0, np.linspace(500, 6000, N - 1)]
         self.bvecs = rng.normal(size=(N, 3)) * (self.bvals > 0)[:, None]
         self.bvecs[1:] /= np.linalg.norm(self.bvecs[1:], axis=1, keepdims=True)
-        self.eddy = rng.normal(0, 1, (N, 9)) * (self.bvals > 0)[:, None] * (np.arange(9) < 4)  # linear: ITK has a name
+        self.eddy = (
+            rng.normal(0, 1, (N, 9)) * (self.bvals > 0)[:, None] * (np.arange(9) < 4)
+        )  # linear terms only, which an ITK affine can represent
         self._write_truth()
         self.write()
 
     def field(self, head: np.ndarray) -> np.ndarray:
-        """Hz at head points (..., 3)."""
+        """Off-resonance field in Hz at head points (..., 3)."""
         return 30 * np.exp(-((head - CENTRE - [0, 30, -10]) ** 2).sum(-1) / (2 * 22**2))
 
     def _write_truth(self) -> None:
@@ -68,10 +70,10 @@ class Subject:
             _write(self.truth / f"{name}.nii.gz", data, grid)
         shape = (40, 50, 36)
         _write(self.truth / "ideal_b0.nii.gz", self._contrast(_points(shape, RAW), self.poses[0]), RAW)
-        turned = np.einsum("nji,nj->ni", self.poses[:, :3, :3], self.bvecs)
+        head_bvecs = np.einsum("nji,nj->ni", self.poses[:, :3, :3], self.bvecs)
         table = {
             "template": "MNI152NLin2009aSym", "brain_centre": CENTRE.tolist(), "bvals": self.bvals.tolist(),
-            "bvecs_scanner": self.bvecs.tolist(), "bvecs_head": turned.tolist(),
+            "bvecs_scanner": self.bvecs.tolist(), "bvecs_head": head_bvecs.tolist(),
             "moved": [False] * 6 + [True] * 6,
             "head_to_scanner": self.poses.tolist(), "phase_encoding_direction": "j-", "readout_time_s": 0.05,
             "grid_affine": RAW.tolist(), "eddy_mm": self.eddy.tolist(), "lost_slices": [[3, 10, 0.4], [5, 20, 0.3]],
@@ -82,24 +84,24 @@ class Subject:
         head = apply(np.linalg.inv(pose), scanner.reshape(-1, 3)).reshape(scanner.shape)
         return 100 + 50 * np.sin(head[..., 0] / 9) * np.cos(head[..., 1] / 11) + head[..., 2]
 
-    def write(self, **spoilt: np.ndarray) -> list[Score]:
-        """Write all derivatives and score them. `spoilt` replaces or adds to what is right."""
+    def write(self, **errors: np.ndarray) -> list[Score]:
+        """Write all derivatives with the given `errors` and score them."""
         anat, dwi = self.out / "sub-01" / "anat" / "sub-01", self.out / "sub-01" / "dwi" / "sub-01_dir-PA"
-        estimated = spoilt.get("extra", np.eye(4)) @ self.poses @ np.linalg.inv(self.head_to_dwiref)
+        estimated = errors.get("motion", np.eye(4)) @ self.poses @ np.linalg.inv(self.head_to_dwiref)
         _write_series(Path(f"{dwi}_from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt"), estimated)
-        bent = np.tile(np.eye(4), (N, 1, 1))
-        bent[:, 1] += (self.eddy + spoilt.get("bend", np.zeros(9)))[:, [1, 2, 3, 0]] / [100, 100, 100, 1]
-        _write_series(Path(f"{dwi}_from-orig_to-dwiref_mode-image_desc-eddy_xfm.txt"), bent)
-        lost = spoilt.get("lost", np.array([[3, 10], [5, 20]])).tolist()
-        Path(f"{dwi}_space-ACPC_desc-slice_qc.json").write_text(json.dumps({"lost": lost}))
-        undistorted = np.linalg.inv(self.blip) @ self.head_to_dwiref  # of head points
-        coreg = spoilt.get("coreg", np.eye(4)) @ undistorted @ self.acpc_to_head
-        _itk(coreg, f"{dwi}_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt")
-        _itk(self.acpc_to_head, f"{anat}_from-anat_to-ACPC_mode-image_xfm.mat")
-        self._write_field(dwi, undistorted, spoilt.get("hz", np.zeros(1)))
-        self._write_template(anat, spoilt.get("template", np.zeros(3)))
-        self._write_tables(dwi, spoilt.get("turn", np.eye(3)))
-        self._write_images(anat, dwi, spoilt.get("off", np.zeros(3)))
+        eddy = np.tile(np.eye(4), (N, 1, 1))
+        eddy[:, 1] += (self.eddy + errors.get("eddy", np.zeros(9)))[:, [1, 2, 3, 0]] / [100, 100, 100, 1]
+        _write_series(Path(f"{dwi}_from-orig_to-dwiref_mode-image_desc-eddy_xfm.txt"), eddy)
+        outliers = errors.get("outliers", np.array([[3, 10], [5, 20]])).tolist()
+        Path(f"{dwi}_space-ACPC_desc-slice_qc.json").write_text(json.dumps({"lost": outliers}))
+        undistorted = np.linalg.inv(self.blip) @ self.head_to_dwiref  # maps head points
+        coreg = errors.get("coreg", np.eye(4)) @ undistorted @ self.acpc_to_head
+        _write_matrix(coreg, f"{dwi}_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt")
+        _write_matrix(self.acpc_to_head, f"{anat}_from-anat_to-ACPC_mode-image_xfm.mat")
+        self._write_field(dwi, undistorted, errors.get("hz", np.zeros(1)))
+        self._write_template(anat, errors.get("template", np.zeros(3)))
+        self._write_tables(dwi, errors.get("bvec_rotation", np.eye(3)))
+        self._write_images(anat, dwi, errors.get("image_offset", np.zeros(3)))
         return score(self.out, self.truth)
 
     def _write_field(self, dwi: Path, undistorted: np.ndarray, hz: np.ndarray) -> None:
@@ -108,30 +110,30 @@ class Subject:
         head = apply(np.linalg.inv(undistorted), x.reshape(-1, 3)).reshape(x.shape)
         field = self.field(head) + hz
         _write(Path(str(dwi).replace("/dwi/", "/fmap/") + "_desc-preproc_fieldmap.nii.gz"), field, RAW)
-        shift = field[..., None] * np.array([0.0, -HZ_TO_MM, 0.0])  # j- points backwards here
-        before = shift @ np.linalg.inv(self.blip[:3, :3]).T
-        composite = SimpleITK.CompositeTransform([_affine(self.blip), _displacement(before, RAW)])
+        shift = field[..., None] * np.array([0.0, -HZ_TO_MM, 0.0])  # j- points towards posterior here
+        before_pose = shift @ np.linalg.inv(self.blip[:3, :3]).T
+        composite = SimpleITK.CompositeTransform([_affine(self.blip), _displacement(before_pose, RAW)])
         SimpleITK.WriteTransform(composite, f"{dwi}_from-distorted_to-dwiref_mode-image_desc-sdcdown_xfm.h5")
 
-    def _write_template(self, anat: Path, off: np.ndarray) -> None:
+    def _write_template(self, anat: Path, offset: np.ndarray) -> None:
         image = nib.load(self.truth / "template_to_head.nii.gz")
-        head = image.get_fdata() + off
+        head = image.get_fdata() + offset
         acpc = apply(np.linalg.inv(self.acpc_to_head), head.reshape(-1, 3)).reshape(head.shape)
         warp = _displacement(acpc - _points(head.shape[:3], image.affine), image.affine)
         composite = SimpleITK.CompositeTransform([warp])
         SimpleITK.WriteTransform(composite, f"{anat}_from-ACPC_to-MNI152NLin2009aSym_mode-image_xfm.h5")
 
-    def _write_tables(self, dwi: Path, turn: np.ndarray) -> None:
+    def _write_tables(self, dwi: Path, rotation: np.ndarray) -> None:
         head = np.einsum("nji,nj->ni", self.poses[:, :3, :3], self.bvecs)
-        world = head @ self.acpc_to_head[:3, :3] @ turn.T
+        world = head @ self.acpc_to_head[:3, :3] @ rotation.T
         stem = f"{dwi}_space-ACPC_desc-preproc_dwi"
         _write(Path(f"{stem}.nii.gz"), np.zeros((70, 60, 60, 2)), LPS)
         np.savetxt(f"{stem}.bvec", (world * [-1, -1, 1] * [-1, 1, 1]).T)
         np.savetxt(f"{stem}.b", np.c_[world, self.bvals])
 
-    def _write_images(self, anat: Path, dwi: Path, off: np.ndarray) -> None:
+    def _write_images(self, anat: Path, dwi: Path, offset: np.ndarray) -> None:
         points = _points((70, 60, 60), LPS)
-        head = apply(self.acpc_to_head, points.reshape(-1, 3)).reshape(points.shape) + off
+        head = apply(self.acpc_to_head, points.reshape(-1, 3)).reshape(points.shape) + offset
         for name, stem in (("T1w_brain_mask", "desc-brain_mask"), ("T1w_dseg", "dseg")):
             image = nib.load(self.truth / f"{name}.nii.gz")
             voxels = apply(np.linalg.inv(image.affine), head.reshape(-1, 3)).T
@@ -152,14 +154,14 @@ def _write(path: Path, data: np.ndarray, affine: np.ndarray) -> None:
 
 
 def _affine(matrix: np.ndarray) -> SimpleITK.AffineTransform:
-    turned = FLIP @ matrix @ FLIP
+    lps = FLIP @ matrix @ FLIP
     transform = SimpleITK.AffineTransform(3)
-    transform.SetMatrix(turned[:3, :3].ravel().tolist())
-    transform.SetTranslation(turned[:3, 3].tolist())
+    transform.SetMatrix(lps[:3, :3].ravel().tolist())
+    transform.SetTranslation(lps[:3, 3].tolist())
     return transform
 
 
-def _itk(matrix: np.ndarray, path: str) -> None:
+def _write_matrix(matrix: np.ndarray, path: str) -> None:
     SimpleITK.WriteTransform(_affine(matrix), path)
 
 
@@ -187,7 +189,7 @@ def _displacement(vectors: np.ndarray, affine: np.ndarray) -> SimpleITK.Displace
 
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    """Written once; every test writes its own errors over it."""
+    """Created once; each test overwrites the derivatives with its own errors."""
     return Subject(tmp_path_factory.mktemp("score"))
 
 
@@ -197,76 +199,79 @@ def _values(scores: list[Score]) -> dict[str, float]:
     return {entry.name: float(entry.value) for entry in scores if entry.value is not None}
 
 
-def test_perfect_derivatives_have_no_error(subject: Subject) -> None:
+def test_error_free_derivatives_score_zero(subject: Subject) -> None:
     found = _values(subject.write())
     for name, limit in {
         "motion: rotation": 1e-4, "motion: translation RMSE": 1e-4, "motion: displacement": 1e-4,
         "motion: worst volume": 1e-4, "eddy currents: error": 1e-4,
-        "lost slices: wrong": 1e-9, "b-vectors: .bvec": 1e-3, "b-vectors: .b": 1e-3, "field: error": 0.02,
-        "coregistration: error": 1e-4, "all together": 0.02, "template: error": 0.02,
+        "outlier slices: false positives": 1e-9, "b-vectors: .bvec": 1e-3, "b-vectors: .b": 1e-3, "field: error": 0.02,
+        "coregistration: error": 1e-4, "combined: error": 0.02, "template: error": 0.02,
     }.items():  # fmt: skip
         assert found[name] < limit, (name, found[name])
-    assert found["motion: uncorrected"] > 3 and found["field: uncorrected"] > 0.5
+    assert found["motion: uncorrected"] > 3
+    assert found["field: uncorrected"] > 0.5
     for name in ("brain mask: T1w", "brain mask: DWI", "tissue: GM", "tissue: WM", "tissue: CSF"):
         assert found[name] > 0.999
     assert found["b=0 reference"] > 0.999
 
 
-def test_wrong_motion_is_measured(subject: Subject) -> None:
-    extra = np.tile(np.eye(4), (N, 1, 1))
+def test_motion_errors(subject: Subject) -> None:
+    motion = np.tile(np.eye(4), (N, 1, 1))
     at_centre = apply(subject.poses[7], CENTRE[None])[0]
-    extra[7] = rigid_matrix(np.array([0.0, np.deg2rad(3.0), 0, 0, 0, 0]), at_centre)
-    extra[9][:3, 3] = [0.0, 2.4, 0]
-    found = _values(subject.write(extra=extra))
+    motion[7] = rigid_matrix(np.array([0.0, np.deg2rad(3.0), 0, 0, 0, 0]), at_centre)
+    motion[9][:3, 3] = [0.0, 2.4, 0]
+    found = _values(subject.write(motion=motion))
     assert found["motion: rotation"] == pytest.approx(3 / N, rel=1e-3)
     assert found["motion: rotation RMSE"] == pytest.approx(3 / np.sqrt(3 * (N - 1)), rel=1e-3)
     assert found["motion: translation"] == pytest.approx(2.4 / N, rel=1e-3)
     assert found["motion: unmoved volumes"] < 1e-4 < found["motion: moved volumes"]
     assert found["motion: worst volume"] == pytest.approx(2.4, rel=1e-3)
-    assert found["coregistration: error"] < 1e-3  # the common pose is not pulled away by two volumes
+    assert found["coregistration: error"] < 1e-3  # two volumes do not bias the common pose
 
 
-def test_wrong_fields_are_measured(subject: Subject) -> None:
+def test_field_errors(subject: Subject) -> None:
     found = _values(subject.write(hz=np.array([10.0])))
     assert found["field: error"] == pytest.approx(10 * HZ_TO_MM, abs=0.02)
-    assert found["field: error but a constant"] < 0.02
-    assert found["all together"] == pytest.approx(10 * HZ_TO_MM, abs=0.05)
+    assert found["field: error without offset"] < 0.02
+    assert found["combined: error"] == pytest.approx(10 * HZ_TO_MM, abs=0.05)
 
 
-def test_wrong_places_are_measured(subject: Subject) -> None:
+def test_registration_errors(subject: Subject) -> None:
     shift = np.eye(4)
     shift[:3, 3] = [0.9, 0, -1.2]
-    found = _values(subject.write(coreg=shift, template=np.array([0, 2.0, 0]), off=np.array([6.0, 0, 0])))
+    found = _values(subject.write(coreg=shift, template=np.array([0, 2.0, 0]), image_offset=np.array([6.0, 0, 0])))
     assert found["coregistration: error"] == pytest.approx(1.5, abs=1e-3)
-    assert found["all together"] == pytest.approx(1.5, abs=0.1)
+    assert found["combined: error"] == pytest.approx(1.5, abs=0.1)
     assert found["template: error"] == pytest.approx(2.0, abs=0.02)
-    # Dice of two balls of 90 mm, 6 mm apart
+    # Dice of two balls with a diameter of 90 mm, 6 mm apart
     assert found["brain mask: T1w"] == pytest.approx(1 - 1.5 * 6 / 90, abs=0.02)
-    assert found["tissue: WM"] < 0.9 and found["b=0 reference"] < 0.95
+    assert found["tissue: WM"] < 0.9
+    assert found["b=0 reference"] < 0.95
 
 
-def test_wrong_vectors_are_measured(subject: Subject) -> None:
-    turn = Rotation.from_rotvec(np.deg2rad(5.0) * np.array([0, 0, 1.0])).as_matrix()
-    found = _values(subject.write(turn=turn))
+def test_bvector_errors(subject: Subject) -> None:
+    rotation = Rotation.from_rotvec(np.deg2rad(5.0) * np.array([0, 0, 1.0])).as_matrix()
+    found = _values(subject.write(bvec_rotation=rotation))
     world = subject.bvecs[1:]
     assert found["b-vectors: .bvec"] == pytest.approx(found["b-vectors: .b"], abs=1e-4)
     acpc = np.einsum("nji,nj->ni", subject.poses[1:, :3, :3], world) @ subject.acpc_to_head[:3, :3]
-    off_axis = np.sqrt(1 - acpc[:, 2] ** 2)  # a vector at angle t to the axis turns by 2 asin(sin t sin 2.5)
-    wanted = np.rad2deg(2 * np.arcsin(off_axis * np.sin(np.deg2rad(2.5))))
-    assert found["b-vectors: .b"] == pytest.approx(wanted.mean(), rel=1e-4)
+    off_axis = np.sqrt(1 - acpc[:, 2] ** 2)  # a vector at angle t to the axis rotates by 2 asin(sin t sin 2.5 deg)
+    expected = np.rad2deg(2 * np.arcsin(off_axis * np.sin(np.deg2rad(2.5))))
+    assert found["b-vectors: .b"] == pytest.approx(expected.mean(), rel=1e-4)
 
 
-def test_wrong_eddy_currents_and_slices_are_measured(subject: Subject) -> None:
-    bend = np.zeros(9)
-    bend[0] = 0.25
-    found = _values(subject.write(bend=bend, lost=np.array([[3, 10], [4, 4], [4, 5]])))
+def test_eddy_current_and_outlier_slice_errors(subject: Subject) -> None:
+    eddy = np.zeros(9)
+    eddy[0] = 0.25
+    found = _values(subject.write(eddy=eddy, outliers=np.array([[3, 10], [4, 4], [4, 5]])))
     assert found["eddy currents: error"] == pytest.approx(0.25, abs=1e-4)
     assert found["eddy currents: uncorrected"] > 0.5
-    assert found["lost slices: found"] == 0.5 and found["lost slices: wrong"] == 2
+    assert found["outlier slices: sensitivity"] == 0.5
+    assert found["outlier slices: false positives"] == 2
     subject.write()
 
 
-def test_what_is_absent_is_said(subject: Subject, tmp_path: Path) -> None:
+def test_missing_derivatives_are_reported(subject: Subject, tmp_path: Path) -> None:
     scores = score(tmp_path, subject.truth)
     assert all(entry.value is None and "no file" in entry.meaning for entry in scores)
     assert [entry.name for entry in scores][:2] == ["motion", "eddy currents"]

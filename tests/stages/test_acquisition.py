@@ -1,4 +1,4 @@
-"""Runs put together: one grid, one scale, blips told apart."""
+"""Conforming runs to one grid and intensity scale, and assigning them to blips."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def las(shape: tuple[int, int, int] = SHAPE, size: float = 6.0, shift: float = 0
 
 
 def head(grid: Grid, brightness: float = 1000.0) -> torch.Tensor:
-    """A smooth ball of 75 mm that is brighter on one side, so that every turn shows."""
+    """A smooth ball of 75 mm radius with an intensity gradient, so that any rotation is detectable."""
     voxels = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1)
     x, y, z = np.moveaxis(grid.to_world(voxels), -1, 0)
     inside = 1 / (1 + np.exp((np.sqrt(x**2 + y**2 + z**2) - 75) / 4))
@@ -50,17 +50,18 @@ def mean_in(data: torch.Tensor, mask: torch.Tensor) -> float:
     return float(data[mask > 0].mean())
 
 
-def test_one_run_is_passed_through_untouched() -> None:
+def test_single_run_is_unchanged() -> None:
     single = run(UP, las())
     acquired = conform(RawUnit("u", (single,)), SETTINGS)
     assert acquired.dwi.data is single.data
     assert [(blip.name, blip.pe, len(blip.epis)) for blip in acquired.blips] == [("only", UP, 0)]
-    assert acquired.scales.tolist() == [1] and acquired.scheme.kind == "single-shell"
+    assert acquired.scales.tolist() == [1]
+    assert acquired.scheme.kind == "single-shell"
     volume = float(acquired.mask.data.sum()) * 216
     assert 0.8 < volume / (4 / 3 * np.pi * 75**3) < 1.5
 
 
-def test_blips_are_told_apart_up_first() -> None:
+def test_runs_are_assigned_to_blips_up_first() -> None:
     raw = RawUnit("u", (run(DOWN, las(), volumes=5), run(UP, las(), volumes=7)))
     acquired = conform(raw, SETTINGS)
     assert [(blip.name, blip.pe) for blip in acquired.blips] == [("up", UP), ("down", DOWN)]
@@ -69,24 +70,25 @@ def test_blips_are_told_apart_up_first() -> None:
     np.testing.assert_array_equal(acquired.dwi.bvecs, np.concatenate([r.bvecs for r in raw.runs]))
 
 
-def test_unknown_direction_makes_one_blip() -> None:
+def test_unknown_phase_encoding_gives_one_blip() -> None:
     acquired = conform(RawUnit("u", (run(None, las()), run(None, las()))), SETTINGS)
     assert [(blip.name, blip.pe) for blip in acquired.blips] == [("only", None)]
 
 
-def test_intensities_are_brought_together() -> None:
+def test_b0_intensities_are_harmonised() -> None:
     raw = RawUnit("u", (run(UP, las(), 500), run(DOWN, las(), 2000)))
     before = [r.data.clone() for r in raw.runs]
     acquired = conform(raw, SETTINGS)
     b0s = [mean_in(acquired.dwi.data[v], acquired.mask.data) for v in (0, 8)]
     assert b0s[0] == pytest.approx(b0s[1], rel=1e-5)
     np.testing.assert_allclose(acquired.scales, [2.5, 0.625], rtol=1e-4)
-    assert all(torch.equal(r.data, b) for r, b in zip(raw.runs, before, strict=True))  # inputs stay
-    apart = conform(raw, AcquisitionSettings(harmonize_b0=False))
-    assert apart.scales.tolist() == [1, 1] and torch.equal(apart.dwi.data[8], before[1][0])
+    assert all(torch.equal(r.data, b) for r, b in zip(raw.runs, before, strict=True))  # inputs are not modified
+    unscaled = conform(raw, AcquisitionSettings(harmonize_b0=False))
+    assert unscaled.scales.tolist() == [1, 1]
+    assert torch.equal(unscaled.dwi.data[8], before[1][0])
 
 
-def test_a_shifted_run_is_resampled_into_the_first_grid() -> None:
+def test_shifted_run_is_resampled_onto_the_first_grid() -> None:
     first, second = las(), las(shift=2.5)
     acquired = conform(RawUnit("u", (run(UP, first), run(UP, second))), SETTINGS)
     inner = (slice(3, -3),) * 3
@@ -95,8 +97,8 @@ def test_a_shifted_run_is_resampled_into_the_first_grid() -> None:
     assert float((run(UP, second).data[0] - acquired.dwi.data[0])[inner].abs().max()) > 60
 
 
-def test_references_are_turned_onto_the_grid_with_their_phase_encoding() -> None:
-    """A reference that is stored with j turned around and in smaller voxels."""
+def test_epi_is_resampled_with_its_phase_encoding() -> None:
+    """An EPI stored with flipped i and j axes and smaller voxels."""
     series = run(UP, las())
     affine = np.diag([-4.0, -4.0, 4.0, 1])
     shape = (45, 51, 39)
@@ -106,8 +108,9 @@ def test_references_are_turned_onto_the_grid_with_their_phase_encoding() -> None
     acquired = conform(RawUnit("u", (series,), (epi,)), SETTINGS)
     up, down = acquired.blips
     assert (up.name, up.pe, len(up.epis)) == ("up", UP, 0)
-    assert down.pe is not None and (down.name, down.pe.axis, down.pe.polarity) == ("down", 1, -1)
-    # a field of f Hz moves signal by f x 0.06 voxels of 4 mm: in voxels of 6 mm that is a readout of 0.04 s
+    assert down.pe is not None
+    assert (down.name, down.pe.axis, down.pe.polarity) == ("down", 1, -1)
+    # f Hz displace the signal by f x 0.06 voxels of 4 mm, which is f x 0.04 voxels of 6 mm: a readout time of 0.04 s
     assert down.pe.readout_time == pytest.approx(0.04)
     assert mean_in(down.epis[0], acquired.mask.data) == pytest.approx(
         mean_in(series.data[0], acquired.mask.data), rel=1e-4
@@ -116,15 +119,15 @@ def test_references_are_turned_onto_the_grid_with_their_phase_encoding() -> None
     assert float((down.epis[0] - series.data[0])[inner].abs().max()) < 15
 
 
-def test_resampling_is_that_of_scipy() -> None:
+def test_resampling_matches_scipy() -> None:
     grid, other = las(), las(shift=2.0)
     data = head(other)[None]
-    mine = resample_onto(data, other, grid, cubic=True)[0].numpy()
-    moved = ndimage.shift(data[0].numpy(), (0, 0, 2 / 6), order=3, mode="mirror")
-    np.testing.assert_allclose(mine[..., 1:], moved[..., 1:], atol=0.1)
+    result = resample_onto(data, other, grid, cubic=True)[0].numpy()
+    expected = ndimage.shift(data[0].numpy(), (0, 0, 2 / 6), order=3, mode="mirror")
+    np.testing.assert_allclose(result[..., 1:], expected[..., 1:], atol=0.1)
 
 
-def test_references_across_another_axis_are_left() -> None:
+def test_epi_along_another_axis_is_ignored() -> None:
     epi = RawEpi("epi", head(las())[None], las(), PhaseEncoding(0, 1, 0.05))
     acquired = conform(RawUnit("u", (run(UP, las()),), (epi,)), SETTINGS)
     assert [blip.name for blip in acquired.blips] == ["only"]
@@ -141,8 +144,8 @@ def test_multiband_groups() -> None:
     assert multiband_groups([(0.0, 0.0, 1.0)]) == ()
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the public datasets are not beside the project")
-def test_a_real_pair() -> None:
+@pytest.mark.skipif(not REAL.is_dir(), reason="the public datasets are not available")
+def test_real_blip_pair() -> None:
     from dsiprep.io.bids import find_units, read_unit
     from dsiprep.settings import Settings
 
@@ -150,6 +153,7 @@ def test_a_real_pair() -> None:
     acquired = conform(read_unit(unit, Settings()), SETTINGS)
     assert [blip.name for blip in acquired.blips] == ["up", "down"]
     assert acquired.dwi.blip.tolist() == [1] * 21 + [0] * 21
-    assert len(acquired.multiband) == 13 and {len(group) for group in acquired.multiband} == {3}
+    assert len(acquired.multiband) == 13
+    assert {len(group) for group in acquired.multiband} == {3}
     np.testing.assert_allclose(acquired.scales, 1, atol=0.01)
     assert 1.0e6 < float(acquired.mask.data.sum()) * 27 < 1.8e6  # mm³

@@ -1,4 +1,4 @@
-"""Eddy currents: read where they displace to, found beside motion, written so that ITK applies them."""
+"""Eddy currents: sampling at displaced points, joint estimation with motion, and the displacement as ITK applies it."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from scipy.ndimage import map_coordinates
 from scipy.stats import f as f_distribution
 
 from dsiprep.data.acquisition import PhaseEncoding
-from dsiprep.data.grid import Grid
+from dsiprep.data.dwi import DWI
 from dsiprep.data.transform import EddyCurrents
 from dsiprep.io.itk import write_eddy_series
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.image.point_set import point_set
-from dsiprep.ops.motion.eddy_model import BY_CHANCE, kept_fraction
-from dsiprep.ops.motion.gauss_newton import sample_volumes
+from dsiprep.ops.motion.eddy_model import F_QUANTILE_99, kept_fraction
+from dsiprep.ops.motion.gauss_newton import MovingVolumes, sample_volumes
 from dsiprep.settings import MotionSettings
 from dsiprep.stages.motion import estimate_motion
 from helpers.grids import make_grid
-from helpers.motion_subject import errors, make_subject
+from helpers.motion_subject import Subject, errors, make_subject
 
-FLIP = np.array([-1.0, -1.0, 1.0])
+RAS_TO_LPS = np.array([-1.0, -1.0, 1.0])
 
 
-def test_volumes_are_read_where_eddy_currents_displace_to(orientation: str) -> None:
-    """Against SciPy's linear interpolation at x + e(x) d, times the derivative of the map by finite differences."""
+def test_volumes_are_sampled_at_the_displaced_points(orientation: str) -> None:
+    """Compared with SciPy's linear interpolation at x + e(x) d, times a finite-difference Jacobian determinant."""
     grid = make_grid(orientation, (20, 24, 18), (3.0, 2.5, 4.0))
     rng = np.random.default_rng(0)
     volume = rng.random((1, *grid.shape)).astype(np.float32)
@@ -38,90 +38,96 @@ def test_volumes_are_read_where_eddy_currents_displace_to(orientation: str) -> N
     points = point_set(torch.from_numpy(inside), grid)
     eddy = EddyCurrents(rng.normal(0, 4, (1, 10)), grid.directions, grid.centre, 1)
     matrix = rigid_matrix(np.array([0.02, -0.03, 0.01, 1.0, -1.0, 0.5]), grid.centre)
-    found = sample_volumes(torch.from_numpy(volume), grid, points, matrix[None], torch.zeros(1, len(points)), eddy)[
-        0
-    ].numpy()
+    moving = MovingVolumes(torch.from_numpy(volume), grid, eddy)
+    sampled = sample_volumes(moving, points, matrix[None], torch.zeros(1, len(points)))[0].numpy()
 
-    still = (points.world + points.centre) @ matrix[:3, :3].T + matrix[:3, 3]
-    d = grid.directions[:, 1]
-    moved = still + eddy.displacement(0, still)
-    step = 0.01
-    slope = (eddy.displacement(0, still + step * d) - eddy.displacement(0, still - step * d)) @ d / (2 * step)
-    expected = map_coordinates(volume[0].astype(float), grid.to_voxels(moved).T, order=1) * (1 + slope)
-    assert np.abs(moved - still).max() > 1
-    np.testing.assert_allclose(found, expected, atol=1e-3)
+    undisplaced = (points.world + points.centre) @ matrix[:3, :3].T + matrix[:3, 3]
+    d, step = grid.directions[:, 1], 0.01
+    displaced = undisplaced + eddy.displacement(0, undisplaced)
+    ahead, behind = (eddy.displacement(0, undisplaced + sign * step * d) for sign in (1, -1))
+    slope = (ahead - behind) @ d / (2 * step)
+    expected = map_coordinates(volume[0].astype(float), grid.to_voxels(displaced).T, order=1) * (1 + slope)
+    assert np.abs(displaced - undisplaced).max() > 1
+    np.testing.assert_allclose(sampled, expected, atol=1e-3)
 
 
-def test_eddy_currents_are_found_beside_motion() -> None:
-    """Volumes displaced by SciPy."""
+def test_eddy_currents_are_estimated_jointly_with_motion() -> None:
+    """Volumes displaced with SciPy."""
     subject = make_subject(count=46, moved=0.2, noise=15.0)
     dwi, grid = subject.dwi, subject.dwi.grid
     strength = np.sqrt(dwi.bvals / dwi.bvals.max())
     response = np.random.default_rng(3).normal(0, 1.5, (10, 3))
     truth = EddyCurrents((strength[:, None] * dwi.bvecs) @ response.T, grid.directions, grid.centre, 1)
-    data = np.stack([_displaced(volume, v, truth, grid) for v, volume in enumerate(dwi.data.numpy())])
-    bent = replace(dwi, data=torch.from_numpy(data))
+    distorted = dwi.with_data(_displaced_series(dwi, truth))
     pe, settings = PhaseEncoding(1, 1), MotionSettings(iters=4)
-    found = estimate_motion(bent, subject.mask, settings, pe)
-    assert found.eddy is not None
-    world = grid.to_world(np.argwhere(subject.mask.numpy() > 0)[::40])
+    result = estimate_motion(distorted, subject.mask, settings, pe)
+    assert result.eddy is not None
+    world = _mask_points(subject)
     weighted = np.flatnonzero(~dwi.is_b0)
-    there = np.stack([truth.displacement(v, world) for v in weighted])
-    left = np.stack([found.eddy.displacement(v, world) for v in weighted]) - there
-    assert np.abs(there).sum(-1).mean() > 0.8
-    assert np.abs(left).sum(-1).mean() < 0.3 * np.abs(there).sum(-1).mean()
-    rotation, translation = errors(found.transforms, subject)
-    without = errors(estimate_motion(bent, subject.mask, replace(settings, eddy="none"), pe).transforms, subject)
-    assert rotation + translation < 0.7 * sum(without)
+    true = np.stack([truth.displacement(v, world) for v in weighted])
+    error = np.stack([result.eddy.displacement(v, world) for v in weighted]) - true
+    assert np.abs(true).sum(-1).mean() > 0.8
+    assert np.abs(error).sum(-1).mean() < 0.3 * np.abs(true).sum(-1).mean()
+    rotation, translation = errors(result.transforms, subject)
+    without = estimate_motion(distorted, subject.mask, replace(settings, eddy="none"), pe)
+    assert rotation + translation < 0.7 * sum(errors(without.transforms, subject))
 
 
-def test_none_are_found_where_there_are_none() -> None:
+def test_no_eddy_currents_are_estimated_from_undistorted_data() -> None:
     subject = make_subject(count=40)
-    found = estimate_motion(subject.dwi, subject.mask, MotionSettings(iters=2), PhaseEncoding(1, 1))
-    assert found.eddy is not None
-    world = subject.dwi.grid.to_world(np.argwhere(subject.mask.numpy() > 0)[::40])
-    moved = np.stack([found.eddy.displacement(v, world) for v in range(len(subject.dwi))])
-    assert np.linalg.norm(moved, axis=-1).mean() < 0.5  # mm, of 5 mm voxels, with 40 directions over half a sphere
+    result = estimate_motion(subject.dwi, subject.mask, MotionSettings(iters=2), PhaseEncoding(1, 1))
+    assert result.eddy is not None
+    world = _mask_points(subject)
+    estimated = np.stack([result.eddy.displacement(v, world) for v in range(len(subject.dwi))])
+    assert np.linalg.norm(estimated, axis=-1).mean() < 0.5  # mm; 5 mm voxels, 40 directions over half a sphere
 
 
-def test_twelve_directions_show_eddy_currents() -> None:
-    """All poses a little apart besides, which few directions may take for eddy currents."""
+def test_eddy_currents_are_estimated_from_twelve_directions() -> None:
+    """All poses also differ a little, which with few directions can be mistaken for eddy currents."""
     subject = make_subject(rings=(600.0,), count=12, moved=1.0, largest=(0.4, 0.4), noise=15.0)
     dwi, grid = subject.dwi, subject.dwi.grid
     response = np.zeros((10, 3))
     response[:4, :2] = np.random.default_rng(3).normal(0, 1.5, (4, 2))  # all directions have z above 0
     truth = EddyCurrents(np.where(dwi.is_b0[:, None], 0, dwi.bvecs) @ response.T, grid.directions, grid.centre, 1)
-    data = np.stack([_displaced(volume, v, truth, grid) for v, volume in enumerate(dwi.data.numpy())])
-    bent = dwi.with_data(torch.from_numpy(data))
-    found = estimate_motion(bent, subject.mask, MotionSettings(iters=4), PhaseEncoding(1, 1))
-    assert found.eddy is not None
-    world = grid.to_world(np.argwhere(subject.mask.numpy() > 0)[::40])
-    there, seen = (np.stack([e.displacement(v, world) for v in range(len(dwi))]) for e in (truth, found.eddy))
-    assert np.abs(there).sum(-1).mean() > 2
-    assert np.abs(seen - there).sum(-1).mean() < 0.2 * np.abs(there).sum(-1).mean()
+    distorted = dwi.with_data(_displaced_series(dwi, truth))
+    result = estimate_motion(distorted, subject.mask, MotionSettings(iters=4), PhaseEncoding(1, 1))
+    assert result.eddy is not None
+    world = _mask_points(subject)
+    true, estimated = (np.stack([e.displacement(v, world) for v in range(len(dwi))]) for e in (truth, result.eddy))
+    assert np.abs(true).sum(-1).mean() > 2
+    assert np.abs(estimated - true).sum(-1).mean() < 0.2 * np.abs(true).sum(-1).mean()
 
 
-def test_few_directions_must_show_eddy_currents_clearly() -> None:
-    """Twice what other axes show is something with many directions; with few, movements of the head do as much."""
+def test_few_directions_require_clear_eddy_currents() -> None:
+    """With few directions, twice the displacement along other axes is not enough, as head movements can cause it."""
     assert kept_fraction(1.0, 0.25, 15) == pytest.approx(0.75)
     assert kept_fraction(1.0, 0.25, 14) == 0
-    assert kept_fraction(2.0, 0.04, 12) == pytest.approx(1 - 0.01 * BY_CHANCE)
-    assert kept_fraction(0.0, 0.0, 40) == 1 and kept_fraction(0.0, 0.1, 40) == 0
-    assert pytest.approx(f_distribution.isf(0.01, 3, 6), abs=0.05) == BY_CHANCE
+    assert kept_fraction(2.0, 0.04, 12) == pytest.approx(1 - 0.01 * F_QUANTILE_99)
+    assert kept_fraction(0.0, 0.0, 40) == 1
+    assert kept_fraction(0.0, 0.1, 40) == 0
+    assert pytest.approx(f_distribution.isf(0.01, 3, 6), abs=0.05) == F_QUANTILE_99
 
 
-def _displaced(volume: np.ndarray, v: int, eddy: EddyCurrents, grid: Grid) -> np.ndarray:
-    """What a scanner with eddy currents sees: the signal of x at x + e(x) d, and thinner where it is spread."""
-    world = grid.to_world(np.argwhere(np.ones(grid.shape, bool)))
-    still, d = world.copy(), eddy.axes[:, eddy.along]
-    for _ in range(10):
-        still = world - eddy.displacement(v, still)
-    slope = (eddy.displacement(v, still + 0.01 * d) - eddy.displacement(v, still - 0.01 * d)) @ d / 0.02
-    value = map_coordinates(volume, grid.to_voxels(still).T, order=3, mode="nearest") / (1 + slope)
-    return value.reshape(grid.shape).astype(np.float32)
+def _mask_points(subject: Subject) -> np.ndarray:
+    """World points of the mask, one in 40, (m, 3)."""
+    return subject.dwi.grid.to_world(np.argwhere(subject.mask.numpy() > 0)[::40])
 
 
-def test_itk_applies_what_is_written(tmp_path: Path, orientation: str) -> None:
+def _displaced_series(dwi: DWI, eddy: EddyCurrents) -> torch.Tensor:
+    """Simulate acquisition with eddy currents: the signal of x at x + e(x) d, divided by the local stretch."""
+    world = dwi.grid.to_world(np.argwhere(np.ones(dwi.grid.shape, bool)))
+    d, displaced = eddy.axes[:, eddy.along], []
+    for v, volume in enumerate(dwi.data.numpy()):
+        source = world.copy()
+        for _ in range(10):
+            source = world - eddy.displacement(v, source)
+        slope = (eddy.displacement(v, source + 0.01 * d) - eddy.displacement(v, source - 0.01 * d)) @ d / 0.02
+        value = map_coordinates(volume, dwi.grid.to_voxels(source).T, order=3, mode="nearest") / (1 + slope)
+        displaced.append(value.reshape(dwi.grid.shape).astype(np.float32))
+    return torch.from_numpy(np.stack(displaced))
+
+
+def test_itk_applies_written_displacements(tmp_path: Path, orientation: str) -> None:
     grid = make_grid(orientation, (20, 24, 18), (3.0, 2.5, 4.0))
     rng = np.random.default_rng(1)
     eddy = EddyCurrents(rng.normal(0, 2, (2, 10)), grid.directions, grid.centre, 1)
@@ -129,25 +135,32 @@ def test_itk_applies_what_is_written(tmp_path: Path, orientation: str) -> None:
     write_eddy_series(path, eddy, grid)
     text = path.read_text().split("#Transform ")
     for volume in range(2):
-        alone = tmp_path / f"{volume}.txt"
-        alone.write_text("#Insight Transform File V1.0\n#Transform " + text[volume + 1])
-        transform = SimpleITK.ReadTransform(str(alone))
+        single = tmp_path / f"{volume}.txt"
+        single.write_text("#Insight Transform File V1.0\n#Transform " + text[volume + 1])
+        transform = SimpleITK.ReadTransform(str(single))
         for voxel in ([0, 0, 0], [19, 23, 17], [3.5, 12, 8], [10, 2.2, 16]):
             point = grid.to_world(np.array(voxel, float))
             expected = point + eddy.displacement(volume, point)
-            np.testing.assert_allclose(FLIP * transform.TransformPoint(FLIP * point), expected, atol=1e-4)
+            np.testing.assert_allclose(RAS_TO_LPS * transform.TransformPoint(RAS_TO_LPS * point), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("wanted", ["none", "linear"])
-def test_orders_of_the_polynomial(wanted: str) -> None:
+@pytest.mark.parametrize("order", ["none", "linear"])
+def test_order_of_the_polynomial(order: str) -> None:
     subject = make_subject(count=32, spacing=(7.0, 7.0, 7.0))
-    found = estimate_motion(subject.dwi, subject.mask, MotionSettings(iters=3, eddy=wanted), PhaseEncoding(0, -1))
-    if wanted == "none":
-        assert found.eddy is None
-    else:
-        assert found.eddy is not None and found.eddy.along == 0
-        assert (found.eddy.coefficients[:, 4:] == 0).all() and (found.eddy.coefficients[subject.dwi.is_b0] == 0).all()
-        few = estimate_motion(
-            subject.dwi.select(np.arange(12)), subject.mask, MotionSettings(iters=1), PhaseEncoding(0, -1)
-        )
-        assert few.eddy is None and any("too few directions" in note for note in few.notes)
+    result = estimate_motion(subject.dwi, subject.mask, MotionSettings(iters=3, eddy=order), PhaseEncoding(0, -1))
+    if order == "none":
+        assert result.eddy is None
+        return
+    assert result.eddy is not None
+    assert result.eddy.along == 0
+    coefficients = result.eddy.coefficients
+    assert (coefficients[:, 4:] == 0).all()
+    assert (coefficients[subject.dwi.is_b0] == 0).all()
+
+
+def test_eddy_currents_are_not_estimated_from_fewer_than_twelve_directions() -> None:
+    subject = make_subject(count=32, spacing=(7.0, 7.0, 7.0))
+    series = subject.dwi.select(np.arange(12))
+    result = estimate_motion(series, subject.mask, MotionSettings(iters=1), PhaseEncoding(0, -1))
+    assert result.eddy is None
+    assert any("too few directions" in note for note in result.notes)

@@ -1,4 +1,4 @@
-"""Measures of quality against cs_dmri, DIPY, plain formulas and known truth."""
+"""Quality metrics compared with cs_dmri, explicit formulas and known truth."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from helpers.grids import make_grid
 
 
 def lattice() -> tuple[np.ndarray, np.ndarray]:
-    """A DSI lattice of radius 3, 122 points and b to 4500, with four b=0 volumes."""
+    """b-table of a DSI lattice of radius 3: 122 points with b-values up to 4500 s/mm², and four b=0 volumes."""
     axis = np.arange(-3, 4)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     points = points[(np.linalg.norm(points, axis=1) <= 3) & points.any(1)]
@@ -41,7 +41,7 @@ def lattice() -> tuple[np.ndarray, np.ndarray]:
 
 
 def phantom(grid: Grid, sigma: float, seed: int = 0) -> tuple[DWI, np.ndarray, np.ndarray]:
-    """Fibres that turn from slice to slice about S, in an ellipsoid; the series, its truth and the mask."""
+    """Fibres in an ellipsoid that rotate about S from slice to slice: series, noise-free signal, mask."""
     bvals, bvecs = lattice()
     points = grid.to_world(np.stack(np.meshgrid(*map(np.arange, grid.shape), indexing="ij"), axis=-1)) - grid.centre
     inside = np.linalg.norm(points / (grid.voxel_sizes * grid.shape).max() / 0.42, axis=-1) < 1
@@ -60,20 +60,20 @@ def phantom(grid: Grid, sigma: float, seed: int = 0) -> tuple[DWI, np.ndarray, n
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_outlier_slices_are_those_of_cs_dmri(axis: int) -> None:
+def test_discontinuous_slices_match_cs_dmri(axis: int) -> None:
     from cs_dmri import qc
 
     rng = np.random.default_rng(1)
     data = 500 + 9000 * gaussian_filter(rng.normal(size=(6, 26, 24, 22)), (0, 4, 4, 4))
     data = (data + rng.normal(scale=5, size=data.shape)).astype(np.float32)
-    for volume, place in ((1, 9), (4, 12), (4, 5)):
-        np.moveaxis(data[volume], axis, 0)[place] *= 0.3
-    where = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in data.shape[1:]], indexing="ij"))
-    mask = (where**2).sum(0) < 0.9
+    for volume, index in ((1, 9), (4, 12), (4, 5)):
+        np.moveaxis(data[volume], axis, 0)[index] *= 0.3
+    coordinates = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in data.shape[1:]], indexing="ij"))
+    mask = (coordinates**2).sum(0) < 0.9
     expected, _ = qc.outlier_slices(np.moveaxis(data, 0, -1), mask, axis=axis)
-    found = discontinuous_slices(data, mask, axis)
-    assert found[1, 9] & found[4, 12] & found[4, 5]
-    np.testing.assert_array_equal(found, expected)
+    result = discontinuous_slices(data, mask, axis)
+    assert result[1, 9] & result[4, 12] & result[4, 5]
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_framewise_displacement() -> None:
@@ -81,27 +81,27 @@ def test_framewise_displacement() -> None:
     parameters[1] = [1, -2, 0.5, 0.01, 0, -0.02]
     parameters[2] = [1, -2, 0.5, 0.01, 0, -0.02]
     parameters[4, 3] = 0.1
-    found = framewise_displacement(parameters, np.array([0, 0, 0, 1, 1]))
-    np.testing.assert_allclose(found, [np.nan, 3.5 + 1.5, 0, np.nan, 5.0])
+    result = framewise_displacement(parameters, np.array([0, 0, 0, 1, 1]))
+    np.testing.assert_allclose(result, [np.nan, 3.5 + 1.5, 0, np.nan, 5.0])
 
 
-def test_coherence_against_cs_dmri(orientation: str) -> None:
-    """Near cs_dmri's own fit of the tensor, however the grid lies; falls when b-vectors are wrong."""
+def test_coherence_matches_cs_dmri(orientation: str) -> None:
+    """Close to the value from cs_dmri's own tensor fit for every orientation, and lower with wrong b-vectors."""
     import cs_dmri
 
     grid = make_grid(orientation, (16, 16, 12), (2, 2, 2.5))
     dwi, _, inside = phantom(grid, 10.0)
-    found = _coherence(dwi, inside)
+    result = _coherence(dwi, inside)
     in_voxels = cs_dmri.GradientTable(dwi.bvals, dwi.bvecs @ grid.directions, b0_threshold=100)
-    last = np.ascontiguousarray(np.moveaxis(dwi.data.numpy(), 0, -1))
-    theirs = cs_dmri.DWI(last, in_voxels, affine=grid.affine, mask=inside).qc().fixel_coherence
-    assert found == pytest.approx(theirs, abs=0.05)
+    volumes_last = np.ascontiguousarray(np.moveaxis(dwi.data.numpy(), 0, -1))
+    expected = cs_dmri.DWI(volumes_last, in_voxels, affine=grid.affine, mask=inside).qc().fixel_coherence
+    assert result == pytest.approx(expected, abs=0.05)
     wrong = DWI(dwi.data, grid, dwi.bvals, dwi.bvecs[:, [2, 1, 0]], dwi.run, dwi.blip)
-    assert _coherence(wrong, inside) < 0.7 * found
+    assert _coherence(wrong, inside) < 0.7 * result
 
 
 @pytest.mark.parametrize("model", ["3dSHORE", "tensor"])
-def test_cnr_is_signal_over_noise(model: str) -> None:
+def test_cnr_matches_known_signal_and_noise(model: str) -> None:
     grid = make_grid("LAS", (14, 14, 10), (2, 2, 2))
     dwi, truth, inside = phantom(grid, 40.0)
     if model == "tensor":
@@ -115,19 +115,19 @@ def test_cnr_is_signal_over_noise(model: str) -> None:
     assert not cnr.numpy()[~inside].any()
 
 
-def test_projections() -> None:
+def test_model_projections() -> None:
     bvals, bvecs = lattice()
     q = np.sqrt(bvals)[:, None] * bvecs
-    for matrix, freedom in (shore_projection(q), tensor_projection(bvals, bvecs)):
+    for matrix, dof in (shore_projection(q), tensor_projection(bvals, bvecs)):
         noise = np.random.default_rng(0).normal(size=(len(q), 4000))
-        assert ((noise - matrix @ noise) ** 2).sum(0).mean() == pytest.approx(freedom, rel=0.02)
-        assert freedom >= len(q) - 50
+        assert ((noise - matrix @ noise) ** 2).sum(0).mean() == pytest.approx(dof, rel=0.02)
+        assert dof >= len(q) - 50
     logs = -bvals * (3e-4 + 1e-3 * bvecs[:, 0] ** 2)
     np.testing.assert_allclose(tensor_projection(bvals, bvecs)[0] @ logs, logs, atol=1e-9)
 
 
-def whole(grid: Grid, moved: np.ndarray, denoise: bool = True, field: bool = True) -> Quality:
-    """All results of one unit, of which the truth is known."""
+def measure_phantom(grid: Grid, moved: np.ndarray, denoise: bool = True, field: bool = True) -> Quality:
+    """Quality of one unit whose stage results are known."""
     raw, truth, inside = phantom(grid, 15.0)
     n, slices = len(raw), grid.shape[2]
     mask = Volume(torch.from_numpy(inside.astype(np.float32)), grid)
@@ -158,14 +158,14 @@ def whole(grid: Grid, moved: np.ndarray, denoise: bool = True, field: bool = Tru
     )
 
 
-def test_the_whole_table(orientation: str) -> None:
+def test_quality_table_and_confounds(orientation: str) -> None:
     grid = make_grid(orientation, (14, 14, 12), (2, 2, 2.2))
     moved = np.random.default_rng(3).normal(size=(126, 6)) * [0.01, 0.01, 0.01, 0.4, 0.4, 0.4]
-    found = whole(grid, moved)
-    table, confounds = found.table, found.confounds
-    for axis, place in zip("xyz", range(3), strict=True):
-        np.testing.assert_allclose(confounds[f"rot_{axis}"], moved[:, place], atol=1e-9)
-        np.testing.assert_allclose(confounds[f"trans_{axis}"], moved[:, 3 + place], atol=1e-9)
+    result = measure_phantom(grid, moved)
+    table, confounds = result.table, result.confounds
+    for column, axis in enumerate("xyz"):
+        np.testing.assert_allclose(confounds[f"rot_{axis}"], moved[:, column], atol=1e-9)
+        np.testing.assert_allclose(confounds[f"trans_{axis}"], moved[:, 3 + column], atol=1e-9)
     assert np.flatnonzero(np.isnan(confounds["framewise_displacement"])).tolist() == [0, 64]
     assert table["mean_fd"] == pytest.approx(np.nanmean(confounds["framewise_displacement"]))
     assert table["max_rotation"] == pytest.approx(np.abs(moved[:, :3]).max())
@@ -174,30 +174,30 @@ def test_the_whole_table(orientation: str) -> None:
     assert table["t1_dimension_z"] == 12
     raw, _, inside = phantom(grid, 15.0)
     gradients = GradientTable(raw.bvals, raw.bvecs, b0_threshold=100)
-    last = np.ascontiguousarray(np.moveaxis(raw.data.numpy(), 0, -1))
-    expected = neighboring_dwi_correlation(last, gradients, inside)
+    volumes_last = np.ascontiguousarray(np.moveaxis(raw.data.numpy(), 0, -1))
+    expected = neighboring_dwi_correlation(volumes_last, gradients, inside)
     assert table["raw_masked_neighbor_corr"] == pytest.approx(expected, abs=1e-5)
-    assert table["raw_dwi_contrast"] == pytest.approx(dwi_contrast_ratio(last, gradients, inside), abs=1e-5)
+    assert table["raw_dwi_contrast"] == pytest.approx(dwi_contrast_ratio(volumes_last, gradients, inside), abs=1e-5)
     assert table["raw_voxel_size_z"] == pytest.approx(2.2)
     assert table["raw_num_directions"] == 122
     assert table["raw_max_b"] == 4500
     assert table["t1_dice_distance"] == 1
     assert table["fieldmap_hz_median"] == 12.5
-    assert table["subject_id"], table["session_id"] == ("01", "2")
+    assert (table["subject_id"], table["session_id"]) == ("01", "2")
     assert (table["acq_id"], table["run_id"]) == ("dsi", None)
     assert {f"CNR0_{name}" for name in ("mean", "median", "standard_deviation")} <= set(table)
     assert (confounds["denoise_change"] > 0).all()
-    assert found.slice_z.shape == (126, 12)
-    assert found.tsnr is not None
-    assert found.cnr is not None
-    assert float(found.tsnr.data.max()) > 20
+    assert result.slice_z.shape == (126, 12)
+    assert result.tsnr is not None
+    assert result.cnr is not None
+    assert float(result.tsnr.data.max()) > 20
     assert all(len(column) == 126 for column in confounds.values())
     assert all(isinstance(value, float | int | str | None) for value in table.values())
 
 
-def test_what_is_not_there_is_left_out() -> None:
+def test_unavailable_metrics_are_omitted() -> None:
     grid = make_grid("LAS", (12, 12, 10), (2, 2, 2))
-    found = whole(grid, np.zeros((126, 6)), denoise=False, field=False)
-    assert "denoise_pre" not in found.confounds
-    assert not any(name.startswith("fieldmap") for name in found.table)
-    assert found.table["max_fd"] == 0
+    result = measure_phantom(grid, np.zeros((126, 6)), denoise=False, field=False)
+    assert "denoise_pre" not in result.confounds
+    assert not any(name.startswith("fieldmap") for name in result.table)
+    assert result.table["max_fd"] == 0

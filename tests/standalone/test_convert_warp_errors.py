@@ -1,4 +1,4 @@
-"""`convert-warp` with what it cannot use or do: every case ends in a sentence, and nothing is written."""
+"""`convert-warp` with unusable files or options: a one-line error, and nothing is written."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from dsiprep.data.transform import Affine, DisplacementField
 from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError
 from dsiprep.io import itk
 from dsiprep.standalone.convert_warp import KINDS, convert_warp
-from helpers.analytic_warp import FIXED, LPS, TILT, centres, displacement, image_at
 from helpers.grids import make_grid
+from helpers.smooth_warp import FIXED, LPS, TILT, centres, displacement, image_at
 
 
-def vectors(path: Path, values: np.ndarray, grid: Grid, intent: int, axes: int = 4, stamp: bytes = b"") -> Path:
-    """Three numbers per voxel, said to be anything."""
+def vectors(path: Path, values: np.ndarray, grid: Grid, intent: int, axes: int = 4, description: bytes = b"") -> Path:
+    """Write a vector image with any intent code, number of axes and description."""
     data = np.moveaxis(values, 0, -1).astype(np.float32)
     image = nib.Nifti1Image(data if axes == 4 else data[:, :, :, None], grid.affine)
     image.header.set_intent(intent, allow_unknown=True)
-    image.header["descrip"] = stamp
+    image.header["descrip"] = description
     nib.save(image, path)
     return path
 
 
-def test_vectors_that_are_not_clear_end_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_ambiguous_vector_image_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     grid = make_grid("LAS", FIXED, (2, 2, 2))
     u = displacement(grid)
     out, path = tmp_path / "out.h5", tmp_path / "in.nii"
-    places = np.moveaxis(centres(grid) * LPS, -1, 0) + u
-    for message, *what in (
+    coordinates = np.moveaxis(centres(grid) * LPS, -1, 0) + u
+    for message, *arguments in (
         ("intent 2018", u, grid, 2018),
         ("--source", u, grid, 2006),
         ("fnirtfileutils", u, grid, 2007),
-        ("like coordinates", places, grid, 1007, 5),
+        ("like coordinates", coordinates, grid, 1007, 5),
         ("--kind", u, grid, 0, 5),
         ("--kind", u, grid, 0, 4, b"6.0.5:9e026117"),
     ):
-        vectors(path, *what)
+        vectors(path, *arguments)
         with pytest.raises(InputError, match=message):
             convert_warp(path, out)
     assert not out.exists()
@@ -52,22 +52,22 @@ def test_vectors_that_are_not_clear_end_in_a_sentence(tmp_path: Path, capsys: py
     assert main(["convert-warp", str(path), str(out), "--kind", "freesurfer"]) == 0
     with pytest.raises(SystemExit):
         main(["convert-warp", str(path), str(out), "--kind", "other"])
-    said = capsys.readouterr().err
-    assert all(kind in said for kind in KINDS)
+    message = capsys.readouterr().err
+    assert all(kind in message for kind in KINDS)
 
 
-def test_other_files_end_in_a_sentence(tmp_path: Path) -> None:
+def test_file_that_is_no_transform_is_rejected(tmp_path: Path) -> None:
     itk.write_affine_series(tmp_path / "two.txt", np.stack([np.eye(4)] * 2))
     image_at(tmp_path / "t1.nii", make_grid("LAS", FIXED, (2, 2, 2)))
     for name, content, message in (
         ("t1.nii", None, "three real numbers"),
-        ("absent.nii", None, "no such file"),
+        ("absent.nii", None, "does not exist"),
         ("two.txt", None, "exactly one"),
         ("flirt.mat", b"1 0 0 0\n0 1 0 0\n0 0 1 0\n0 0 0 1\n", "FLIRT"),
         ("morph.m3z", b"\x3f\x80\0\0" + bytes(400), "mri_warp_convert"),
-        ("empty.nii.gz", b"", "no known kind"),
-        ("half.nii.gz", b"\x1f\x8b\x08\x00abc", "copy it again"),
-        ("photo.png", b"\x89PNG\r\n", "no known kind"),
+        ("empty.nii.gz", b"", "unknown format"),
+        ("half.nii.gz", b"\x1f\x8b\x08\x00abc", "intact copy"),
+        ("photo.png", b"\x89PNG\r\n", "unknown format"),
     ):
         if content is not None:
             (tmp_path / name).write_bytes(content)
@@ -76,23 +76,27 @@ def test_other_files_end_in_a_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "out.h5").exists()
 
 
-def test_wishes_that_cannot_be_met_end_in_a_sentence(tmp_path: Path) -> None:
+def test_impossible_output_is_rejected(tmp_path: Path) -> None:
     grid = make_grid("LAS", FIXED, (2, 2, 2))
     good, linear, out = tmp_path / "good.nii.gz", tmp_path / "linear.mat", tmp_path / "out.h5"
     itk.write_displacement_nifti(good, DisplacementField(torch.from_numpy(displacement(grid)), grid))
     itk.write_affine(linear, Affine(TILT, "", ""))
-    away = make_grid("LAS", (5, 5, 5), (2, 2, 2)).affine
-    away[:3, 3] += 900
-    far = image_at(tmp_path / "far.nii", Grid((5, 5, 5), away))
+    distant = make_grid("LAS", (5, 5, 5), (2, 2, 2)).affine
+    distant[:3, 3] += 900
+    outside = image_at(tmp_path / "distant.nii", Grid((5, 5, 5), distant))
     calls: list[tuple[type[DsiprepError], str, Callable[[], object]]] = [
         (SettingsError, "must end in", lambda: convert_warp(good, tmp_path / "out.png")),
         (SettingsError, "--to freesurfer", lambda: convert_warp(good, out, to="freesurfer")),
-        (SettingsError, "this one bends", lambda: convert_warp(good, tmp_path / "out.mat")),
+        (SettingsError, "linear transforms only", lambda: convert_warp(good, tmp_path / "out.mat")),
         (OutputError, "never overwritten", lambda: convert_warp(good, good)),
         (InputError, "--source", lambda: convert_warp(good, tmp_path / "o.nii", to="freesurfer")),
         (InputError, "--reference", lambda: convert_warp(linear, tmp_path / "o.nii")),
-        (InputError, "wants a linear", lambda: convert_warp(good, out, affine=good)),
-        (InputError, "does not reach", lambda: convert_warp(good, tmp_path / "o.h5", invert=True, source=far)),
+        (InputError, "requires a linear", lambda: convert_warp(good, out, affine=good)),
+        (
+            InputError,
+            "does not cover",
+            lambda: convert_warp(good, tmp_path / "o.h5", invert=True, source=outside),
+        ),
         (OutputError, "absent", lambda: convert_warp(good, tmp_path / "absent" / "o.nii")),
     ]
     for error, message, call in calls:

@@ -1,4 +1,4 @@
-"""What a person sees on the terminal: the plan, the progress, and how it ended."""
+"""Terminal output: the plan, the progress bars and the table of results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dsiprep.settings import Settings
 
 
 def print_plan(units: Sequence[Unit], settings: Settings) -> None:
-    """What would be done with which files, per unit (`--dry-run`)."""
+    """Print the input files and the planned stages of each unit (`--dry-run`)."""
     from dsiprep.io.bids import explain, scheme_of
 
     console = Console(highlight=False, soft_wrap=True)
@@ -30,21 +30,25 @@ def print_plan(units: Sequence[Unit], settings: Settings) -> None:
 
 
 def run_and_show(
-    jobs: Sequence[Job], processes: int, stop_on_first_crash: bool, refused: Mapping[str, str] | None = None
+    jobs: Sequence[Job],
+    processes: int,
+    stop_on_first_crash: bool,
+    grouping_errors: Mapping[str, str] | None = None,
 ) -> int:
-    """Run the jobs with a progress bar, print a table of units; 0 if all went well, otherwise 1.
+    """Run the jobs with progress bars and print a table of units; return 0 on success and 1 after any failure.
 
-    `refused` says of subjects that could not even be grouped what is wrong with them; the table shows them too.
+    `grouping_errors` holds the error message of each subject whose files could not be grouped into units; these
+    subjects are listed in the table as failed.
     """
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
-    outcomes = [Outcome(subject, f"sub-{subject}", 0.0, why) for subject, why in (refused or {}).items()]
+    outcomes = [Outcome(subject, f"sub-{subject}", 0.0, error) for subject, error in (grouping_errors or {}).items()]
     with Progress(*columns, console=console) as progress:
         bars = _Bars(progress, jobs)
         for outcome in run_jobs(jobs, processes, stop_on_first_crash, bars.on_step):
             outcomes.append(outcome)
             bars.finish(outcome)
-        for outcome in outcomes:  # again: the report is drawn after the last unit has ended
+        for outcome in outcomes:  # again, because the report step resets the bar of the last unit
             bars.finish(outcome)
     planned = [unit.name for job in jobs for unit in job.units]
     names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
@@ -53,7 +57,7 @@ def run_and_show(
 
 
 class _Bars:
-    """One bar per unit; the length is the number of steps."""
+    """One progress bar per unit; its length is the number of steps."""
 
     def __init__(self, progress: Progress, jobs: Sequence[Job]) -> None:
         self.progress = progress
@@ -63,7 +67,7 @@ class _Bars:
                 self.tasks[unit.name] = progress.add_task(unit.name, total=len(STEPS) + 2, step="waiting")
 
     def on_step(self, unit: str, step: str) -> None:
-        """A step of a unit begins; an output that joins several units has no bar."""
+        """Show the step that a unit starts; outputs joined from several units have no bar."""
         order = [*STEPS, "derivatives", "report"]
         if unit in self.tasks:
             self.progress.update(self.tasks[unit], completed=order.index(step.split("-")[0]), step=step)
@@ -71,7 +75,7 @@ class _Bars:
             self.progress.console.print(f"{unit}: {step}")
 
     def finish(self, outcome: Outcome) -> None:
-        """A unit has ended; of reports only failures are told, and these have no bar."""
+        """Complete the bar of a unit; report outcomes have no bar."""
         if outcome.unit not in self.tasks:
             return
         step = "failed" if outcome.error else "done"
@@ -80,9 +84,9 @@ class _Bars:
 
 def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
     table = Table(*(Column(name, overflow="fold") for name in ("unit", "result", "time")))
-    ended = {outcome.unit: outcome for outcome in outcomes}
+    by_name = {outcome.unit: outcome for outcome in outcomes}
     for name in names:
-        outcome = ended.get(name)
+        outcome = by_name.get(name)
         if outcome is None:
             table.add_row(name, "not started", "")
             continue
@@ -91,8 +95,7 @@ def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outc
             result += f"\n(log: {outcome.log})"
         table.add_row(name, result, f"{outcome.seconds / 60:.1f} min")
     console.print(table)
-    good = sorted({outcome.subject for outcome in outcomes if not outcome.error})
-    for subject in good:
+    for subject in sorted({outcome.subject for outcome in outcomes if not outcome.error}):
         report = job.out / f"sub-{subject}.html"
         if report.exists():
             console.print(f"Report: {report}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`dsiprep-tools`: phantom, score, demo, shoreline, drbuddi, convert-warp, qsiprep-image, qsiprep-command."""
+"""The `dsiprep-tools` command line: phantom, score, demo, single processing steps, and tools for QSIPrep."""
 
 from __future__ import annotations
 
@@ -19,28 +19,34 @@ from dsiprep.qsiprep.options import add_command_options, add_image_options, run_
 from dsiprep.settings import MotionSettings
 
 if TYPE_CHECKING:
-    Tools = argparse._SubParsersAction[Parser]
+    Subparsers = argparse._SubParsersAction[Parser]
+
+DEVICE_HELP = "compute device: auto, cpu, cuda, cuda:N (default: auto)"
 
 
 def build_parser() -> Parser:
-    """All tools and their options."""
-    parser = Parser(prog="dsiprep-tools", description="Companions of dsiprep.", allow_abbrev=False)
+    """Return the parser of the `dsiprep-tools` command."""
+    parser = Parser(
+        prog="dsiprep-tools",
+        description="Additional tools of dsiprep: phantoms, scores, single processing steps, and tools for QSIPrep.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"dsiprep {__version__}")
     tools = parser.add_subparsers(dest="tool", required=True, metavar="TOOL")
     _add_phantom(tools)
     _add_score(tools)
     _add_demo(tools)
     _add_shoreline(tools)
-    _add_finish(tools)
+    _add_normalization(tools)
     _add_drbuddi(tools)
     _add_convert_warp(tools)
     _add_qsiprep(tools)
     return parser
 
 
-def _add_phantom(tools: Tools) -> None:
-    tool = tools.add_parser("phantom", help="write a digital DSI subject with known motion and distortion")
-    tool.add_argument("out", type=Path, help="gets bids/ and truth/")
+def _add_phantom(tools: Subparsers) -> None:
+    tool = tools.add_parser("phantom", help="simulate a DSI subject with known motion and distortion")
+    tool.add_argument("out", type=Path, help="output folder; bids/ and truth/ are written to it")
     for entry in dataclasses.fields(PhantomSettings):
         if entry.metadata.get("flags"):
             add_setting(tool, "", entry)
@@ -50,16 +56,16 @@ def _add_phantom(tools: Tools) -> None:
 def _phantom(options: argparse.Namespace) -> int:
     from dsiprep.phantom.dataset import make_phantom
 
-    chosen = PhantomSettings(**_said(options, PhantomSettings))
-    where = make_phantom(options.out, chosen)
-    print(f"Dataset: {where / 'bids'}\nTruth:   {where / 'truth'}")
+    chosen = PhantomSettings(**_given_settings(options, PhantomSettings))
+    out = make_phantom(options.out, chosen)
+    print(f"Dataset: {out / 'bids'}\nTruth:   {out / 'truth'}")
     return 0
 
 
-def _add_score(tools: Tools) -> None:
-    tool = tools.add_parser("score", help="compare derivatives with the truth of a phantom")
-    tool.add_argument("derivatives", type=Path)
-    tool.add_argument("truth", type=Path)
+def _add_score(tools: Subparsers) -> None:
+    tool = tools.add_parser("score", help="compare derivatives with the ground truth of a phantom")
+    tool.add_argument("derivatives", type=Path, help="output folder of dsiprep or QSIPrep")
+    tool.add_argument("truth", type=Path, help="truth/ folder of the phantom")
     tool.set_defaults(run=_score)
 
 
@@ -70,10 +76,10 @@ def _score(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_demo(tools: Tools) -> None:
-    tool = tools.add_parser("demo", help="phantom, the whole pipeline, and the errors")
-    tool.add_argument("out", type=Path, help="gets bids/, truth/ and derivatives/")
-    tool.add_argument("--device", default="auto", help="where to compute")
+def _add_demo(tools: Subparsers) -> None:
+    tool = tools.add_parser("demo", help="simulate a subject, preprocess it and print the scores")
+    tool.add_argument("out", type=Path, help="output folder; bids/, truth/ and derivatives/ are written to it")
+    tool.add_argument("--device", default="auto", help=DEVICE_HELP)
     tool.set_defaults(run=_demo)
 
 
@@ -83,10 +89,10 @@ def _demo(options: argparse.Namespace) -> int:
 
     out = options.out.resolve()
     if out.exists() and any(out.iterdir()) and not (out / "truth").is_dir():
-        raise OutputError(f"{out} holds other files; choose an empty or new folder for the demo")
+        raise OutputError(f"{out} contains other files; choose a new or empty folder for the demo")
     for part in ("bids", "truth", "derivatives", "work"):
         shutil.rmtree(out / part, ignore_errors=True)
-    print("Building a digital DSI subject with known motion, distortion and noise ...", flush=True)
+    print("Simulating a DSI subject with known motion, distortion and noise ...", flush=True)
     make_phantom(out, demo_settings())
     derivatives = out / "derivatives"
     code = run_app(
@@ -95,20 +101,22 @@ def _demo(options: argparse.Namespace) -> int:
     )  # fmt: skip
     if code == 0:
         print_scores(score(derivatives, out / "truth"))
-        print(f"Open the report: {derivatives / 'sub-01.html'}")
+        print(f"Report: {derivatives / 'sub-01.html'}")
     return code
 
 
-def _add_shoreline(tools: Tools) -> None:
-    tool = tools.add_parser("shoreline", help="head motion, eddy currents and lost slices of one series")
-    tool.add_argument("dwi", type=Path, help="4-D NIfTI series of one phase encoding")
-    tool.add_argument("--bval", type=Path, metavar="FILE", help="b-values (default: beside the series)")
-    tool.add_argument("--bvec", type=Path, metavar="FILE", help="b-vectors, FSL (default: beside the series)")
-    tool.add_argument("--mask", type=Path, metavar="FILE", help="rough brain mask (default: found on the b=0)")
+def _add_shoreline(tools: Subparsers) -> None:
+    tool = tools.add_parser("shoreline", help="estimate head motion, eddy currents and outlier slices of one series")
+    tool.add_argument("dwi", type=Path, help="4-D NIfTI series with a single phase encoding")
+    tool.add_argument("--bval", type=Path, metavar="FILE", help="b-values (default: .bval file next to the series)")
+    tool.add_argument(
+        "--bvec", type=Path, metavar="FILE", help="b-vectors, FSL convention (default: .bvec file next to the series)"
+    )
+    tool.add_argument("--mask", type=Path, metavar="FILE", help="approximate brain mask (default: computed from b=0)")
     tool.add_argument("--pe", metavar="i|j|k[-]", choices=("i", "j", "k", "i-", "j-", "k-"),
-                      help="phase encoding, for eddy currents (default: from the .json beside it)")  # fmt: skip
-    tool.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="folder for the results")
-    tool.add_argument("--device", default="auto", help="where to compute")
+                      help="phase-encoding direction, for eddy currents (default: from the JSON sidecar)")  # fmt: skip
+    tool.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="output folder")
+    tool.add_argument("--device", default="auto", help=DEVICE_HELP)
     for entry in dataclasses.fields(MotionSettings):
         if entry.metadata.get("flags"):
             add_setting(tool, "", entry)
@@ -118,7 +126,7 @@ def _add_shoreline(tools: Tools) -> None:
 def _shoreline(options: argparse.Namespace) -> int:
     from dsiprep.standalone.shoreline import run_on_files
 
-    chosen = MotionSettings(**_said(options, MotionSettings))
+    chosen = MotionSettings(**_given_settings(options, MotionSettings))
     written = run_on_files(
         options.dwi, options.out, options.bval, options.bvec, options.mask, options.pe, chosen, options.device
     )
@@ -126,21 +134,31 @@ def _shoreline(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_finish(tools: Tools) -> None:
-    tool = tools.add_parser("add-normalization", help="the transforms to a template for a run that skipped them")
-    tool.add_argument("folder", type=Path, metavar="QSIPREP_DIR", help="derivatives of QSIPrep or dsiprep")
-    tool.add_argument("--participant-label", required=True, metavar="LABEL", help="with or without sub-")
-    tool.add_argument("--warp", type=Path, metavar="FILE", help="of mri_synthmorph -t, ACPC T1w to template")
-    tool.add_argument("--inverse-warp", type=Path, metavar="FILE", help="of -T (default: computed from --warp)")
-    tool.add_argument("--template", metavar="NAME", help="name of the template; needed with --warp")
-    tool.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
-    tool.set_defaults(run=_finish)
+def _add_normalization(tools: Subparsers) -> None:
+    tool = tools.add_parser("add-normalization", help="add template transforms to a run that skipped normalisation")
+    tool.add_argument("folder", type=Path, metavar="QSIPREP_DIR", help="output folder of QSIPrep or dsiprep")
+    tool.add_argument("--participant-label", required=True, metavar="LABEL", help="subject, with or without sub-")
+    tool.add_argument(
+        "--warp",
+        type=Path,
+        metavar="FILE",
+        help="warp of mri_synthmorph -t, from the ACPC T1w to the template (default: registration by dsiprep)",
+    )
+    tool.add_argument(
+        "--inverse-warp",
+        type=Path,
+        metavar="FILE",
+        help="inverse warp of mri_synthmorph -T (default: computed from --warp)",
+    )
+    tool.add_argument("--template", metavar="NAME", help="template name; required with --warp")
+    tool.add_argument("--device", default="auto", help=DEVICE_HELP)
+    tool.set_defaults(run=_normalization)
 
 
-def _finish(options: argparse.Namespace) -> int:
+def _normalization(options: argparse.Namespace) -> int:
     from dsiprep.standalone.add_normalization import add_normalization
 
-    added = add_normalization(
+    result = add_normalization(
         options.folder,
         options.participant_label,
         warp=options.warp,
@@ -148,22 +166,28 @@ def _finish(options: argparse.Namespace) -> int:
         template=options.template,
         device=options.device,
     )
-    print("\n".join([*map(str, added.files), *added.said]))
+    print("\n".join([*map(str, result.files), *result.notes]))
     return 0
 
 
-def _add_drbuddi(tools: Tools) -> None:
-    tool = tools.add_parser("drbuddi", help="blip-up/blip-down distortion correction of two files")
+def _add_drbuddi(tools: Subparsers) -> None:
+    tool = tools.add_parser("drbuddi", help="blip-up/blip-down (PEPOLAR) distortion correction of two files")
     tool.add_argument("--up", type=Path, required=True, metavar="FILE", help="b=0 image or series")
-    tool.add_argument("--down", type=Path, required=True, metavar="FILE", help="the same, phase encoding reversed")
-    tool.add_argument("-o", "--out", type=Path, required=True, metavar="OUT", help="folder for the results")
-    tool.add_argument("--pe-dir", metavar="DIR", help="phase encoding of --up (j, i-); else from the sidecars")
-    tool.add_argument("--readout-time", type=float, metavar="S", help="total readout time; else from the sidecars")
-    tool.add_argument("--mask", type=Path, metavar="FILE", help="brain in --up; else found in it")
-    tool.add_argument("--structural", type=Path, metavar="FILE", help="T2w or T1w: lets the two fields differ")
-    tool.add_argument("--diffusion", action="store_true", help="compare volumes of low b, too: both files are "
+    tool.add_argument("--down", type=Path, required=True, metavar="FILE", help="the same with reversed phase encoding")
+    tool.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="output folder")
+    tool.add_argument(
+        "--pe-dir", metavar="DIR", help="phase encoding of --up, such as j or i- (default: from the sidecars)"
+    )
+    tool.add_argument(
+        "--readout-time", type=float, metavar="S", help="total readout time in s (default: from the sidecars)"
+    )
+    tool.add_argument("--mask", type=Path, metavar="FILE", help="brain mask of --up (default: computed from it)")
+    tool.add_argument(
+        "--structural", type=Path, metavar="FILE", help="T2w or T1w image; allows the two displacement fields to differ"
+    )
+    tool.add_argument("--diffusion", action="store_true", help="also compare low-b volumes; both files must be "
                       "series with .bval and .bvec, corrected for motion and eddy currents")  # fmt: skip
-    tool.add_argument("--device", default="auto", help="where to compute: auto, cpu, cuda, cuda:N")
+    tool.add_argument("--device", default="auto", help=DEVICE_HELP)
     tool.set_defaults(run=_drbuddi)
 
 
@@ -185,24 +209,37 @@ def _drbuddi(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_convert_warp(tools: Tools) -> None:
-    tool = tools.add_parser("convert-warp", help="warps of FreeSurfer, FSL and ITK for other programs")
+def _add_convert_warp(tools: Subparsers) -> None:
+    tool = tools.add_parser("convert-warp", help="convert warps and linear transforms of FreeSurfer, FSL and ITK")
     tool.add_argument("file", type=Path, metavar="IN", help="warp or linear transform")
-    tool.add_argument("out", type=Path, metavar="OUT", help=".h5; .nii.gz; or .mat, .txt for a linear transform")
-    tool.add_argument("--affine", type=Path, metavar="FILE", help="linear transform that follows: x -> affine(warp(x))")
-    tool.add_argument("--invert", action="store_true", help="write the inverse, and say how good it is")
-    tool.add_argument("--source", type=Path, metavar="FILE", help="image that the warp brings over (for FSL, --invert)")
-    tool.add_argument("--reference", type=Path, metavar="FILE", help="image that it is brought onto; gives the grid")
+    tool.add_argument(
+        "out", type=Path, metavar="OUT", help="output file: .h5, .nii.gz, or for linear transforms .mat or .txt"
+    )
+    tool.add_argument(
+        "--affine", type=Path, metavar="FILE", help="linear transform applied after the warp: x -> affine(warp(x))"
+    )
+    tool.add_argument("--invert", action="store_true", help="write the inverse and report its accuracy")
+    tool.add_argument(
+        "--source",
+        type=Path,
+        metavar="FILE",
+        help="moving image of the warp (required for FSL; gives the grid with --invert)",
+    )
+    tool.add_argument(
+        "--reference", type=Path, metavar="FILE", help="fixed image of the warp; gives the grid without --invert"
+    )
     tool.add_argument("--kind", choices=("itk", "freesurfer", "easyreg", "fsl", "fsl-absolute"),
-                      help="what IN is, where it does not say")  # fmt: skip
-    tool.add_argument("--to", choices=("itk", "freesurfer"), default="itk", help="for .nii.gz (default: itk)")
+                      help="format of IN, if its header does not identify it")  # fmt: skip
+    tool.add_argument(
+        "--to", choices=("itk", "freesurfer"), default="itk", help="format of .nii.gz output (default: itk)"
+    )
     tool.set_defaults(run=_convert_warp)
 
 
 def _convert_warp(options: argparse.Namespace) -> int:
     from dsiprep.standalone.convert_warp import convert_warp
 
-    said = convert_warp(
+    messages = convert_warp(
         options.file,
         options.out,
         affine=options.affine,
@@ -212,28 +249,31 @@ def _convert_warp(options: argparse.Namespace) -> int:
         kind=options.kind,
         to=options.to,
     )
-    print("\n".join(said))
+    print("\n".join(messages))
     return 0
 
 
-def _add_qsiprep(tools: Tools) -> None:
-    """Both tools for QSIPrep; what runs them is beside their options."""
-    image = tools.add_parser("qsiprep-image", help="a QSIPrep image whose DRBUDDI, or other commands, use the GPU")
+def _add_qsiprep(tools: Subparsers) -> None:
+    image = tools.add_parser("qsiprep-image", help="write build files for a QSIPrep image that uses the GPU")
     add_image_options(image)
     image.set_defaults(run=run_image)
-    command = tools.add_parser("qsiprep-command", help="QSIPrep's command for a dataset, with reasons")
+    command = tools.add_parser(
+        "qsiprep-command", help="write the QSIPrep command for a dataset and explain its options"
+    )
     add_command_options(command)
     command.set_defaults(run=run_command)
 
 
-def _said(options: argparse.Namespace, kind: type[PhantomSettings | MotionSettings]) -> dict[str, Any]:
-    """What was said of some settings."""
-    names = {entry.name for entry in dataclasses.fields(kind)}
+def _given_settings(
+    options: argparse.Namespace, settings_class: type[PhantomSettings | MotionSettings]
+) -> dict[str, Any]:
+    """Settings that were given on the command line, by field name."""
+    names = {entry.name for entry in dataclasses.fields(settings_class)}
     return {name: value for name, value in vars(options).items() if name in names}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one tool; returns the exit code."""
+    """Run one tool and return its exit code."""
     options = build_parser().parse_args(arguments)
     try:
         return int(options.run(options))

@@ -1,4 +1,4 @@
-"""How the data were acquired: phase encoding, blips, and the unit that is processed together."""
+"""Acquisition: phase encoding, runs, fieldmaps, the unit processed together, and its sampling scheme."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ AXES = "ijk"
 
 @dataclass(frozen=True)
 class PhaseEncoding:
-    """The direction and speed of phase encoding of one run.
+    """Phase-encoding direction and total readout time of one run.
 
-    A field of `f` Hz moves signal by `f * readout_time * polarity` voxels along `axis`: where the head is at
-    voxel x, its signal is found at x + shift.
+    An off-resonance of `f` Hz shifts signal by `f * readout_time * polarity` voxels along `axis`: tissue at voxel x
+    appears at x + shift.
 
     Attributes
     ----------
@@ -26,7 +26,7 @@ class PhaseEncoding:
     polarity : int
         +1 for `i`, `j`, `k` (blip-up), -1 for `i-`, `j-`, `k-` (blip-down).
     readout_time : float or None
-        Total readout time in s; None where the sidecars do not tell.
+        Total readout time in s; None where the sidecars do not give it.
     """
 
     axis: int
@@ -35,22 +35,22 @@ class PhaseEncoding:
 
     @classmethod
     def from_bids(cls, direction: str, readout_time: float | None = None) -> PhaseEncoding:
-        """From BIDS' `PhaseEncodingDirection` ("i", "j-", ...) and `TotalReadoutTime` (s)."""
+        """Build from BIDS `PhaseEncodingDirection` ("i", "j-", ...) and `TotalReadoutTime` (s)."""
         return cls(AXES.index(direction[0]), -1 if direction.endswith("-") else 1, readout_time)
 
     @property
     def direction(self) -> str:
-        """As BIDS writes it: "j" or "j-"."""
+        """BIDS notation: "j" or "j-"."""
         return AXES[self.axis] + ("-" if self.polarity < 0 else "")
 
     def vector(self, grid: Grid) -> np.ndarray:
-        """Displacement in world RAS+ mm for a shift of one voxel along +axis, (3,). Polarity is not in it."""
+        """World displacement (3,), mm RAS+, of a shift by one voxel along +axis; independent of polarity."""
         return grid.affine[:3, self.axis]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One DWI run as files. `entities` are the BIDS entities by their short names, in file order."""
+    """Files of one DWI run. `entities` are the BIDS entities by their short names, in file-name order."""
 
     image: Path
     bval: Path
@@ -61,18 +61,18 @@ class Run:
 
     @property
     def axis(self) -> int | None:
-        """Voxel axis of phase encoding; it may be known where the sign is not."""
-        told = self.metadata.get("PhaseEncodingAxis")
+        """Voxel axis of phase encoding; it may be known when the polarity is not."""
+        axis = self.metadata.get("PhaseEncodingAxis")
         if self.pe is None:
-            return AXES.index(told) if isinstance(told, str) and told in tuple(AXES) else None
+            return AXES.index(axis) if isinstance(axis, str) and axis in tuple(AXES) else None
         return self.pe.axis
 
 
 @dataclass(frozen=True)
 class EpiReference:
-    """A reversed phase-encoding EPI of fmap/, one or several b=0 volumes.
+    """An EPI image of fmap/ with reversed phase encoding: one or several b=0 volumes.
 
-    `bval` tells which volumes are b=0 where the image is a diffusion series; None takes all volumes.
+    `bval` identifies the b=0 volumes of a diffusion series; None uses all volumes.
     """
 
     image: Path
@@ -82,19 +82,19 @@ class EpiReference:
 
 @dataclass(frozen=True)
 class GreFieldmap:
-    """A gradient-echo fieldmap of fmap/ that is to correct the runs.
+    """A gradient-echo fieldmap of fmap/ intended for the runs.
 
     Attributes
     ----------
     kind : str
-        "phasediff" (one image), "phases" (phase1 and phase2) or "fieldmap" (in `units`).
+        "phasediff" (one image), "phases" (phase1 and phase2) or "fieldmap" (off-resonance in `units`).
     images : tuple of Path
     magnitude : Path
-        Of the same scan: it tells where the brain is, and what moved.
+        Magnitude of the same scan, for brain masking and registration.
     echo_difference : float or None
-        s, second echo less first; None for "fieldmap".
+        Second echo time minus first, s; None for "fieldmap".
     units : str
-        Of a "fieldmap": "Hz", "rad/s" or "T".
+        Unit of a "fieldmap": "Hz", "rad/s" or "T".
     """
 
     kind: str
@@ -104,33 +104,32 @@ class GreFieldmap:
     units: str = "Hz"
 
     def files(self) -> tuple[Path, ...]:
-        """Every file of it."""
+        """All image files, the magnitude last."""
         return (*self.images, self.magnitude)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What is processed together into one output: the DWI of one subject's session, and what belongs to it.
+    """Files processed together into one output: DWI runs of one subject and session, and the images they need.
 
     Attributes
     ----------
     subject, session : str, str or None
-        Labels without `sub-` and `ses-`.
+        BIDS labels without `sub-` and `ses-`.
     name : str
-        Prefix of the outputs: `sub-01_ses-1_acq-dsi`, the entities that all runs share.
+        Prefix of the outputs, such as `sub-01_ses-1_acq-dsi`: the entities shared by all runs.
     runs : tuple of Run
         At least one.
     epis : tuple of EpiReference
-        b=0 images of fmap/ that pair with the runs.
+        b=0 images of fmap/ paired with the runs.
     t1w, t2w : tuple of Path
-        Structural images, in order.
+        Structural images, in file order.
     gre : GreFieldmap or None
-        Corrects the runs where no images of opposite phase encoding do.
+        Used where there are no images of opposite phase encoding.
     notes : tuple of str
-        Why these files go together, what was derived, and what cannot be done, in sentences.
+        Sentences on how files were grouped, what was inferred and what cannot be done.
     output : str
-        Name of the output that this unit's corrected series is joined into with others'; empty where it is an output
-        of its own.
+        Name of the joined output that includes this unit's corrected series; empty if the unit has its own output.
     """
 
     subject: str
@@ -145,28 +144,28 @@ class Unit:
     output: str = ""
 
     def files(self) -> tuple[Path, ...]:
-        """Every file that the diffusion series is made of."""
+        """Files of the DWI runs and EPI references."""
         series = [path for run in self.runs for path in (run.image, run.bval, run.bvec)]
         references = [path for epi in self.epis for path in (epi.image, epi.bval) if path is not None]
         return (*series, *references)
 
     def reversed_pairs(self) -> list[str]:
-        """The opposite phase encodings among runs and EPI references, such as ["j", "j-"]; empty if there are none."""
+        """Opposite phase encodings among runs and EPI references, such as ["j", "j-"]; empty without any."""
         directions = {run.pe.direction for run in self.runs if run.pe} | {epi.pe.direction for epi in self.epis}
         return sorted(d for d in directions if (d.rstrip("-") in directions and d.rstrip("-") + "-" in directions))
 
     def structural(self, modality: str) -> tuple[Path, ...]:
-        """The images of "T1w" or "T2w"; none for "none"."""
+        """Structural images of modality "T1w" or "T2w"; empty for "none"."""
         return {"T1w": self.t1w, "T2w": self.t2w}.get(modality, ())
 
-    def facts(self) -> list[object]:
-        """What the sidecars say of those files: phase encodings and acquisition fields."""
+    def sidecar_fields(self) -> list[object]:
+        """Phase encodings and acquisition metadata of `files`, from the sidecars."""
         return [[run.pe, run.metadata] for run in self.runs] + [epi.pe for epi in self.epis]
 
 
 @dataclass(frozen=True)
 class SamplingScheme:
-    """What the b-table is, recognised from the table alone.
+    """Sampling scheme, recognised from the b-table alone.
 
     Attributes
     ----------
@@ -174,14 +173,14 @@ class SamplingScheme:
         "single-shell", "multi-shell", "DSI" (a full Cartesian lattice), "CS-DSI" (part of the lattice),
         "b0-only" or "other".
     half_sphere : bool
-        Lattice schemes: whether one half of q-space was sampled.
+        For lattice schemes: whether only one half of q-space was sampled.
     bvalues : tuple of float
-        Shells in s/mm² (shelled schemes); the distinct rings of the lattice otherwise.
+        b-values in s/mm²: of the shells, or else the distinct b-values of the lattice.
     n_directions, n_b0 : int
     max_b : float
         s/mm².
     description : str
-        One line for people: "Cartesian DSI, 257 directions on a lattice of radius 5 (half sphere), b to 7000".
+        One line for log and report: "Cartesian DSI, 257 directions on a lattice of radius 5 (half sphere), b to 7000".
     """
 
     kind: str
@@ -194,5 +193,5 @@ class SamplingScheme:
 
     @property
     def shelled(self) -> bool:
-        """Whether "shell" may be said of it."""
+        """Whether the scheme consists of shells."""
         return self.kind in ("single-shell", "multi-shell")

@@ -8,25 +8,26 @@ import numpy as np
 import torch
 
 from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.summary import Summarised
 
 
-@dataclass(frozen=True, eq=False)
-class DWI:
+@dataclass(frozen=True, eq=False, repr=False)
+class DWI(Summarised):
     """Diffusion-weighted volumes on one grid.
 
     Attributes
     ----------
     data : Tensor, (n, i, j, k), float32
-        Intensities, volume first.
+        Intensities, volume axis first.
     grid : Grid
     bvals : ndarray, (n,), float64
         s/mm².
     bvecs : ndarray, (n, 3), float64
         Unit vectors in world RAS+; zero for volumes without a direction.
     run : ndarray, (n,), int
-        Which run of the unit each volume came from.
+        Index of the run of the unit for each volume.
     blip : ndarray, (n,), int
-        Which `Blip` of the unit each volume belongs to (0 or 1).
+        Index of the `Blip` of the unit for each volume (0 or 1).
     b0_threshold : float
         b-values at or below this (s/mm²) count as b=0.
     """
@@ -44,16 +45,16 @@ class DWI:
 
     @property
     def is_b0(self) -> np.ndarray:
-        """Which volumes count as b=0, (n,) bool."""
+        """Whether each volume counts as b=0, (n,) bool."""
         return self.bvals <= self.b0_threshold
 
     @property
     def q(self) -> np.ndarray:
-        """q-vectors up to the constant 1/(2 pi sqrt(tau)): sqrt(b) times the b-vector, (n, 3)."""
+        """q-vectors (n, 3) up to the constant 1/(2 pi sqrt(tau)): sqrt(b) times the b-vector."""
         return np.sqrt(np.maximum(self.bvals, 0))[:, None] * self.bvecs
 
     def select(self, volumes: np.ndarray) -> DWI:
-        """The volumes at an index or boolean array, in that order, (m, i, j, k)."""
+        """Select volumes by an index array, in that order, or by a boolean array."""
         index = np.flatnonzero(volumes) if np.asarray(volumes).dtype == bool else np.asarray(volumes)
         return DWI(
             self.data[torch.as_tensor(index, device=self.data.device)],
@@ -66,13 +67,13 @@ class DWI:
         )
 
     def with_data(self, data: torch.Tensor) -> DWI:
-        """The same series with other intensities of the same shape."""
+        """Replace the intensities by others of the same shape."""
         return replace(self, data=data)
 
     def volume(self, index: int) -> Volume:
-        """One volume on the grid."""
+        """One volume with its grid."""
         return Volume(self.data[index], self.grid)
 
     def to(self, device: torch.device | str) -> DWI:
-        """The same series with its intensities on another device."""
+        """Move the intensities to a device."""
         return self.with_data(self.data.to(device))

@@ -1,4 +1,4 @@
-"""A sampling grid in the world, and a volume on it."""
+"""Voxel grids in world space, and volumes on them."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import numpy as np
 import torch
 from nibabel.orientations import io_orientation
 
+from dsiprep.data.summary import Summarised
 
-@dataclass(frozen=True, eq=False)
-class Grid:
-    """Where the voxels of an image are.
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Grid(Summarised):
+    """Shape and affine of an image.
 
     Attributes
     ----------
     shape : (int, int, int)
-        Voxels along i, j, k, the axes of the NIfTI file.
+        Number of voxels along i, j, k, the axes of the NIfTI file.
     affine : ndarray, (4, 4), float64
-        Voxel index (centres are integers) to world RAS+ mm.
+        Maps voxel indices (integers at voxel centres) to world RAS+ mm.
     """
 
     shape: tuple[int, int, int]
@@ -26,35 +28,35 @@ class Grid:
 
     @property
     def voxel_sizes(self) -> np.ndarray:
-        """Length of a step along i, j, k in mm, (3,)."""
+        """Voxel size along i, j, k in mm, (3,)."""
         return np.linalg.norm(self.affine[:3, :3], axis=0)
 
     @property
     def directions(self) -> np.ndarray:
-        """Unit vectors of the i, j, k axes in world RAS+, one per column, (3, 3)."""
+        """Unit vectors of the i, j, k axes in world RAS+, as columns, (3, 3)."""
         return self.affine[:3, :3] / self.voxel_sizes
 
     @property
     def centre(self) -> np.ndarray:
-        """World position of the middle of the grid in mm, (3,)."""
+        """World position of the centre of the grid in mm, (3,)."""
         return self.to_world((np.asarray(self.shape, float) - 1) / 2)
 
     def to_world(self, voxels: np.ndarray) -> np.ndarray:
-        """Voxel coordinates (..., 3) to world RAS+ mm (..., 3)."""
+        """Convert voxel coordinates (..., 3) to world RAS+ mm (..., 3)."""
         return np.asarray(voxels, float) @ self.affine[:3, :3].T + self.affine[:3, 3]
 
     def to_voxels(self, points: np.ndarray) -> np.ndarray:
-        """World RAS+ mm (..., 3) to voxel coordinates (..., 3)."""
+        """Convert world RAS+ mm (..., 3) to voxel coordinates (..., 3)."""
         inverse = np.linalg.inv(self.affine)
         return np.asarray(points, float) @ inverse[:3, :3].T + inverse[:3, 3]
 
-    def holds(self, points: np.ndarray) -> np.ndarray:
-        """Which world points (..., 3) lie in the grid, no more than half a voxel from a voxel's centre; bool (...)."""
+    def contains(self, points: np.ndarray) -> np.ndarray:
+        """Whether each world point (..., 3) is in the field of view, outer voxel faces included; (...) bool."""
         voxels = self.to_voxels(points)
         return np.asarray(((voxels >= -0.5) & (voxels <= np.asarray(self.shape) - 0.5)).all(-1))
 
     def matches(self, other: Grid, tolerance: float = 1e-3) -> bool:
-        """Whether both grids have the same voxels, corners compared within `tolerance` mm."""
+        """Whether both grids have the same shape and, within `tolerance` mm, the same affine and corners."""
         corner = np.asarray(self.shape, float) - 1
         return self.shape == other.shape and bool(
             np.allclose(self.affine[:3, 3], other.affine[:3, 3], atol=tolerance)
@@ -63,19 +65,19 @@ class Grid:
         )
 
     def ras_axes(self) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-        """The voxel axis nearest to R, A and S, and whether its index runs the other way."""
-        found = io_orientation(self.affine)
-        order = [int(np.flatnonzero(found[:, 0] == world)[0]) for world in range(3)]
-        flipped = [bool(found[axis, 1] < 0) for axis in order]
+        """The voxel axes closest to R, A and S, and whether each runs in the opposite direction."""
+        orientation = io_orientation(self.affine)
+        order = [int(np.flatnonzero(orientation[:, 0] == world)[0]) for world in range(3)]
+        flipped = [bool(orientation[axis, 1] < 0) for axis in order]
         return (order[0], order[1], order[2]), (flipped[0], flipped[1], flipped[2])
 
     def permuted(self, order: list[int]) -> Grid:
-        """The same points, their voxel axes in this order."""
+        """Reorder the voxel axes; world positions are unchanged."""
         i, j, k = (self.shape[axis] for axis in order)
         return Grid((i, j, k), self.affine[:, [*order, 3]])
 
     def at_spacing(self, spacing: float | tuple[float, float, float]) -> Grid:
-        """The same field of view (same outer faces) with voxels of about `spacing` mm."""
+        """The same field of view (outer faces) with voxels of about `spacing` mm."""
         extent = self.voxel_sizes * self.shape
         shape = np.maximum(1, np.round(extent / np.broadcast_to(spacing, 3))).astype(int)
         factor = np.asarray(self.shape) / shape
@@ -85,17 +87,17 @@ class Grid:
         return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
 
 
-@dataclass(frozen=True, eq=False)
-class Volume:
+@dataclass(frozen=True, eq=False, repr=False)
+class Volume(Summarised):
     """One 3-D image: `data` (i, j, k) on `grid`."""
 
     data: torch.Tensor
     grid: Grid
 
     def numpy(self) -> np.ndarray:
-        """The voxels as a NumPy array on the CPU, (i, j, k)."""
+        """Voxel values as a NumPy array on the CPU, (i, j, k)."""
         return self.data.detach().cpu().numpy()
 
     def to(self, device: torch.device | str) -> Volume:
-        """The same volume on another device."""
+        """Move the data to a device."""
         return Volume(self.data.to(device), self.grid)

@@ -1,4 +1,4 @@
-"""The files of one unit as they were read, before anything was done to them."""
+"""Images of one unit as read from file, before any processing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import torch
 
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.summary import Summarised
 
 
-@dataclass(frozen=True, eq=False)
-class RawRun:
+@dataclass(frozen=True, eq=False, repr=False)
+class RawRun(Summarised):
     """One DWI run.
 
     Attributes
     ----------
     name : str
-        File name, for messages and for the confounds table.
+        File name, for messages and the confounds table.
     data : Tensor, (n, i, j, k), float32
     grid : Grid
     bvals : ndarray, (n,)
@@ -26,9 +27,9 @@ class RawRun:
     bvecs : ndarray, (n, 3)
         Unit vectors in world RAS+; zero for volumes without a direction.
     pe : PhaseEncoding or None
-        In the voxel axes of this file.
+        In the voxel axes of the file; None where unknown.
     slice_times : tuple of float
-        When slice 0, 1, ... along k was excited, in s; empty where unknown.
+        Excitation time of each slice along k in s; empty where unknown.
     """
 
     name: str
@@ -40,9 +41,9 @@ class RawRun:
     slice_times: tuple[float, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class RawEpi:
-    """b=0 volumes (m, i, j, k) that show the distortion of another phase encoding."""
+@dataclass(frozen=True, eq=False, repr=False)
+class RawEpi(Summarised):
+    """b=0 volumes (m, i, j, k) of fmap/ and their phase encoding."""
 
     name: str
     data: torch.Tensor
@@ -50,8 +51,8 @@ class RawEpi:
     pe: PhaseEncoding
 
 
-@dataclass(frozen=True, eq=False)
-class RawFieldmap:
+@dataclass(frozen=True, eq=False, repr=False)
+class RawFieldmap(Summarised):
     """A gradient-echo fieldmap.
 
     Attributes
@@ -59,11 +60,11 @@ class RawFieldmap:
     name : str
         File name, for messages.
     field : Volume
-        Off-resonance: Hz, or, where `echo_difference` is known, the phase in radians, wrapped into -pi to pi.
+        Off-resonance in Hz or, if `echo_difference` is given, the phase difference in radians, wrapped to -pi to pi.
     magnitude : Volume
-        On the same grid.
+        Magnitude image on the same grid.
     echo_difference : float or None
-        s.
+        Difference of the echo times in s; None for a field in Hz.
     """
 
     name: str
@@ -72,9 +73,9 @@ class RawFieldmap:
     echo_difference: float | None
 
 
-@dataclass(frozen=True, eq=False)
-class RawUnit:
-    """All runs of a unit, and the reversed b=0 images that belong to them."""
+@dataclass(frozen=True, eq=False, repr=False)
+class RawUnit(Summarised):
+    """All runs of a unit, and its EPI references."""
 
     name: str
     runs: tuple[RawRun, ...]

@@ -1,4 +1,4 @@
-"""One result per stage. Frozen; what a report, a derivative or a later stage needs is in here."""
+"""Results of the stages: frozen dataclasses with what later stages, derivatives and the report need."""
 
 from __future__ import annotations
 
@@ -11,20 +11,21 @@ import torch
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.summary import Summarised
 from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.settings import Settings
 
 
-@dataclass(frozen=True, eq=False)
-class Blip:
-    """The volumes of one phase-encoding direction: DWI of the unit, b=0 images from fmap/, or both.
+@dataclass(frozen=True, eq=False, repr=False)
+class Blip(Summarised):
+    """Volumes of one phase-encoding direction: DWI of the unit, b=0 images of fmap/, or both.
 
     Attributes
     ----------
     name : str
         "up" (polarity +1), "down" (-1) or "only".
     pe : PhaseEncoding or None
-        None where the sidecars do not tell the direction.
+        None if the sidecars do not give the direction.
     epis : Tensor, (m, i, j, k)
         b=0 volumes of fmap/ with this phase encoding, on the DWI's grid; m may be 0.
     """
@@ -34,22 +35,23 @@ class Blip:
     epis: torch.Tensor
 
 
-@dataclass(frozen=True, eq=False)
-class Acquired:
-    """One conformed series, its voxels as in the file of the first run.
+@dataclass(frozen=True, eq=False, repr=False)
+class Acquired(Summarised):
+    """The conformed series, with the voxel axes of the first run's file.
 
     Attributes
     ----------
     dwi : DWI
-        All runs, one after the other. `dwi.blip` indexes `blips`.
+        All runs, concatenated. `dwi.blip` indexes `blips`.
     blips : tuple of Blip
         One or two.
+    scheme : SamplingScheme
     mask : Volume
-        Rough brain mask of the mean b=0 (0 or 1), generous: for motion and noise.
+        Rough, generous brain mask of the mean b=0 (0 or 1), for denoising and motion correction.
     scales : ndarray, (runs,)
-        The factor that each run was multiplied by so that b=0 intensities agree.
+        Factor applied to each run so that b=0 intensities agree.
     multiband : tuple of tuple of int
-        Slices excited together, from SliceTiming; empty where unknown.
+        Simultaneously excited slices, from SliceTiming; empty where unknown.
     """
 
     dwi: DWI
@@ -60,9 +62,20 @@ class Acquired:
     multiband: tuple[tuple[int, ...], ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Denoised:
-    """The series after denoising; `noise` is sigma per voxel and `before` the b=0 mean that went in."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Denoised(Summarised):
+    """The denoised series.
+
+    Attributes
+    ----------
+    dwi : DWI
+    noise : Volume or None
+        Noise standard deviation per voxel.
+    rank : Volume or None
+        Mean number of principal components kept per voxel.
+    method : str
+        What was done, for log and report.
+    """
 
     dwi: DWI
     noise: Volume | None
@@ -70,35 +83,40 @@ class Denoised:
     method: str
 
 
-@dataclass(frozen=True, eq=False)
-class Motion:
-    """Where the head was in every volume of one blip.
+@dataclass(frozen=True, eq=False, repr=False)
+class Motion(Summarised):
+    """Head poses and outlier slices of the volumes of one blip.
 
     Attributes
     ----------
     transforms : ndarray, (n, 4, 4), float64
-        Points of the dwiref (world RAS+ mm) to points of volume v: x_v = transforms[v] @ x_dwiref. Bringing
-        volume v onto the dwiref means reading it there.
+        Map points of the dwiref (world RAS+ mm) to points of volume v: x_v = transforms[v] @ x_dwiref. To resample
+        volume v onto the dwiref, sample it at x_v.
     volumes : ndarray, (n,), int
-        Which volumes of the conformed series these are.
+        Indices of the volumes in the conformed series.
     dwiref : Volume
-        The b=0 reference that all volumes were aligned to, still distorted.
+        The b=0 reference image to which all volumes were aligned, with susceptibility distortion.
     mask : Volume
-        Brain in the dwiref, 0 or 1.
+        Brain mask of the dwiref, 0 or 1.
     r2, xcorr : ndarray, (n,)
-        Agreement of each aligned volume with its prediction in the mask, at the last round; NaN without a model.
+        R² and correlation of each aligned volume with its prediction in the mask, at the last iteration; NaN without
+        a model.
     slice_z : ndarray, (n, slices)
-        Robust z-score of each slice's residual against the prediction, along `slice_axis`; NaN as above.
+        Robust z-score of the residual of each slice along `slice_axis`; NaN without a model.
+    slice_axis : int
+        Voxel axis of slice selection.
     trace : list of dict
-        One row per volume and round, in the columns of hmcOptimization.csv.
+        One row per volume and iteration, with the columns of hmcOptimization.csv.
     model : str
-        The signal model that was used: "3dSHORE", "tensor", "none" or "off".
+        Signal model: "3dSHORE", "tensor", "none" or "off".
     eddy : EddyCurrents or None
-        Displacement of every volume by eddy currents, at the points that `transforms` lead to.
+        Eddy-current displacement of every volume, at the points x_v.
     outlier_slices : ndarray, (n, slices) bool, or None
-        Slices of diffusion-weighted volumes that lost their signal.
+        Slices of diffusion-weighted volumes with signal dropout.
     replacements : Tensor, (r, a, b), or None
-        What takes their place, in the order of numpy.argwhere(outlier_slices); None where they stay as they are.
+        Replacement slices in the order of numpy.argwhere(outlier_slices); None if they are not replaced.
+    notes : tuple of str
+        Remarks for the report.
     """
 
     transforms: np.ndarray
@@ -117,58 +135,61 @@ class Motion:
     notes: tuple[str, ...] = ()
 
     def with_replaced_slices(self, row: int, volume: torch.Tensor) -> torch.Tensor:
-        """The volume (i, j, k) of a row of `transforms` with its lost slices replaced, where they are to be."""
+        """Replace the outlier slices of volume `row` of `transforms`, (i, j, k), if replacements exist."""
         if self.replacements is None or self.outlier_slices is None or not self.outlier_slices[row].any():
             return volume
         out = volume.clone()
-        for number, (own, cut) in enumerate(np.argwhere(self.outlier_slices)):
-            if own == row:
-                out.select(self.slice_axis, int(cut)).copy_(self.replacements[number])
+        for number, (volume_row, slice_index) in enumerate(np.argwhere(self.outlier_slices)):
+            if volume_row == row:
+                out.select(self.slice_axis, int(slice_index)).copy_(self.replacements[number])
         return out
 
 
 def eddy_currents(motions: tuple[Motion, ...], count: int) -> EddyCurrents | None:
-    """Those of all blips together, for `count` volumes; None where none were looked for."""
-    known = [(moved.volumes, moved.eddy) for moved in motions if moved.eddy is not None]
-    if not known:
+    """Eddy currents of all blips combined, for `count` volumes; None if none were estimated."""
+    estimated = [(motion.volumes, motion.eddy) for motion in motions if motion.eddy is not None]
+    if not estimated:
         return None
     coefficients = np.zeros((count, 10))
-    for volumes, eddy in known:
+    for volumes, eddy in estimated:
         coefficients[volumes] = eddy.coefficients
-    return replace(known[0][1], coefficients=coefficients)
+    return replace(estimated[0][1], coefficients=coefficients)
 
 
-@dataclass(frozen=True, eq=False)
-class Reference:
-    """The b=0 reference image (dwiref) with the least distortion that is available, and the brain in it (0 or 1)."""
+@dataclass(frozen=True, eq=False, repr=False)
+class Reference(Summarised):
+    """The least distorted b=0 reference image (dwiref) available, and its brain mask (0 or 1)."""
 
     dwiref: Volume
     mask: Volume
 
 
-@dataclass(frozen=True, eq=False)
-class Distortion:
-    """From the undistorted dwiref to each blip.
+@dataclass(frozen=True, eq=False, repr=False)
+class Distortion(Summarised):
+    """Susceptibility distortion: transforms from the undistorted dwiref to the dwiref of each blip.
 
-    A point x of the undistorted dwiref is found, in the dwiref of blip b, at poses[b] @ x + u_b(x), where u_b
-    is `fields[b]`: the head's rigid pose and then the displacement along the phase-encoding axis, which is fixed
-    in the scanner. With motion, x_v = transforms[v] @ poses[b] @ x + u_b(x): the field moves with the head.
+    A point x of the undistorted dwiref appears in the dwiref of blip b at poses[b] @ x + u_b(x) with u_b =
+    `fields[b]`: the rigid pose of the head, then the displacement along the phase-encoding axis, which is fixed in
+    the scanner. In volume v it appears at x_v = transforms[v] @ poses[b] @ x + u_b(x): the field moves with the head.
 
     Attributes
     ----------
     poses : ndarray, (blips, 4, 4), float64
     fields : tuple of DisplacementField
-        u_b in mm RAS+, on the grid of the dwiref, one per blip.
+        u_b in mm RAS+ on the grid of the dwiref, one per blip.
     fieldmap_hz : Volume or None
-        Off-resonance on the dwiref's grid; None where no readout time is known.
+        Off-resonance field in Hz on the grid of the dwiref; None without a known readout time.
     dwiref : Volume
-        The corrected b=0 reference.
+        The corrected b=0 reference image.
     before, after : tuple of Volume
-        b=0 of each blip before and after, on the dwiref's grid.
+        b=0 image of each blip before and after correction, on the grid of the dwiref.
     trace : list of dict
-        One row per iteration: level, cost, step.
+        One row per iteration: pyramid level, cost, step.
+    method : str
+    notes : tuple of str
+        Remarks for the report.
     diffusion : bool
-        Whether diffusion-weighted images of both blips were compared beside those of b=0.
+        Whether diffusion-weighted images of both blips were compared in addition to b=0 images.
     """
 
     poses: np.ndarray
@@ -183,35 +204,37 @@ class Distortion:
     diffusion: bool = False
 
 
-@dataclass(frozen=True, eq=False)
-class Anatomy:
-    """The structural image in its own space, and the ways to ACPC and to the template.
+@dataclass(frozen=True, eq=False, repr=False)
+class Anatomy(Summarised):
+    """The structural image in ACPC (anterior-posterior commissure) space, and its transforms.
 
-    Everything on `grid` is in ACPC space. Where there is no structural image, `modality` is "none", the b=0
-    reference stands in for it and tissue and template are None.
+    Without a structural image, `modality` is "none", `image` is the b=0 reference image, and tissue and template are
+    None.
 
     Attributes
     ----------
     modality : str
         "T1w", "T2w" or "none".
     image, mask : Volume
-        Bias-corrected structural image and its brain mask (0 or 1), ACPC space, LPS+.
+        Bias-corrected structural image and its brain mask (0 or 1) in ACPC space, LPS+.
     tissue : Tensor, (3, i, j, k) or None
-        Probabilities of CSF, GM, WM on `image`'s grid.
+        Probabilities of CSF, GM, WM on the grid of `image`.
     anat_to_acpc : Affine
-        Rigid: points of ACPC to points of the native structural image.
+        Rigid; maps points of ACPC space to points of the native structural image.
     acpc_to_template, template_to_acpc : Chain or None
-        acpc_to_template maps points of the template to ACPC; None where normalisation was skipped.
+        `acpc_to_template` maps points of the template to points of ACPC space; None without normalisation.
     template : str
-        TemplateFlow's name of the template.
-    template_image : Volume or None
-        The template's brain, and `warped`, the structural brain brought onto it.
+        TemplateFlow name of the template.
+    template_image, warped : Volume or None
+        Brain of the template, and the structural brain normalised to it.
+    notes : tuple of str
+        Remarks for the report.
     orig_to_anat : tuple of Affine
-        For each structural image as it was acquired: points of their average to points of it.
-    enlarged : float
-        How many times larger the head was made while it was worked on: 1 for people, more for animals.
+        For each acquired structural image: maps points of their average to points of that image.
+    magnification : float
+        Factor by which the head was enlarged during processing: 1 for human heads, larger for small animals.
     labels : Volume or None
-        FreeSurfer's labels of structures on `image`'s grid, where SynthSeg found the tissues.
+        FreeSurfer structure labels on the grid of `image`, if SynthSeg segmented it.
     """
 
     modality: str
@@ -226,39 +249,42 @@ class Anatomy:
     warped: Volume | None
     notes: tuple[str, ...] = ()
     orig_to_anat: tuple[Affine, ...] = ()
-    enlarged: float = 1.0
+    magnification: float = 1.0
     labels: Volume | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Coregistration:
-    """dwiref to ACPC.
+@dataclass(frozen=True, eq=False, repr=False)
+class Coregistration(Summarised):
+    """Coregistration of the dwiref to ACPC space.
 
     Attributes
     ----------
     dwiref_to_acpc : Affine
-        Points of ACPC to points of the undistorted dwiref.
+        Maps points of ACPC space to points of the undistorted dwiref.
     score_before, score_after : float
-        Agreement where the scanner's coordinates put the images, and after; larger is better.
+        Similarity with the scanner coordinates alone, and after registration; larger is better.
     metric : str
-        "mi" (normalised mutual information), "cc" (correlation) or "none" (there was nothing to register to).
-    led_by : str
-        The unit whose b=0 reference it was registered to; empty where that is a structural image, or its own.
+        "mi" (normalised mutual information), "cc" (correlation) or "none" (nothing to register to).
+    target_unit : str
+        Name of the unit whose b=0 reference image was the registration target; empty if the target was a structural
+        image or the unit's own reference.
+    notes : tuple of str
+        Remarks for the report.
     """
 
     dwiref_to_acpc: Affine
     score_before: float
     score_after: float
     metric: str
-    led_by: str = ""
+    target_unit: str = ""
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Preprocessed:
-    """The series in ACPC space, resampled once.
+@dataclass(frozen=True, eq=False, repr=False)
+class Preprocessed(Summarised):
+    """The series resampled to ACPC space in a single step.
 
-    `sources` tells which volumes went into each volume of `dwi`, where some were made one; empty where none was.
+    `sources` lists the acquired volumes averaged into each volume of `dwi`; empty if none were averaged.
     """
 
     dwi: DWI
@@ -268,19 +294,22 @@ class Preprocessed:
     sources: tuple[tuple[int, ...], ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Quality:
-    """Numbers about the result.
+@dataclass(frozen=True, eq=False, repr=False)
+class Quality(Summarised):
+    """Quality metrics of a preprocessed series.
 
     Attributes
     ----------
     table : dict
-        One row: the columns of image_qc.tsv.
+        The row of image_qc.tsv, by column.
     confounds : dict of ndarray, (n,)
-        The columns of the confounds table, one value per volume.
+        Columns of the confounds table, one value per volume.
     slice_z : ndarray, (n, slices)
-        Robust z-scores of slices against the prediction.
+        Robust z-scores of slice residuals.
     cnr, tsnr : Volume or None
+        Maps of the contrast-to-noise and temporal signal-to-noise ratios.
+    notes : tuple of str
+        Remarks for the report.
     """
 
     table: dict[str, float | str | None]
@@ -291,11 +320,11 @@ class Quality:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Joined:
-    """The series that several corrected units were joined into.
+@dataclass(frozen=True, eq=False, repr=False)
+class Joined(Summarised):
+    """The series joined from several corrected units.
 
-    `files` names the run that each volume acquired came from; `members` the units; `merge` how they were joined.
+    `files` names the run of each acquired volume, `members` the units, and `merge` the way they were joined.
     """
 
     name: str
@@ -307,13 +336,13 @@ class Joined:
     model: str
 
 
-@dataclass(frozen=True, eq=False)
-class UnitResults:
-    """Everything that was found out about one unit: what reports and derivatives are drawn from.
+@dataclass(frozen=True, eq=False, repr=False)
+class UnitResults(Summarised):
+    """All results of one unit, from which derivatives and reports are written.
 
-    `motions` has one entry per blip that has DWI volumes, in the order of `acquired.blips`; `seconds` is the wall
-    time of each stage; `device` names where it ran. `distortion` is None where none could be corrected, and
-    `distortion_reason` says why, or which method was chosen.
+    `motions` has one entry per blip with DWI volumes, in the order of `acquired.blips`; `seconds` is the wall time of
+    each stage; `device` names the compute device. `distortion` is None if none was corrected, and
+    `distortion_reason` gives the reason or the chosen method.
     """
 
     unit: Unit

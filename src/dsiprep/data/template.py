@@ -1,4 +1,4 @@
-"""A standard space to normalise to."""
+"""Templates for spatial normalisation."""
 
 from __future__ import annotations
 
@@ -8,28 +8,29 @@ from pathlib import Path
 import torch
 
 from dsiprep.data.grid import Volume
+from dsiprep.data.summary import Summarised
 
 
-@dataclass(frozen=True, eq=False)
-class Template:
-    """A template under its TemplateFlow name.
+@dataclass(frozen=True, eq=False, repr=False)
+class Template(Summarised):
+    """A template and its TemplateFlow name.
 
     Attributes
     ----------
     name : str
-        "MNI152NLin2009cAsym", "MNIInfant+2", ...: a label of BIDS.
+        Used as a BIDS label: "MNI152NLin2009cAsym", "MNIInfant+2", ...
     brain : Volume
         T1w or T2w intensities inside the brain, zero outside.
     mask : Volume
         0 or 1.
     tissue : Tensor, (3, i, j, k), or None
-        Prior probabilities of CSF, GM, WM on the same grid; None where a template has none.
+        Prior probabilities of CSF, GM, WM on the same grid; None if the template has none.
     origin : str
-        Where it came from, for log and report: "TemplateFlow", "nilearn", or a folder.
+        Source for log and report: "TemplateFlow", "nilearn", or a folder.
     files : tuple of Path
-        What it was read from.
+        Files it was read from.
     note : str
-        What a person should know of it; empty where it is the one that was asked for.
+        Remark for the user; empty for the requested template itself.
     """
 
     name: str

@@ -1,9 +1,9 @@
-"""Normalisation by ANTs, with the settings of fMRIPrep: antsRegistration where it is, else the one inside antspyx.
+"""Normalisation with ANTs, with the settings of fMRIPrep: antsRegistration if it is installed, otherwise antspyx.
 
-The settings are those of niworkflows (Apache-2.0), github.com/nipreps/niworkflows, in niworkflows/data:
-t1w-mni_registration_precise_000.json and t1w-mni_registration_fast_000.json; as there, both images come without skull,
-and the precise ones work on the template at 1 mm, the fast ones at 2 mm. What niworkflows starts from by
-antsAI is here the affine transform that gave the pose in ACPC space.
+The settings are those of niworkflows (Apache-2.0, github.com/nipreps/niworkflows), from niworkflows/data:
+t1w-mni_registration_precise_000.json and t1w-mni_registration_fast_000.json. As there, both images are skull-stripped,
+and the precise settings use the template at 1 mm, the fast ones at 2 mm. The initial transform is the affine
+registration that defined the ACPC pose, where niworkflows uses antsAI.
 """
 
 from __future__ import annotations
@@ -31,61 +31,61 @@ from dsiprep.settings import AnatomySettings, Settings
 
 METHODS = {
     "ants": (
-        "The brain was registered to the template with antsRegistration of ANTs [@avants2008]: rigid, affine, then "
-        "symmetric diffeomorphic (SyN), with the settings of fMRIPrep [@esteban2019]."
+        "The brain was registered to the template with antsRegistration of ANTs [@avants2008] by rigid, affine and "
+        "symmetric diffeomorphic (SyN) transforms, with the settings of fMRIPrep [@esteban2019]."
     )
 }
 """SyN: doi 10.1016/j.media.2007.06.004. fMRIPrep: doi 10.1038/s41592-018-0235-4."""
 
-__all__ = ["METHODS", "SETTINGS", "check", "command", "normalise", "version"]
+__all__ = ["METHODS", "PRESETS", "check", "command", "normalise", "version"]
 
 OPTION = "--normalization-engine ants"
 VARIABLE = "ANTSPATH"
 PROGRAM = "antsRegistration"
-WITHIN_PYTHON = """import sys
+RUN_ANTSPYX = """import sys
 from ants.internal import get_lib_fn
 sys.exit(get_lib_fn("antsRegistration")(sys.argv[1:]))"""
-SEED = "1"  # random sampling of the fast settings: the same images give the same result with one thread
-# What antspyx 0.6.3 took at its peak on a template of 197 x 233 x 189 voxels: 2.7 GB at 1 mm, 0.8 GB at 2 mm.
-BYTES, BYTES_A_VOXEL = 0.5e9, 290
+SEED = "1"  # for the random sampling of the fast settings; reproducible with one thread
+# Peak memory of antspyx 0.6.3 with a template of 197 x 233 x 189 mm: 2.7 GB at 1 mm, 0.8 GB at 2 mm.
+BASE_BYTES, BYTES_PER_VOXEL = 0.5e9, 290
 
 
 @dataclass(frozen=True)
-class Step:
-    """One transform of antsRegistration."""
+class RegistrationStage:
+    """One stage of antsRegistration."""
 
     transform: str
-    metric: str  # with two places for the images
+    metric: str  # format string with placeholders for the fixed and the moving image
     iterations: str
-    window: int
+    convergence_window: int
     shrink: str
     smooth: str
 
 
 @dataclass(frozen=True)
-class Flavour:
-    """A set of settings: its steps, the voxel size of the template, and the share of dark and bright voxels cut off."""
+class Preset:
+    """A set of settings: stages, voxel size of the template, and lower and upper quantiles for winsorising."""
 
-    steps: tuple[Step, ...]
+    stages: tuple[RegistrationStage, ...]
     spacing_mm: float
     winsorize: tuple[float, float] | None
 
 
-SETTINGS = {
-    "precise": Flavour(
+PRESETS = {
+    "precise": Preset(
         (
-            Step("Rigid[0.05]", "Mattes[{},{},1,56,Regular,0.25]", "100x100", 20, "2x1", "2x1"),
-            Step("Affine[0.08]", "Mattes[{},{},1,56,Regular,0.25]", "100x100", 20, "2x1", "1x0"),
-            Step("SyN[0.1,3,0]", "CC[{},{},1,4,None,1]", "100x70x50x20", 10, "8x4x2x1", "3x2x1x0"),
+            RegistrationStage("Rigid[0.05]", "Mattes[{},{},1,56,Regular,0.25]", "100x100", 20, "2x1", "2x1"),
+            RegistrationStage("Affine[0.08]", "Mattes[{},{},1,56,Regular,0.25]", "100x100", 20, "2x1", "1x0"),
+            RegistrationStage("SyN[0.1,3,0]", "CC[{},{},1,4,None,1]", "100x70x50x20", 10, "8x4x2x1", "3x2x1x0"),
         ),
         1.0,
         (0.005, 0.995),
     ),
-    "fast": Flavour(
+    "fast": Preset(
         (
-            Step("Rigid[0.01]", "Mattes[{},{},1,32,Random,0.15]", "1000", 20, "4", "4"),
-            Step("Affine[0.08]", "Mattes[{},{},1,32,Regular,0.15]", "500x250x100", 20, "4x2x1", "4x2x0"),
-            Step("SyN[0.1,3,0]", "Mattes[{},{},1,56,Regular,0.25]", "50x20", 10, "2x1", "1x0"),
+            RegistrationStage("Rigid[0.01]", "Mattes[{},{},1,32,Random,0.15]", "1000", 20, "4", "4"),
+            RegistrationStage("Affine[0.08]", "Mattes[{},{},1,32,Regular,0.15]", "500x250x100", 20, "4x2x1", "4x2x0"),
+            RegistrationStage("SyN[0.1,3,0]", "Mattes[{},{},1,56,Regular,0.25]", "50x20", 10, "2x1", "1x0"),
         ),
         2.0,
         None,
@@ -94,67 +94,69 @@ SETTINGS = {
 
 
 def version() -> str:
-    """Of the program that would run.
+    """Version of the program that would run.
 
     Raises
     ------
     EngineError
-        If there is none.
+        If neither antsRegistration nor antspyx is installed.
     """
     path = _program()
     if path is None:
         return f"antspyx {version_of('antspyx')}"
-    with programs.workplace("ants", None) as place:
-        printed = programs.run([path, "--version"], place)
-    found = re.search(r"ANTs Version:\s*(\S+)", printed)
-    return f"ANTs {found[1] if found else 'of unknown version'}"
+    with programs.working_directory("ants", None) as directory:
+        output = programs.run([path, "--version"], directory)
+    match = re.search(r"ANTs Version:\s*(\S+)", output)
+    return f"ANTs {match[1] if match else 'of unknown version'}"
 
 
 def check(unit: Unit | None, settings: Settings, device: torch.device) -> None:
-    """Whether it can run, before anything long is begun.
+    """Check, before processing starts, that ANTs can run.
 
     Parameters
     ----------
     unit : Unit or None
-        Not looked at.
+        Not used.
     settings : Settings
     device : torch.device
-        Not looked at: ANTs knows no GPU.
+        Not used: ANTs runs on the CPU.
 
     Raises
     ------
     EngineError
-        If there is neither the program nor antspyx, or too little memory.
+        If neither antsRegistration nor antspyx is installed, or memory does not suffice.
     """
     _program()
-    flavour = SETTINGS[settings.anatomy.ants_settings]
-    voxels = 193 * 229 * 193 / flavour.spacing_mm**3  # of MNI152NLin2009cAsym
-    programs.require_memory(BYTES + voxels * BYTES_A_VOXEL, f"antsRegistration at {flavour.spacing_mm:g} mm", OPTION)
+    preset = PRESETS[settings.anatomy.ants_settings]
+    voxels = 193 * 229 * 193 / preset.spacing_mm**3  # of MNI152NLin2009cAsym
+    programs.require_memory(
+        BASE_BYTES + voxels * BYTES_PER_VOXEL, f"antsRegistration at {preset.spacing_mm:g} mm", OPTION
+    )
 
 
 def normalise(
     brain: Volume,
     template: Template,
-    rim: Volume,
+    region: Volume,
     initial: np.ndarray,
     settings: AnatomySettings,
     *,
     folder: Path | None = None,
 ) -> tuple[Chain, Chain]:
-    """ACPC to template and back, as the native step gives them.
+    """ACPC to template and back; replaces the native normalisation.
 
     Parameters
     ----------
     brain : Volume
         Structural image in ACPC space, zero outside the brain.
     template : Template
-    rim : Volume
-        Not looked at: the settings are made for images without a mask beside them.
+    region : Volume
+        Not used: the settings are designed for images without masks.
     initial : ndarray, (4, 4)
         World points of the template to points of ACPC.
     settings : AnatomySettings
     folder : Path, optional
-        Of the work directory: for large files, and for the log.
+        Work folder, for large files and the log.
 
     Returns
     -------
@@ -164,65 +166,67 @@ def normalise(
     Raises
     ------
     EngineError
-        If the program fails, or what it leaves behind cannot be read.
+        If the program fails, or its output cannot be read.
     """
-    flavour = SETTINGS[settings.ants_settings]
-    spacing = np.maximum(template.brain.grid.voxel_sizes, flavour.spacing_mm)
+    preset = PRESETS[settings.ants_settings]
+    spacing = np.maximum(template.brain.grid.voxel_sizes, preset.spacing_mm)
     fixed = template.brain
     if (spacing > 1.01 * fixed.grid.voxel_sizes).any():
         fixed = resample_to_spacing(fixed, (float(spacing[0]), float(spacing[1]), float(spacing[2])))
-    with programs.workplace("ants", folder) as place:
-        files = {name: place.folder / f"{name}.nii.gz" for name in ("moving", "fixed")}
+    with programs.working_directory("ants", folder) as directory:
+        files = {name: directory.folder / f"{name}.nii.gz" for name in ("moving", "fixed")}
+        initial_file, prefix = directory.folder / "initial.mat", directory.folder / "to"
         write_image(files["moving"], brain.data, brain.grid)
         write_image(files["fixed"], fixed.data, fixed.grid)
-        write_affine(place.folder / "initial.mat", Affine(initial, "ACPC", template.name))
+        write_affine(initial_file, Affine(initial, "ACPC", template.name))
         path = _program()
-        words = command(files["fixed"], files["moving"], place.folder / "initial.mat", place.folder / "to", flavour)
-        start = [path] if path else [sys.executable, "-c", WITHIN_PYTHON]
-        programs.run([*start, *words], place, {"ANTS_RANDOM_SEED": SEED}, PROGRAM)
+        arguments = command(files["fixed"], files["moving"], initial_file, prefix, preset)
+        program = [path] if path else [sys.executable, "-c", RUN_ANTSPYX]
+        programs.run([*program, *arguments], directory, {"ANTS_RANDOM_SEED": SEED}, PROGRAM)
         try:
-            forward = read_composite_h5(place.folder / "toComposite.h5", "ACPC", template.name)
-            back = read_composite_h5(place.folder / "toInverseComposite.h5", template.name, "ACPC")
-        except InputError as problem:
-            raise EngineError(f"{PROGRAM} ended well, but left no transform that can be read: {problem}") from problem
+            forward = read_composite_h5(directory.folder / "toComposite.h5", "ACPC", template.name)
+            back = read_composite_h5(directory.folder / "toInverseComposite.h5", template.name, "ACPC")
+        except InputError as error:
+            raise EngineError(f"{PROGRAM} finished, but its transforms cannot be read: {error}") from error
     return forward, back
 
 
-def command(fixed: Path, moving: Path, initial: Path, prefix: Path, flavour: Flavour) -> list[str]:
+def command(fixed: Path, moving: Path, initial: Path, prefix: Path, preset: Preset) -> list[str]:
     """Arguments of antsRegistration.
 
     Parameters
     ----------
     fixed, moving : Path
-        Images.
+        Image files.
     initial : Path
-        ITK transform: points of the fixed image to points of the moving image.
+        ITK transform that maps points of the fixed image to points of the moving image.
     prefix : Path
-        Of the outputs: `<prefix>Composite.h5` and `<prefix>InverseComposite.h5`.
-    flavour : Flavour
+        Prefix of the outputs `<prefix>Composite.h5` and `<prefix>InverseComposite.h5`.
+    preset : Preset
 
     Returns
     -------
     list of str
     """
-    words = ["--dimensionality", "3", "--float", "1", "--collapse-output-transforms", "1",
-             "--write-composite-transform", "1", "--output", str(prefix), "--interpolation", "LanczosWindowedSinc",
-             "--initial-moving-transform", f"[{initial},0]"]  # fmt: skip
-    if flavour.winsorize:
-        words += ["--winsorize-image-intensities", f"[{flavour.winsorize[0]:g},{flavour.winsorize[1]:g}]"]
-    for step in flavour.steps:
-        words += ["--transform", step.transform, "--metric", step.metric.format(fixed, moving),
-                  "--convergence", f"[{step.iterations},1e-6,{step.window}]", "--shrink-factors", step.shrink,
-                  "--smoothing-sigmas", f"{step.smooth}vox", "--use-histogram-matching", "1"]  # fmt: skip
-    return words
+    arguments = ["--dimensionality", "3", "--float", "1", "--collapse-output-transforms", "1",
+                 "--write-composite-transform", "1", "--output", str(prefix), "--interpolation", "LanczosWindowedSinc",
+                 "--initial-moving-transform", f"[{initial},0]"]  # fmt: skip
+    if preset.winsorize:
+        arguments += ["--winsorize-image-intensities", f"[{preset.winsorize[0]:g},{preset.winsorize[1]:g}]"]
+    for stage in preset.stages:
+        convergence = f"[{stage.iterations},1e-6,{stage.convergence_window}]"
+        arguments += ["--transform", stage.transform, "--metric", stage.metric.format(fixed, moving),
+                      "--convergence", convergence, "--shrink-factors", stage.shrink,
+                      "--smoothing-sigmas", f"{stage.smooth}vox", "--use-histogram-matching", "1"]  # fmt: skip
+    return arguments
 
 
 def _program() -> Path | None:
-    """antsRegistration; None where antspyx is to do it."""
+    """Path of antsRegistration; None if only antspyx is installed."""
     path = programs.find(PROGRAM, VARIABLE)
     if path is None and importlib.util.find_spec("ants") is None:
         raise EngineError(
-            f"{OPTION}: {PROGRAM} is neither in the folder that {VARIABLE} names nor on PATH, and the Python package "
-            "antspyx is not installed; run `pip install antspyx`, or take --normalization-engine native"
+            f"{OPTION}: {PROGRAM} is neither in the folder given by {VARIABLE} nor on PATH, and the Python package "
+            "antspyx is not installed; run `pip install antspyx`, or use --normalization-engine native"
         )
     return path

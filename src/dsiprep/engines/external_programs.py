@@ -1,4 +1,4 @@
-"""Programs that people may own: found, told apart by version, run with their output in a log, failures explained."""
+"""Third-party programs: locate them, check requirements, run them with a log, and explain failures."""
 
 from __future__ import annotations
 
@@ -18,108 +18,108 @@ import torch
 from dsiprep.device import free_bytes
 from dsiprep.errors import EngineError
 
-__all__ = ["Workplace", "find", "require", "require_memory", "run", "threads", "workplace"]
+__all__ = ["WorkingDirectory", "find", "require", "require_memory", "run", "thread_environment", "working_directory"]
 
-LAST_LINES = 6  # of a log, in the sentence about a failure
+LAST_LINES = 6  # of the output that an error message quotes
 GB = 1e9
-EXPLAINED = {  # what programs print, in lower case, and what it means
+FAILURE_REASONS = {  # text in a program's output, in lower case, and what it means
     "too many resources requested for launch": "the GPU has too few registers for this build of the program",
-    "out of memory": "the memory of the GPU did not suffice",
-    "cuda_error_out_of_memory": "the memory of the GPU did not suffice",
-    "oom when allocating": "the memory did not suffice",
-    "bad_alloc": "the memory did not suffice",
-    "failed to allocate memory": "the memory did not suffice",
-    "no kernel image is available": "this build of the program does not know the GPU",
+    "out of memory": "the GPU ran out of memory",
+    "cuda_error_out_of_memory": "the GPU ran out of memory",
+    "oom when allocating": "not enough memory",
+    "bad_alloc": "not enough memory",
+    "failed to allocate memory": "not enough memory",
+    "no kernel image is available": "this build of the program does not support the GPU",
     "no cuda-capable device": "the program found no GPU",
-    "cuda driver version is insufficient": "the GPU's driver is older than the program wants",
-    "license file": "the program misses its licence file",
+    "cuda driver version is insufficient": "the GPU driver is too old for the program",
+    "license file": "the program did not find its licence file",
     "no space left on device": "the disk is full",
 }
 
 
 def find(name: str, variable: str) -> Path | None:
-    """A program by its name.
+    """Path of a program; None if it is not installed.
 
     Parameters
     ----------
     name : str
-        "antsRegistration".
+        File name of the program, such as "antsRegistration".
     variable : str
-        Environment variable that may name the folder where the package lies (with or without a bin/ in it), or
-        the program itself. It goes before PATH.
+        Environment variable with the folder of the package (with or without bin/) or the path of the program itself.
+        It takes precedence over PATH.
 
     Returns
     -------
     Path or None
     """
-    named = os.environ.get(variable)
-    if named:
-        place = Path(named)
-        for candidate in (place / "bin" / name, place / name, place):
+    setting = os.environ.get(variable)
+    if setting:
+        location = Path(setting)
+        for candidate in (location / "bin" / name, location / name, location):
             if candidate.name == name and candidate.is_file() and os.access(candidate, os.X_OK):
                 return candidate
-    found = shutil.which(name)
-    return Path(found) if found else None
+    on_path = shutil.which(name)
+    return Path(on_path) if on_path else None
 
 
 def require(name: str, variable: str, package: str, option: str) -> Path:
-    """As `find`.
+    """Path of a program, as from `find`.
 
     Raises
     ------
     EngineError
-        If the program is not there.
+        If the program is not installed.
     """
     path = find(name, variable)
     if path is None:
         raise EngineError(
-            f"{option}: {name} of {package} is neither in the folder that {variable} names nor on PATH; install "
-            f"{package}, set {variable} to where it lies, or take the native engine, which needs nothing"
+            f"{option}: {name} of {package} is neither in the folder given by {variable} nor on PATH; install "
+            f"{package}, set {variable} to its folder, or use the native engine, which needs no other software"
         )
     return path
 
 
-def require_memory(needed: float, who: str, option: str) -> None:
-    """Say at once that memory will not do.
+def require_memory(needed: float, consumer: str, option: str) -> None:
+    """Check that enough memory is free.
 
     Parameters
     ----------
     needed : float
         Bytes.
-    who : str
-        What needs them.
+    consumer : str
+        What needs the memory, for the error message.
     option : str
-        The option that asked for it.
+        Command-line option that selected it, for the error message.
 
     Raises
     ------
     EngineError
-        If less than that is free.
+        If less memory is free.
     """
     free = free_bytes(torch.device("cpu"))
     if free < needed:
         raise EngineError(
-            f"{option}: {who} needs about {needed / GB:.0f} GB of memory, and {free / GB:.1f} GB are free; run fewer "
-            "subjects at once, give the job more memory, or take the native engine"
+            f"{option}: {consumer} needs about {needed / GB:.0f} GB of memory, and {free / GB:.1f} GB are free; run "
+            "fewer subjects at once, give the job more memory, or use the native engine"
         )
 
 
-def threads() -> dict[str, str]:
-    """Environment that holds OpenMP and ITK to as many threads as torch was given."""
+def thread_environment() -> dict[str, str]:
+    """Environment variables that limit OpenMP and ITK to the number of threads of torch."""
     count = str(torch.get_num_threads())
     return {"OMP_NUM_THREADS": count, "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS": count}
 
 
 @dataclass(frozen=True)
-class Workplace:
-    """Where a program works.
+class WorkingDirectory:
+    """Working directory of a program.
 
     Attributes
     ----------
     folder : Path
-        For its files; removed at the end.
+        For its files; deleted afterwards.
     logs : Path or None
-        Where its output stays for people to read; None where there is no such place.
+        Where its log is kept; None if it is not kept.
     """
 
     folder: Path
@@ -127,88 +127,89 @@ class Workplace:
 
 
 @contextmanager
-def workplace(name: str, inside: Path | None) -> Iterator[Workplace]:
-    """An empty folder for the files of a program: in `inside`, whose disk has room for large files, where it is given.
+def working_directory(name: str, parent: Path | None) -> Iterator[WorkingDirectory]:
+    """Create an empty working directory in `parent`, or in the system's temporary folder if that is None.
 
-    Logs are kept beside it, in `inside`; without it only their last lines reach people, in the sentence of an error.
+    With `parent`, whose disk should have room for large files, logs are kept there; otherwise only the last lines of
+    the output are reported, in the error message.
     """
-    if inside is not None:
-        inside.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=inside))
+    if parent is not None:
+        parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=parent))
     try:
-        yield Workplace(folder, inside)
+        yield WorkingDirectory(folder, parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def run(
     command: Sequence[str | Path],
-    place: Workplace,
+    directory: WorkingDirectory,
     environment: Mapping[str, str] | None = None,
     name: str | None = None,
-    fine: tuple[int, ...] = (0,),
+    ok_statuses: tuple[int, ...] = (0,),
 ) -> str:
-    """Run a program to its end.
+    """Run a program and wait for it.
 
     Parameters
     ----------
     command : sequence of str or Path
-        The program and its arguments; no shell is between.
-    place : Workplace
-        It runs in `place.folder`; what it prints goes to `<name>.log`.
+        The program and its arguments; no shell is involved.
+    directory : WorkingDirectory
+        The program runs in `directory.folder`; its output is appended to `<name>.log`.
     environment : mapping, optional
-        Added to that of this process.
+        Added to the environment of this process.
     name : str, optional
-        What to call it; the program's own name by default.
-    fine : tuple of int
-        Exit statuses that mean that all went well.
+        Name for the log and for error messages; by default the file name of the program.
+    ok_statuses : tuple of int
+        Exit statuses that count as success.
 
     Returns
     -------
     str
-        What it printed.
+        Output of the program.
 
     Raises
     ------
     EngineError
-        If it cannot be started, or ends with another exit status: with the reason, as far as its output
-        tells, and its last lines.
+        If the program cannot be started, or ends with another exit status. The message gives the reason, if the
+        output reveals it, and the last lines of the output.
     """
     words = [str(word) for word in command]
     name = name or Path(words[0]).name
-    log = (place.logs or place.folder) / f"{name}.log"
-    surroundings = {**os.environ, **threads(), **(environment or {})}
+    log = (directory.logs or directory.folder) / f"{name}.log"
+    full_environment = {**os.environ, **thread_environment(), **(environment or {})}
     with log.open("ab") as stream:
         stream.write(f"$ {shlex.join(words)}\n".encode())
         stream.flush()
         start = stream.tell()
         try:
-            ended = subprocess.run(
-                words, cwd=place.folder, env=surroundings, stdin=subprocess.DEVNULL, stdout=stream,
+            completed = subprocess.run(
+                words, cwd=directory.folder, env=full_environment, stdin=subprocess.DEVNULL, stdout=stream,
                 stderr=subprocess.STDOUT, check=False,
             )  # fmt: skip
-        except OSError as problem:
-            raise EngineError(f"{name} cannot be started ({problem.strerror}); install it again: {words[0]}") from None
+        except OSError as error:
+            raise EngineError(f"{name} cannot be started ({error.strerror}); reinstall it: {words[0]}") from None
     with log.open("rb") as stream:
         stream.seek(start)
-        printed = stream.read().decode(errors="replace")
-    if ended.returncode not in fine:
-        where = f" The whole output is in {log}." if place.logs else ""
-        raise EngineError(f"{name} {_how(ended.returncode, printed)}.{where}{_last_lines(printed)}")
-    return printed
+        output = stream.read().decode(errors="replace")
+    if completed.returncode not in ok_statuses:
+        full_output = f" The full output is in {log}." if directory.logs else ""
+        raise EngineError(f"{name} {_failure(completed.returncode, output)}.{full_output}{_last_lines(output)}")
+    return output
 
 
-def _how(status: int, printed: str) -> str:
-    """The exit status in words, and the reason where the output tells a known one."""
-    known = next((why for said, why in EXPLAINED.items() if said in printed.lower()), None)
+def _failure(status: int, output: str) -> str:
+    """Description of the exit status, with the reason if the output reveals a known one."""
+    reason = next((reason for text, reason in FAILURE_REASONS.items() if text in output.lower()), None)
     if status < 0:
-        stopped = f"was stopped by {signal.Signals(-status).name}"
-        known = known or ("most likely the memory did not suffice" if -status == signal.SIGKILL else None)
+        failure = f"was stopped by {signal.Signals(-status).name}"
+        reason = reason or ("most likely not enough memory" if -status == signal.SIGKILL else None)
     else:
-        stopped = f"ended with exit status {status}"
-    return f"{stopped}: {known}" if known else stopped
+        failure = f"ended with exit status {status}"
+    return f"{failure}: {reason}" if reason else failure
 
 
-def _last_lines(printed: str) -> str:
-    lines = [line.strip() for line in printed.splitlines() if line.strip()]
-    return f" It last said: {' / '.join(lines[-LAST_LINES:])}" if lines else ""
+def _last_lines(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return f" Last output: {' / '.join(lines[-LAST_LINES:])}" if lines else ""

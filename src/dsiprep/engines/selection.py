@@ -1,4 +1,4 @@
-"""Which programs the settings ask for, and what they stand in for. Engines are loaded when they are asked for."""
+"""Selection of third-party engines according to the settings. An engine is imported only when it is selected."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from dsiprep.settings import AnatomySettings, DistortionSettings, Settings
 from dsiprep.sources import source_digest
 from dsiprep.stages import anatomy, distortion
 
-__all__ = ["ENGINES", "anatomical_steps", "check_engines", "distortion_step", "engines_for", "made_by"]
+__all__ = ["ENGINES", "anatomical_steps", "check_engines", "distortion_step", "engine_fingerprints", "engines_for"]
 
 ENGINES = {name: f"dsiprep.engines.{name}" for name in ("tortoise", "freesurfer", "ants")}
 
 
 def _engine(name: str) -> ModuleType:
-    """`METHODS`, `version`, `check`, and functions with the signatures of native ones."""
+    """Module with `METHODS`, `version`, `check`, and replacements with the signatures of the native functions."""
     return import_module(ENGINES[name])
 
 
-def _asked(settings: AnatomySettings | DistortionSettings) -> tuple[str, ...]:
-    """The engines that the settings of a stage name."""
+def _selected_engines(settings: AnatomySettings | DistortionSettings) -> tuple[str, ...]:
+    """Names of the engines that the settings of a stage select."""
     names = [settings.engine]
     if isinstance(settings, AnatomySettings):
         names.append({"synthmorph": "freesurfer"}.get(settings.normalizer, settings.normalizer))
@@ -35,43 +35,46 @@ def _asked(settings: AnatomySettings | DistortionSettings) -> tuple[str, ...]:
 
 
 def engines_for(unit: Unit, settings: Settings) -> tuple[str, ...]:
-    """The engines that have work to do for a unit, by their names in `ENGINES`."""
+    """Names of the engines that are needed to process a unit."""
     pair = settings.distortion.method != "none" and unit.reversed_pairs()
     structural = unit.structural(settings.anatomy.modality)
-    return (*(_asked(settings.distortion) if pair else ()), *(_asked(settings.anatomy) if structural else ()))
+    return (
+        *(_selected_engines(settings.distortion) if pair else ()),
+        *(_selected_engines(settings.anatomy) if structural else ()),
+    )
 
 
 def check_engines(unit: Unit, settings: Settings, device: torch.device) -> None:
-    """Say before anything long is begun that a program is missing, or its licence, or memory for it.
+    """Check, before processing starts, that the required programs, licences and memory are available.
 
     Raises
     ------
     EngineError
-        With what to do.
+        If something is missing; the message explains what to do.
     """
     for name in engines_for(unit, settings):
         _engine(name).check(unit, settings, device)
 
 
-def made_by(settings: AnatomySettings | DistortionSettings) -> list[list[object]]:
-    """What the key of a stage's result tells of engines: another version of a program makes another result."""
-    return [[name, source_digest(ENGINES[name]), _engine(name).version()] for name in _asked(settings)]
+def engine_fingerprints(settings: AnatomySettings | DistortionSettings) -> list[list[object]]:
+    """Name, source digest and program version of each engine, for the cache key of a stage's result."""
+    return [[name, source_digest(ENGINES[name]), _engine(name).version()] for name in _selected_engines(settings)]
 
 
 def distortion_step(settings: DistortionSettings, folder: Path | None) -> Callable[..., Distortion]:
-    """What corrects a pair of blips; `folder` is that of the subject's work."""
+    """Function that corrects a blip-up/blip-down pair; `folder` is the work folder of the subject."""
     if settings.engine in ENGINES:
         return partial(_engine(settings.engine).correct_distortion, folder=folder)
     return distortion.correct_distortion
 
 
-def anatomical_steps(settings: AnatomySettings, folder: Path | None) -> anatomy.Steps:
-    """What programs do in place of the stage's own functions; `folder` is that of the subject's work."""
+def anatomical_steps(settings: AnatomySettings, folder: Path | None) -> anatomy.ExternalSteps:
+    """Third-party replacements for steps of the anatomy stage; `folder` is the work folder of the subject."""
     brain = tissue = normalise = None
     if settings.engine in ENGINES:
-        found = _engine(settings.engine)
+        engine = _engine(settings.engine)
         modes = {"robust": settings.synthseg_robust, "parc": settings.synthseg_parc}
-        brain, tissue = partial(found.brain_mask, folder=folder), partial(found.segment, **modes, folder=folder)
+        brain, tissue = partial(engine.brain_mask, folder=folder), partial(engine.segment, **modes, folder=folder)
     if settings.normalizer not in ("none", "native"):
-        normalise = partial(_engine(_asked(settings)[-1]).normalise, folder=folder)
-    return anatomy.Steps(brain, tissue, normalise)
+        normalise = partial(_engine(_selected_engines(settings)[-1]).normalise, folder=folder)
+    return anatomy.ExternalSteps(brain, tissue, normalise)

@@ -1,19 +1,22 @@
-"""Blip-up/blip-down correction by DRBUDDI of TORTOISE V4, in place of the native stage.
+"""Blip-up/blip-down correction by DRBUDDI of TORTOISE V4, replacing the native stage.
 
-What the program wants and leaves, read from its sources (github.com/QMICodeBase/TORTOISEV4, DRBUDDI_parserBase.cxx,
-DRBUDDIBase.cxx and DRBUDDI.cxx): beside NAME.nii lies NAME.bmtxt, one row of six b-matrix entries per volume; a JSON
-file tells the phase-encoding axis, of which the sign is not used; "up" is the image whose pose the result has. It works
-in the folder of the up image, where it writes bdown_to_bup_rigidtrans.hdf5, points of up to points of down, and
-deformation_FINV.nii.gz (up) and deformation_MINV.nii.gz (down): displacements in mm, LPS, on a finer grid of its own,
-from the undistorted head to each image, the latter before its rigid transform. So a point x lies in the down image at
-R (x + m(x)), where dsiprep has P x + u(x): P is R, and u is m turned by R.
+Its input and output, according to its sources (github.com/QMICodeBase/TORTOISEV4, DRBUDDI_parserBase.cxx,
+DRBUDDIBase.cxx and DRBUDDI.cxx): each NAME.nii needs a NAME.bmtxt with one row of six b-matrix entries per volume. A
+JSON file contains the phase-encoding axis, whose sign is not used. The result is in the pose of the "up" image. DRBUDDI
+works in the folder of the up image and writes there
+
+- bdown_to_bup_rigidtrans.hdf5: points of up to points of down,
+- deformation_FINV.nii.gz (up) and deformation_MINV.nii.gz (down): displacements in mm, LPS, on a finer grid, from the
+  undistorted head to each image, the latter before its rigid transform.
+
+So DRBUDDI finds point x in the down image at R (x + m(x)), and dsiprep at P x + u(x): P is R, and u is m rotated by R.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +24,7 @@ import nibabel as nib
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import Unit
+from dsiprep.data.acquisition import PhaseEncoding, Unit
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.data.transform import Affine, DisplacementField
@@ -39,7 +42,7 @@ from dsiprep.stages import distortion
 METHODS = {
     "tortoise": (
         "Susceptibility distortion was estimated from b=0 images with opposite phase encoding by DRBUDDI "
-        "[@irfanoglu2015] of TORTOISE V4, restricted to displacements along the phase-encoding axis that are opposites."
+        "[@irfanoglu2015] of TORTOISE V4, restricted to opposite displacements along the phase-encoding axis."
     )
 }
 """doi 10.1016/j.neuroimage.2014.11.042."""
@@ -49,48 +52,49 @@ __all__ = ["METHODS", "check", "correct_distortion", "version"]
 log = logging.getLogger("dsiprep")
 OPTION = "--sdc-engine tortoise"
 VARIABLE = "TORTOISE_HOME"
-ON_GPU, ON_CPU = "DRBUDDI_cuda", "DRBUDDI"
+GPU_PROGRAM, CPU_PROGRAM = "DRBUDDI_cuda", "DRBUDDI"
 UP, DOWN, RIGID = "deformation_FINV.nii.gz", "deformation_MINV.nii.gz", "bdown_to_bup_rigidtrans.hdf5"
-FINEST_MM, REFINED = 1.0, 1.3  # voxels are made smaller by this factor until their mean size is at most so many mm
-BYTES_A_VOXEL = 460  # of that grid: 16 vector fields and 10 images in double precision, as its CPU source holds them
-SAME_READOUT = 0.01  # relative difference up to which readout times count as equal
-UNLIKE_MM = 0.5  # difference between the fields of both blips that is worth a note
+FINE_MM, REFINEMENT = 1.0, 1.3  # DRBUDDI divides voxel sizes by this factor until their mean is at most FINE_MM
+BYTES_PER_VOXEL = 460  # of that grid: 16 vector fields and 10 images in double precision, according to its CPU source
+READOUT_TOLERANCE = 0.01  # relative difference up to which readout times count as equal
+ASYMMETRY_MM = 0.5  # difference between the fields of both blips beyond which a note is added
 
 
 def version() -> str:
-    """As the installation tells it."""
-    path = programs.find(ON_CPU, VARIABLE) or programs.find(ON_GPU, VARIABLE)
-    places = () if path is None else tuple(path.resolve().parents)[:3]
-    told = next((file for place in places if (file := place / "settings" / "version.txt").is_file()), None)
-    return told.read_text().strip() if told else "TORTOISE of unknown version"
+    """Version recorded in the installation."""
+    path = programs.find(CPU_PROGRAM, VARIABLE) or programs.find(GPU_PROGRAM, VARIABLE)
+    folders = () if path is None else tuple(path.resolve().parents)[:3]
+    recorded = next((file for folder in folders if (file := folder / "settings" / "version.txt").is_file()), None)
+    return recorded.read_text().strip() if recorded else "TORTOISE of unknown version"
 
 
 def check(unit: Unit | None, settings: Settings, device: torch.device) -> None:
-    """Whether it can run, before anything long is begun.
+    """Check that DRBUDDI can run, before any long computation.
 
     Parameters
     ----------
     unit : Unit or None
-        Its series tells how much memory is wanted.
+        The memory needed depends on its series; None skips that check.
     settings : Settings
-        Not looked at.
+        Not used.
     device : torch.device
-        A GPU takes DRBUDDI_cuda where that is installed.
+        On a GPU, DRBUDDI_cuda is used if it is installed.
 
     Raises
     ------
     EngineError
-        If neither program is there, or memory is too small for the one on the CPU.
+        If no suitable program is installed, or there is too little memory for DRBUDDI on the CPU.
     """
-    if device.type == "cuda" and programs.find(ON_GPU, VARIABLE):
-        return  # how much of the GPU it takes shows only as it runs; it falls back
-    programs.require(ON_CPU, VARIABLE, "TORTOISE V4", OPTION)
+    if device.type == "cuda" and programs.find(GPU_PROGRAM, VARIABLE):
+        return  # its GPU memory is not known in advance; a failure falls back to the CPU
+    programs.require(CPU_PROGRAM, VARIABLE, "TORTOISE V4", OPTION)
     if unit is not None:
         header: Any = nib.load(unit.runs[0].image).header
         shape, sizes = np.array(header.get_data_shape()[:3]), np.array(header.get_zooms()[:3], float)
-        fine = sizes / REFINED ** max(0, np.ceil(np.log(sizes.mean() / FINEST_MM) / np.log(REFINED)))
+        fine = sizes / REFINEMENT ** max(0, np.ceil(np.log(sizes.mean() / FINE_MM) / np.log(REFINEMENT)))
         voxels = float(np.prod(shape * sizes / fine))
-        programs.require_memory(voxels * BYTES_A_VOXEL, f"{ON_CPU} on {voxels / 1e6:.0f} million voxels", OPTION)
+        consumer = f"{CPU_PROGRAM} on {voxels / 1e6:.0f} million voxels"
+        programs.require_memory(voxels * BYTES_PER_VOXEL, consumer, OPTION)
 
 
 def correct_distortion(
@@ -103,91 +107,98 @@ def correct_distortion(
     diffusion: tuple[torch.Tensor, ...] = (),
     folder: Path | None = None,
 ) -> Distortion:
-    """As `dsiprep.stages.distortion.correct_distortion`, by DRBUDDI_cuda for images on a GPU, else by DRBUDDI.
+    """Run DRBUDDI_cuda (for images on a GPU) or DRBUDDI in place of `dsiprep.stages.distortion.correct_distortion`.
 
-    Where the first fails the second is tried, and where both fail the native stage, each with a note in the result.
+    If DRBUDDI_cuda fails, DRBUDDI is run. If that fails too, or if the readout times of the blips differ, the native
+    stage is run. The notes of the result report this.
 
     Parameters
     ----------
     blips, b0s, grid, mask, settings, diffusion
-        As there; DRBUDDI is given the b=0 images alone.
+        As in the native stage; DRBUDDI only uses the b=0 images.
     folder : Path, optional
-        Of the work directory: for large files, and for the logs.
+        In the work directory, for large files and logs.
 
     Returns
     -------
     Distortion
-        `method` is "tortoise"; that of the native stage where that had to step in. Both fields are opposites along the
-        phase-encoding axis, from the mean of what DRBUDDI found for each blip.
+        `method` is "tortoise", or that of the native stage if it was used instead. The fields are exact opposites along
+        the phase-encoding axis, computed from the mean of DRBUDDI's fields of both blips.
 
     Raises
     ------
     SettingsError, InputError
-        As the native stage.
+        As in the native stage.
     """
-    distortion.checked_pair(blips, b0s, grid, mask, settings)
-    notes: list[str] = []
-    times = [blip.pe.readout_time or 1.0 for blip in blips if blip.pe]
-    if abs(times[0] - times[1]) > SAME_READOUT * max(times):
-        notes = ["The native stage stepped in: DRBUDDI takes the readout times of both blips for equal; they differ."]
-        return _natively(blips, b0s, grid, mask, settings, diffusion, notes)
+    encodings = distortion.check_pair(blips, b0s, grid, mask, settings)
     means = tuple(distortion.finite_mean(b).cpu() for b in b0s)
-    for name in (ON_GPU, ON_CPU) if on_gpu(b0s) else (ON_CPU,):
+    notes: list[str] = []
+    candidates: tuple[str, ...] = (GPU_PROGRAM, CPU_PROGRAM) if on_gpu(b0s) else (CPU_PROGRAM,)
+    times = [pe.readout_time or 1.0 for pe in encodings]
+    if abs(times[0] - times[1]) > READOUT_TOLERANCE * max(times):
+        notes, candidates = ["DRBUDDI assumes equal readout times of both blips, but they differ."], ()
+    for name in candidates:
         path = programs.find(name, VARIABLE)
         if path is None:
             notes.append(f"{name} is not installed.")
             continue
         try:
-            with programs.workplace("drbuddi", folder) as place:
-                words = _write(place.folder, blips[0], means, grid)
-                programs.run([path, *words], place, release_gpu(b0s[0].device) if name == ON_GPU else None)
-                found = _read(place.folder, grid)
+            with programs.working_directory("drbuddi", folder) as workspace:
+                arguments = _write_inputs(workspace.folder, encodings[0], means, grid)
+                environment = release_gpu(b0s[0].device) if name == GPU_PROGRAM else None
+                programs.run([path, *arguments], workspace, environment)
+                estimate = _read_outputs(workspace.folder, grid)
         except EngineError as problem:
             log.warning("%s", problem)
             notes.append(str(problem))
             continue
         notes.append(f"Distortion was estimated by {name} of {version()}.")
-        return _result(blips, means, grid, mask, found, notes)
-    return _natively(blips, b0s, grid, mask, settings, diffusion, [*notes, "The native stage stepped in."])
-
-
-def on_gpu(images: tuple[torch.Tensor, ...]) -> bool:
-    """Whether the images lie on a GPU, so that its program is to take them."""
-    return images[0].device.type == "cuda"
-
-
-def _natively(
-    blips: tuple[Blip, ...],
-    b0s: tuple[torch.Tensor, ...],
-    grid: Grid,
-    mask: Volume,
-    settings: DistortionSettings,
-    diffusion: tuple[torch.Tensor, ...],
-    notes: list[str],
-) -> Distortion:
+        return _result(encodings, means, grid, mask, estimate, notes)
+    notes.append("The native stage was used instead.")
     result = distortion.correct_distortion(blips, b0s, grid, mask, settings, diffusion=diffusion)
     return replace(result, notes=(*notes, *result.notes))
 
 
-def _write(folder: Path, first: Blip, means: tuple[torch.Tensor, ...], grid: Grid) -> list[str | Path]:
-    """The input files, turned to LPS+ axes as those of QSIPrep's are, and the arguments."""
-    assert first.pe is not None
+def on_gpu(images: tuple[torch.Tensor, ...]) -> bool:
+    """Whether the images are in GPU memory."""
+    return images[0].device.type == "cuda"
+
+
+@dataclass(frozen=True, eq=False)
+class _Estimate:
+    """DRBUDDI's result on the grid of the b=0 images.
+
+    Attributes
+    ----------
+    pose : ndarray, (4, 4)
+        Of the down image, world RAS+ mm.
+    up, down : Tensor, (3, i, j, k)
+        Displacements in mm RAS+.
+    """
+
+    pose: np.ndarray
+    up: torch.Tensor
+    down: torch.Tensor
+
+
+def _write_inputs(folder: Path, pe: PhaseEncoding, means: tuple[torch.Tensor, ...], grid: Grid) -> list[str | Path]:
+    """Write the input files, reoriented to LPS+ like those of QSIPrep; return the command-line arguments."""
     order, flipped = lps_axes(grid)
-    axis = order.index(first.pe.axis)
-    polarity = -first.pe.polarity if flipped[axis] else first.pe.polarity
+    axis = order.index(pe.axis)
+    polarity = -pe.polarity if flipped[axis] else pe.polarity
     for name, image in zip(("up", "down"), means, strict=True):
-        data, turned = to_lps(image.numpy(), grid)
-        write_image(folder / f"{name}.nii", data, turned)
+        data, reoriented = to_lps(image.numpy(), grid)
+        write_image(folder / f"{name}.nii", data, reoriented)
         (folder / f"{name}.bmtxt").write_text("0 0 0 0 0 0\n")
     sidecar = {"PhaseEncodingDirection": "ijk"[axis] + ("-" if polarity < 0 else "")}
     (folder / "up.json").write_text(json.dumps(sidecar))
-    # the last two of its stages bend space in all directions, and not alike for both blips, unless it is told
+    # without this option its last two stages displace in all directions, and differently for the two blips
     return ["-u", folder / "up.nii", "-d", folder / "down.nii", "--up_json", folder / "up.json",
             "--enforce_full_symmetry", "1"]  # fmt: skip
 
 
-def _read(folder: Path, grid: Grid) -> tuple[np.ndarray, torch.Tensor, torch.Tensor]:
-    """The pose of the down image, and the displacements of up and down in mm RAS+, (3, i, j, k) on `grid`."""
+def _read_outputs(folder: Path, grid: Grid) -> _Estimate:
+    """Read pose and displacements, resampled onto `grid`."""
     fields = []
     try:
         for name in (UP, DOWN):
@@ -195,47 +206,43 @@ def _read(folder: Path, grid: Grid) -> tuple[np.ndarray, torch.Tensor, torch.Ten
             fields.append(resample_onto(field.data, field.grid, grid))
         rigid = read_composite_h5(folder / RIGID, "down", "up").steps
     except InputError as problem:
-        raise EngineError(f"DRBUDDI ended well, but what it left cannot be read: {problem}") from problem
+        raise EngineError(f"DRBUDDI ended without an error, but its output cannot be read: {problem}") from problem
     if len(rigid) != 1 or not isinstance(rigid[0], Affine):
-        raise EngineError(f"DRBUDDI left {len(rigid)} transforms in {RIGID}; one rigid transform was expected")
+        raise EngineError(f"DRBUDDI wrote {len(rigid)} transforms to {RIGID}; expected one rigid transform")
     pose = rigid[0].matrix
-    turn = torch.as_tensor(pose[:3, :3], dtype=torch.float32)
-    return pose, fields[0], torch.einsum("ab,bijk->aijk", turn, fields[1])
+    rotation = torch.as_tensor(pose[:3, :3], dtype=torch.float32)
+    return _Estimate(pose, fields[0], torch.einsum("ab,bijk->aijk", rotation, fields[1]))
 
 
 def _result(
-    blips: tuple[Blip, ...],
+    encodings: tuple[PhaseEncoding, PhaseEncoding],
     means: tuple[torch.Tensor, ...],
     grid: Grid,
     mask: Volume,
-    found: tuple[np.ndarray, torch.Tensor, torch.Tensor],
+    estimate: _Estimate,
     notes: list[str],
 ) -> Distortion:
-    first, second = (blip.pe for blip in blips)
-    assert first is not None and second is not None
-    pose, *displacements = found
+    first = encodings[0]
     axis = torch.as_tensor(grid.directions[:, first.axis], dtype=torch.float32)
-    along = [torch.einsum("a,aijk->ijk", axis, u) for u in displacements]
-    opposite = first.polarity * (along[0] - along[1]) / 2  # mm towards +axis per unit of polarity
+    along = [torch.einsum("a,aijk->ijk", axis, u) for u in (estimate.up, estimate.down)]
+    field = first.polarity * (along[0] - along[1]) / 2  # mm towards +axis per unit of polarity
     inside = mask.numpy() > 0.5
-    unlike = float((along[0] + along[1]).abs().numpy()[inside].max())
-    if unlike > UNLIKE_MM:
-        notes.append(f"DRBUDDI's fields of both blips differ by up to {unlike:.1f} mm; their mean was taken.")
-    vectors = opposite * axis[:, None, None, None]
-    fields = tuple(DisplacementField(pe.polarity * vectors, grid) for pe in (first, second))
-    poses = np.stack([np.eye(4), pose])
+    asymmetry = float((along[0] + along[1]).abs().numpy()[inside].max())
+    if asymmetry > ASYMMETRY_MM:
+        notes.append(f"DRBUDDI's fields of both blips differ by up to {asymmetry:.1f} mm; their mean was used.")
+    vectors = field * axis[:, None, None, None]
+    fields = tuple(DisplacementField(pe.polarity * vectors, grid) for pe in encodings)
+    poses = np.stack([np.eye(4), estimate.pose])
     after = [
-        warp_volume(image, grid, grid, p, sample_displacement(field, grid, np.eye(4)), p[:3, :3])
-        for image, p, field in zip(means, poses, fields, strict=True)
+        warp_volume(image, grid, grid, pose, sample_displacement(displacement, grid, np.eye(4)), pose[:3, :3])
+        for image, pose, displacement in zip(means, poses, fields, strict=True)
     ]
     medians = [float(np.median(image.numpy()[inside])) for image in after]
     gain = medians[0] / medians[1] if min(medians) > 0 else 1.0
-    readout = None if first.readout_time is None else (first.readout_time + (second.readout_time or 0)) / 2
-    hertz = None if readout is None else opposite / (float(grid.voxel_sizes[first.axis]) * readout)
     return Distortion(
         poses=poses,
         fields=fields,
-        fieldmap_hz=None if hertz is None else Volume(hertz, grid),
+        fieldmap_hz=distortion.fieldmap_hz(field, grid, encodings),
         dwiref=Volume((after[0] + gain * after[1]) / 2, grid),
         before=tuple(Volume(image, grid) for image in means),
         after=tuple(Volume(image, grid) for image in after),

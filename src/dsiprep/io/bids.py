@@ -1,7 +1,6 @@
-"""Which files of a BIDS dataset are processed together, and why.
+"""Group the files of a BIDS dataset into processing units.
 
-The grouping is qsiplan's, the one that QSIPrep itself uses; here it becomes `Unit`s, with reasons in
-sentences.
+The grouping is qsiplan's, which QSIPrep also uses; this module converts it to `Unit`s with explanatory notes.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, Unit
 from dsiprep.errors import DsiprepError, InputError, MetadataError, SettingsError
 from dsiprep.io.bids_filters import Filters, apply_filters, check_filters, entities
 from dsiprep.io.fieldmaps import gre_fieldmap
-from dsiprep.io.grouping_notes import Options, joined, reasons, structural_notes
+from dsiprep.io.grouping_notes import Options, assign_output, grouping_notes, structural_notes
 from dsiprep.io.nifti import count_volumes
-from dsiprep.io.sidecars import check_pair, kept_fields, phase_encoding
+from dsiprep.io.sidecars import check_readout_times, phase_encoding, relevant_fields
 from dsiprep.io.unit_reader import explain, read_unit, require_files, scheme_of
 from dsiprep.settings import Settings
 
@@ -54,14 +53,14 @@ def find_units(
     distortion_group_merge: str = "none",
     failed: dict[str, DsiprepError] | None = None,
 ) -> list[Unit]:
-    """The units of a dataset.
+    """Find the processing units of a dataset.
 
     Parameters
     ----------
     bids_dir : Path
         Root of the dataset.
     settings : Settings
-        `acquisition.b0_threshold`, `anatomy.modality` and `anatomy.reference` matter.
+        Only `acquisition.b0_threshold`, `anatomy.modality` and `anatomy.reference` are used.
     participants, sessions : sequence of str, optional
         Labels, with or without `sub-` and `ses-`; all by default.
     filters : dict, optional
@@ -69,33 +68,35 @@ def find_units(
     ignore : frozenset of str
         Any of `IGNORABLE`.
     separate_all_dwis : bool
-        Every run is a unit of its own; it may still borrow b=0 images from its opposite.
+        Make each run a unit of its own; b=0 images of a run with opposite phase encoding are still used.
     distortion_group_merge : str
-        QSIPrep's option: "concat", "average" or "least-squares" join the corrected units of a session (`Unit.output`).
+        QSIPrep's option: "concat", "average" or "least-squares" joins the corrected units of a session (`Unit.output`).
     failed : dict, optional
-        Takes the errors of subjects by label, so that the others go on; by default the first error is raised.
+        Collects errors by subject label, so that the other subjects continue; by default, the first error is raised.
 
     Returns
     -------
     list of Unit
-        In order of subject and name.
+        Sorted by subject and name.
 
     Raises
     ------
     InputError
-        If there is no dataset, no such participant or session, or nothing to process.
+        If the dataset, a participant or a session does not exist, or there is nothing to process.
     MetadataError
-        If a sidecar lacks what is needed, or contradicts another.
+        If a sidecar lacks required metadata or contradicts another.
+    SettingsError
+        If a filter or an entry of `ignore` is invalid, or outputs cannot be joined as requested.
     """
     check_filters(filters or {})
     if unknown := ignore - set(IGNORABLE):
-        raise SettingsError(f"--ignore {' '.join(sorted(unknown))}: only {', '.join(IGNORABLE)} can be ignored")
+        raise SettingsError(f"--ignore {' '.join(sorted(unknown))}: choose from {', '.join(IGNORABLE)}")
     root = Path(bids_dir)
     if not root.is_dir():
-        raise InputError(f"{root}: there is no such folder; the root of a BIDS dataset is wanted")
+        raise InputError(f"{root}: no such folder; expected the root of a BIDS dataset")
     catalog = Bids2TableCatalog(root)
-    labels = _labels(catalog, participants)
-    chosen = [session.removeprefix("ses-") for session in sessions] if sessions else None
+    labels = _subject_labels(catalog, participants)
+    session_labels = [session.removeprefix("ses-") for session in sessions] if sessions else None
     options = Options(
         frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold,
         settings.anatomy.modality, settings.anatomy.reference,
@@ -103,42 +104,42 @@ def find_units(
     units: list[Unit] = []
     for label in labels:
         try:
-            units += _units_of_subject(catalog, label, chosen, filters, options)
-        except DsiprepError as problem:
+            units += _units_of_subject(catalog, label, session_labels, filters, options)
+        except DsiprepError as error:
             if failed is None:
                 raise
-            failed[label] = problem
+            failed[label] = error
     if not units and not failed:
-        raise InputError(_nothing_found(catalog, labels, chosen, filters))
+        raise InputError(_nothing_found_message(catalog, labels, session_labels, filters))
     return units
 
 
-def _labels(catalog: Bids2TableCatalog, participants: Sequence[str] | None) -> list[str]:
-    there = catalog.subjects()
-    if not there:
-        raise InputError(f"{catalog.root}: no sub-* folders; the root of a BIDS dataset is wanted")
+def _subject_labels(catalog: Bids2TableCatalog, participants: Sequence[str] | None) -> list[str]:
+    available = catalog.subjects()
+    if not available:
+        raise InputError(f"{catalog.root}: no sub-* folders; expected the root of a BIDS dataset")
     if not participants:
-        return there
-    wanted = list(dict.fromkeys(label.removeprefix("sub-") for label in participants))
-    unknown = [label for label in wanted if label not in there]
+        return available
+    requested = list(dict.fromkeys(label.removeprefix("sub-") for label in participants))
+    unknown = [label for label in requested if label not in available]
     if unknown:
-        shown = ", ".join(there[:20]) + (f", ... ({len(there)} in all)" if len(there) > 20 else "")
-        raise InputError(f"--participant-label {' '.join(unknown)}: not in {catalog.root}; there are {shown}")
-    return wanted
+        shown = ", ".join(available[:20]) + (f", ... ({len(available)} in total)" if len(available) > 20 else "")
+        raise InputError(f"--participant-label {' '.join(unknown)}: not in {catalog.root}; available: {shown}")
+    return requested
 
 
-def _nothing_found(
+def _nothing_found_message(
     catalog: Bids2TableCatalog, labels: list[str], sessions: list[str] | None, filters: Filters | None
 ) -> str:
-    of = f"sub-{labels[0]}" if len(labels) == 1 else f"any of {len(labels)} subjects"
-    message = f"{catalog.root}: no diffusion-weighted series (dwi/*_dwi.nii.gz) of {of}"
+    subjects = f"sub-{labels[0]}" if len(labels) == 1 else f"any of {len(labels)} subjects"
+    message = f"{catalog.root}: no diffusion-weighted series (dwi/*_dwi.nii.gz) for {subjects}"
     if sessions:
-        there = sorted({session for label in labels for session in catalog.sessions(label)})
-        found = f"there are {', '.join(there)}" if there else "there are no sessions"
+        available = sorted({session for label in labels for session in catalog.sessions(label)})
+        found = f"available sessions: {', '.join(available)}" if available else "the dataset has no sessions"
         return f"{message} in --session-label {' '.join(sessions)}; {found}"
     if filters:
-        return f"{message} passes --bids-filter-file; check its entities"
-    return f"{message}; check that the dataset is BIDS"
+        return f"{message} matches --bids-filter-file; check its entities"
+    return f"{message}; check that the dataset follows BIDS"
 
 
 def _units_of_subject(
@@ -148,39 +149,39 @@ def _units_of_subject(
     filters: Filters | None,
     options: Options,
 ) -> list[Unit]:
-    data = apply_filters(_of_sessions(catalog.subject_data(label), sessions), filters)
+    data = apply_filters(_select_sessions(catalog.subject_data(label), sessions), filters)
     if not data["dwi"]:
-        log.warning("sub-%s has no diffusion-weighted series, or none that was asked for", label)
+        log.warning("sub-%s: no diffusion-weighted series match the request", label)
         return []
     no_fieldmaps = bool(options.ignore & {"fieldmaps", "sdc"})
     try:
-        found, issues = index_subject(
+        records, issues = index_subject(
             catalog, data, no_fieldmaps, "t2w" in options.ignore, b0_threshold=options.b0_threshold
         )
-    except (ValueError, TypeError) as problem:
-        raise MetadataError(f"sub-{label}: {problem}") from None
-    if no_fieldmaps:  # what the sidecars say of fieldmaps that are not looked at would contradict what is left
-        found = [replace(record, b0field_identifiers=(), b0field_sources=()) for record in found]
-    subject = _Subject(label, found, options)
+    except (ValueError, TypeError) as error:
+        raise MetadataError(f"sub-{label}: {error}") from None
+    if no_fieldmaps:  # references to ignored fieldmaps would be reported as inconsistent
+        records = [replace(record, b0field_identifiers=(), b0field_sources=()) for record in records]
+    subject = _Subject(label, records, options)
     units: list[Unit] = []
     for grouping, split in _groupings(subject, issues):
         units += _units_of_grouping(subject, grouping, split)
-    return _named_apart(units)
+    return _with_unique_names(units)
 
 
-def _of_sessions(data: dict[str, list[str]], sessions: list[str] | None) -> dict[str, list[str]]:
-    """Series of the sessions asked for and fieldmaps they may use; structural images of all: one anatomy may serve."""
+def _select_sessions(data: dict[str, list[str]], sessions: list[str] | None) -> dict[str, list[str]]:
+    """Series and fieldmaps of the requested sessions; structural images of all, which may share one anatomy."""
     if sessions is None:
         return data
-    wanted: dict[str, list[str | None]] = {"dwi": [*sessions], "fmap": [*sessions, None]}
+    requested: dict[str, list[str | None]] = {"dwi": [*sessions], "fmap": [*sessions, None]}
     return {
-        kind: [path for path in paths if kind in ("t1w", "t2w") or entities(path).get("ses") in wanted[kind]]
+        kind: [path for path in paths if kind in ("t1w", "t2w") or entities(path).get("ses") in requested[kind]]
         for kind, paths in data.items()
     }
 
 
 class _Subject:
-    """The files of one subject and their phase encodings, readout times derived where they have to be."""
+    """The files of one subject with their phase encodings, readout times derived where necessary."""
 
     def __init__(self, label: str, records: list[FileRecord], options: Options) -> None:
         self.label = label
@@ -192,9 +193,9 @@ class _Subject:
     def _with_encoding(self, record: FileRecord) -> FileRecord:
         if not record.is_epi_like:
             return record
-        way_out = "--ignore fieldmaps" if record.datatype == "fmap" else "--ignore sdc"
+        fallback = "--ignore fieldmaps" if record.datatype == "fmap" else "--ignore sdc"
         try:
-            pe, notes = phase_encoding(record.metadata, record.filename, way_out)
+            pe, notes = phase_encoding(record.metadata, record.filename, fallback)
         except MetadataError:
             if "sdc" not in self.options.ignore:
                 raise
@@ -206,7 +207,7 @@ class _Subject:
         return replace(record, signature=replace(record.signature, readout_time=rounded))
 
     def structural(self, suffix: str, session: str | None) -> tuple[Path, ...]:
-        """T1w or T2w by name: those of all sessions, or, sessionwise, a session's own and shared ones."""
+        """T1w or T2w images sorted by name: of all sessions, or, sessionwise, of the session and those without one."""
         images = [record for record in self.records if record.is_anat and record.suffix == suffix]
         if self.options.reference == "sessionwise" and session is not None:
             images = [record for record in images if record.session in (session, None)]
@@ -214,7 +215,7 @@ class _Subject:
 
 
 def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWIGrouping, bool]]:
-    """qsiplan's grouping; where it would stack series of different grids, one grouping per grid."""
+    """qsiplan's grouping, or one per voxel grid (flagged True) if it would stack series of different grids."""
     whole = _group(subject, subject.records, issues)
     differing = {
         path for issue in whole.errors if issue.code in ("fov-oblique", "fov-grid-mismatch") for path in issue.files
@@ -226,19 +227,19 @@ def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWI
     parts = [[record for record in series if record.path not in differing]]
     for record in series:
         if record.path in differing:
-            _beside_its_like(record, parts)
+            _add_to_matching_part(record, parts)
     groupings = [(_group(subject, part + others, issues), True) for part in parts if part]
     for grouping, _ in groupings:
         _raise_errors(grouping)
     return groupings
 
 
-def _beside_its_like(record: FileRecord, parts: list[list[FileRecord]]) -> None:
-    """Put a series into the part of its session and grid; `parts[0]` is not looked at."""
+def _add_to_matching_part(record: FileRecord, parts: list[list[FileRecord]]) -> None:
+    """Add a series to the part with its session and grid, or start a new one; `parts[0]` is skipped."""
     for part in parts[1:]:
         first = part[0]
-        known = record.session == first.session and record.grid and first.grid
-        if known and first.grid.compare(record.grid) == "match":
+        comparable = record.session == first.session and record.grid and first.grid
+        if comparable and first.grid.compare(record.grid) == "match":
             part.append(record)
             return
     parts.append([record])
@@ -265,64 +266,66 @@ def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIs
 
 def _raise_errors(grouping: DWIGrouping, except_for: tuple[str, ...] = ()) -> None:
     for issue in grouping.errors:
-        # nothing is read from the sidecars of structural images, so they may be ambiguous
+        # sidecars of structural images are not used, so they may be ambiguous
         structural = issue.files and all(grouping.files[path].is_anat for path in issue.files if path in grouping.files)
         if issue.code not in except_for and not (structural and "json" in issue.code):
             raise MetadataError(f"sub-{grouping.subject_id}: {issue.message}")
 
 
-def _check_pairs(subject: _Subject, grouping: DWIGrouping) -> dict[str, str]:
-    """Raise a MetadataError for readout times that cannot go together; a note for each field without any."""
+def _readout_notes(subject: _Subject, grouping: DWIGrouping) -> dict[str, str]:
+    """Notes on missing readout times, by name of the estimation; raises a MetadataError if they are inconsistent."""
     notes: dict[str, str] = {}
-    for name in {found for found in grouping.application.values() if found}:
+    for name in {estimation for estimation in grouping.application.values() if estimation}:
         estimation = grouping.estimations[name]
         known = {path: pe for path in estimation.sources if (pe := subject.encodings.get(path))}
         fmap = any(grouping.files[path].datatype == "fmap" for path in estimation.sources)
-        way_out = "--ignore fieldmaps" if fmap else "--ignore pepolar-dwis"
+        fallback = "--ignore fieldmaps" if fmap else "--ignore pepolar-dwis"
         for axis in {pe.axis for pe in known.values()}:
             along = {Path(path).name: pe for path, pe in known.items() if pe.axis == axis}
-            if len({pe.polarity for pe in along.values()}) > 1 and (note := check_pair(along, way_out)):
+            if len({pe.polarity for pe in along.values()}) > 1 and (note := check_readout_times(along, fallback)):
                 notes[name] = note
     return notes
 
 
 def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) -> list[Unit]:
-    pair_notes = _check_pairs(subject, grouping)
+    readout_notes = _readout_notes(subject, grouping)
     selection = selection_for_config("shoreline", "drbuddi")
     scheme = concatenation_scheme(grouping, selection)
-    finals = list(scheme.values())
+    output_names = list(scheme.values())
     units: list[Unit] = []
-    together: dict[str, list[Unit]] = {}
+    sharing_output: dict[str, list[Unit]] = {}
     for planned in to_preproc_units(grouping, selection):
-        final = scheme[planned.output_name]
+        output = scheme[planned.output_name]
         unit = _as_unit(subject, planned, split)
-        if planned.is_pepolar and planned.estimation.b0field_id in pair_notes:
-            unit = replace(unit, notes=(*unit.notes, pair_notes[planned.estimation.b0field_id]))
-        if finals.count(final) == 1:
-            units.append(replace(unit, name=final))
+        if planned.is_pepolar and planned.estimation.b0field_id in readout_notes:
+            unit = replace(unit, notes=(*unit.notes, readout_notes[planned.estimation.b0field_id]))
+        if output_names.count(output) == 1:
+            units.append(replace(unit, name=output))
         else:
-            together.setdefault(final, []).append(unit)
-    return units + [unit for final, members in together.items() for unit in joined(members, final, subject.options)]
+            sharing_output.setdefault(output, []).append(unit)
+    for output, members in sharing_output.items():
+        units += assign_output(members, output, subject.options)
+    return units
 
 
 def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool) -> Unit:
     session = planned.dwi_records[0].session
     _require_directions(subject, planned)
     runs, epis, short = _runs_and_references(subject, planned)
-    notes = reasons(planned, subject.options.ignore, short, split)
+    notes = grouping_notes(planned, subject.options.ignore, short, split)
     if "sdc" not in subject.options.ignore:
         members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
         notes += [note for path in members for note in subject.notes.get(path, ())]
     t1w, t2w = (subject.structural(suffix, session) for suffix in ("T1w", "T2w"))
-    modality, there = subject.options.modality, {record.suffix for record in subject.records if record.is_anat}
-    notes += structural_notes(modality, session, {"T1w": t1w, "T2w": t2w}.get(modality, ()), there)
+    modality, suffixes = subject.options.modality, {record.suffix for record in subject.records if record.is_anat}
+    notes += structural_notes(modality, session, {"T1w": t1w, "T2w": t2w}.get(modality, ()), suffixes)
     name = planned.output_name
     gre = None if subject.options.ignore & {"fieldmaps", "sdc"} else gre_fieldmap(planned)
     return Unit(subject.label, session, name, runs, epis, t1w, t2w, tuple(dict.fromkeys(notes)), gre)
 
 
 def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:
-    """A fieldmap EPI that was linked to these series has to tell its direction."""
+    """Raise a MetadataError for an EPI fieldmap that is linked to these series but lacks its direction."""
     for path in planned.dwi_files:
         linked = planned.grouping.application.get(path)
         for source in planned.grouping.estimations[linked].sources if linked else ():
@@ -330,14 +333,14 @@ def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:
             if record.is_epi_like and not record.is_dwi and subject.encodings.get(source) is None:
                 raise MetadataError(
                     f"{source}: no PhaseEncodingDirection in its sidecar, but it is linked to "
-                    f"{Path(path).name} as a fieldmap; add it, or run with --ignore fieldmaps"
+                    f"{Path(path).name} as a fieldmap; add the field, or run with --ignore fieldmaps"
                 )
 
 
 def _runs_and_references(
     subject: _Subject, planned: PreprocUnit
 ) -> tuple[tuple[Run, ...], tuple[EpiReference, ...], list[str]]:
-    """The runs to process, the b=0 images that only show the distortion, and the short series among those."""
+    """Runs to process, b=0 images that serve only to estimate the distortion, and names of short series among these."""
     lengths = {path: count_volumes(Path(path), SHORT_SERIES) for path in planned.dwi_files}
     short = [path for path in planned.dwi_files if _serves_as_reference(subject, path, lengths)]
     runs = tuple(_run(subject, planned, path) for path in planned.dwi_files if path not in short)
@@ -353,14 +356,18 @@ def _runs_and_references(
 
 
 def _serves_as_reference(subject: _Subject, path: str, lengths: dict[str, int]) -> bool:
-    """QSIPrep takes a series under 16 volumes for a fieldmap; here only one that reverses a longer series."""
+    """Whether a short series serves only as a b=0 reference.
+
+    QSIPrep treats every series with fewer than 16 volumes as a fieldmap; here it must also have the opposite phase
+    encoding of a series at least twice as long.
+    """
     pe = subject.encodings.get(path)
     if pe is None or lengths[path] >= SHORT_SERIES:
         return False
     opposite = [
         lengths[other]
         for other in lengths
-        if (one := subject.encodings.get(other)) and one.axis == pe.axis and one.polarity != pe.polarity
+        if (other_pe := subject.encodings.get(other)) and other_pe.axis == pe.axis and other_pe.polarity != pe.polarity
     ]
     return any(length >= 2 * lengths[path] for length in opposite)
 
@@ -369,22 +376,24 @@ def _run(subject: _Subject, planned: PreprocUnit, path: str) -> Run:
     record, image = planned.grouping.files[path], Path(path)
     stem = image.name.removesuffix(".gz").removesuffix(".nii")
     tables = [
-        Path(found) if found else image.with_name(f"{stem}.{kind}")
-        for kind, found in (("bval", record.bval_file), ("bvec", record.bvec_file))
+        Path(file) if file else image.with_name(f"{stem}.{kind}")
+        for kind, file in (("bval", record.bval_file), ("bvec", record.bvec_file))
     ]
     names = {key: value for key, value in entities(path).items() if key != "suffix"}
-    return Run(image, tables[0], tables[1], subject.encodings.get(path), names, kept_fields(record.metadata))
+    return Run(image, tables[0], tables[1], subject.encodings.get(path), names, relevant_fields(record.metadata))
 
 
-def _named_apart(units: list[Unit]) -> list[Unit]:
-    """No two units may write the same files."""
+def _with_unique_names(units: list[Unit]) -> list[Unit]:
+    """Rename units that share a name, so that no two units write the same files."""
     units = sorted(units, key=lambda unit: unit.name)
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for index, unit in enumerate(units):
-        count = seen[unit.name] = seen.get(unit.name, 0) + 1
+        count = counts[unit.name] = counts.get(unit.name, 0) + 1
         if count > 1:
             head = f"sub-{unit.subject}" + (f"_ses-{unit.session}" if unit.session else "")
-            rest = [part for part in unit.name.removeprefix(head).split("_") if part and not part.startswith("acq-")]
+            entity_parts = [
+                part for part in unit.name.removeprefix(head).split("_") if part and not part.startswith("acq-")
+            ]
             acq = unit.runs[0].entities.get("acq", "")
-            units[index] = replace(unit, name="_".join([head, f"acq-{acq}grid{count}", *rest]))
+            units[index] = replace(unit, name="_".join([head, f"acq-{acq}grid{count}", *entity_parts]))
     return units

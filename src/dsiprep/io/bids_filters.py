@@ -1,4 +1,4 @@
-"""`--bids-filter-file`: which files to take, by PyBIDS-style entities."""
+"""Select files by PyBIDS-style entities, as in a `--bids-filter-file`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dsiprep.errors import SettingsError
 
 Filters = Mapping[str, Mapping[str, Any]]
 KINDS = ("dwi", "fmap", "t1w", "t2w")
-OTHER_KINDS = ("sbref", "flair", "roi")  # QSIPrep's; nothing here takes them
-SHORT = {
+OTHER_KINDS = ("sbref", "flair", "roi")  # accepted because QSIPrep has them, but not used
+SHORT_NAMES = {
     "subject": "sub",
     "session": "ses",
     "acquisition": "acq",
@@ -28,62 +28,62 @@ SHORT = {
 
 
 def entities(path: Path | str) -> dict[str, str]:
-    """The entities of a BIDS file name by their short names, in file order, and its suffix under "suffix"."""
+    """Entities of a BIDS file name by short name, in file order, with the suffix under "suffix"."""
     stem = Path(path).name.partition(".")[0]
-    found: dict[str, str] = {}
+    parts: dict[str, str] = {}
     for chunk in stem.split("_"):
         key, dash, value = chunk.partition("-")
-        found[key if dash else "suffix"] = value if dash else chunk
-    return found
+        parts[key if dash else "suffix"] = value if dash else chunk
+    return parts
 
 
 def check_filters(filters: Filters) -> None:
-    """Raise a SettingsError for a filter that could never do what it says."""
+    """Raise a SettingsError for filters of unknown kinds or with invalid queries."""
     for kind, query in filters.items():
         if kind not in KINDS + OTHER_KINDS:
-            raise SettingsError(f"--bids-filter-file: {kind!r} is no kind of file; use {', '.join(KINDS)}")
+            raise SettingsError(f"--bids-filter-file: {kind!r} is not a kind of file; use {', '.join(KINDS)}")
         if not isinstance(query, Mapping):
-            raise SettingsError(f"--bids-filter-file: {kind!r} needs entities, as in {{'acquisition': 'dsi'}}")
-        for key, wanted in query.items():
-            if not isinstance(wanted, str | int | float | bool | list | tuple | type(None)):
-                raise SettingsError(f"--bids-filter-file: {kind}: {key} is {wanted!r}; a value or a list is wanted")
+            raise SettingsError(f"--bids-filter-file: {kind!r} needs entities, for example {{'acquisition': 'dsi'}}")
+        for key, value in query.items():
+            if not isinstance(value, str | int | float | bool | list | tuple | type(None)):
+                raise SettingsError(f"--bids-filter-file: {kind}: {key} is {value!r}; expected a value or a list")
 
 
 def apply_filters(data: Mapping[str, Sequence[str]], filters: Filters | None) -> dict[str, list[str]]:
-    """The files of each kind (`KINDS`) that meet its query."""
+    """The files of each kind (`KINDS`) that match its query."""
     return {
-        kind: [path for path in paths if meets(path, (filters or {}).get(kind, {}))] for kind, paths in data.items()
+        kind: [path for path in paths if matches(path, (filters or {}).get(kind, {}))] for kind, paths in data.items()
     }
 
 
-def meets(path: str, query: Mapping[str, Any]) -> bool:
-    """Whether a file meets a query of PyBIDS entities.
+def matches(path: str, query: Mapping[str, Any]) -> bool:
+    """Whether a file matches a query of PyBIDS entities.
 
-    A list takes any of its values; null (or "Query.NONE") wants the entity absent, "*" (or "Query.ANY")
-    present. Run numbers and echoes compare as numbers.
+    A list matches any of its values; null (or "Query.NONE") requires the entity to be absent, "*" (or "Query.ANY") to
+    be present. An integer is compared with the entity as a number: 1 matches run-01.
     """
-    found: dict[str, str] = entities(path)
-    found["extension"] = "." + Path(path).name.partition(".")[2]
-    found["datatype"] = Path(path).parent.name
-    return all(_agrees(found.get(SHORT.get(key, key)), wanted) for key, wanted in query.items())
+    values: dict[str, str] = entities(path)
+    values["extension"] = "." + Path(path).name.partition(".")[2]
+    values["datatype"] = Path(path).parent.name
+    return all(_value_matches(values.get(SHORT_NAMES.get(key, key)), expected) for key, expected in query.items())
 
 
-def _agrees(value: str | None, wanted: Any) -> bool:
-    if isinstance(wanted, list | tuple):
-        return any(_agrees(value, one) for one in wanted)
-    if wanted is None or wanted == "Query.NONE":
+def _value_matches(value: str | None, expected: Any) -> bool:
+    if isinstance(expected, list | tuple):
+        return any(_value_matches(value, option) for option in expected)
+    if expected is None or expected == "Query.NONE":
         return value is None
-    if wanted in ("*", "Query.ANY", "Query.REQUIRED"):
+    if expected in ("*", "Query.ANY", "Query.REQUIRED"):
         return value is not None
-    if wanted == "Query.OPTIONAL":
+    if expected == "Query.OPTIONAL":
         return True
     if value is None:
         return False
-    if value.isdigit() and str(wanted).isdigit():
-        return value == str(wanted) or (isinstance(wanted, int) and int(value) == wanted)
-    return value == _bare(str(wanted))
+    if value.isdigit() and str(expected).isdigit():
+        return value == str(expected) or (isinstance(expected, int) and int(value) == expected)
+    return value == _without_prefix(str(expected))
 
 
-def _bare(label: str) -> str:
+def _without_prefix(label: str) -> str:
     head, dash, tail = label.partition("-")
     return tail if dash and head in ("sub", "ses") else label

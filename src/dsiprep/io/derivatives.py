@@ -1,7 +1,7 @@
-"""What is written, and under which name: QSIPrep's names, one file per query of QSIRecon.
+"""Write derivatives under QSIPrep's names, so that each query of QSIRecon matches exactly one file.
 
-All files of a unit are made in a hidden folder and moved into place at the end, so nothing half-written is ever seen
-under a final name.
+All files of a unit are written to a hidden folder and moved into place at the end, so that a file under its final name
+is always complete.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
 from dsiprep.io.nifti import write_image
-from dsiprep.io.qc_tables import lost_slices, write_json, write_tables
+from dsiprep.io.qc_tables import outlier_slices, write_json, write_tables
 from dsiprep.ops.image.displacement_field import chain_displacement
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import AnatomySettings
@@ -49,7 +49,7 @@ logs/
 
 
 def write_root(out: Path, version: str) -> None:
-    """dataset_description.json and .bidsignore of the output folder."""
+    """Write dataset_description.json and .bidsignore to the output folder."""
     description = {
         "Name": "dsiprep - preprocessed diffusion MRI",
         "BIDSVersion": "1.10.0",
@@ -63,7 +63,7 @@ def write_root(out: Path, version: str) -> None:
 
 
 def write_unit(results: UnitResults, out: Path, template: Template | None) -> list[Path]:
-    """All files of one unit.
+    """Write all files of one unit.
 
     Parameters
     ----------
@@ -71,12 +71,12 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
     out : Path
         Root of the derivatives.
     template : Template or None
-        The standard space, for images in it; None writes none.
+        Standard space to which structural images are warped; None skips these images.
 
     Returns
     -------
     list of Path
-        What was written, relative to `out`.
+        Paths of the written files, relative to `out`.
 
     Raises
     ------
@@ -91,34 +91,34 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
             write_anatomy(results.anatomy, results.unit, stage, anatomy_stem(results.unit, settings), template)
         (session / "dwi").mkdir(parents=True, exist_ok=True)
         _write_transforms(results, session)
-        if not results.unit.output:  # else the joined output holds series and tables
+        if not results.unit.output:  # otherwise the joined output contains series and tables
             _write_series(results, session / "dwi")
             files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]
             stem = session / "dwi" / results.unit.name
             write_tables(stem, results.quality, files, [results], results.preprocessed.sources)
         written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
-    name, place = results.unit.name, out / session.relative_to(stage)
-    _sweep(place / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*", f"{name}_hmc*"), written)
-    _sweep(place / "fmap", (f"{name}_desc-*",), written)
+    name, target = results.unit.name, out / session.relative_to(stage)
+    _remove_stale(target / "dwi", (f"{name}_space-*", f"{name}_from-*", f"{name}_desc-*", f"{name}_hmc*"), written)
+    _remove_stale(target / "fmap", (f"{name}_desc-*",), written)
     if results.anatomy.modality != "none":
         for folder in {subject, session}:
-            _sweep(out / folder.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
+            _remove_stale(out / folder.relative_to(stage) / "anat", ("*_from-*_xfm.*", "*_space-*"), written)
     return sorted(path.relative_to(out) for path in written)
 
 
 def write_joined(joined: Joined, results: list[UnitResults], out: Path) -> list[Path]:
-    """The series that several units were joined into, with its tables; as `write_unit`.
+    """Write the series into which several units were joined, with its tables. Returns and raises as `write_unit`.
 
     Parameters
     ----------
     joined : Joined
     results : list of UnitResults
-        Its members, in order.
+        Results of the joined units, in order.
     out : Path
         Root of the derivatives.
     """
     first = results[0]
-    place = Path(f"sub-{first.unit.subject}") / (f"ses-{first.unit.session}" if first.unit.session else "") / "dwi"
+    relative = Path(f"sub-{first.unit.subject}") / (f"ses-{first.unit.session}" if first.unit.session else "") / "dwi"
     sidecar = {
         "SpatialReference": _anatomical_reference(first),
         "SkullStripped": False,
@@ -127,33 +127,33 @@ def write_joined(joined: Joined, results: list[UnitResults], out: Path) -> list[
         "Interpolation": joined.preprocessed.interpolation,
     }
     with _staged(out, joined.name) as stage:
-        folder = stage / place
+        folder = stage / relative
         folder.mkdir(parents=True)
         _write_preprocessed(folder, joined.name, joined.preprocessed, joined.quality, sidecar, joined.model)
         write_tables(folder / joined.name, joined.quality, joined.files, results, joined.preprocessed.sources)
         written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
-    _sweep(out / place, (f"{joined.name}_space-*",), written)
+    _remove_stale(out / relative, (f"{joined.name}_space-*",), written)
     return sorted(path.relative_to(out) for path in written)
 
 
-def _sweep(folder: Path, patterns: tuple[str, ...], written: set[Path]) -> None:
-    """Remove what an earlier run with other options left there: a query of QSIRecon would match two files."""
+def _remove_stale(folder: Path, patterns: tuple[str, ...], written: set[Path]) -> None:
+    """Remove files of earlier runs with other options, which would make QSIRecon's queries ambiguous."""
     for pattern in patterns:
         for path in folder.glob(pattern):
             if path not in written:
                 path.unlink(missing_ok=True)
 
 
-def write_anatomy_of(
+def write_anatomy_only(
     anatomy: Anatomy, unit: Unit, out: Path, template: Template | None, settings: AnatomySettings
 ) -> None:
-    """Only the structural files of a unit, under the root of the derivatives (`--anat-only`)."""
+    """Write only the structural files of a unit to the derivatives (`--anat-only`)."""
     with _staged(out, f"{unit.name}-anat") as stage:
         write_anatomy(anatomy, unit, stage, anatomy_stem(unit, settings), template)
 
 
 def anatomy_stem(unit: Unit, settings: AnatomySettings) -> str:
-    """Where structural files of a unit lie and how they begin: one anatomy for a subject, or one for each session."""
+    """Folder and file name prefix of the structural files of a unit, per subject or, sessionwise, per session."""
     subject = f"sub-{unit.subject}"
     if unit.session is None or settings.reference != "sessionwise":
         return f"{subject}/anat/{subject}"
@@ -161,7 +161,7 @@ def anatomy_stem(unit: Unit, settings: AnatomySettings) -> str:
 
 
 def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template: Template | None) -> None:
-    """The structural image, its tissues and its transforms, in ACPC and in the template's space."""
+    """Write the structural image with its tissues and transforms, in ACPC space and in template space."""
     folder, name = (root / stem).parent, Path(stem).name
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, tuple[torch.Tensor, bool]] = {
@@ -169,7 +169,7 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template:
         "desc-brain_mask": (anatomy.mask.data, True),
     }
     if anatomy.tissue is not None:
-        images["dseg"] = (_labels(anatomy.tissue, anatomy.mask.data), True)
+        images["dseg"] = (_tissue_labels(anatomy.tissue, anatomy.mask.data), True)
         for label, probability in zip(("CSF", "GM", "WM"), anatomy.tissue, strict=True):
             images[f"label-{label}_probseg"] = (probability, False)
         (folder / f"{name}_dseg.tsv").write_text("index\tname\n1\tGM\n2\tWM\n3\tCSF\n")
@@ -180,7 +180,8 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template:
     anat_to_acpc = anatomy.anat_to_acpc
     itk.write_affine(folder / f"{name}_from-anat_to-ACPC_mode-image_xfm.mat", anat_to_acpc)
     itk.write_affine(folder / f"{name}_from-ACPC_to-anat_mode-image_xfm.mat", anat_to_acpc.inverse())
-    for source, orig_to_anat in zip(_originals(unit.structural(anatomy.modality)), anatomy.orig_to_anat, strict=True):
+    sources = _source_names(unit.structural(anatomy.modality))
+    for source, orig_to_anat in zip(sources, anatomy.orig_to_anat, strict=True):
         itk.write_affine(folder / f"{source}_from-orig_to-anat_mode-image_xfm.txt", orig_to_anat)
     if anatomy.acpc_to_template is None or anatomy.template_to_acpc is None:
         return
@@ -190,12 +191,12 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template:
     if template is not None:
         grid = template.brain.grid
         for suffix, (data, discrete) in images.items():
-            warped = _through(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
+            warped = _warp(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
             _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space)
 
 
-def _originals(images: tuple[Path, ...]) -> tuple[str, ...]:
-    """A name for each structural image: QSIPrep's where there is one, all its entities where there are several."""
+def _source_names(images: tuple[Path, ...]) -> tuple[str, ...]:
+    """A name for each structural image: subject and session, as in QSIPrep, or all entities if there are several."""
     stems = [path.name.partition(".")[0].rpartition("_")[0] for path in images]
     if len(stems) > 1:
         return tuple(stems)
@@ -210,7 +211,7 @@ def _write_series(results: UnitResults, folder: Path) -> None:
         "SamplingScheme": results.acquired.scheme.description,
         "MotionModel": results.motions[0].model,
         "EddyCurrents": "none" if results.motions[0].eddy is None else results.settings.motion.eddy,
-        "SlicesReplaced": len(lost_slices(results.motions)) if results.settings.motion.outliers == "replace" else 0,
+        "SlicesReplaced": len(outlier_slices(results.motions)) if results.settings.motion.outliers == "replace" else 0,
         "DistortionCorrection": results.distortion.method if results.distortion else "none",
         "Interpolation": results.preprocessed.interpolation,
     }
@@ -223,7 +224,7 @@ def _write_series(results: UnitResults, folder: Path) -> None:
 def _write_preprocessed(
     folder: Path, owner: str, preprocessed: Preprocessed, quality: Quality, sidecar: dict[str, object], model: str
 ) -> None:
-    """A series in ACPC space with its b-tables, mask and maps."""
+    """Write a series in ACPC space with its b-tables, mask and maps."""
     name, dwi, reference = f"{owner}_space-ACPC", preprocessed.dwi, str(sidecar["SpatialReference"])
     stem = folder / f"{name}_desc-preproc_dwi"
     write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid)
@@ -234,7 +235,7 @@ def _write_preprocessed(
     gradients.write_dsi_studio(_with(stem, ".b_table.txt"), dwi.bvals, dwi.bvecs, dwi.grid)
     _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, reference=reference)
     _write_map(folder / f"{name}_desc-brain_mask", preprocessed.mask, True, reference)
-    kind = "tensor" if "tensor" in model else "3dSHORE"  # as quality measures it
+    kind = "tensor" if "tensor" in model else "3dSHORE"  # the model that stages.quality uses for the CNR
     if quality.cnr is not None:
         _write_map(folder / f"{name}_model-{kind}_stat-cnr_dwimap", quality.cnr, reference=reference)
     if quality.tsnr is not None:
@@ -244,8 +245,8 @@ def _write_preprocessed(
 def _write_transforms(results: UnitResults, session: Path) -> None:
     name, folder = results.unit.name, session / "dwi"
     transforms = np.empty((len(results.acquired.dwi), 4, 4))
-    for moved in results.motions:
-        transforms[moved.volumes] = moved.transforms
+    for motion in results.motions:
+        transforms[motion.volumes] = motion.transforms
     itk.write_affine_series(folder / f"{name}_from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt", transforms)
     eddy = eddy_currents(results.motions, len(transforms))
     if eddy is not None:
@@ -258,33 +259,33 @@ def _write_transforms(results: UnitResults, session: Path) -> None:
     )
     if results.distortion is None:
         return
-    corrected = results.distortion
-    for blip, pose, field in zip(results.acquired.blips, corrected.poses, corrected.fields, strict=True):
+    distortion = results.distortion
+    for blip, pose, field in zip(results.acquired.blips, distortion.poses, distortion.fields, strict=True):
         itk.write_composite_h5(
             folder / f"{name}_from-distorted_to-dwiref_mode-image_desc-sdc{blip.name}_xfm.h5",
             sdc_chain(pose, field, blip.name),
         )
-    if corrected.fieldmap_hz is not None:
+    if distortion.fieldmap_hz is not None:
         (session / "fmap").mkdir(exist_ok=True)
         stem = session / "fmap" / f"{name}_desc-preproc_fieldmap"
-        write_image(_with(stem, ".nii.gz"), corrected.fieldmap_hz.data, corrected.fieldmap_hz.grid)
-        write_json(_with(stem, ".json"), {"Units": "Hz", "Sources": [], "EstimationMethod": corrected.method})
+        write_image(_with(stem, ".nii.gz"), distortion.fieldmap_hz.data, distortion.fieldmap_hz.grid)
+        write_json(_with(stem, ".json"), {"Units": "Hz", "Sources": [], "EstimationMethod": distortion.method})
 
 
 def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
-    """x -> P x + u(x) as a field and then an affine, which is how stored transforms are composed."""
-    turned = torch.einsum(
+    """The map x -> P x + u(x) as a displacement field followed by an affine, the form in which it is stored."""
+    rotated = torch.einsum(
         "ab,bijk->aijk", torch.as_tensor(np.linalg.inv(pose[:3, :3]), dtype=field.data.dtype), field.data
     )
-    before = DisplacementField(turned, field.grid)
-    return Chain((before, Affine(pose, f"distorted-{blip}", "dwiref")), f"distorted-{blip}", "dwiref")
+    space = f"distorted-{blip}"
+    return Chain((DisplacementField(rotated, field.grid), Affine(pose, space, "dwiref")), space, "dwiref")
 
 
 def _anatomical_reference(results: UnitResults) -> str:
     modality = results.anatomy.modality
     if modality == "none":
-        of = f" of {results.coregistration.led_by}" if results.coregistration.led_by else ""
-        return f"The b=0 reference{of}, rotated to the template's axes"
+        unit = f" of {results.coregistration.target_unit}" if results.coregistration.target_unit else ""
+        return f"The b=0 reference{unit}, rotated to the axes of the template"
     return f"{anatomy_stem(results.unit, results.settings.anatomy)}_space-ACPC_desc-preproc_{modality}.nii.gz"
 
 
@@ -298,7 +299,8 @@ def _write_map(stem: Path, volume: Volume, discrete: bool = False, reference: st
     write_json(_with(stem, ".json"), sidecar)
 
 
-def _through(chain: Chain, data: torch.Tensor, source: Grid, target: Grid, discrete: bool) -> torch.Tensor:
+def _warp(chain: Chain, data: torch.Tensor, source: Grid, target: Grid, discrete: bool) -> torch.Tensor:
+    """Resample an image through `chain` onto `target`: linearly, or, for labels, by majority of linear weights."""
     displacement = chain_displacement(chain, target)
     if not discrete:
         return resample_onto(data[None].float(), source, target, displacement=displacement)[0]
@@ -307,8 +309,8 @@ def _through(chain: Chain, data: torch.Tensor, source: Grid, target: Grid, discr
     return labels[resample_onto(votes, source, target, displacement=displacement).argmax(0)]
 
 
-def _labels(tissue: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """BIDS' discrete labels from CSF, GM, WM probabilities: GM 1, WM 2, CSF 3, outside 0."""
+def _tissue_labels(tissue: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """BIDS tissue labels from CSF, GM and WM probabilities: GM 1, WM 2, CSF 3, 0 outside the mask."""
     return torch.tensor([3.0, 1.0, 2.0])[tissue.argmax(0)] * (mask > 0)
 
 
@@ -318,9 +320,9 @@ def _with(stem: Path, extension: str) -> Path:
 
 @contextmanager
 def _staged(out: Path, owner: str = "") -> Iterator[Path]:
-    """A hidden folder in `out` whose files are moved to their places when all went well.
+    """Yield a hidden folder in `out`, whose files are moved into place on success.
 
-    A unit, as `owner`, always takes the same one, so that what a killed run left there does not stay.
+    The folder of an `owner` (a unit) always has the same name, so that leftovers of a killed run are removed.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -340,6 +342,6 @@ def _staged(out: Path, owner: str = "") -> Iterator[Path]:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.replace(target)
     except OSError as error:
-        raise OutputError(f"{out}: {error.strerror}; make room or choose another output folder") from error
+        raise OutputError(f"{out}: {error.strerror}; free disk space or choose another output folder") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Why the files of a unit go together, and what is not used, in sentences."""
+"""Notes on why the files of a unit are processed together and which files are not used."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dsiprep.data.acquisition import Unit
 from dsiprep.errors import SettingsError
 from dsiprep.io.bids_filters import entities
 
-# told here in other words, or about what dsiprep does not do
-OWN_WORDS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs"})
+# qsiplan's warnings that are reworded below or concern steps that dsiprep does not have
+REPLACED_WARNINGS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs"})
 GRE_SUFFIXES = ("phasediff", "phase1", "fieldmap")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What decides which files go together, and which structural images serve."""
+    """Options that determine the grouping and the choice of structural images."""
 
     ignore: frozenset[str]
     separate_all_dwis: bool
@@ -30,135 +30,140 @@ class Options:
     reference: str
 
 
-def joined(units: list[Unit], output: str, options: Options) -> list[Unit]:
-    """The units that QSIPrep's grouping puts into one output, to be joined unless joining is off.
+def assign_output(units: list[Unit], output: str, options: Options) -> list[Unit]:
+    """Mark the units that QSIPrep's grouping puts into one output to be joined, unless `options.merge` is "none".
 
-    Those whose distortion is not corrected stay apart: corrected and uncorrected volumes never share a file.
+    Units whose distortion is not corrected remain separate: corrected and uncorrected volumes never share a file.
 
     Raises
     ------
     SettingsError
-        If there is no structural image, hence no space that all of them share.
+        If there is no structural image to define a common space.
     """
     if options.merge == "none":
-        note = "It can be joined with others of the session: --distortion-group-merge concat does."
-        return [_noted(unit, note) for unit in units]
+        note = "Use --distortion-group-merge concat to join this unit with others of the session."
+        return [_with_note(unit, note) for unit in units]
     corrected = [bool(unit.reversed_pairs() or unit.gre) for unit in units]
     if sum(corrected) < 2:
-        return [
-            _noted(unit, "No other output of the session is corrected, so there is none to join.") for unit in units
-        ]
+        note = "No other unit of the session is corrected for distortion, so there is none to join."
+        return [_with_note(unit, note) for unit in units]
     for unit in units:
         if not unit.structural(options.modality):
             raise SettingsError(
-                f"--distortion-group-merge {options.merge}: {unit.name} is to be joined with others, but without a "
-                "structural image their spaces agree only as well as their b=0 images do; use none"
+                f"--distortion-group-merge {options.merge}: {unit.name} cannot be joined with other units: without a "
+                "structural image their spaces agree only as well as their b=0 images do; add one, or use none"
             )
-    told = f"Once corrected, it is joined with others of the session (--distortion-group-merge {options.merge})."
-    apart = "It is not joined with the others of the session, for its distortion is not corrected."
+    is_joined = (
+        "After distortion correction, this unit is joined with others of the session "
+        f"(--distortion-group-merge {options.merge})."
+    )
+    is_separate = "This unit is not joined with others of the session because its distortion is not corrected."
     return [
-        replace(_noted(unit, told), output=output) if fine else _noted(unit, apart)
-        for unit, fine in zip(units, corrected, strict=True)
+        replace(_with_note(unit, is_joined), output=output) if is_corrected else _with_note(unit, is_separate)
+        for unit, is_corrected in zip(units, corrected, strict=True)
     ]
 
 
-def _noted(unit: Unit, note: str) -> Unit:
+def _with_note(unit: Unit, note: str) -> Unit:
     return replace(unit, notes=(*unit.notes, note))
 
 
-def reasons(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool) -> list[str]:
-    """Sentences on one of qsiplan's units.
+def grouping_notes(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool) -> list[str]:
+    """Explanatory notes on one of qsiplan's units.
 
     Parameters
     ----------
     planned : PreprocUnit
     ignore : frozenset of str
-        What was to be ignored.
+        As in `io.bids.find_units`.
     short : list of str
-        Series that only serve as b=0 references.
+        Series that serve only as b=0 references.
     split : bool
-        Whether series of the session were taken apart because their grids differ.
+        Whether the series of the session were separated because their voxel grids differ.
     """
-    notes = [_why_together(planned, ignore)]
-    if short:
-        notes.append(
-            f"{', '.join(short)}: under 16 volumes and reversed to a longer series, so only its b=0 volumes "
-            "are used, to see the distortion."
-        )
+    notes = [_grouping_reason(planned, ignore)]
+    notes += [
+        f"{name}: fewer than 16 volumes, with phase encoding opposite to a longer series; only its b=0 volumes are "
+        "used, to estimate the distortion."
+        for name in short
+    ]
     if split:
         notes.append(
             "The series of this session differ in slice orientation, position or voxel grid, so each grid "
-            "is processed by itself."
+            "is processed separately."
         )
-    notes += _shifted(planned) + _unpaired(planned) + _gre_fieldmaps(planned, ignore)
+    notes += _fov_shift_note(planned) + _unpaired_note(planned) + _gre_fieldmap_note(planned, ignore)
     phases = [Path(path).name for path in planned.dwi_phase_files.values()]
     if phases and "phase" not in ignore:
-        notes.append(f"{', '.join(phases)}: phase images are not used (--ignore phase silences this).")
-    return notes + [_in_our_words(issue) for issue in planned.grouping.warnings if _concerns(issue, planned)]
+        notes.append(f"{', '.join(phases)}: phase images are not used (--ignore phase hides this note).")
+    return notes + [_warning_text(issue) for issue in planned.grouping.warnings if _concerns(issue, planned)]
 
 
-def _why_together(planned: PreprocUnit, ignore: frozenset[str]) -> str:
+def _grouping_reason(planned: PreprocUnit, ignore: frozenset[str]) -> str:
     count = len(planned.dwi_files)
     series = "One run" if count == 1 else f"{count} runs"
     if "sdc" in ignore:
-        return f"{series}; distortion is not looked at (--ignore sdc)."
+        return f"{series}; distortion is not corrected (--ignore sdc)."
     if not planned.is_pepolar:
-        return f"{series}." if count == 1 else f"{series} of the same phase encoding, processed together."
-    how = {
+        return f"{series}." if count == 1 else f"{series} with the same phase encoding, processed together."
+    link = {
         Provenance.CURATED: "linked by B0FieldIdentifier and B0FieldSource",
         Provenance.TRANSLATED: "linked by IntendedFor",
-    }.get(planned.estimation.provenance, "found by their PhaseEncodingDirection in the same session")
-    axes = " and ".join(sorted({planned.grouping.files[path].signature.pe_dir for path in _encoded(planned)}))
-    return f"{series} with images of phase encodings {axes}, {how}: together they show the distortion."
+    }.get(planned.estimation.provenance, "matched by PhaseEncodingDirection within the session")
+    encodings = {planned.grouping.files[path].signature.pe_dir for path in _files_with_encoding(planned)}
+    directions = " and ".join(sorted(encodings))
+    return f"{series}; distortion is estimated from images with phase encodings {directions}, {link}."
 
 
-def _encoded(planned: PreprocUnit) -> list[str]:
+def _files_with_encoding(planned: PreprocUnit) -> list[str]:
     paths = {*planned.dwi_files, *planned.estimation.sources}
     return [path for path in paths if planned.grouping.files[path].signature.pe_dir]
 
 
-def _shifted(planned: PreprocUnit) -> list[str]:
+def _fov_shift_note(planned: PreprocUnit) -> list[str]:
     grids = [record.grid for record in planned.dwi_records if record.grid]
     if all(grids[0].compare(grid) == "match" for grid in grids[1:]):
         return []
     shift = max(grids[0].shift_mm(grid) for grid in grids[1:])
-    return [f"The runs' fields of view differ by up to {shift:.1f} mm; all are resampled onto the first run's grid."]
+    return [
+        f"The fields of view of the runs differ by up to {shift:.1f} mm; all are resampled onto the grid of the first."
+    ]
 
 
-def _unpaired(planned: PreprocUnit) -> list[str]:
+def _unpaired_note(planned: PreprocUnit) -> list[str]:
     linked = [planned.grouping.application.get(path) for path in planned.dwi_files]
     if planned.estimation is not None or not any(linked):
         return []
     return [
-        "Images of other phase encodings are there, but none with the same axis, readout time and shim and "
-        "the opposite sign, so distortion is not corrected."
+        "There are images with other phase encodings, but none with the same axis, readout time and shim and the "
+        "opposite sign, so distortion is not corrected."
     ]
 
 
-def _gre_fieldmaps(planned: PreprocUnit, ignore: frozenset[str]) -> list[str]:
+def _gre_fieldmap_note(planned: PreprocUnit, ignore: frozenset[str]) -> list[str]:
     if ignore & {"fieldmaps", "sdc"}:
         return []
     session = planned.dwi_records[0].session
-    found = [
+    files = [
         record.filename
         for record in planned.grouping.files.values()
         if record.datatype == "fmap" and record.suffix in GRE_SUFFIXES and record.session in (session, None)
     ]
-    if not found:
+    if not files:
         return []
+    names = ", ".join(sorted(files))
     if planned.is_gre:
-        how = f"{planned.gre_suffix} of a gradient-echo scan corrects the distortion"
-        return [f"{', '.join(sorted(found))}: the {how}."]
-    instead = (
-        "images of opposite phase encoding show the distortion better"
+        return [f"{names}: used as gradient-echo fieldmap to correct the distortion."]
+    reason = (
+        "images with opposite phase encoding give a better estimate of the distortion"
         if planned.is_pepolar
-        else "no link leads from them to these series, so distortion is not corrected by them; add IntendedFor"
+        else "it is not linked to these series; add IntendedFor to correct their distortion with it"
     )
-    return [f"{', '.join(sorted(found))}: not used, as {instead} (--ignore fieldmaps silences this)."]
+    return [f"{names}: not used, because {reason} (--ignore fieldmaps hides this note)."]
 
 
 def _concerns(issue: GroupingIssue, planned: PreprocUnit) -> bool:
-    if issue.code in OWN_WORDS:
+    if issue.code in REPLACED_WARNINGS:
         return False
     files = planned.grouping.files
     named = [files[path] for path in issue.files if path in files]
@@ -169,39 +174,41 @@ def _concerns(issue: GroupingIssue, planned: PreprocUnit) -> bool:
     return not named or any(record.session in (session, None) for record in named)
 
 
-def _in_our_words(issue: GroupingIssue) -> str:
+def _warning_text(issue: GroupingIssue) -> str:
     if issue.code == "reverse-pe-not-inferred":
         names = ", ".join(Path(path).name for path in issue.files)
         return (
-            f"{names}: other series of this subject are linked to fieldmaps, so no pairs are guessed for "
-            "this one; add B0FieldIdentifier and B0FieldSource, or IntendedFor, to pair it."
+            f"{names}: other series of this subject are linked to fieldmaps explicitly, so this one is not paired "
+            "automatically; add B0FieldIdentifier and B0FieldSource, or IntendedFor, to pair it."
         )
     return str(issue.message).replace("QSIPrep", "dsiprep").replace("qsiprep", "dsiprep")
 
 
-def structural_notes(modality: str, session: str | None, images: Sequence[Path], there: Set[str]) -> list[str]:
-    """Which sessions' structural images serve a session, where that is not plain; what else could serve.
+def structural_notes(modality: str, session: str | None, images: Sequence[Path], available: Set[str]) -> list[str]:
+    """Notes on structural images from other sessions, and on other modalities that could be used.
 
     Parameters
     ----------
     modality : str
-        That was asked for: "T1w", "T2w" or "none".
+        The requested one: "T1w", "T2w" or "none".
+    session : str or None
+        Label of the session that is processed.
     images : sequence of Path
-        Of that modality, as they serve the session.
-    there : set of str
+        Images of that modality that are used for the session.
+    available : set of str
         Suffixes of all structural images of the subject.
     """
     sessions = sorted({entities(path).get("ses", "") for path in images} - {""})
     if sessions and sessions != [session]:
-        several = "s" if len(sessions) == 1 else ""
+        verb = "is" if len(sessions) == 1 else "are"
         names = " and ".join(f"ses-{name}" for name in sessions)
-        return [f"The {modality} of {names} serve{several} all sessions of the subject, this one too."]
+        return [f"The {modality} of {names} {verb} used for all sessions of the subject."]
     if images or modality == "none":
         return []
-    if modality in there:
-        return [f"This session has no {modality} of its own, and sessionwise it borrows none."]
+    if modality in available:
+        return [f"This session has no {modality}; a sessionwise reference does not use images of other sessions."]
     return [
-        f"There is no {modality}, but there is a {other}: --anat-modality {other} would use it."
+        f"There is no {modality}, but there is a {other}; use it with --anat-modality {other}."
         for other in ("T1w", "T2w")
-        if other in there
+        if other in available
     ]

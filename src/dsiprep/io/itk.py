@@ -1,7 +1,7 @@
-"""Transforms as ITK and ANTs read and write them. The only place where LPS appears.
+"""Read and write the transform files of ITK and ANTs; LPS+ coordinates are confined to this module.
 
-An ITK transform maps points of the output image to points of the input image, as ours do; only the signs
-of the first two axes differ. A composite lists its transforms so that the last one is applied first.
+An ITK transform maps points of the output image to points of the input image, as transforms do in dsiprep; only the
+signs of the first two axes differ. The last transform of an ITK composite is applied first.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ __all__ = [
 
 FLIP = np.diag([-1.0, -1.0, 1.0, 1.0])  # RAS to LPS and back
 SIGNS = np.array([-1, -1, 1], np.float32)
-SHEARED = 1e-3  # cosine between two axes
+SHEAR_TOLERANCE = 1e-3  # cosine of the angle between two axes
 COMPOSITE = "CompositeTransform_double_3_3"
 TEXT_HEADER = "#Insight Transform File V1.0"
 LINEAR = ("AffineTransform", "MatrixOffsetTransformBase", "Rigid3DTransform", "ScaleSkewVersor3DTransform")
-NIFTI_INTENT = 1007  # a vector, which ITK leaves as it is
+NIFTI_INTENT = 1007  # NIFTI_INTENT_VECTOR, whose values ITK does not convert
 EULER = ("Euler3DTransform", "CenteredEuler3DTransform")
 
 
 def write_composite_h5(path: Path | str, chain: Chain) -> None:
-    """A chain as an ITK composite transform, float32 fields and float64 matrices.
+    """Write a chain as an ITK composite transform with float32 fields and float64 matrices.
 
     Raises
     ------
     OutputError
         If the file cannot be written.
     """
-    with _whole(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+    with _atomic_write(Path(path)) as temporary, h5py.File(temporary, "w") as file:
         group = file.create_group("TransformGroup")
         _write_group(group, 0, COMPOSITE, None, None)
         for number, step in enumerate(reversed(chain.steps), start=1):
@@ -64,30 +64,30 @@ def write_composite_h5(path: Path | str, chain: Chain) -> None:
 
 
 def write_displacement_h5(path: Path | str, field: DisplacementField) -> None:
-    """One displacement field as an ITK transform file with nothing else in it."""
-    with _whole(Path(path)) as temporary, h5py.File(temporary, "w") as file:
+    """Write a single displacement field as an ITK transform file that is not a composite."""
+    with _atomic_write(Path(path)) as temporary, h5py.File(temporary, "w") as file:
         group = file.create_group("TransformGroup")
         _write_group(group, 0, "DisplacementFieldTransform_float_3_3", *_field_parameters(field))
 
 
 def read_composite_h5(path: Path | str, source: str = "source", target: str = "target") -> Chain:
-    """An ITK .h5 transform, composite or single.
+    """Read an ITK .h5 transform, composite or single.
 
     Parameters
     ----------
     path : Path
     source, target : str
-        Names of the two spaces, which the file does not hold.
+        Names of the two spaces, which the file does not contain.
 
     Returns
     -------
     Chain
-        In the order of application.
+        Steps in order of application.
 
     Raises
     ------
     InputError
-        If the file is no ITK transform, or holds a kind that is neither linear nor a displacement field.
+        If the file is not an ITK transform, or contains one that is neither linear nor a displacement field.
     """
     path = Path(path)
     steps: list[Affine | DisplacementField] = []
@@ -95,7 +95,7 @@ def read_composite_h5(path: Path | str, source: str = "source", target: str = "t
         with h5py.File(path, "r") as file:
             group = file["TransformGroup"]
             for number in sorted(group, key=int):
-                kind = _text(group[number]["TransformType"][0])
+                kind = _as_text(group[number]["TransformType"][0])
                 if not kind.startswith("CompositeTransform"):
                     parameters = _dataset(group[number], "Parameters")
                     fixed = _dataset(group[number], "FixedParameters")
@@ -106,30 +106,30 @@ def read_composite_h5(path: Path | str, source: str = "source", target: str = "t
 
 
 def displacement_of(image: VectorImage) -> DisplacementField:
-    """A displacement field as ITK and ANTs keep it in NIfTI: LPS, whatever the header says the axes are."""
+    """Convert a NIfTI warp of ITK or ANTs, whose vectors are LPS+ for any voxel axes, to a displacement field."""
     return DisplacementField(torch.from_numpy(image.data * SIGNS[:, None, None, None]), image.grid)
 
 
 def write_displacement_nifti(path: Path | str, field: DisplacementField) -> None:
-    """A displacement field as ANTs writes its warps: NIfTI, intent 1007, LPS.
+    """Write a displacement field like a warp of ANTs: NIfTI with intent code 1007 and LPS+ vectors.
 
     Raises
     ------
     OutputError
-        If the file cannot be written, or the grid is sheared: ITK would straighten it without a word.
+        If the file cannot be written, or the grid is sheared, which ITK would silently orthogonalise.
     """
     axes = field.grid.directions
-    if np.abs(axes.T @ axes - np.eye(3)).max() > SHEARED:
+    if np.abs(axes.T @ axes - np.eye(3)).max() > SHEAR_TOLERANCE:
         raise OutputError(
-            f"{path}: the grid's axes are not at right angles, and ITK straightens such NIfTI files without a "
-            "word; write .h5, or name an image with other axes as --reference"
+            f"{path}: the axes of the grid are not at right angles, and ITK silently orthogonalises such NIfTI files; "
+            "write .h5, or give an image without shear as --reference"
         )
     data = field.data.detach().cpu().numpy() * SIGNS[:, None, None, None]
     write_vectors(path, data, field.grid, NIFTI_INTENT)
 
 
 def write_affine(path: Path | str, transform: Affine) -> None:
-    """A linear transform as ANTs writes it: MATLAB v4 for `.mat`, text for `.txt` and `.tfm`.
+    """Write a linear transform as ANTs does: MATLAB v4 for `.mat`, text for other extensions such as `.txt`.
 
     Raises
     ------
@@ -139,15 +139,15 @@ def write_affine(path: Path | str, transform: Affine) -> None:
     path = Path(path)
     if path.suffix == ".mat":
         parameters, fixed = _linear_parameters(transform.matrix)
-        content = _matlab("AffineTransform_double_3_3", parameters) + _matlab("fixed", fixed)
-        with _whole(path) as temporary:
+        content = _matlab_vector("AffineTransform_double_3_3", parameters) + _matlab_vector("fixed", fixed)
+        with _atomic_write(path) as temporary:
             temporary.write_bytes(content)
     else:
         write_affine_series(path, transform.matrix[None])
 
 
 def write_affine_series(path: Path | str, matrices: np.ndarray) -> None:
-    """Several linear transforms (n, 4, 4), RAS+ pull maps, as one ITK text file in that order."""
+    """Write linear transforms (n, 4, 4), from output to input points in RAS+, to one ITK text file in that order."""
     lines = [TEXT_HEADER]
     for number, matrix in enumerate(np.asarray(matrices, float)):
         parameters, fixed = _linear_parameters(matrix)
@@ -157,22 +157,23 @@ def write_affine_series(path: Path | str, matrices: np.ndarray) -> None:
             "Parameters: " + " ".join(repr(float(p)) for p in parameters),
             "FixedParameters: " + " ".join(repr(float(p)) for p in fixed),
         ]
-    with _whole(Path(path)) as temporary:
+    with _atomic_write(Path(path)) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
 def write_eddy_series(path: Path | str, eddy: EddyCurrents, grid: Grid) -> None:
-    """Displacements of volumes on `grid` as ITK B-spline transforms in one text file, one per volume.
+    """Write the eddy-current displacement of volumes on `grid` to one text file of ITK B-spline transforms.
 
-    A cubic B-spline holds a polynomial of second order exactly, so 4 x 4 x 4 coefficients around the image do: x² at
-    knots h apart has the coefficients t² - h²/3. Points outside the image are not displaced.
+    There is one transform per volume. A cubic B-spline represents a second-order polynomial exactly, so one mesh cell
+    with 4 x 4 x 4 coefficients suffices: for x² and knots t spaced by h, they are t² - h²/3. Points outside the image
+    are not displaced.
     """
-    physical = grid.voxel_sizes * np.asarray(grid.shape)  # one mesh cell over the whole image, faces included
+    physical = grid.voxel_sizes * np.asarray(grid.shape)  # one mesh cell covers the image up to its outer faces
     corner = grid.to_world(np.full(3, -0.5))
     knots = [np.arange(-1, 3) * side for side in physical]
-    where = np.stack(np.meshgrid(*knots, indexing="ij"), axis=-1)
-    s = (where + (corner - eddy.centre) @ eddy.axes) / EDDY_MM
-    x, y, z = np.moveaxis(s, -1, 0)
+    knot_points = np.stack(np.meshgrid(*knots, indexing="ij"), axis=-1)
+    scaled = (knot_points + (corner - eddy.centre) @ eddy.axes) / EDDY_MM
+    x, y, z = np.moveaxis(scaled, -1, 0)
     terms = np.stack(eddy_terms(x, y, z))
     terms[4:7] -= ((physical / EDDY_MM) ** 2 / 3)[:, None, None, None]
     direction = FLIP[:3, :3] @ eddy.axes
@@ -180,32 +181,32 @@ def write_eddy_series(path: Path | str, eddy: EddyCurrents, grid: Grid) -> None:
     fixed = np.concatenate([[4, 4, 4], origin, physical, direction.ravel()])
     lines = [TEXT_HEADER]
     for number, coefficients in enumerate(eddy.coefficients):
-        along = np.tensordot(coefficients, terms, axes=1)
-        values = direction[:, eddy.along, None, None, None] * along
+        displacement = np.tensordot(coefficients, terms, axes=1)
+        values = direction[:, eddy.along, None, None, None] * displacement
         lines += [
             f"#Transform {number}",
             "Transform: BSplineTransform_double_3_3",
             "Parameters: " + " ".join(f"{p:.9g}" for p in values.transpose(0, 3, 2, 1).ravel()),
             "FixedParameters: " + " ".join(repr(float(p)) for p in fixed),
         ]
-    with _whole(Path(path)) as temporary:
+    with _atomic_write(Path(path)) as temporary:
         temporary.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
 def read_affine(path: Path | str, source: str = "source", target: str = "target") -> Affine:
-    """A linear transform in HDF5, as text or in MATLAB's format (v4); the content tells which.
+    """Read a linear transform from HDF5, text or MATLAB v4, as inferred from content and extension.
 
     Raises
     ------
     InputError
-        If the file holds anything else than one linear transform.
+        If the file contains anything other than one linear transform.
     """
     path = Path(path)
     try:
         with path.open("rb") as stream:
             start = stream.read(8)
     except OSError as error:
-        raise InputError(f"{path}: not readable ({error.strerror}); a linear transform of ITK was wanted") from error
+        raise InputError(f"{path}: not readable ({error.strerror}); expected a linear transform of ITK") from error
     if start[:4] == b"\x89HDF" or path.suffix == ".h5":
         steps: tuple[Affine | DisplacementField, ...] = read_composite_h5(path, source, target).steps
     elif path.suffix == ".mat" and start != b"#Insight":
@@ -213,17 +214,17 @@ def read_affine(path: Path | str, source: str = "source", target: str = "target"
     else:
         steps = tuple(Affine(matrix, source, target) for matrix in read_affine_series(path))
     if len(steps) != 1 or not isinstance(steps[0], Affine):
-        raise InputError(f"{path}: holds {len(steps)} transforms; exactly one linear transform was wanted")
+        raise InputError(f"{path}: contains {len(steps)} transforms; expected exactly one linear transform")
     return steps[0]
 
 
 def read_affine_series(path: Path | str) -> np.ndarray:
-    """All linear transforms of an ITK text file as RAS+ matrices, (n, 4, 4).
+    """Read all linear transforms of an ITK text file as RAS+ matrices, (n, 4, 4).
 
     Raises
     ------
     InputError
-        If the file is no ITK text file, or holds other transforms.
+        If the file is not an ITK text file, or contains other transforms.
     """
     path = Path(path)
     try:
@@ -231,7 +232,7 @@ def read_affine_series(path: Path | str) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not an ITK text transform: {error}") from error
     if not lines or not lines[0].startswith("#Insight Transform File"):
-        raise InputError(f"{path}: does not begin with {TEXT_HEADER!r}; an ITK text transform was wanted")
+        raise InputError(f"{path}: does not begin with {TEXT_HEADER!r}; expected an ITK text transform")
     matrices, kind, parameters = [], "", np.empty(0)
     for line in lines[1:]:
         key, _, value = line.partition(":")
@@ -250,7 +251,7 @@ def _linear_parameters(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _linear_matrix(kind: str, parameters: np.ndarray, fixed: np.ndarray, path: Path) -> np.ndarray:
-    """y = A (x - c) + c + t, brought to RAS+."""
+    """Matrix of y = A (x - c) + c + t in RAS+, from ITK's parameters and fixed parameters (the centre c)."""
     name = kind.split("_")[0]
     centre = fixed[:3] if len(fixed) >= 3 else np.zeros(3)
     lps = np.eye(4)
@@ -264,27 +265,27 @@ def _linear_matrix(kind: str, parameters: np.ndarray, fixed: np.ndarray, path: P
     elif name == "IdentityTransform":
         shift = np.zeros(3)
     else:
-        raise InputError(f"{path}: {kind} with {len(parameters)} parameters; a linear transform was wanted")
+        raise InputError(f"{path}: {kind} with {len(parameters)} parameters; expected a linear transform")
     lps[:3, 3] = shift + centre - lps[:3, :3] @ centre
     return FLIP @ lps @ FLIP
 
 
 def _euler(angles: np.ndarray, zyx: bool) -> np.ndarray:
-    """ITK's Euler3DTransform: Rz Rx Ry, or Rz Ry Rx where its flag says so."""
-    turns = []
+    """Rotation matrix of ITK's Euler3DTransform: Rz Rx Ry, or Rz Ry Rx if its ZYX flag is set."""
+    rotations = []
     for axis, angle in enumerate(angles):
         a, b = (axis + 1) % 3, (axis + 2) % 3
-        turn = np.eye(3)
-        turn[a, a] = turn[b, b] = np.cos(angle)
-        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
-        turns.append(turn)
-    x, y, z = turns
+        rotation = np.eye(3)
+        rotation[a, a] = rotation[b, b] = np.cos(angle)
+        rotation[a, b], rotation[b, a] = -np.sin(angle), np.sin(angle)
+        rotations.append(rotation)
+    x, y, z = rotations
     return z @ y @ x if zyx else z @ x @ y
 
 
 def _field_parameters(field: DisplacementField) -> tuple[np.ndarray, np.ndarray]:
     grid, lps = field.grid, FLIP @ field.grid.affine
-    direction = lps[:3, :3] / grid.voxel_sizes  # columns are divided: each is one axis
+    direction = lps[:3, :3] / grid.voxel_sizes  # divides the columns, one per axis
     fixed = np.concatenate([grid.shape, lps[:3, 3], grid.voxel_sizes, direction.ravel()])
     data = field.data.detach().cpu().numpy().astype(np.float32)
     return (data.transpose(3, 2, 1, 0) * SIGNS).ravel(), fixed
@@ -317,26 +318,26 @@ def _write_group(
     entry = group.create_group(str(number))
     entry.create_dataset("TransformType", data=[kind.encode()], dtype=h5py.string_dtype("ascii"))
     if parameters is not None and fixed is not None:
-        large = parameters.size > 1000
-        packing = {"chunks": True, "compression": "gzip", "compression_opts": 1, "shuffle": True} if large else {}
-        entry.create_dataset("TransformParameters", data=parameters, **packing)
+        is_large = parameters.size > 1000
+        storage = {"chunks": True, "compression": "gzip", "compression_opts": 1, "shuffle": True} if is_large else {}
+        entry.create_dataset("TransformParameters", data=parameters, **storage)
         entry.create_dataset("TransformFixedParameters", data=fixed.astype(np.float64))
 
 
 def _dataset(group: h5py.Group, name: str) -> np.ndarray:
-    """Old files spell it "Tranform"."""
+    """Read a dataset whose name begins with "Transform", misspelled "Tranform" in old files."""
     for prefix in ("Transform", "Tranform"):
         if prefix + name in group:
             return group[prefix + name][()]
     raise KeyError(f"no Transform{name} in {group.name}")
 
 
-def _text(value: bytes | str) -> str:
+def _as_text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _matlab(name: str, values: np.ndarray) -> bytes:
-    """One column of doubles as MATLAB level 4 holds it: five little-endian int32, the name, the numbers."""
+def _matlab_vector(name: str, values: np.ndarray) -> bytes:
+    """A column of doubles in MATLAB level 4 format: five little-endian int32, the name and the values."""
     label = name.encode() + b"\0"
     header = struct.pack("<5i", 0, len(values), 1, 0, len(label))
     return header + label + np.asarray(values, "<f8").tobytes()
@@ -352,15 +353,15 @@ def _read_matlab(path: Path, source: str, target: str) -> Affine:
         raise InputError(f"{path}: not an ANTs .mat transform: {error}") from error
     kinds = [key for key in content if not key.startswith("__") and key != "fixed"]
     if len(kinds) != 1 or "fixed" not in content:
-        raise InputError(f"{path}: variables {kinds}; one transform and its fixed parameters were wanted")
+        raise InputError(f"{path}: variables {kinds}; expected one transform and its fixed parameters")
     parameters = np.asarray(content[kinds[0]], float).ravel()
     fixed = np.asarray(content["fixed"], float).ravel()
     return Affine(_linear_matrix(kinds[0], parameters, fixed, path), source, target)
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its name once it is complete."""
+def _atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, renamed to `path` on success and removed on failure."""
     try:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
         os.close(handle)

@@ -1,7 +1,6 @@
-"""NIfTI images in and out. Every way in which a file can be bad is told in a sentence.
+"""Read and write NIfTI images, with an error message for every kind of invalid file.
 
-Files are read whole and decompressed at once, which is faster than through a stream and finds every
-truncation.
+Files are read and decompressed in one step, which is faster than streaming and detects every truncation.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.errors import InputError, OutputError
 
 T = TypeVar("T")
-GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff"  # no name, no time: equal data give equal files
+GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff"  # no file name or time stamp: equal data, identical files
 
 
 def read_image(path: Path) -> tuple[np.ndarray, Grid]:
-    """Voxels and grid of an image.
+    """Read the voxels and the grid of an image.
 
     Parameters
     ----------
@@ -37,16 +36,16 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
     Returns
     -------
     data : ndarray, (i, j, k) or (n, i, j, k), float32
-        Scaled intensities, volume first.
+        Scaled intensities, volumes along the first axis.
     grid : Grid
 
     Raises
     ------
     InputError
-        If the file is missing, unreadable, truncated, not real-valued, not 3-D or 4-D, has values that are
-        not numbers, or does not say where its voxels are.
+        If the file is missing, unreadable, truncated, not real-valued or not 3-D or 4-D, contains NaN or infinite
+        values, or has no orientation.
     """
-    image = _checked(open_nifti(path), path)
+    image = _as_3d_or_4d(open_nifti(path), path)
     grid = grid_of(image, path)
     shape = tuple(int(n) for n in image.shape)
     volumes = shape[3] if len(shape) == 4 else 1
@@ -54,38 +53,38 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
     try:
         for v in range(volumes):
             data[v] = image.dataobj[..., v] if len(shape) == 4 else image.dataobj[...]
-    except (OSError, ValueError, EOFError) as problem:
-        raise InputError(f"{path}: the file is truncated ({_short(problem)}); copy or convert it again") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: the file is truncated ({_first_line(error)}); copy or convert it again") from None
     _check_finite(data, path)
     return (data if len(shape) == 4 else data[0]), grid
 
 
 def read_series(path: Path) -> tuple[np.ndarray, Grid]:
-    """A series, (n, i, j, k) float32, and its grid; errors as `read_image`, and for 3-D images."""
+    """Read a series, (n, i, j, k) float32, and its grid. Raises as `read_image`, and for single volumes."""
     data, grid = read_image(path)
     if data.ndim != 4 or len(data) < 2:
         raise InputError(
-            f"{path}: a single volume of {_times(grid.shape)} voxels, but a diffusion-weighted series (4-D) "
-            "is wanted; convert the whole series, or leave this file out with --bids-filter-file"
+            f"{path}: a single volume of {_shape_text(grid.shape)} voxels; expected a diffusion-weighted series (4-D); "
+            "convert the whole series, or exclude this file with --bids-filter-file"
         )
     return data, grid
 
 
 def read_volume(path: Path) -> Volume:
-    """A single 3-D image, float32; errors as `read_image`, and for series."""
+    """Read a single 3-D image, float32. Raises as `read_image`, and for series."""
     data, grid = read_image(path)
     if data.ndim == 4 and len(data) > 1:
-        raise InputError(f"{path}: {len(data)} volumes, but a single 3-D image is wanted")
+        raise InputError(f"{path}: {len(data)} volumes; expected a single 3-D image")
     return Volume(torch.from_numpy(data.reshape(grid.shape)), grid)
 
 
 def read_shape(path: Path) -> tuple[int, ...]:
-    """The shape that the header tells, (i, j, k) or (i, j, k, n), without reading the voxels."""
+    """Image shape from the header, (i, j, k) or (i, j, k, n), without reading the voxels."""
     return _from_header(path, lambda header: tuple(int(n) for n in header.get_data_shape()))
 
 
 def read_spacing(path: Path) -> tuple[float, float, float]:
-    """The voxel size in mm that the header tells, without reading the voxels."""
+    """Voxel size in mm from the header, without reading the voxels."""
 
     def sizes(header: Any) -> tuple[float, float, float]:
         i, j, k = (float(size) for size in header.get_zooms()[:3])
@@ -95,7 +94,7 @@ def read_spacing(path: Path) -> tuple[float, float, float]:
 
 
 def count_volumes(path: Path, unreadable: int) -> int:
-    """How many volumes the header tells, or `unreadable`: what is wrong is told when the file is read."""
+    """Number of volumes from the header, or `unreadable` for invalid files, whose errors are raised on reading."""
     try:
         shape = read_shape(path)
     except InputError:
@@ -106,19 +105,19 @@ def count_volumes(path: Path, unreadable: int) -> int:
 def write_image(
     path: Path, data: np.ndarray | torch.Tensor, grid: Grid, discrete: bool = False, level: int = 1
 ) -> None:
-    """Write an image, all of it or nothing: beside first, then renamed.
+    """Write an image under a temporary name, then rename it, so that the file is never incomplete.
 
     Parameters
     ----------
     path : Path
         `.nii` or `.nii.gz`.
     data : ndarray or Tensor, (i, j, k) or (n, i, j, k)
-        Volume first.
+        Volumes along the first axis.
     grid : Grid
     discrete : bool
-        Labels and masks: stored as uint8 (int16 where a label needs it); float32 otherwise.
+        Store labels and masks as uint8, or int16 if a label requires it; otherwise float32.
     level : int
-        gzip level.
+        gzip compression level.
 
     Raises
     ------
@@ -134,20 +133,20 @@ def write_image(
         parts = _compressed(header, volumes, kind, level)
     else:
         parts = [header, *(_block(volume, kind) for volume in volumes)]
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        with beside.open("wb") as stream:
+        with temporary.open("wb") as stream:
             for part in parts:
                 stream.write(part)
-        beside.replace(path)
-    except OSError as problem:
-        raise OutputError(f"{path}: {problem.strerror}; make room or check the rights, then run again") from None
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path}: {error.strerror}; free disk space or check permissions, then run again") from None
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def to_lps(data: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid]:
-    """The same voxels with their axes in the order and direction nearest to L, P, S.
+    """Reorient an image to the axis order and directions closest to L, P, S.
 
     Parameters
     ----------
@@ -157,32 +156,32 @@ def to_lps(data: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid]:
     Returns
     -------
     data : ndarray, (..., i', j', k')
-        A view: axes are swapped and turned around, nothing is interpolated.
+        A view with permuted and flipped axes; nothing is interpolated.
     grid : Grid
-        Voxels keep their places in the world.
+        Voxels keep their world coordinates.
     """
     order, flipped = lps_axes(grid)
     leading = data.ndim - 3
-    turned = data.transpose(*range(leading), *(leading + a for a in order))
+    reoriented = data.transpose(*range(leading), *(leading + a for a in order))
     i, j, k = (slice(None, None, -1 if flip else 1) for flip in flipped)
-    turned = turned[..., i, j, k]
+    reoriented = reoriented[..., i, j, k]
     shape = tuple(grid.shape[a] for a in order)
-    change = np.zeros((4, 4))
-    change[3, 3] = 1
+    new_to_old = np.zeros((4, 4))
+    new_to_old[3, 3] = 1
     for new, (old, flip) in enumerate(zip(order, flipped, strict=True)):
-        change[old, new] = -1 if flip else 1
-        change[old, 3] = grid.shape[old] - 1 if flip else 0
-    return turned, Grid((shape[0], shape[1], shape[2]), grid.affine @ change)
+        new_to_old[old, new] = -1 if flip else 1
+        new_to_old[old, 3] = grid.shape[old] - 1 if flip else 0
+    return reoriented, Grid((shape[0], shape[1], shape[2]), grid.affine @ new_to_old)
 
 
 def lps_axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]:
-    """The voxel axis nearest to L, P and S, and whether its index runs the other way."""
+    """The voxel axes closest to L, P and S, and whether their indices run in the opposite direction."""
     order, (r, a, s) = grid.ras_axes()
     return order, (not r, not a, s)
 
 
 def open_nifti(path: Path) -> Any:
-    """The nibabel image of a file that was read whole, of any number of axes; errors as `read_image`."""
+    """Read a file with any number of dimensions into a nibabel image. Raises as `read_image` for unreadable files."""
     path = Path(path)
     try:
         content = path.read_bytes()
@@ -190,40 +189,42 @@ def open_nifti(path: Path) -> Any:
             content = gzip.decompress(content)
     except FileNotFoundError:
         raise InputError(
-            f"{path}: there is no such file; a dangling link? (datalad get fetches annexed files)"
+            f"{path}: there is no such file; if it is a dangling link, fetch it with datalad get"
         ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as problem:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise InputError(
-            f"{path}: the compressed file is truncated or damaged ({_short(problem)}); copy or convert it again"
+            f"{path}: the compressed file is truncated or damaged ({_first_line(error)}); copy or convert it again"
         ) from None
-    except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror})") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     try:
-        return (nib.Nifti2Image if _header(content) is nib.Nifti2Header else nib.Nifti1Image).from_bytes(content)
-    except Exception as problem:  # nibabel raises many kinds
-        raise InputError(f"{path}: not readable as NIfTI ({_short(problem)}); convert it again") from None
+        is_nifti2 = _header_class(content) is nib.Nifti2Header
+        return (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
+    except Exception as error:  # nibabel raises many types
+        raise InputError(f"{path}: not readable as NIfTI ({_first_line(error)}); convert it again") from None
 
 
-def _checked(image: Any, path: Path) -> Any:
+def _as_3d_or_4d(image: Any, path: Path) -> Any:
+    """The image without trailing singleton axes; raises an InputError unless it is then 3-D or 4-D and real-valued."""
     shape = image.shape
     while len(shape) > 4 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) not in (3, 4) or 0 in shape:
-        raise InputError(f"{path}: an image of {_times(image.shape)} voxels, but 3-D or 4-D is wanted")
+        raise InputError(f"{path}: an image of {_shape_text(image.shape)} voxels; expected a 3-D or 4-D image")
     if image.get_data_dtype().kind not in "iuf":
-        raise InputError(f"{path}: voxels are of type {image.get_data_dtype()}, but real numbers are wanted")
+        raise InputError(f"{path}: voxels are of type {image.get_data_dtype()}; expected real numbers")
     return image if shape == image.shape else image.slicer[(..., *([0] * (len(image.shape) - 4)))]
 
 
-def _from_header(path: Path, ask: Callable[[Any], T]) -> T:
-    """What a header tells, from the first bytes of the file."""
+def _from_header(path: Path, extract: Callable[[Any], T]) -> T:
+    """`extract` applied to the header, which is read from the first bytes of the file."""
     path = Path(path)
     try:
         with path.open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else path.open("rb") as stream:
+            compressed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if compressed else path.open("rb") as stream:
             head = stream.read(540)
-        return ask(_header(head).from_fileobj(_Bytes(head), check=False))
+        return extract(_header_class(head).from_fileobj(_ByteStream(head), check=False))
     except (
         OSError,
         EOFError,
@@ -231,46 +232,46 @@ def _from_header(path: Path, ask: Callable[[Any], T]) -> T:
         ValueError,
         struct.error,
         nib.spatialimages.HeaderDataError,
-    ) as problem:
-        raise InputError(f"{path}: not readable as NIfTI ({_short(problem)})") from None
+    ) as error:
+        raise InputError(f"{path}: not readable as NIfTI ({_first_line(error)})") from None
 
 
-def _header(content: bytes) -> Any:
+def _header_class(content: bytes) -> Any:
     sizes = {struct.unpack(order + "i", content[:4])[0] for order in "<>"} if len(content) >= 4 else set()
     if 540 in sizes:
         return nib.Nifti2Header
     if 348 in sizes:
         return nib.Nifti1Header
-    raise ValueError("its first bytes are not those of a NIfTI header" if content else "the file is empty")
+    raise ValueError("it does not start with a NIfTI header" if content else "the file is empty")
 
 
-class _Bytes:
-    """Just enough of a file for nibabel to read a header from."""
+class _ByteStream:
+    """Minimal file object from which nibabel can read a header."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content
-        self.place = 0
+        self.position = 0
 
     def read(self, count: int = -1) -> bytes:
-        stop = len(self.content) if count < 0 else self.place + count
-        found = self.content[self.place : stop]
-        self.place += len(found)
-        return found
+        stop = len(self.content) if count < 0 else self.position + count
+        chunk = self.content[self.position : stop]
+        self.position += len(chunk)
+        return chunk
 
     def tell(self) -> int:
-        return self.place
+        return self.position
 
-    def seek(self, place: int) -> None:
-        self.place = place
+    def seek(self, position: int) -> None:
+        self.position = position
 
 
 def grid_of(image: Any, path: Path) -> Grid:
-    """Where the voxels of a nibabel image are; `InputError` where its header does not say."""
+    """Grid of a nibabel image; raises an InputError if its header has no orientation or a singular affine."""
     header = image.header
     if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
         raise InputError(
-            f"{path}: the header does not say where the voxels are (sform and qform codes are 0), so left "
-            "and right cannot be told apart; convert the image again from DICOM"
+            f"{path}: the header has no orientation (sform and qform codes are 0), so left and right cannot be "
+            "distinguished; convert the image again from DICOM"
         )
     affine = np.asarray(image.affine, float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
@@ -281,27 +282,27 @@ def grid_of(image: Any, path: Path) -> Grid:
 
 def _check_finite(data: np.ndarray, path: Path) -> None:
     volumes = data.reshape(len(data), -1)
-    # the sum of a volume is finite only if all of its values are (it may also overflow, hence the count)
+    # a volume with a finite sum has only finite values; a sum can also overflow, hence the count
     suspects = np.flatnonzero(~np.isfinite(volumes.sum(1)))
     bad = [(int(v), int((~np.isfinite(volumes[v])).sum())) for v in suspects]
     bad = [(v, count) for v, count in bad if count]
     if bad:
         total = sum(count for _, count in bad)
-        where = f" in {listed([v for v, _ in bad])}" if len(data) > 1 else ""
+        where = f" in {volume_list([v for v, _ in bad])}" if len(data) > 1 else ""
         raise InputError(f"{path}: {total} values{where} are not numbers (NaN or infinite); convert the image again")
 
 
-def listed(volumes: list[int]) -> str:
-    """ "volume 3" or "volumes 3, 7, 9, ... (41 in all)", counted from 0."""
+def volume_list(volumes: list[int]) -> str:
+    """Format volume indices as "volume 3 (counted from 0)" or "volumes 3, 7, ... (41 in total) (counted from 0)"."""
     shown = ", ".join(str(int(v)) for v in volumes[:8])
-    more = f", ... ({len(volumes)} in all)" if len(volumes) > 8 else ""
+    more = f", ... ({len(volumes)} in total)" if len(volumes) > 8 else ""
     return f"volume{'s' if len(volumes) > 1 else ''} {shown}{more} (counted from 0)"
 
 
 def _file_header(array: np.ndarray, grid: Grid, kind: np.dtype) -> bytes:
     shape = grid.shape if array.ndim == 3 else (*grid.shape, len(array))
     if array.shape[-3:] != grid.shape:
-        raise ValueError(f"data of {_times(array.shape[-3:])} voxels on a grid of {_times(grid.shape)}")
+        raise ValueError(f"data of {_shape_text(array.shape[-3:])} voxels on a grid of {_shape_text(grid.shape)}")
     header = nib.Nifti1Header() if max(shape) < 2**15 else nib.Nifti2Header()
     header.set_data_dtype(kind)
     header.set_data_shape(shape)
@@ -314,11 +315,11 @@ def _file_header(array: np.ndarray, grid: Grid, kind: np.dtype) -> bytes:
 
 
 def _compressed(header: bytes, volumes: np.ndarray, kind: np.dtype, level: int) -> list[bytes]:
-    """One gzip stream whose blocks were compressed in parallel; any gzip reader takes it."""
+    """A standard gzip stream, as chunks, whose blocks are compressed in parallel."""
 
     def deflate(index: int) -> bytes:
-        pack = zlib.compressobj(level, zlib.DEFLATED, -15)
-        return pack.compress(_block(volumes[index], kind)) + pack.flush(zlib.Z_FULL_FLUSH)
+        compressor = zlib.compressobj(level, zlib.DEFLATED, -15)
+        return compressor.compress(_block(volumes[index], kind)) + compressor.flush(zlib.Z_FULL_FLUSH)
 
     first = zlib.compressobj(level, zlib.DEFLATED, -15)
     blocks = [first.compress(header) + first.flush(zlib.Z_FULL_FLUSH)]
@@ -328,8 +329,8 @@ def _compressed(header: bytes, volumes: np.ndarray, kind: np.dtype, level: int) 
     for volume in volumes:
         content = _block(volume, kind)
         crc, size = zlib.crc32(content, crc), size + len(content)
-    end = b"\x03\x00" + struct.pack("<II", crc, size & 0xFFFFFFFF)
-    return [GZIP_HEADER, *blocks, end]
+    trailer = b"\x03\x00" + struct.pack("<II", crc, size & 0xFFFFFFFF)
+    return [GZIP_HEADER, *blocks, trailer]
 
 
 def _block(volume: np.ndarray, kind: np.dtype) -> bytes:
@@ -337,13 +338,13 @@ def _block(volume: np.ndarray, kind: np.dtype) -> bytes:
 
 
 def _label_type(array: np.ndarray) -> np.dtype:
-    fits = array.size == 0 or (array.min() >= 0 and array.max() <= 255)
-    return np.dtype(np.uint8 if fits else np.int16)
+    fits_uint8 = array.size == 0 or (array.min() >= 0 and array.max() <= 255)
+    return np.dtype(np.uint8 if fits_uint8 else np.int16)
 
 
-def _times(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return " x ".join(str(n) for n in shape)
 
 
-def _short(problem: BaseException) -> str:
-    return str(problem).splitlines()[0].rstrip(".") if str(problem) else type(problem).__name__
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

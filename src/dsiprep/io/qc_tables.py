@@ -1,4 +1,4 @@
-"""The tables beside a series: confounds, quality, slices, the course of motion correction."""
+"""Tables that accompany a series: confounds, image and slice quality, and the progress of motion correction."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import numpy as np
 from dsiprep.data.results import Motion, Quality, UnitResults
 from dsiprep.data.transform import EDDY_TERMS
 
-__all__ = ["lost_slices", "write_json", "write_tables"]
+__all__ = ["outlier_slices", "write_json", "write_tables"]
 
 
-def lost_slices(motions: tuple[Motion, ...]) -> list[tuple[int, int]]:
-    """Volume of the conformed series and slice, for all slices that lost their signal."""
+def outlier_slices(motions: tuple[Motion, ...]) -> list[tuple[int, int]]:
+    """Volume of the conformed series and slice index of all outlier slices, sorted."""
     pairs = []
-    for moved in motions:
-        if moved.outlier_slices is not None:
-            pairs += [(int(moved.volumes[row]), int(cut)) for row, cut in np.argwhere(moved.outlier_slices)]
+    for motion in motions:
+        if motion.outlier_slices is not None:
+            pairs += [(int(motion.volumes[row]), int(k)) for row, k in np.argwhere(motion.outlier_slices)]
     return sorted(pairs)
 
 
 def write_tables(
     stem: Path, quality: Quality, files: Sequence[str], members: Sequence[UnitResults], sources: Sequence[Sequence[int]]
 ) -> None:
-    """Confounds, image and slice quality, and hmcOptimization.csv of one output.
+    """Write confounds, image and slice quality, and hmcOptimization.csv of one output.
 
     Parameters
     ----------
@@ -35,53 +35,57 @@ def write_tables(
         Folder and prefix of the output.
     quality : Quality
     files : sequence of str
-        The run that every volume acquired came from.
+        Source run of each acquired volume.
     members : sequence of UnitResults
-        The units that make up the output, in order.
+        Units that make up the output, in order.
     sources : sequence of sequence of int
-        Which volumes acquired were made one; empty where none was.
+        Acquired volumes that were merged into each output volume; empty if none were.
     """
     columns = {name: column for name, column in quality.confounds.items() if name != "run"}
     columns["original_file"] = np.array(files, dtype=object)
     _write_confounds(stem, columns, sources)
-    _write_tsv(_named(stem, "_space-ACPC_desc-image_qc.tsv"), {k: np.array([v]) for k, v in quality.table.items()})
-    starts = np.cumsum([0, *(len(unit.acquired.dwi) for unit in members)])
-    lost = [(v + start, k) for unit, start in zip(members, starts, strict=False) for v, k in lost_slices(unit.motions)]
+    image_quality = {k: np.array([v]) for k, v in quality.table.items()}
+    _write_tsv(_with_ending(stem, "_space-ACPC_desc-image_qc.tsv"), image_quality)
+    offsets = np.cumsum([0, *(len(unit.acquired.dwi) for unit in members)])
+    outliers = [
+        (v + offset, k) for unit, offset in zip(members, offsets, strict=False) for v, k in outlier_slices(unit.motions)
+    ]
     write_json(
-        _named(stem, "_space-ACPC_desc-slice_qc.json"),
-        {"Description": "Robust z-score of each slice's residual against the prediction, volume acquired by slice",
+        _with_ending(stem, "_space-ACPC_desc-slice_qc.json"),
+        {"Description": "Robust z-score of the residual of each slice from its prediction, acquired volume by slice",
          "slice_z": [[round(z, 3) if np.isfinite(z) else None for z in row] for row in quality.slice_z.tolist()],
-         "lost": [[int(v), int(k)] for v, k in lost],
+         "lost": [[int(v), int(k)] for v, k in outliers],
          "replaced": members[0].settings.motion.outliers == "replace"},
     )  # fmt: skip
-    rows = [row for unit in members for moved in unit.motions for row in moved.trace]
-    with _named(stem, "_hmcOptimization.csv").open("w", newline="") as stream:
+    rows = [row for unit in members for motion in unit.motions for row in motion.trace]
+    with _with_ending(stem, "_hmcOptimization.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]) if rows else ["iter_num"])
         writer.writeheader()
         writer.writerows(rows)
 
 
-def _named(stem: Path, ending: str) -> Path:
+def _with_ending(stem: Path, ending: str) -> Path:
     return stem.with_name(stem.name + ending)
 
 
-WORST = ("framewise_displacement", "trans_", "rot_", "eddy_")  # of volumes made one, the largest is told
+# merged volumes: these columns keep the value of largest magnitude, others the mean
+MAXIMUM_COLUMNS = ("framewise_displacement", "trans_", "rot_", "eddy_")
 
 
 def _write_confounds(stem: Path, columns: dict[str, np.ndarray], sources: Sequence[Sequence[int]]) -> None:
-    """The confounds table, a row for every volume of the output."""
+    """Write the confounds table, one row per output volume, and its sidecar."""
     if sources:
-        columns = {name: _of_merged(name, column, sources) for name, column in columns.items()}
-    _write_tsv(_named(stem, "_desc-confounds_timeseries.tsv"), columns)
-    known = {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS}
-    write_json(_named(stem, "_desc-confounds_timeseries.json"), known)
+        columns = {name: _merged_column(name, column, sources) for name, column in columns.items()}
+    _write_tsv(_with_ending(stem, "_desc-confounds_timeseries.tsv"), columns)
+    descriptions = {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS}
+    write_json(_with_ending(stem, "_desc-confounds_timeseries.json"), descriptions)
 
 
-def _of_merged(name: str, column: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:
+def _merged_column(name: str, column: np.ndarray, sources: Sequence[Sequence[int]]) -> np.ndarray:
     groups = [column[list(members)] for members in sources]
     if column.dtype == object:
         return np.array(["+".join(dict.fromkeys(map(str, group))) for group in groups], dtype=object)
-    if name.startswith(WORST):
+    if name.startswith(MAXIMUM_COLUMNS):
         groups = [group[np.isfinite(group)] if np.isfinite(group).any() else group for group in groups]
         return np.array([group[np.argmax(np.abs(group))] for group in groups])
     return np.array([group.mean() for group in groups])
@@ -97,29 +101,29 @@ CONFOUNDS = {
     "rot_z": {"Description": "Rotation vector about the image centre, S component", "Units": "rad"},
     **{
         f"eddy_{name}": {
-            "Description": f"Displacement by eddy currents along the phase-encoding axis: coefficient of {term}, "
-            "i, j, k from the centre of the image along the voxel axes, in units of 100 mm",
+            "Description": f"Eddy-current displacement along the phase-encoding axis: coefficient of {term}, with "
+            "i, j, k from the image centre along the voxel axes in units of 100 mm",
             "Units": "mm",
         }
         for name, term in EDDY_TERMS.items()
     },
-    "hmc_r2": {"Description": "R² of the aligned volume with its prediction"},
-    "hmc_xcorr": {"Description": "Correlation of the aligned volume with its prediction"},
-    "grad_x": {"Description": "b-vector, R component, ACPC world"},
-    "grad_y": {"Description": "b-vector, A component, ACPC world"},
-    "grad_z": {"Description": "b-vector, S component, ACPC world"},
+    "hmc_r2": {"Description": "R² between the aligned volume and its prediction"},
+    "hmc_xcorr": {"Description": "Correlation between the aligned volume and its prediction"},
+    "grad_x": {"Description": "b-vector, R component, in ACPC world coordinates"},
+    "grad_y": {"Description": "b-vector, A component, in ACPC world coordinates"},
+    "grad_z": {"Description": "b-vector, S component, in ACPC world coordinates"},
     "bval": {"Description": "b-value", "Units": "s/mm^2"},
-    "original_file": {"Description": "The run that the volume came from"},
+    "original_file": {"Description": "Source run of the volume"},
 }
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Indented, with a newline at its end."""
+    """Write indented JSON that ends with a newline."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _write_tsv(path: Path, columns: dict[str, np.ndarray]) -> None:
-    """Columns under their names; what is not finite is n/a."""
+    """Write columns with a header row; values that are not finite become n/a."""
     with path.open("w") as stream:
         stream.write("\t".join(columns) + "\n")
         for row in zip(*columns.values(), strict=True):

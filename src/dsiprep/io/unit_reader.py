@@ -1,4 +1,4 @@
-"""A unit's files into memory, everything checked, and the unit in words."""
+"""Read and check the files of a processing unit, and describe the unit for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
     ----------
     unit : Unit
     settings : Settings
-        `acquisition.b0_threshold` and `anatomy.modality` matter.
+        Only `acquisition.b0_threshold` and `anatomy.modality` are used.
 
     Returns
     -------
     RawUnit
-        Structural images and GRE fieldmaps are checked, but not kept.
+        Without structural images and gradient-echo fieldmaps, which are only checked.
 
     Raises
     ------
     InputError
-        If a file is missing, damaged or of the wrong shape, or has values that are not numbers.
+        If a file is missing, damaged or of the wrong shape, or contains NaN or infinite values.
     GradientError
-        If a b-table cannot be used, or no volume of a phase encoding is b=0.
+        If a b-table is invalid, or the runs of a phase-encoding direction have no b=0 volume.
     """
     require_files(unit, settings.anatomy.modality)
     threshold = settings.acquisition.b0_threshold
@@ -52,17 +52,20 @@ def read_unit(unit: Unit, settings: Settings) -> RawUnit:
 
 
 def require_files(unit: Unit, modality: str = "T1w") -> None:
-    """Raise an InputError for the first file of the unit that is not there; `modality` of the structural images."""
+    """Raise an InputError for the first missing file of the unit, structural images of `modality` included.
+
+    A missing b-table raises a GradientError.
+    """
     for run in unit.runs:
-        for table, what in ((run.bval, "b-values"), (run.bvec, "b-vectors")):
+        for table, content in ((run.bval, "b-values"), (run.bvec, "b-vectors")):
             if not table.is_file():
                 raise GradientError(
-                    f"{run.image}: no {what}: {table.name} is neither beside it nor inherited; add it, or "
-                    "leave the run out with --bids-filter-file"
+                    f"{run.image}: no {content}: {table.name} is neither next to it nor inherited; add it, or "
+                    "exclude the run with --bids-filter-file"
                 )
     for path in (*unit.files(), *unit.structural(modality), *(unit.gre.files() if unit.gre else ())):
         if not path.is_file():
-            raise InputError(f"{path}: there is no such file; is it a dangling link (datalad get fetches it)?")
+            raise InputError(f"{path}: no such file; if it is a dangling link, fetch it with datalad get")
 
 
 def _direction(run: RawRun) -> str:
@@ -87,9 +90,9 @@ def _read_epi(epi: EpiReference, b0_threshold: float) -> RawEpi:
 
 
 def scheme_of(unit: Unit, b0_threshold: float) -> SamplingScheme | None:
-    """The sampling scheme of a unit from its text files alone; None if they cannot be read.
+    """Sampling scheme of a unit from its b-tables alone, without the images; None if they cannot be read.
 
-    b-vectors are taken as they stand in the files: a lattice is a lattice in any frame.
+    b-vectors are used in the frame of the files, because recognising a lattice does not depend on the frame.
     """
     from dsiprep.ops.qspace.sampling_scheme import recognise
 
@@ -109,21 +112,21 @@ def scheme_of(unit: Unit, b0_threshold: float) -> SamplingScheme | None:
 
 
 def explain(unit: Unit, scheme: SamplingScheme | None) -> str:
-    """What would be processed together, and why: the text of `--dry-run` for one unit."""
+    """Describe one unit for `--dry-run`: its files, its sampling scheme and the notes on its grouping."""
     lines = [unit.name]
-    lines += [f"  DWI    {run.image.name}  ({_in_words(run.pe)})" for run in unit.runs]
-    lines += [f"  b=0    {epi.image.name}  ({_in_words(epi.pe)})" for epi in unit.epis]
+    lines += [f"  DWI    {run.image.name}  ({_describe_encoding(run.pe)})" for run in unit.runs]
+    lines += [f"  b=0    {epi.image.name}  ({_describe_encoding(epi.pe)})" for epi in unit.epis]
     lines += [f"  field  {path.name}" for path in (unit.gre.files() if unit.gre else ())]
     lines += [f"  T1w    {path.name}" for path in unit.t1w]
     lines += [f"  T2w    {path.name}" for path in unit.t2w]
     if not unit.t1w:
         lines.append("  T1w    none")
-    lines.append(f"  scheme {scheme.description if scheme else 'b-values or b-vectors cannot be read'}")
+    lines.append(f"  scheme {scheme.description if scheme else 'unknown: b-values or b-vectors cannot be read'}")
     lines += [f"  note   {note}" for note in unit.notes]
     return "\n".join(lines)
 
 
-def _in_words(pe: PhaseEncoding | None) -> str:
+def _describe_encoding(pe: PhaseEncoding | None) -> str:
     if pe is None:
         return "phase encoding unknown"
     readout = "unknown" if pe.readout_time is None else f"{pe.readout_time:.5f} s"

@@ -1,4 +1,4 @@
-"""`--anat-mask`: the brain mask that a user has for a subject's structural image."""
+"""Find the user-supplied brain mask of a structural image (`--anat-mask`)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ ENDING = "_desc-brain_mask.nii.gz"
 
 
 def find_mask(unit: Unit, settings: AnatomySettings) -> Path | None:
-    """The file that `settings.mask` means for a unit, or None where it is empty.
+    """The brain mask that `settings.mask` specifies for a unit, or None if the setting is empty.
 
-    A pattern has {subject} in place of the label, and {session} where sessions have masks of their own. In a folder,
-    the brain mask is looked for among the derivatives of the subject: one without `space` (the space of the
-    structural image itself) that names no other modality, and, sessionwise, of the session.
+    `settings.mask` is a file, a pattern with {subject} and optionally {session} for the labels, or a folder of
+    derivatives. In a folder, the mask must have no `space` entity (the space of the structural image) and, sessionwise,
+    belong to the session of the unit or to none.
 
     Raises
     ------
@@ -32,25 +32,26 @@ def find_mask(unit: Unit, settings: AnatomySettings) -> Path | None:
     try:
         path = Path(settings.mask.format(**names))
     except (KeyError, IndexError, ValueError):
-        raise InputError(f"--anat-mask {settings.mask}: only {{subject}} and {{session}} may stand in braces") from None
+        raise InputError(f"--anat-mask {settings.mask}: braces may only contain subject or session") from None
     if path.is_dir():
         return _in_derivatives(path, unit, settings)
     if not path.is_file():
-        raise InputError(f"--anat-mask: {path}: there is no such file; correct the path, or leave the option out")
+        raise InputError(f"--anat-mask: {path}: there is no such file; correct the path, or omit the option")
     return path
 
 
 def _in_derivatives(root: Path, unit: Unit, settings: AnatomySettings) -> Path:
-    """The one brain mask in the structural image's own space."""
+    """The single brain mask in the space of the structural image."""
     found = sorted((root / f"sub-{unit.subject}").glob(f"**/anat/sub-{unit.subject}*{ENDING}"))
-    own = [path for path in found if "space" not in entities(path)]
+    native = [path for path in found if "space" not in entities(path)]
     if settings.reference == "sessionwise" and unit.session is not None:
-        own = [path for path in own if entities(path).get("ses") in (unit.session, None)]
-    if len(own) == 1:
-        return own[0]
-    shown = ", ".join(path.name for path in own or found) or "none"
-    why = "no brain mask in the space of the structural image" if not own else "several brain masks"
+        native = [path for path in native if entities(path).get("ses") in (unit.session, None)]
+    if len(native) == 1:
+        return native[0]
+    shown = ", ".join(path.name for path in native or found) or "none"
+    problem = "no brain mask in the space of the structural image" if not native else "several brain masks"
     raise InputError(
-        f"--anat-mask {root}: {why} of sub-{unit.subject} (found: {shown}); one anat/sub-{unit.subject}*{ENDING} "
-        "without a space entity is wanted, or give the file itself or a pattern with {subject}"
+        f"--anat-mask {root}: {problem} for sub-{unit.subject} (found: {shown}); expected exactly one "
+        f"anat/sub-{unit.subject}*{ENDING} without a space entity; alternatively, give the file or a pattern with "
+        "{subject}"
     )

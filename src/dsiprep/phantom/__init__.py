@@ -1,4 +1,4 @@
-"""A digital DSI subject with known motion, distortion, eddy currents and noise, as a BIDS dataset."""
+"""Simulate a DSI subject with known motion, distortion, eddy currents and noise, as a BIDS dataset."""
 
 from dsiprep.phantom.dataset import make_phantom
 from dsiprep.phantom.settings import PhantomSettings, demo_settings

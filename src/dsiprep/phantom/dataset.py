@@ -1,4 +1,4 @@
-"""The phantom as a BIDS dataset, and beside it, where no pipeline looks, the truth."""
+"""Write the phantom as a BIDS dataset, with its ground truth in a separate folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
-from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise
 from dsiprep.phantom.schemes import load_scheme
 from dsiprep.phantom.session import Session, plan_session, to_fsl
@@ -23,19 +23,19 @@ from dsiprep.phantom.settings import PhantomSettings
 from dsiprep.phantom.signal import fibre_image, make_tissue
 from dsiprep.phantom.slice_acquisition import MULTIBAND, REPETITION_TIME, slice_timing
 
-IDEAL_SLOPE = 1 / 8  # of the ideal DWI, kept as integers
+IDEAL_SLOPE = 1 / 8  # scaling of the ideal DWI, stored as integers
 T1_WEIGHT = {"csf": 0.16, "wm": 0.9, "fluid": 0.14, "bone": 0.07, "marrow": 0.45, "fat": 0.9, "muscle": 0.42}
 T1_SCALE = 700.0  # intensity of white matter
 T1_FIELD_OF_VIEW = (200.0, 248.0, 240.0)
 
 
 def make_phantom(out: Path, settings: PhantomSettings) -> Path:
-    """Build a subject: `out`/bids for a pipeline, `out`/truth for `dsiprep.score`.
+    """Simulate a subject: the dataset in `out`/bids, the ground truth for `dsiprep.score` in `out`/truth.
 
     Parameters
     ----------
     out : Path
-        A folder; `bids` and `truth` in it must not exist.
+        Output folder, which must not contain `bids` or `truth`.
     settings : PhantomSettings
 
     Returns
@@ -46,16 +46,16 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
     Raises
     ------
     OutputError
-        If `out` holds a dataset already.
+        If `out` already contains a dataset.
     SettingsError, GradientError
-        If the settings cannot work.
+        If the settings are invalid.
     """
     settings.check()
     out = Path(out)
     bids, truth = out / "bids", out / "truth"
     for folder in (bids, truth):
         if folder.exists():
-            raise OutputError(f"{folder} exists; remove it, or choose another folder for the phantom")
+            raise OutputError(f"{folder} already exists; remove it, or choose another folder for the phantom")
     table = load_scheme(settings.scheme)
     streams = np.random.default_rng(settings.seed).spawn(4)
     head = make_head(streams[0])
@@ -66,7 +66,7 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
         _write_t1w(bids, truth, head, settings, streams[2])
         _write_scans(bids, truth, head, session, settings, streams[3])
         _write_geometry(truth, head, session, settings)
-        _write_texts(bids, settings)
+        _write_descriptions(bids, settings)
     except BaseException:
         shutil.rmtree(bids, ignore_errors=True)
         shutil.rmtree(truth, ignore_errors=True)
@@ -76,12 +76,12 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
 
 def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator) -> None:
     grid = head.box(np.asarray(T1_FIELD_OF_VIEW), settings.t1w_resolution)
-    grid.affine[2, 3] -= 22.0  # more neck than air
+    grid.affine[2, 3] -= 22.0  # covers more of the neck and less air above the head
     maps = head.maps(grid)
     image = maps["t1"] * maps["brain"]
     for name, weight in T1_WEIGHT.items():
-        outside = maps[name] * (1 - maps["brain"])
-        image += np.float32(weight) * outside
+        outside_brain = maps[name] * (1 - maps["brain"])
+        image += np.float32(weight) * outside_brain
     image *= T1_SCALE * _receive_bias(grid, rng)
     image = add_noise(image, T1_SCALE / 45, rng)
     write_image(bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz", np.rint(image).astype(np.int16), grid)
@@ -108,7 +108,7 @@ def _write_scans(
     write_image(truth / "ideal_brain_mask.nii.gz", brain.astype(np.uint8), grid)
     series = np.zeros((*grid.shape, count), np.int16, order="F")
     for v in range(count):
-        series[..., v] = np.rint(add_noise(session.play(tissue, v), sigma, rng))
+        series[..., v] = np.rint(add_noise(session.acquire(tissue, v), sigma, rng))
     epis = np.zeros((*grid.shape, len(session.epi_poses)), np.int16, order="F")
     for v, pose in enumerate(session.epi_poses):
         epis[..., v] = np.rint(add_noise(session.image(tissue, pose, session.reversed_pe), sigma, rng))
@@ -120,12 +120,12 @@ def _write_scans(
 
 
 def _brain_in_scanner(head: Head, session: Session) -> np.ndarray:
-    """Brain voxels of the DWI grid for the head as it lay in the first volume, (i, j, k) bool."""
+    """Brain mask on the DWI grid for the pose of the first volume, (i, j, k) bool."""
     to_head = np.linalg.inv(session.poses[0])
     brain = np.zeros(session.grid.shape, bool)
     for rows, points in slabs(session.grid):
         template = head.to_template(points @ to_head[:3, :3].T + to_head[:3, 3])
-        brain[rows] = (read(head.atlas["brain"], head.atlas_grid, template) > 0.5).reshape(brain[rows].shape)
+        brain[rows] = (interpolate(head.atlas["brain"], head.atlas_grid, template) > 0.5).reshape(brain[rows].shape)
     return brain
 
 
@@ -164,7 +164,7 @@ def _write_geometry(truth: Path, head: Head, session: Session, settings: Phantom
     write_image(truth / "field_hz.nii.gz", session.field, session.field_grid)
     template = head.atlas_grid.at_spacing(4.0)
     _write_positions(truth / "template_to_head.nii.gz", head.to_head, template)
-    brain = [read(head.atlas["brain"], head.atlas_grid, points) > 0.5 for _, points in slabs(template)]
+    brain = [interpolate(head.atlas["brain"], head.atlas_grid, points) > 0.5 for _, points in slabs(template)]
     mask = np.concatenate(brain).reshape(template.shape).astype(np.uint8)
     write_image(truth / "template_brain_mask.nii.gz", mask, template)
     _write_positions(truth / "head_to_template.nii.gz", head.to_template, head.box(np.array([190, 230, 190]), 4.0))
@@ -175,15 +175,16 @@ def _write_geometry(truth: Path, head: Head, session: Session, settings: Phantom
 
 
 def _write_positions(path: Path, mapping: Callable[[np.ndarray], np.ndarray], grid: Grid) -> None:
-    """Where each voxel of `grid` is in the other space: (i, j, k, 3), mm RAS+."""
+    """Write the position of each voxel of `grid` in the other space, (i, j, k, 3), mm RAS+."""
     positions = np.concatenate([mapping(points) for _, points in slabs(grid)])
     write_image(path, positions.reshape(*grid.shape, 3).astype(np.float32), grid)
 
 
 def _truth_table(head: Head, session: Session, settings: PhantomSettings) -> dict[str, object]:
     size = float(session.grid.voxel_sizes[session.pe.axis])
-    hz = read(session.field, session.field_grid, head.brain_points(3))
-    lost = [[int(v), int(s), float(session.kept[v, s])] for v, s in np.argwhere(session.kept < 1)]
+    hz = interpolate(session.field, session.field_grid, head.brain_points(3))
+    fraction = session.signal_fraction
+    outliers = [[int(v), int(s), float(fraction[v, s])] for v, s in np.argwhere(fraction < 1)]
     return {
         "template": TEMPLATE,
         "settings": asdict(settings),
@@ -201,36 +202,36 @@ def _truth_table(head: Head, session: Session, settings: PhantomSettings) -> dic
         "largest_displacement_mm": float(np.abs(hz).max() * READOUT_TIME * size),
         "eddy_basis": EDDY_TERMS,
         "eddy_mm": session.eddy.tolist(),
-        "lost_slices": lost,
+        "lost_slices": outliers,
     }
 
 
-def _write_texts(bids: Path, settings: PhantomSettings) -> None:
+def _write_descriptions(bids: Path, settings: PhantomSettings) -> None:
     _write_json(
         bids / "dataset_description.json",
         {
-            "Name": "A digital subject for diffusion spectrum imaging",
+            "Name": "A simulated subject for diffusion spectrum imaging",
             "BIDSVersion": "1.9.0",
             "DatasetType": "raw",
             "License": "CC0",
             "Authors": ["dsiprep"],
-            "Acknowledgements": "Brain: ICBM 152 nonlinear symmetric 2009a (McGill University), by nilearn.",
+            "Acknowledgements": "Brain: ICBM 152 nonlinear symmetric 2009a (McGill University), from nilearn.",
             "ReferencesAndLinks": ["https://doi.org/10.1016/j.neuroimage.2010.07.033"],
         },
     )
     (bids / "README").write_text(
-        "A digital subject\n=================\n\n"
+        "A simulated subject\n===================\n\n"
         "A simulated head with known motion, distortion and noise, written by `dsiprep-tools phantom`\n"
-        "to test diffusion preprocessing. Nobody was scanned.\n\nSettings: "
+        "to test diffusion preprocessing. The dataset contains no human data.\n\nSettings: "
         + ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
         + ".\n"
     )
     (bids / "participants.tsv").write_text("participant_id\tspecies\nsub-01\tn/a\n")
-    _write_json(bids / "participants.json", {"species": {"Description": "Species; none, as nobody was scanned"}})
+    _write_json(bids / "participants.json", {"species": {"Description": "Species; not applicable to simulated data"}})
 
 
 def write_image(path: Path, data: np.ndarray, grid: Grid, slope: float | None = None) -> None:
-    """Write (i, j, k[, n]) as NIfTI with both affines set; `slope` turns stored into true values."""
+    """Write (i, j, k[, n]) as NIfTI with sform and qform; true values are `slope` times the stored ones."""
     image = nib.Nifti1Image(data, grid.affine)
     image.set_sform(grid.affine, 1)
     image.set_qform(grid.affine, 1)
@@ -243,7 +244,7 @@ def write_image(path: Path, data: np.ndarray, grid: Grid, slope: float | None = 
 
 
 def _receive_bias(grid: Grid, rng: np.random.Generator) -> np.ndarray:
-    """A smooth sensitivity from about 0.75 to 1.25, (i, j, k) float32."""
+    """A smooth receive (B1-) bias field, about 0.75 to 1.25, (i, j, k) float32."""
     axes = [np.linspace(-1, 1, n, dtype=np.float32) for n in grid.shape]
     x, y, z = axes[0][:, None, None], axes[1][None, :, None], axes[2][None, None, :]
     c = rng.uniform(-0.12, 0.12, 6).astype(np.float32)

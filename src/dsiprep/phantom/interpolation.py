@@ -1,4 +1,4 @@
-"""Trilinear reading for the phantom. It is kept apart from `ops.sample` so that the two can disagree."""
+"""Trilinear interpolation for the phantom, independent of `ops.image.interpolation` so that errors can show."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsiprep.data.grid import Grid
 
 @inlined
 def trilinear(values: np.ndarray, x: float, y: float, z: float) -> float:
-    """The value of an (i, j, k) array at a voxel point; zero beyond the outermost voxel centres."""
+    """Value of an (i, j, k) array at a point in voxels; zero beyond the outermost voxel centres."""
     ni, nj, nk = values.shape
     if not (x >= 0 and y >= 0 and z >= 0 and x <= ni - 1 and y <= nj - 1 and z <= nk - 1):
         return 0.0
@@ -24,14 +24,15 @@ def trilinear(values: np.ndarray, x: float, y: float, z: float) -> float:
     return low * (1 - a) + high * a
 
 
-def read(values: np.ndarray, grid: Grid, points: np.ndarray, nearest: bool = False) -> np.ndarray:
-    """A map on `grid` at world points (n, 3): (n,) float32. Outside: zero, or the nearest voxel's value."""
+def interpolate(values: np.ndarray, grid: Grid, points: np.ndarray, nearest: bool = False) -> np.ndarray:
+    """Sample a map on `grid` at world points (n, 3): (n,) float32; outside, zero or the value of the nearest voxel."""
     world_to_voxel = np.linalg.inv(grid.affine)
-    return _read_all(np.ascontiguousarray(values, np.float32), np.asarray(points, float), world_to_voxel, nearest)
+    contiguous = np.ascontiguousarray(values, np.float32)
+    return _interpolate_points(contiguous, np.asarray(points, float), world_to_voxel, nearest)
 
 
 @compiled(parallel=True)
-def _read_all(values: np.ndarray, points: np.ndarray, m: np.ndarray, nearest: bool) -> np.ndarray:
+def _interpolate_points(values: np.ndarray, points: np.ndarray, m: np.ndarray, nearest: bool) -> np.ndarray:
     out = np.empty(points.shape[0], np.float32)
     for n in numba.prange(points.shape[0]):
         a, b, c = points[n, 0], points[n, 1], points[n, 2]

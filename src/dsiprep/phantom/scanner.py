@@ -1,8 +1,8 @@
-"""A scanner: a head at a pose, its off-resonance field and eddy currents in, an echo-planar image out.
+"""Simulate an echo-planar image of a head at a pose, with its off-resonance field and eddy currents.
 
-The head moves, its field moves with it, the phase-encoding axis and the eddy currents stay with the scanner.
-Signal is conserved: what a stretch of a line holds is spread over the stretch that it is moved to. Nothing
-here is shared with the code that corrects.
+The off-resonance field moves with the head; the phase-encoding axis and the eddy currents are fixed in the scanner.
+Signal is conserved: the signal of each segment of a line is spread over the displaced segment. The code is independent
+of the code that corrects these effects.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from dsiprep.data.grid import Grid
 from dsiprep.phantom.interpolation import trilinear
 
 READOUT_TIME = 0.05  # s
-EDDY_SCALE = 100.0  # mm; scanner coordinates are divided by this before powers are taken
+EDDY_SCALE = 100.0  # mm; unit of the scanner coordinates in the polynomial
 EDDY_TERMS = "1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y²; scanner coordinates in units of 100 mm"
 OVERSAMPLING = 2  # points per voxel along each axis
 AXES = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
-FIELD_OF_VIEW = (200.0, 236.0, 176.0)  # mm, right-left, front-back, up-down
+FIELD_OF_VIEW = (200.0, 236.0, 176.0)  # mm, left-right, anterior-posterior, superior-inferior
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What is scanned: an image and a field in Hz, each on its own grid of the head frame."""
+    """The scanned object: an image and an off-resonance field in Hz, each on its own grid in the head frame."""
 
     image: np.ndarray
     image_grid: Grid
@@ -37,7 +37,7 @@ class Source:
 
 
 def scanner_grid(orientation: str, resolution: float, centre: np.ndarray) -> Grid:
-    """Isotropic voxels around `centre`; the third is the slice axis. Oblique is LAS, tilted by 18 degrees."""
+    """Isotropic grid centred on `centre`, with slices along the third axis; oblique is LAS, tilted by 18 degrees."""
     codes = "LAS" if orientation == "oblique" else orientation
     directions = np.zeros((3, 3))
     extent = np.zeros(3)
@@ -55,14 +55,14 @@ def scanner_grid(orientation: str, resolution: float, centre: np.ndarray) -> Gri
 
 
 def phase_encoding(grid: Grid, direction: str) -> PhaseEncoding:
-    """Phase encoding towards the front ("PA") or the back ("AP"), along the voxel axis that runs that way."""
+    """Phase encoding towards anterior ("PA") or posterior ("AP"), along the voxel axis closest to that direction."""
     axis = int(np.argmax(np.abs(grid.directions[1])))
-    forward = int(np.sign(grid.directions[1, axis]))
-    return PhaseEncoding(axis, forward if direction == "PA" else -forward, READOUT_TIME)
+    anterior = int(np.sign(grid.directions[1, axis]))
+    return PhaseEncoding(axis, anterior if direction == "PA" else -anterior, READOUT_TIME)
 
 
 def eddy_basis(points: np.ndarray) -> np.ndarray:
-    """1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y² of scanner points (n, 3) in units of 100 mm: (n, 9)."""
+    """Terms 1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y² of scanner points (n, 3) in units of 100 mm: (n, 9)."""
     x, y, z = np.asarray(points, float).T / EDDY_SCALE
     return np.stack([np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y], -1)
 
@@ -75,26 +75,26 @@ def scan(
     eddy: np.ndarray | None = None,
     oversampling: int = OVERSAMPLING,
 ) -> np.ndarray:
-    """One noise-free image.
+    """Simulate one noise-free image.
 
     Parameters
     ----------
     source : Source
     grid : Grid
-        Of the image.
+        Grid of the image.
     pe : PhaseEncoding
-        With a readout time; 0 leaves the field without effect.
+        With a readout time; with 0 or None, the field has no effect.
     pose : ndarray, (4, 4)
-        Head points to scanner points, mm RAS+.
+        From head points to scanner points, mm RAS+.
     eddy : ndarray, (9,), optional
-        Displacement in mm towards higher indices along the phase-encoding axis: coefficients of `eddy_basis`.
+        Coefficients of `eddy_basis` for the displacement in mm towards higher indices along the phase-encoding axis.
     oversampling : int
         Points per voxel along each axis.
 
     Returns
     -------
     ndarray, (i, j, k), float32
-        Mean signal of each voxel's box.
+        Mean signal within each voxel.
     """
     order = [a for a in range(3) if a != pe.axis] + [pe.axis]
     shape = tuple(grid.shape[a] for a in order)
@@ -119,14 +119,14 @@ def scan(
 
 
 def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """The magnitude of the image plus complex Gaussian noise (Rician), float32."""
+    """Magnitude of the image plus complex Gaussian noise (Rician noise), float32."""
     real = image + np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
     imaginary = np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
     return np.sqrt(real * real + imaginary * imaginary)
 
 
 @inlined
-def _at(values: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
+def _value_at(values: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
     return trilinear(
         values,
         m[0, 0] * a + m[0, 1] * b + m[0, 2] * p + m[0, 3],
@@ -136,7 +136,7 @@ def _at(values: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> floa
 
 
 @inlined
-def _eddy(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
+def _eddy_displacement(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
     x = m[0, 0] * a + m[0, 1] * b + m[0, 2] * p + m[0, 3]
     y = m[1, 0] * a + m[1, 1] * b + m[1, 2] * p + m[1, 3]
     z = m[2, 0] * a + m[2, 1] * b + m[2, 2] * p + m[2, 3]
@@ -146,7 +146,7 @@ def _eddy(c: np.ndarray, m: np.ndarray, a: float, b: float, p: float) -> float:
 
 @inlined
 def _spread(line: np.ndarray, amount: float, first: float, second: float) -> None:
-    """Share an amount of signal out over the voxels between two points of a line."""
+    """Distribute an amount of signal over the voxels between two points of a line."""
     low, high = min(first, second) + 0.5, max(first, second) + 0.5
     density = amount / max(high - low, 1e-9)
     for voxel in range(max(0, int(np.floor(low))), min(line.size, int(np.floor(high)) + 1)):
@@ -166,23 +166,23 @@ def _push_lines(
     steps: tuple,
     eddy: np.ndarray,
 ) -> None:
-    """Each cell of a finely cut line goes, with all its signal, where its two ends go."""
+    """Move the signal of each cell of a finely divided line to the displaced interval between the cell's ends."""
     shift, pad, s = steps
     for line in numba.prange(out.shape[0] * out.shape[1]):
         row, column = line // out.shape[1], line % out.shape[1]
         for sub in range(s * s):
             a = row + (sub // s + 0.5) / s - 0.5
             b = column + (sub % s + 0.5) / s - 0.5
-            known, end = -1000000, 0.0
+            end_of, end = -1000000, 0.0  # the cell whose start is `end`
             for cell in range(-pad * s, (out.shape[2] + pad) * s):
-                value = _at(image, to_image, a, b, (cell + 0.5) / s - 0.5)
+                value = _value_at(image, to_image, a, b, (cell + 0.5) / s - 0.5)
                 if value <= 0:
                     continue
                 e = cell / s - 0.5
-                if known != cell:
-                    end = e + shift * _at(field, to_field, a, b, e) + _eddy(eddy, world, a, b, e)
+                if end_of != cell:
+                    end = e + shift * _value_at(field, to_field, a, b, e) + _eddy_displacement(eddy, world, a, b, e)
                 start = end
                 e = (cell + 1) / s - 0.5
-                end = e + shift * _at(field, to_field, a, b, e) + _eddy(eddy, world, a, b, e)
-                known = cell + 1
+                end = e + shift * _value_at(field, to_field, a, b, e) + _eddy_displacement(eddy, world, a, b, e)
+                end_of = cell + 1
                 _spread(out[row, column], value / (s * s * s), start, end)

@@ -1,4 +1,4 @@
-"""What happens during the session: where the head is, the field around it, eddy currents, slices lost."""
+"""The scan session of the phantom: head poses, off-resonance field, eddy currents and signal dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsiprep.data.grid import Grid
 from dsiprep.errors import SettingsError
 from dsiprep.ops.image.affine import rigid_matrix, rotate_bvecs
 from dsiprep.phantom.head import Head, slabs
-from dsiprep.phantom.interpolation import read
+from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import (
     FIELD_OF_VIEW,
     READOUT_TIME,
@@ -23,12 +23,13 @@ from dsiprep.phantom.scanner import (
 )
 from dsiprep.phantom.settings import DEGREES_PER_MM, PhantomSettings
 from dsiprep.phantom.signal import Tissue
-from dsiprep.phantom.slice_acquisition import kept_signal
+from dsiprep.phantom.slice_acquisition import remaining_signal
 
 N_EPIS = 3
-DRIFT = 0.1  # of the largest motion
-# Off-resonance: centre (template mm), width (mm), weight. Above the sinuses and the ear canals, and elsewhere
-SOURCES = (
+DRIFT = 0.1  # fraction of the largest motion
+# Gaussian sources of the off-resonance field: centre (template mm), width (mm), weight. The first three are above the
+# sinuses and the ear canals
+FIELD_SOURCES = (
     ((0, 58, -18), 17.0, 1.0),
     ((48, -18, -32), 15.0, 0.7),
     ((-48, -18, -32), 15.0, 0.65),
@@ -45,22 +46,22 @@ class Session:
     Attributes
     ----------
     grid : Grid
-        Of the DWI.
+        Grid of the DWI.
     pe, reversed_pe : PhaseEncoding
-        Of the DWI (PA) and of the b=0 images for the fieldmap (AP).
+        Phase encoding of the DWI (PA) and of the b=0 images of the fieldmap (AP).
     bvals : ndarray, (n,)
     bvecs : ndarray, (n, 3)
-        World RAS+ of the scanner, as played out.
+        In world RAS+ of the scanner.
     poses, epi_poses : ndarray, (n, 4, 4)
-        Head points to scanner points, per volume.
+        From head points to scanner points, per volume of the DWI and of the fieldmap.
     moved : ndarray, (n,) bool
-        Which volumes the head moved in, besides the drift.
+        Volumes with head motion other than drift and jitter.
     eddy : ndarray, (n, 9)
-        Displacement along the axis of phase encoding in mm, coefficients of `scan.eddy_basis`.
-    kept : ndarray, (n, slices)
-        What is left of each slice's signal.
+        Eddy-current displacement along the phase-encoding axis in mm, coefficients of `scanner.eddy_basis`.
+    signal_fraction : ndarray, (n, slices)
+        Remaining fraction of the signal of each slice.
     field : ndarray, (i, j, k)
-        Off-resonance in Hz on `field_grid`, a grid of the head frame.
+        Off-resonance field in Hz on `field_grid`, a grid in the head frame.
     """
 
     grid: Grid
@@ -72,24 +73,24 @@ class Session:
     epi_poses: np.ndarray
     moved: np.ndarray
     eddy: np.ndarray
-    kept: np.ndarray
+    signal_fraction: np.ndarray
     field: np.ndarray
     field_grid: Grid
 
     @property
     def head_bvecs(self) -> np.ndarray:
-        """The gradients as the head saw them, (n, 3), world RAS+ of the head frame."""
+        """b-vectors in world RAS+ of the head frame, rotated by the pose of each volume, (n, 3)."""
         return rotate_bvecs(self.bvecs, self.poses)
 
-    def play(self, tissue: Tissue, volume: int) -> np.ndarray:
-        """What the scanner sees in one volume of the DWI before noise, (i, j, k) float32."""
-        seen = self.image(
+    def acquire(self, tissue: Tissue, volume: int) -> np.ndarray:
+        """Noise-free image of one volume of the DWI, (i, j, k) float32."""
+        image = self.image(
             tissue, self.poses[volume], self.pe, self.bvals[volume], self.bvecs[volume], self.eddy[volume]
         )
-        return seen * self.kept[volume].astype(np.float32)
+        return image * self.signal_fraction[volume].astype(np.float32)
 
     def ideal(self, tissue: Tissue, bval: float, bvec: np.ndarray) -> np.ndarray:
-        """The image without distortion of a head that stays as in the first volume, (i, j, k) float32."""
+        """Undistorted, noise-free image at the pose of the first volume, (i, j, k) float32."""
         return self.image(tissue, self.poses[0], replace(self.pe, readout_time=0.0), bval, bvec)
 
     def image(
@@ -101,7 +102,7 @@ class Session:
         bvec: np.ndarray | None = None,
         eddy: np.ndarray | None = None,
     ) -> np.ndarray:
-        """One noise-free image; the gradient is given in the scanner, the head sees it as it is turned."""
+        """Simulate one noise-free image; `bvec` is in the scanner frame and is rotated into the head frame."""
         gradient = pose[:3, :3].T @ (np.zeros(3) if bvec is None else bvec)
         source = Source(tissue.signal(bval, gradient), tissue.grid, self.field, self.field_grid)
         return scan(source, self.grid, pe, pose, eddy)
@@ -110,99 +111,105 @@ class Session:
 def plan_session(
     head: Head, table: tuple[np.ndarray, np.ndarray], settings: PhantomSettings, rng: np.random.Generator
 ) -> Session:
-    """Draw everything that happens in a session with a table from `schemes.load_scheme`.
+    """Draw the random parameters of a session with the b-table `table` from `schemes.load_scheme`.
 
     Raises
     ------
     SettingsError
-        If the distortion would fold the image over.
+        If the distortion would fold the image.
     """
-    lying = rigid_matrix(_rigid_vectors(rng.uniform(-4, 4, (1, 6)), 1.0)[0], head.centre)
+    start_pose = rigid_matrix(_rigid_vectors(rng.uniform(-4, 4, (1, 6)), 1.0)[0], head.centre)
     grid = scanner_grid(settings.orientation, settings.resolution, head.centre + rng.uniform(-2, 2, 3))
     pe = phase_encoding(grid, "PA")
     bvals, bvecs = table[0], from_fsl(table[1], grid) if "," in settings.scheme else table[1]
     motion, moved = _motion(len(bvals), settings, rng)
     epi_motion = DRIFT * (rng.uniform(-1, 1, 6) + rng.uniform(-0.05, 0.05, (N_EPIS, 6))) * settings.max_motion
     field, field_grid = make_field(head, settings.distortion, float(grid.voxel_sizes[pe.axis]) * READOUT_TIME)
-    points = head.brain_points() @ lying[:3, :3].T + lying[:3, 3]
+    points = head.brain_points() @ start_pose[:3, :3].T + start_pose[:3, 3]
     return Session(
         grid=grid,
         pe=pe,
         reversed_pe=phase_encoding(grid, "AP"),
         bvals=bvals,
         bvecs=bvecs,
-        poses=rigid_matrix(_rigid_vectors(motion), head.centre) @ lying,
-        epi_poses=rigid_matrix(_rigid_vectors(epi_motion), head.centre) @ lying,
+        poses=rigid_matrix(_rigid_vectors(motion), head.centre) @ start_pose,
+        epi_poses=rigid_matrix(_rigid_vectors(epi_motion), head.centre) @ start_pose,
         moved=moved,
         eddy=_eddy_currents(bvals, bvecs, points, settings.eddy, rng),
-        kept=kept_signal(bvals, grid.shape[2], settings.dropout, rng),
+        signal_fraction=remaining_signal(bvals, grid.shape[2], settings.dropout, rng),
         field=field,
         field_grid=field_grid,
     )
 
 
 def make_field(head: Head, largest_mm: float, mm_per_hz: float) -> tuple[np.ndarray, Grid]:
-    """Off-resonance in Hz on a 3 mm grid of the head frame, with zero mean in the brain.
+    """Off-resonance field in Hz on a 3 mm grid in the head frame, with zero mean in the brain, and the grid.
 
     Parameters
     ----------
     largest_mm : float
         Largest displacement in the brain.
     mm_per_hz : float
-        Displacement of 1 Hz: voxel size times readout time.
+        Displacement per Hz: voxel size times readout time.
+
+    Raises
+    ------
+    SettingsError
+        If the distortion would fold the image.
     """
     grid = head.box(np.asarray(FIELD_OF_VIEW) + 100, 3.0)
     field = np.zeros(grid.shape, np.float32)
     for rows, points in slabs(grid):
         template = head.to_template(points)
         values = sum(
-            weight * np.exp(-((template - centre) ** 2).sum(1) / (2 * width**2)) for centre, width, weight in SOURCES
+            weight * np.exp(-((template - centre) ** 2).sum(1) / (2 * width**2))
+            for centre, width, weight in FIELD_SOURCES
         )
         field[rows] = values.reshape(-1, *grid.shape[1:])
-    inside = read(field, grid, head.brain_points(3))
+    inside = interpolate(field, grid, head.brain_points(3))
     field = (field - inside.mean()) * (largest_mm / mm_per_hz / np.abs(inside - inside.mean()).max())
     steepest = mm_per_hz * max(float(np.abs(np.gradient(field, 3.0, axis=a)).max()) for a in range(3))
     if steepest > 0.9:
         raise SettingsError(
-            f"--distortion {largest_mm}: the image would fold over; use {0.8 / steepest * largest_mm:.1f}"
+            f"--distortion {largest_mm}: the image would fold; use at most {0.8 / steepest * largest_mm:.1f}"
         )
     return field.astype(np.float32), grid
 
 
 def _rigid_vectors(motion: np.ndarray, degrees_per_mm: float = DEGREES_PER_MM) -> np.ndarray:
-    """Rotation vectors (radians) and translations (mm) from six numbers in mm, three of each."""
+    """Rotation vectors (rad) and translations (mm) from six values in mm, the first three as rotations."""
     return np.concatenate([np.deg2rad(degrees_per_mm) * motion[..., :3], motion[..., 3:]], axis=-1)
 
 
 def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
-    """World RAS+ b-vectors (n, 3) in FSL's frame: the image's axes, the first reversed if right-handed."""
-    along = bvecs @ grid.directions
-    return along * ([-1, 1, 1] if np.linalg.det(grid.affine[:3, :3]) > 0 else [1, 1, 1])
+    """Convert b-vectors (n, 3) from world RAS+ to FSL's frame: the image axes, the first reversed if right-handed."""
+    components = bvecs @ grid.directions
+    return components * ([-1, 1, 1] if np.linalg.det(grid.affine[:3, :3]) > 0 else [1, 1, 1])
 
 
 def from_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
-    """The inverse of `to_fsl`."""
-    along = bvecs * ([-1, 1, 1] if np.linalg.det(grid.affine[:3, :3]) > 0 else [1, 1, 1])
-    return along @ np.linalg.inv(grid.directions)
+    """Convert b-vectors (n, 3) from FSL's frame to world RAS+, the inverse of `to_fsl`."""
+    components = bvecs * ([-1, 1, 1] if np.linalg.det(grid.affine[:3, :3]) > 0 else [1, 1, 1])
+    return components @ np.linalg.inv(grid.directions)
 
 
 def _motion(count: int, settings: PhantomSettings, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Six numbers in mm per volume, (n, 6), and which volumes moved. The first volume lies still."""
+    """Motion parameters in mm per volume, (n, 6), and the moved volumes, (n,); the first volume does not move."""
     time = np.linspace(0, 1, count)[:, None]
-    slow = sum(rng.normal(size=6) * np.sin(np.pi * k * time / 2) / k for k in (1, 2, 3))
-    slow = DRIFT * settings.max_motion * slow / max(float(np.abs(slow).max()), 1e-9)
+    drift = sum(rng.normal(size=6) * np.sin(np.pi * k * time / 2) / k for k in (1, 2, 3))
+    drift = DRIFT * settings.max_motion * drift / max(float(np.abs(drift).max()), 1e-9)
     moved = np.zeros(count, bool)
     moved[1 + rng.choice(count - 1, round(settings.moved * (count - 1)), replace=False)] = True
     jumps = rng.uniform(-settings.max_motion, settings.max_motion, (count, 6))
-    small = settings.jitter * rng.spawn(1)[0].normal(size=(count, 6))
-    small[0] = 0
-    return slow + moved[:, None] * jumps + small, moved
+    jitter = settings.jitter * rng.spawn(1)[0].normal(size=(count, 6))
+    jitter[0] = 0
+    return drift + moved[:, None] * jumps + jitter, moved
 
 
 def _eddy_currents(
     bvals: np.ndarray, bvecs: np.ndarray, points: np.ndarray, largest_mm: float, rng: np.random.Generator
 ) -> np.ndarray:
-    """Coefficients (n, 9), linear in the gradient; no scanner point moves by over `largest_mm`."""
+    """Coefficients (n, 9), linear in the gradient, with a largest displacement of `largest_mm` at the given points."""
     response = rng.normal(size=(9, 3)) * np.array([0.3, 1, 1, 1, 0.4, 0.4, 0.4, 0.4, 0.2])[:, None]
     strength = np.sqrt(bvals / max(float(bvals.max()), 1.0))
     coefficients = (strength[:, None] * bvecs) @ response.T

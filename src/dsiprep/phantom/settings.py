@@ -1,4 +1,4 @@
-"""What the phantom is made to look like: every option of `dsiprep-tools phantom`."""
+"""Settings of the phantom: every option of `dsiprep-tools phantom`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEGREES_PER_MM = 1.8
 
 @dataclass(frozen=True)
 class PhantomSettings:
-    """A digital subject, and what goes wrong while it is scanned."""
+    """A simulated subject and the artefacts of its scan."""
 
     scheme: str = option(
         "dsi257",
@@ -24,62 +24,65 @@ class PhantomSettings:
     resolution: float = option(2.5, "voxel size of the DWI in mm", "--resolution", metavar="MM")
     t1w_resolution: float = option(1.0, "voxel size of the T1w in mm", "--t1w-resolution", metavar="MM")
     snr: float = option(
-        25.0, "mean b=0 signal of the brain over the noise (sigma); 0 adds no noise", "--snr", metavar="RATIO"
+        25.0,
+        "mean b=0 signal of the brain divided by the noise standard deviation; 0 adds no noise",
+        "--snr",
+        metavar="RATIO",
     )
     moved: float = option(
         0.15,
-        "fraction of volumes that the head moved in, besides a slow drift",
+        "fraction of volumes with head motion, in addition to a slow drift",
         "--moved",
         metavar="FRACTION",
     )
     max_motion: float = option(
         5.0,
-        "bound of a moved volume's motion along each axis in mm; of its rotation, 1.8 degrees per mm",
+        "largest translation of a moved volume along each axis in mm; rotations are bounded by 1.8 degrees per mm",
         "--max-motion",
         metavar="MM",
     )
     jitter: float = option(
         0.0,
-        "standard deviation of small movements from volume to volume along each axis in mm; of rotations, 1.8 degrees "
-        "per mm",
+        "standard deviation of small random translations of each volume along each axis in mm; 1.8 degrees per mm for "
+        "rotations",
         "--jitter",
         metavar="MM",
     )
     distortion: float = option(
         5.0,
-        "largest displacement of the brain by the off-resonance field, in mm",
+        "largest displacement of brain signal by the off-resonance field, in mm",
         "--distortion",
         metavar="MM",
     )
-    eddy: float = option(0.0, "largest displacement of the brain by eddy currents, in mm", "--eddy", metavar="MM")
+    eddy: float = option(0.0, "largest displacement of brain signal by eddy currents, in mm", "--eddy", metavar="MM")
     dropout: float = option(
         0.0,
-        "fraction of slices of diffusion-weighted volumes that lose signal",
+        "fraction of slices of diffusion-weighted volumes with signal dropout",
         "--dropout",
         metavar="FRACTION",
     )
     orientation: str = option(
         "LAS", "voxel axes of the DWI; oblique is LAS, tilted", "--orientation", choices=ORIENTATIONS
     )
-    ideal: bool = option(True, "do not write the ideal DWI (saves half the time)", "--no-ideal")
-    seed: int = option(1, "anatomy, motion and noise are drawn from this", "--seed", metavar="N")
+    ideal: bool = option(True, "do not write the ideal DWI (halves the run time)", "--no-ideal")
+    seed: int = option(1, "seed of the random anatomy, motion and noise", "--seed", metavar="N")
 
     def check(self) -> None:
-        """Raise `SettingsError` where a value cannot work."""
+        """Raise a SettingsError for values out of range."""
         if not 0.5 <= self.resolution <= 10 or not 0.5 <= self.t1w_resolution <= 4:
-            raise SettingsError("the phantom's voxels must be 0.5 to 10 mm (DWI) and 0.5 to 4 mm (T1w)")
+            raise SettingsError("voxel sizes of the phantom must be 0.5 to 10 mm (DWI) and 0.5 to 4 mm (T1w)")
         for name in ("moved", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"--{name} {getattr(self, name)}: a fraction between 0 and 1 is needed")
+                raise SettingsError(f"--{name} {getattr(self, name)}: expected a fraction between 0 and 1")
         for name in ("snr", "max_motion", "jitter", "distortion", "eddy"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.orientation not in ORIENTATIONS:
-            raise SettingsError(f"--orientation {self.orientation}: one of {', '.join(ORIENTATIONS)} is needed")
+            raise SettingsError(f"--orientation {self.orientation}: expected one of {', '.join(ORIENTATIONS)}")
 
 
 def demo_settings() -> PhantomSettings:
-    """A small subject with everything wrong that the pipeline corrects, built in well under a minute."""
+    """A small subject with motion, distortion and signal dropout, simulated in well under a minute."""
     return PhantomSettings(
         scheme="hasc55", resolution=3.0, t1w_resolution=1.5, moved=0.3, dropout=0.005, ideal=False, seed=7
     )

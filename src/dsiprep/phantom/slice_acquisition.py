@@ -1,4 +1,4 @@
-"""Slices: which of them one shot acquires, when it does, and what is left of them where it failed."""
+"""Slice acquisition: simultaneously excited slices, slice timing and signal dropout."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import numpy as np
 
 REPETITION_TIME = 4.2  # s
 MULTIBAND = 2
-LEFT = (0.2, 0.5)  # of a lost slice's signal, at least and at most
-B0 = 50.0  # s/mm²; only diffusion weighting makes a jerk of the head cost signal
+DROPOUT_SIGNAL = (0.2, 0.5)  # range of the remaining signal fraction of an outlier slice
+B0_LIMIT = 50.0  # s/mm²; sudden head motion causes dropout only with diffusion weighting
 
 
 def shots(slices: int) -> np.ndarray:
-    """The number of the shot that acquires each slice: `MULTIBAND` slices by one where their number allows it.
+    """Index of the shot that acquires each slice, with `MULTIBAND` slices per shot if `slices` is a multiple of it.
 
     Parameters
     ----------
     slices : int
+        Number of slices.
 
     Returns
     -------
     ndarray, (slices,) int
-        From 0, without gaps; slices of one number are excited together.
+        Consecutive from 0; slices with the same index are excited together.
     """
     return np.arange(slices) % (slices // MULTIBAND if slices % MULTIBAND == 0 else slices)
 
 
 def slice_timing(slices: int) -> list[float]:
-    """Start of each slice in s: shots are interleaved, slices of one shot start together."""
+    """Start time of each slice in s, with interleaved shots; slices of one shot start together."""
     shot = shots(slices)
     count = int(shot.max()) + 1
     starts = np.empty(count)
@@ -34,25 +35,26 @@ def slice_timing(slices: int) -> list[float]:
     return [round(float(start), 6) for start in starts[shot]]
 
 
-def kept_signal(bvals: np.ndarray, slices: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
-    """What is left of each slice where the head jerked during some shots.
+def remaining_signal(bvals: np.ndarray, slices: int, fraction: float, rng: np.random.Generator) -> np.ndarray:
+    """Remaining signal fraction of each slice after sudden head motion during some shots.
 
     Parameters
     ----------
     bvals : ndarray, (n,)
-        s/mm²; b=0 volumes lose nothing.
+        s/mm²; b=0 volumes have no dropout.
     slices : int
-        Of each volume.
+        Number of slices per volume.
     fraction : float
-        Chance of a shot of a diffusion-weighted volume to fail, which is also the expected fraction of lost slices.
+        Probability of dropout for each shot of a diffusion-weighted volume, and thus the expected fraction of outlier
+        slices.
     rng : Generator
 
     Returns
     -------
     ndarray, (n, slices)
-        1, or between the two of `LEFT` for all slices of a failed shot, each by itself: how much signal a slice
-        loses depends on how fast the head moved there.
+        1, or, for all slices of an affected shot, drawn from `DROPOUT_SIGNAL` independently, because the dropout of a
+        slice depends on the local speed of the head.
     """
     shot = shots(slices)
-    failed = (rng.random((len(bvals), int(shot.max()) + 1)) < fraction) & (bvals[:, None] > B0)
-    return np.where(failed[:, shot], rng.uniform(*LEFT, (len(bvals), slices)), 1.0)
+    affected = (rng.random((len(bvals), int(shot.max()) + 1)) < fraction) & (bvals[:, None] > B0_LIMIT)
+    return np.where(affected[:, shot], rng.uniform(*DROPOUT_SIGNAL, (len(bvals), slices)), 1.0)

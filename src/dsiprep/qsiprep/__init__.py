@@ -1,5 +1,5 @@
-"""For those who stay on QSIPrep: its image with GPU commands, and its command for a dataset.
+"""Tools for users of QSIPrep: an image with GPU commands, and the QSIPrep command for a dataset.
 
-QSIPrep is read, never imported and never run. What is said of its releases was read in their own wheels and source
-archives on PyPI (`qsiprep/cli/parser.py`, `Dockerfile`, `pixi.lock`), and a test reads them again.
+The source of QSIPrep is read but never imported or run. All facts about its releases come from their wheels and source
+archives on PyPI (`qsiprep/cli/parser.py`, `Dockerfile`, `pixi.lock`), and the tests check them against the wheels.
 """

@@ -1,4 +1,4 @@
-"""What a dataset has that decides how QSIPrep is to be run: sampling scheme, reversed phase encoding, anatomy."""
+"""Properties of a dataset that decide how to run QSIPrep: sampling scheme, fieldmaps, anatomy, voxel size."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from dsiprep.settings import Settings
 
 @dataclass(frozen=True)
 class Case:
-    """Subjects that are run with the same options.
+    """A group of subjects that need the same options.
 
     Attributes
     ----------
     shelled : bool
-        All their series are of shells; otherwise all are of q-space sampling without shells.
+        Whether all their series are shelled; otherwise none of them is.
     anatomy : str
         "T1w", "T2w" (no T1w) or "none".
     pairs : bool
-        Some of their series have an opposite phase encoding.
+        Whether any of their series has reversed phase encoding.
     fieldmap : bool
-        Some have a gradient-echo fieldmap.
+        Whether any of their series has a gradient-echo fieldmap.
     spacing : float
-        mm; the smallest edge of their voxels.
+        Smallest voxel edge in mm.
     subjects : tuple of str
         Labels without `sub-`.
     schemes : tuple of str
-        In words.
+        Descriptions of their sampling schemes.
     """
 
     shelled: bool
@@ -48,7 +48,7 @@ class Case:
 def find_cases(
     bids_dir: Path, participants: Sequence[str] | None, sessions: Sequence[str] | None, filters: Filters | None
 ) -> list[Case]:
-    """Look at a dataset.
+    """Group the subjects of a dataset by the options that they need.
 
     Parameters
     ----------
@@ -56,7 +56,7 @@ def find_cases(
     participants, sessions : sequence of str, optional
         Labels; all by default.
     filters : dict, optional
-        As in a `--bids-filter-file`.
+        Content of a `--bids-filter-file`.
 
     Returns
     -------
@@ -66,7 +66,8 @@ def find_cases(
     Raises
     ------
     InputError
-        If there is nothing to preprocess, a b-table cannot be read, or one subject has series of both kinds.
+        If there is nothing to preprocess, if a b-table cannot be read, or if a subject has both shelled and
+        other series.
     """
     settings = Settings()
     units = find_units(bids_dir, settings, participants=participants, sessions=sessions, filters=filters)
@@ -74,29 +75,29 @@ def find_cases(
     for unit in units:
         by_subject.setdefault(unit.subject, []).append(unit)
     threshold = settings.acquisition.b0_threshold
-    together: dict[tuple[object, ...], list[Case]] = {}
-    for case in (_of_subject(label, members, threshold) for label, members in by_subject.items()):
+    groups: dict[tuple[object, ...], list[Case]] = {}
+    for case in (_case_of_subject(label, subject_units, threshold) for label, subject_units in by_subject.items()):
         key = (case.shelled, case.anatomy, case.pairs, case.fieldmap, case.spacing)
-        together.setdefault(key, []).append(case)
-    return [_joined(cases) for cases in together.values()]
+        groups.setdefault(key, []).append(case)
+    return [_merge(cases) for cases in groups.values()]
 
 
-def _of_subject(label: str, units: list[Unit], b0_threshold: float) -> Case:
+def _case_of_subject(label: str, units: list[Unit], b0_threshold: float) -> Case:
     schemes = [scheme for unit in units if (scheme := _scheme(unit, b0_threshold)).kind != "b0-only"]
     if not schemes:
-        raise InputError(f"sub-{label}: only b=0 volumes; there is nothing for QSIPrep to do")
-    # what QSIPrep would join into one series is looked at run by run too
+        raise InputError(f"sub-{label}: only b=0 volumes, which QSIPrep cannot process")
+    # also classify the runs one by one, because QSIPrep would concatenate them
     runs = [_scheme(replace(unit, runs=(run,)), b0_threshold) for unit in units for run in unit.runs]
-    grids = [scheme for scheme in runs if scheme.kind in ("DSI", "CS-DSI")]
+    lattices = [scheme for scheme in runs if scheme.kind in ("DSI", "CS-DSI")]
     shells = [scheme for scheme in runs if scheme.shelled]
-    if len({scheme.shelled for scheme in schemes}) > 1 or (grids and shells):
-        kinds = "; ".join(dict.fromkeys(scheme.description for scheme in (*grids, *shells) or schemes))
+    if len({scheme.shelled for scheme in schemes}) > 1 or (lattices and shells):
+        descriptions = "; ".join(dict.fromkeys(scheme.description for scheme in (*lattices, *shells) or schemes))
         raise InputError(
-            f"sub-{label} has shelled and other sampling ({kinds}); QSIPrep takes one motion model a run: choose "
-            "series with --bids-filter-file or --session-label, and ask once for each"
+            f"sub-{label} has both shelled and other series ({descriptions}), but a QSIPrep run uses one motion model: "
+            "select series with --bids-filter-file or --session-label and write one command for each"
         )
     images = [unit.t1w for unit in units], [unit.t2w for unit in units]
-    anatomy = next((name for name, found in zip(("T1w", "T2w"), images, strict=True) if any(found)), "none")
+    anatomy = next((name for name, paths in zip(("T1w", "T2w"), images, strict=True) if any(paths)), "none")
     spacing = min(min(read_spacing(run.image)) for unit in units for run in unit.runs)
     return Case(
         shelled=schemes[0].shelled,
@@ -113,13 +114,13 @@ def _scheme(unit: Unit, b0_threshold: float) -> SamplingScheme:
     scheme = scheme_of(unit, b0_threshold)
     if scheme is None:
         raise InputError(
-            f"{unit.name}: its b-values or b-vectors cannot be read, so its sampling is not known; "
-            f"{unit.runs[0].bval} and {unit.runs[0].bvec.name} are wanted, as FSL writes them"
+            f"{unit.name}: the b-values or b-vectors cannot be read, so the sampling scheme is unknown; "
+            f"expected {unit.runs[0].bval} and {unit.runs[0].bvec.name} in FSL format"
         )
     return scheme
 
 
-def _joined(cases: list[Case]) -> Case:
+def _merge(cases: list[Case]) -> Case:
     first = cases[0]
     return Case(
         first.shelled,
@@ -128,5 +129,5 @@ def _joined(cases: list[Case]) -> Case:
         first.fieldmap,
         first.spacing,
         tuple(label for case in cases for label in case.subjects),
-        tuple(dict.fromkeys(words for case in cases for words in case.schemes)),
+        tuple(dict.fromkeys(scheme for case in cases for scheme in case.schemes)),
     )

@@ -1,4 +1,4 @@
-"""Whether a release can run tasks on a GPU by itself, read from its own parser."""
+"""GPU tasks that a release of QSIPrep supports without changes, read from its command-line parser."""
 
 from __future__ import annotations
 
@@ -12,43 +12,42 @@ PARSER, TASKS = "cli/parser.py", "utils/gpu.py"
 
 
 def gpu_tasks(source: Source) -> dict[str, str | None]:
-    """What `--gpu` takes, and the program that each task then calls; empty where there is no such option.
+    """Return the values of `--gpu` and the program that each task calls; empty if the release has no such option.
 
-    Where only one module is there, without the parser, a class that names a `_cuda_cmd` beside its `_cmd` tells the
-    same.
+    If the source contains only one module and not the parser, the tasks are the classes that define a `_cuda_cmd`.
 
     Parameters
     ----------
     source : Source
-        QSIPrep's modules.
+        Modules of QSIPrep.
 
     Returns
     -------
     dict of str to str or None
-        `{"drbuddi": "DRBUDDI_cuda", ...}`; None where the release finds the program itself.
+        `{"drbuddi": "DRBUDDI_cuda", ...}`; None if the release selects the program itself.
     """
     if PARSER in source.modules:
-        if not any("--gpu" in options(call) for call in add_argument_calls(source.modules[PARSER])):
+        if not any("--gpu" in option_strings(call) for call in add_argument_calls(source.modules[PARSER])):
             return {}
         return _task_table(source.modules.get(TASKS, b""))
     return dict(_cuda_commands(source.modules))
 
 
 def task_of(swap: Swap, tasks: dict[str, str | None]) -> str | None:
-    """The task of `--gpu` that does what a swap asks for, or None."""
+    """Return the task of `--gpu` with the effect of a swap, or None."""
     program = swap.command if swap.replacement == GPU else swap.replacement
-    return next((task for task, called in tasks.items() if called == program), None)
+    return next((task for task, task_program in tasks.items() if task_program == program), None)
 
 
 def add_argument_calls(parser: bytes) -> Iterator[ast.Call]:
-    """Every `add_argument` of a parser's source."""
+    """Yield all `add_argument` calls in the source of a parser."""
     for node in ast.walk(ast.parse(parser)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
             yield node
 
 
-def options(call: ast.Call) -> list[str]:
-    """The names of an option."""
+def option_strings(call: ast.Call) -> list[str]:
+    """Option strings of an `add_argument` call."""
     return [part.value for part in call.args if isinstance(part, ast.Constant) and isinstance(part.value, str)]
 
 

@@ -1,4 +1,4 @@
-"""Which of QSIPrep's options suit a dataset, in the words of one release, each with its reason."""
+"""Choose the options of a QSIPrep release for a group of subjects, each with its reason."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dsiprep.errors import SettingsError
 from dsiprep.qsiprep.dataset_cases import Case
 from dsiprep.qsiprep.releases import Release
 
-WORK = "/work"  # where the container sees the work folder
+WORK = "/work"  # work folder inside the container
 
-# The defaults of QSIPrep's own eddy_params.json, but for CUDA; `flm` was linear up to 0.24.0.
-EDDY = {
+# The defaults of QSIPrep's eddy_params.json, except for `use_cuda`; `flm` was linear up to 0.24.0.
+EDDY_CONFIG = {
     "flm": "quadratic", "slm": "linear", "fep": False, "interp": "spline", "nvoxhp": 1000, "fudge_factor": 10,
     "dont_sep_offs_move": False, "dont_peas": False, "niter": 5, "method": "jac", "repol": True, "num_threads": 1,
     "is_shelled": True, "use_cuda": True, "cnr_maps": True, "residuals": False, "output_type": "NIFTI_GZ", "args": "",
@@ -22,28 +22,28 @@ EDDY = {
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What the user asked for.
+class UserOptions:
+    """Options numbers by the user.
 
     Attributes
     ----------
     gpu : bool
-        Use one wherever the release can.
+        Use a GPU for all steps that support it in the release.
     method : str
         "shoreline" or "tortoise", for data without shells.
     iterations : int
-        Of SHORELine.
+        Number of SHORELine iterations.
     resolution : float or None
-        mm; None takes that of the data.
+        Output voxel size in mm; None uses that of the data.
     skip_normalization : bool
     nprocs : int
-        Threads in all.
+        Total number of threads.
     omp_nthreads : int or None
-        Threads of one step; by default all of them, 8 at most.
+        Threads per step; by default all of them, but at most 8.
     sessions : tuple of str
         Labels.
     license, filters : Path or None
-        FreeSurfer's licence; a BIDS filter file.
+        FreeSurfer licence and BIDS filter file.
     """
 
     gpu: bool = False
@@ -59,186 +59,198 @@ class Wishes:
 
 
 @dataclass(frozen=True)
-class Choice:
-    """Words of the command line, and why."""
+class Option:
+    """Command-line arguments and the reason for them."""
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     reason: str
 
 
 @dataclass(frozen=True)
-class Choices:
-    """All that was decided for one case.
+class OptionPlan:
+    """Everything that is plan for one group of subjects.
 
     Attributes
     ----------
-    options : list of Choice
-        QSIPrep's.
+    options : list of Option
+        Options of QSIPrep.
     gpu : str
-        Why the container gets a GPU; empty if it does not.
-    changed : tuple of str
-        Swaps that the image needs, as `dsiprep-tools qsiprep-image` takes them.
+        Reason reason the container needs a GPU; empty if it does not.
+    swaps : tuple of str
+        Values of `dsiprep-tools qsiprep-image --swap` for the image; empty for the released image.
     config : dict of str to str
-        Files that the options name, by name; they go into the work folder.
+        Contents of configuration files in the work folder, by file name.
     """
 
-    options: list[Choice]
+    options: list[Option]
     gpu: str
-    changed: tuple[str, ...]
+    swaps: tuple[str, ...]
     config: dict[str, str]
 
 
-def choose_options(release: Release, case: Case, wishes: Wishes) -> Choices:
-    """Decide for one case.
+def choose_options(release: Release, case: Case, user: UserOptions) -> OptionPlan:
+    """Choose the options for one group of subjects.
 
     Parameters
     ----------
     release : Release
     case : Case
-    wishes : Wishes
+    user : UserOptions
 
     Returns
     -------
-    Choices
+    OptionPlan
 
     Raises
     ------
     SettingsError
-        If the release has not what was asked for.
+        If the release lacks a requested option, or if a number is not positive.
     """
-    if wishes.method == "tortoise" and not release.has_methods:
+    if user.method == "tortoise" and not release.has_method_options:
         raise SettingsError(
-            f"--hmc-method tortoise: QSIPrep has it from 26.1.0 on, not in {release.version}; leave it out, or take "
+            f"--hmc-method tortoise requires QSIPrep 26.1.0 or later, not {release.version}; remove it or use "
             "--version 26.1.1"
         )
-    given = {
-        "--shoreline-iters": wishes.iterations,
-        "--nprocs": wishes.nprocs,
-        "--omp-nthreads": wishes.omp_nthreads,
-        "--output-resolution": wishes.resolution,
+    numbers = {
+        "--shoreline-iters": user.iterations,
+        "--nprocs": user.nprocs,
+        "--omp-nthreads": user.omp_nthreads,
+        "--output-resolution": user.resolution,
     }
-    for option, number in given.items():
+    for option, number in numbers.items():
         if number is not None and not number > 0:
-            raise SettingsError(f"{option} {number}: more than 0 is wanted")
-    chosen = _shells(release, case, wishes) if case.shelled else _q_space(release, case, wishes)
-    chosen.options.extend([*_anatomy(case, wishes), *_shape(case, wishes), *_selection(release, case, wishes)])
-    return chosen
+            raise SettingsError(f"{option} {number}: must be greater than 0")
+    plan = _shell_options(release, case, user) if case.shelled else _q_space_options(release, case, user)
+    plan.options.extend(_anatomy_options(case, user))
+    plan.options.extend(_resource_options(case, user))
+    plan.options.extend(_selection_options(release, case, user))
+    return plan
 
 
-def _q_space(release: Release, case: Case, wishes: Wishes) -> Choices:
-    """Never eddy, never TOPUP."""
-    if not release.has_methods:
+def _q_space_options(release: Release, case: Case, user: UserOptions) -> OptionPlan:
+    """Options for data without shells: FSL eddy needs shells, and QSIPrep cannot combine SHORELine with TOPUP."""
+    if not release.has_method_options:
         options = [
-            Choice(("--hmc-model", "3dSHORE"), "without shells in q-space; eddy would fit shells to what has none"),
-            Choice(("--hmc-transform", "Rigid"), "a head is rigid; Affine, the default, is not more accurate (Cieslak "
-                   "et al. 2024, doi 10.1002/hbm.26570)"),
-            Choice(("--shoreline-iters", str(wishes.iterations)), _iterations(wishes)),
-            Choice(("--pepolar-method", "DRBUDDI"), f"{_field(case, 'DRBUDDI')} TOPUP, the default, "
-                   "goes with eddy: with 3dSHORE QSIPrep stops at it"),
+            Option(("--hmc-model", "3dSHORE"), "does not need shells; FSL eddy does"),
+            Option(("--hmc-transform", "Rigid"), "head motion is rigid; Affine, the default, is not more accurate "
+                   "(Cieslak et al. 2024, doi 10.1002/hbm.26570)"),
+            Option(("--shoreline-iters", str(user.iterations)), _iterations_reason(user)),
+            Option(("--pepolar-method", "DRBUDDI"), f"{_distortion_reason(case, 'DRBUDDI')} QSIPrep cannot "
+                   "combine TOPUP, the default, with 3dSHORE"),
         ]  # fmt: skip
-        uses_gpu = wishes.gpu and case.pairs
-        reason = "for DRBUDDI_cuda; the released image calls the CPU's DRBUDDI, so this one is built with it"
-        return Choices(options, reason if uses_gpu else "", ("DRBUDDI=DRBUDDI_cuda",) if uses_gpu else (), {})
-    options, config = _motion_methods(wishes)
-    options.append(Choice(("--sdc-method", "drbuddi"), f"{_field(case, 'DRBUDDI')} TOPUP goes with eddy alone"))
-    tasks = (["diffprep"] if wishes.method == "tortoise" else []) + (["drbuddi"] if case.pairs else [])
-    if not (wishes.gpu and tasks):
-        return Choices(options, "", (), config)
-    options.append(Choice(("--gpu", *tasks), "these steps; synthstrip and synthseg can be added where the card has "
-                          "the memory"))  # fmt: skip
-    return Choices(options, f"for --gpu {' '.join(tasks)}", (), config)
+        uses_gpu = user.gpu and case.pairs
+        reason = "for DRBUDDI_cuda; the released image runs DRBUDDI on the CPU, so a modified image is needed"
+        return OptionPlan(options, reason if uses_gpu else "", ("DRBUDDI=DRBUDDI_cuda",) if uses_gpu else (), {})
+    options, config = _motion_options(user)
+    options.append(
+        Option(("--sdc-method", "drbuddi"), f"{_distortion_reason(case, 'DRBUDDI')} QSIPrep runs TOPUP only with eddy")
+    )
+    tasks = (["diffprep"] if user.method == "tortoise" else []) + (["drbuddi"] if case.pairs else [])
+    if not (user.gpu and tasks):
+        return OptionPlan(options, "", (), config)
+    options.append(Option(("--gpu", *tasks), "steps that use the GPU; synthstrip and synthseg can be added if "
+                          "its memory suffices"))  # fmt: skip
+    return OptionPlan(options, f"for --gpu {' '.join(tasks)}", (), config)
 
 
-def _motion_methods(wishes: Wishes) -> tuple[list[Choice], dict[str, str]]:
-    if wishes.method == "tortoise":
-        why = "DIFFPREP: motion and eddy currents on any q-space sampling; eddy would fit shells to what has none"
-        return [Choice(("--hmc-method", "tortoise"), why)], {}
-    why = ("SHORELine: without shells in q-space; eddy would fit shells to what has none. QSIPrep is going to drop it: "
-           "--hmc-method tortoise is the other method without shells")  # fmt: skip
-    settings = {"model": "3dshore", "iters": wishes.iterations, "transform": "Rigid"}
+def _motion_options(user: UserOptions) -> tuple[list[Option], dict[str, str]]:
+    if user.method == "tortoise":
+        reason = "DIFFPREP corrects motion and eddy currents for any q-space sampling; FSL eddy needs shells"
+        return [Option(("--hmc-method", "tortoise"), reason)], {}
+    reason = (
+        "SHORELine does not need shells; FSL eddy does. QSIPrep plans to remove SHORELine; --hmc-method tortoise is "
+        "the other method that does not need shells"
+    )
+    settings = {"model": "3dshore", "iters": user.iterations, "transform": "Rigid"}
     return [
-        Choice(("--hmc-method", "shoreline"), why),
-        Choice(("--shoreline-config", f"{WORK}/shoreline.json"), f"a head is rigid; {_iterations(wishes)}"),
+        Option(("--hmc-method", "shoreline"), reason),
+        Option(("--shoreline-config", f"{WORK}/shoreline.json"), f"head motion is rigid; {_iterations_reason(user)}"),
     ], {"shoreline.json": json.dumps(settings)}
 
 
-def _iterations(wishes: Wishes) -> str:
-    if wishes.iterations == 1:
-        return "one round: half the time, and targets that are still blurred by motion"
-    return f"{wishes.iterations} rounds; each later one predicts from volumes that were aligned before"
+def _iterations_reason(user: UserOptions) -> str:
+    if user.iterations == 1:
+        return "one iteration takes half the time, but its predictions are still blurred by motion"
+    return f"{user.iterations} iterations; each one after the first predicts from aligned volumes"
 
 
-def _field(case: Case, corrector: str) -> str:
-    """What there is to correct distortion with."""
+def _distortion_reason(case: Case, method: str) -> str:
+    """Sentence about the available data for distortion correction."""
     if case.pairs:
-        return f"there are reversed phase encodings, from which {corrector} corrects distortion."
+        return f"{method} corrects distortion with the reversed phase encodings."
     if case.fieldmap:
         return "no reversed phase encodings; QSIPrep uses the gradient-echo fieldmap."
-    return "no reversed phase encodings and no fieldmap: distortion stays."
+    return "no reversed phase encodings and no fieldmap, so distortion is not corrected."
 
 
-def _shells(release: Release, case: Case, wishes: Wishes) -> Choices:
-    why = "shells, whose signal eddy models, with its eddy currents"
-    if release.has_methods:
+def _shell_options(release: Release, case: Case, user: UserOptions) -> OptionPlan:
+    reason = "shelled data; eddy corrects motion and eddy currents"
+    if release.has_method_options:
         options = [
-            Choice(("--hmc-method", "eddy"), why),
-            Choice(("--sdc-method", "topup"), f"{_field(case, 'TOPUP')} It goes with eddy"),
+            Option(("--hmc-method", "eddy"), reason),
+            Option(
+                ("--sdc-method", "topup"), f"{_distortion_reason(case, 'TOPUP')} TOPUP is QSIPrep's method with eddy"
+            ),
         ]
-        if wishes.gpu:
-            options.append(Choice(("--gpu", "eddy"), "eddy on CUDA"))
-        return Choices(options, "for --gpu eddy" if wishes.gpu else "", (), {})
+        if user.gpu:
+            options.append(Option(("--gpu", "eddy"), "eddy on CUDA"))
+        return OptionPlan(options, "for --gpu eddy" if user.gpu else "", (), {})
     options = [
-        Choice(("--hmc-model", "eddy"), why),
-        Choice(("--pepolar-method", "TOPUP"), f"{_field(case, 'TOPUP')} It goes with eddy"),
+        Option(("--hmc-model", "eddy"), reason),
+        Option(
+            ("--pepolar-method", "TOPUP"), f"{_distortion_reason(case, 'TOPUP')} TOPUP is QSIPrep's method with eddy"
+        ),
     ]
-    if not wishes.gpu:
-        return Choices(options, "", (), {})
-    options.append(Choice(("--eddy-config", f"{WORK}/eddy.json"), "QSIPrep's own settings of eddy, with use_cuda"))
-    settings = EDDY | ({"flm": "linear"} if release.numbers < (1, 0, 0) else {})
-    called, there = release.eddy_cuda
-    changed = () if called == there else (f"{called}={there}",)
-    return Choices(options, "for eddy on CUDA", changed, {"eddy.json": json.dumps(settings)})
+    if not user.gpu:
+        return OptionPlan(options, "", (), {})
+    options.append(Option(("--eddy-config", f"{WORK}/eddy.json"), "QSIPrep's default settings of eddy, with use_cuda"))
+    settings = EDDY_CONFIG | ({"flm": "linear"} if release.numbers < (1, 0, 0) else {})
+    called, available = release.eddy_cuda_commands
+    swaps = () if called == available else (f"{called}={available}",)
+    return OptionPlan(options, "for eddy on CUDA", swaps, {"eddy.json": json.dumps(settings)})
 
 
-def _anatomy(case: Case, wishes: Wishes) -> list[Choice]:
+def _anatomy_options(case: Case, user: UserOptions) -> list[Option]:
     options = []
     if case.anatomy == "T2w":
-        options.append(Choice(("--anat-modality", "T2w"), "there is no T1w"))
+        options.append(Option(("--anat-modality", "T2w"), "no T1w image"))
     if case.anatomy == "none":
-        options.append(Choice(("--anat-modality", "none"), "there is neither T1w nor T2w"))
-    elif wishes.skip_normalization:
+        options.append(Option(("--anat-modality", "none"), "no T1w or T2w image"))
+    elif user.skip_normalization:
         options.append(
-            Choice(("--skip-anat-based-spatial-normalization",), "as asked; `dsiprep-tools add-normalization` makes "
-                   "the transforms later that QSIRecon's atlases need")
+            Option(("--skip-anat-based-spatial-normalization",), "as requested; `dsiprep-tools add-normalization` "
+                   "can add the transforms that QSIRecon's atlases need")
         )  # fmt: skip
     return options
 
 
-def _shape(case: Case, wishes: Wishes) -> list[Choice]:
-    size = case.spacing if wishes.resolution is None else wishes.resolution
-    why = "mm; the smallest edge of the voxels" if wishes.resolution is None else "mm; as asked"
-    shoreline = not case.shelled and wishes.method == "shoreline"
-    side_by_side = "; SHORELine registers so many volumes side by side" if shoreline else ""
+def _resource_options(case: Case, user: UserOptions) -> list[Option]:
+    size = case.spacing if user.resolution is None else user.resolution
+    reason = "mm; smallest voxel edge of the data" if user.resolution is None else "mm; as requested"
+    shoreline = not case.shelled and user.method == "shoreline"
+    parallel = "; SHORELine registers as many volumes in parallel" if shoreline else ""
     steps = "eddy or ANTs" if case.shelled else "DRBUDDI or ANTs"
     return [
-        Choice(("--output-resolution", f"{size:g}"), why),
-        Choice(("--nprocs", str(wishes.nprocs)), f"threads in all{side_by_side}"),
-        Choice(
-            ("--omp-nthreads", str(wishes.omp_nthreads or min(8, wishes.nprocs))),
-            f"threads of one step, such as {steps}",
+        Option(("--output-resolution", f"{size:g}"), reason),
+        Option(("--nprocs", str(user.nprocs)), f"total threads{parallel}"),
+        Option(
+            ("--omp-nthreads", str(user.omp_nthreads or min(8, user.nprocs))),
+            f"threads per step, such as {steps}",
         ),
     ]
 
 
-def _selection(release: Release, case: Case, wishes: Wishes) -> list[Choice]:
-    options = [Choice(("--participant-label", *case.subjects), "those that these options suit")]
-    if wishes.sessions:
+def _selection_options(release: Release, case: Case, user: UserOptions) -> list[Option]:
+    options = [Option(("--participant-label", *case.subjects), "subjects that need these options")]
+    if user.sessions:
         if release.session_option is None:
-            raise SettingsError(f"--session-label: QSIPrep {release.version} cannot choose sessions; 0.24.0 and later "
-                                "can, and --bids-filter-file can always")  # fmt: skip
-        options.append(Choice((release.session_option, *wishes.sessions), "as asked"))
-    if wishes.filters:
-        options.append(Choice(("--bids-filter-file", "/filter.json"), "as asked"))
-    if wishes.license and release.takes_license:
-        options.append(Choice(("--fs-license-file", "/license.txt"), "FreeSurfer's programs in the image"))
-    return [*options, Choice(("-w", WORK), "intermediate files; keep it to go on after a stop")]
+            raise SettingsError(f"--session-label: QSIPrep {release.version} cannot select sessions; use 0.24.0 or "
+                                "later, or --bids-filter-file")  # fmt: skip
+        options.append(Option((release.session_option, *user.sessions), "as requested"))
+    if user.filters:
+        options.append(Option(("--bids-filter-file", "/filter.json"), "as requested"))
+    if user.license and release.has_license_option:
+        options.append(
+            Option(("--fs-license-file", "/license.txt"), "licence for the FreeSurfer programs in the image")
+        )
+    return [*options, Option(("-w", WORK), "intermediate files, from which an interrupted run resumes")]

@@ -1,7 +1,7 @@
-"""The methods section and its references, put together from what was done.
+"""The methods section and its references, assembled from the processing steps that were applied.
 
-Each stage keeps the text of its methods beside its algorithm (`METHODS`); here the paragraphs that apply are
-put in order, and citation keys (`[@key]`) are resolved in `references.bib`.
+Each stage keeps its methods text next to its algorithm (`METHODS`). This module selects and orders the paragraphs
+that apply, and resolves citation keys (`[@key]`) in `references.bib`.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from dsiprep.stages import (
 )
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
-CORRECTIONS = {**distortion.METHODS, **fieldmap.METHODS, **fieldmapless.METHODS, **tortoise.METHODS}
-DASH = "\N{EN DASH}"
-KEY = re.compile(r"@([A-Za-z][\w-]*)")
-GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")
+DISTORTION_METHODS = {**distortion.METHODS, **fieldmap.METHODS, **fieldmapless.METHODS, **tortoise.METHODS}
+EN_DASH = "\N{EN DASH}"
+CITATION_KEY = re.compile(r"@([A-Za-z][\w-]*)")
+CITATION_GROUP = re.compile(r"\[(@[A-Za-z][\w-]*(?:\s*;\s*@[A-Za-z][\w-]*)*)\]")
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One entry of the bibliography: key, fields by lower-case name, and its BibTeX text."""
+    """One entry of the bibliography: citation key, fields by lower-case name, and BibTeX source."""
 
     key: str
     fields: dict[str, str]
@@ -48,55 +48,61 @@ class Reference:
 
     @property
     def authors(self) -> list[str]:
-        """Family names."""
-        people = re.split(r"\s+and\s+", self.fields.get("author", ""))
-        return [_plain(person.split(",")[0]) for person in people]
+        """Family names of the authors."""
+        return [_strip_tex(name.split(",")[0]) for name in self._author_names]
 
     @property
     def short(self) -> str:
-        """ "Cieslak et al. 2021"."""
+        """Author-year citation: "Cieslak et al. 2021"."""
         names = self.authors
-        who = names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
-        return f"{who} {self.fields.get('year', '')}".strip()
+        authors = (
+            names[0] if len(names) == 1 else f"{names[0]} and {names[1]}" if len(names) == 2 else f"{names[0]} et al."
+        )
+        return f"{authors} {self.fields.get('year', '')}".strip()
 
     @property
-    def line(self) -> str:
-        """Authors, year, title, where, DOI: one line of a list of references."""
-        people = [_plain(person) for person in re.split(r"\s+and\s+", self.fields.get("author", ""))]
-        shown = "; ".join(people[:6] + (["et al."] if len(people) > 6 else [])).replace("; others", "; et al.")
-        where = self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
-        number = self.fields.get("volume", "")
-        pages = self.fields.get("pages", "").replace("--", DASH)
-        place = where + (f" {number}" if number else "") + (f", {pages}" if pages else "")
-        parts = (f"{shown} ({self.fields.get('year', '')})", self.fields.get("title", ""), place)
-        return ". ".join(_plain(part) for part in parts if part) + "."
+    def formatted(self) -> str:
+        """Entry of a reference list, without its link: authors (year). Title. Journal volume, pages."""
+        names = [_strip_tex(name) for name in self._author_names]
+        authors = "; ".join(names[:6] + (["et al."] if len(names) > 6 else [])).replace("; others", "; et al.")
+        source = self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
+        volume = self.fields.get("volume", "")
+        pages = self.fields.get("pages", "").replace("--", EN_DASH)
+        source += (f" {volume}" if volume else "") + (f", {pages}" if pages else "")
+        parts = (f"{authors} ({self.fields.get('year', '')})", self.fields.get("title", ""), source)
+        return ". ".join(_strip_tex(part) for part in parts if part) + "."
 
     @property
     def link(self) -> str:
-        """Where it is found, or an empty string."""
+        """DOI link, otherwise the URL, otherwise an empty string."""
         doi = self.fields.get("doi", "")
         return f"https://doi.org/{doi}" if doi else self.fields.get("url", "")
 
+    @property
+    def _author_names(self) -> list[str]:
+        return re.split(r"\s+and\s+", self.fields.get("author", ""))
 
-def _plain(text: str) -> str:
-    return text.replace("{", "").replace("}", "").replace("--", DASH).strip()
+
+def _strip_tex(text: str) -> str:
+    """Text without BibTeX braces, with en dashes."""
+    return text.replace("{", "").replace("}", "").replace("--", EN_DASH).strip()
 
 
 @cache
 def bibliography() -> dict[str, Reference]:
     """All references by key, read from `references.bib`."""
-    found = {}
+    references = {}
     for block in re.split(r"\n(?=@)", BIBLIOGRAPHY.read_text(encoding="utf-8")):
         head = re.match(r"@\w+\{([^,\s]+),", block)
         if head:
             fields = {name.lower(): value for name, value in re.findall(r"^\s*(\w+)\s*=\s*\{(.*)\},?\s*$", block, re.M)}
-            found[head[1]] = Reference(head[1], fields, block.strip())
-    return found
+            references[head[1]] = Reference(head[1], fields, block.strip())
+    return references
 
 
-def cited(text: str) -> list[str]:
+def citation_keys(text: str) -> list[str]:
     """Citation keys in order of first appearance."""
-    keys = [key for group in GROUP.findall(text) for key in KEY.findall(group)]
+    keys = [key for group in CITATION_GROUP.findall(text) for key in CITATION_KEY.findall(group)]
     return list(dict.fromkeys(keys))
 
 
@@ -106,12 +112,12 @@ def methods_text(results: UnitResults | Sequence[UnitResults]) -> str:
     Parameters
     ----------
     results : UnitResults or sequence of UnitResults
-        Units that were processed alike share one text; otherwise each kind has its own.
+        Units with identical processing share one text; otherwise each distinct text has its own heading.
 
     Returns
     -------
     str
-        Markdown; references as `[@key]`, all of them in `references.bib`.
+        Markdown with citations as `[@key]`, where every key is defined in `references.bib`.
     """
     units = [results] if isinstance(results, UnitResults) else list(results)
     texts: dict[str, list[str]] = {}
@@ -125,148 +131,148 @@ def methods_text(results: UnitResults | Sequence[UnitResults]) -> str:
 def _paragraphs(results: UnitResults) -> list[str]:
     """Headings and paragraphs of one unit, in the order of processing."""
     count = len(results.unit.runs)
-    intro = (
-        f"Results were obtained with *dsiprep* {version('dsiprep')} [@dsiprep], which preprocesses "
-        "diffusion MRI "
-        "with any sampling of q-space and names its derivatives as QSIPrep does [@cieslak2021]."
-    )
-    series = f"The diffusion-weighted series ({count} run{'s' if count > 1 else ''}) was sampled as follows: "
     return [
         "# Methods",
-        intro,
-        "### Structural image",
-        *_anatomy(results),
-        "### Diffusion images",
-        f"{series}{results.acquired.scheme.description}.",
-        *_diffusion(results),
+        f"Diffusion MRI data were preprocessed with *dsiprep* {version('dsiprep')} [@dsiprep], which supports any "
+        "q-space sampling scheme and follows the naming conventions of QSIPrep [@cieslak2021] for its derivatives.",
+        "### Anatomical preprocessing",
+        *_anatomical_paragraphs(results),
+        "### Diffusion preprocessing",
+        f"The diffusion series consisted of {count} run{'s' if count > 1 else ''} with the following sampling scheme: "
+        f"{results.acquired.scheme.description}.",
+        *_diffusion_paragraphs(results),
         "### Software",
-        "Arrays are held by NumPy [@harris2020] and PyTorch [@paszke2019], hot loops are compiled by Numba "
-        "[@lam2015], further algorithms come from SciPy [@virtanen2020], and files are read and written "
-        "by NiBabel "
-        "[@brett2024].",
+        "The software is based on NumPy [@harris2020], SciPy [@virtanen2020] and PyTorch [@paszke2019] for numerical "
+        "computation, on Numba [@lam2015] for just-in-time compilation of performance-critical loops, and on NiBabel "
+        "[@brett2024] for image input and output.",
     ]
 
 
-def _named(methods: dict[str, str], told: str) -> list[str]:
-    """The paragraph whose name occurs in what a result tells of its method."""
-    return [text for name, text in methods.items() if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", told)][:1]
+def _matching(methods: dict[str, str], description: str) -> list[str]:
+    """The first paragraph whose name occurs as a word in a description of the method, as a list of at most one."""
+    return [text for name, text in methods.items() if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", description)][
+        :1
+    ]
 
 
-def _anatomy(results: UnitResults) -> list[str]:
-    """Structural processing: what applies of bias, brain, tissue, ACPC and template."""
-    found = results.anatomy
+def _anatomical_paragraphs(results: UnitResults) -> list[str]:
+    """Anatomical processing: averaging, bias correction, brain mask, ACPC alignment, tissues and normalisation."""
+    result = results.anatomy
     methods = {**structural_average.METHODS, **anatomy.METHODS, **freesurfer.METHODS, **ants.METHODS}
-    if found.modality == "none":
+    if result.modality == "none":
         return [methods["none"]] if "none" in methods else []
-    normalised = found.acpc_to_template is not None
-    settings, own = results.settings.anatomy, found.labels is None
+    normalised = result.acpc_to_template is not None
+    settings, native = results.settings.anatomy, result.labels is None
     steps = {
-        "several": len(found.orig_to_anat) > 1 and settings.reference == "first-lex",
-        "unbiased": len(found.orig_to_anat) > 1 and settings.reference != "first-lex",
+        "several": len(result.orig_to_anat) > 1 and settings.reference == "first-lex",
+        "unbiased": len(result.orig_to_anat) > 1 and settings.reference != "first-lex",
         "n4": settings.biascorrect == "n4",
-        "brain": own and not settings.mask,
-        "freesurfer": not own,
+        "brain": native and not settings.mask,
+        "freesurfer": not native,
         "T1w": True,
-        "tissue": own and found.tissue is not None,
+        "tissue": native and result.tissue is not None,
         {"native": "normalize"}.get(settings.normalizer, settings.normalizer): normalised,
     }
     texts = [
-        methods[name].replace("T1w", found.modality) for name, applies in steps.items() if applies and name in methods
+        methods[name].replace("T1w", result.modality) for name, applies in steps.items() if applies and name in methods
     ]
     if normalised:
-        texts.append(f"The template was {found.template} [@fonov2011], under its name in TemplateFlow [@ciric2022].")
+        texts.append(
+            f"The template was {result.template} [@fonov2011], identified by its TemplateFlow name [@ciric2022]."
+        )
     return texts
 
 
-def _reading(results: UnitResults) -> list[str]:
-    """How runs were put together, where there were several, and how the scheme was recognised."""
-    several = len(results.unit.runs) > 1
+def _acquisition_paragraphs(results: UnitResults) -> list[str]:
+    """Recognition of the sampling scheme and, with several runs, their concatenation."""
+    several_runs = len(results.unit.runs) > 1
     steps = {
         "scheme": results.acquired.scheme.kind in ("DSI", "CS-DSI"),
-        "conform": several,
-        "harmonize_b0": several and results.settings.acquisition.harmonize_b0,
+        "conform": several_runs,
+        "harmonize_b0": several_runs and results.settings.acquisition.harmonize_b0,
     }
     return [acquisition.METHODS[name] for name, applies in steps.items() if applies]
 
 
-def _merging(results: UnitResults) -> list[str]:
-    """How volumes or series were made one, where any were."""
+def _merge_paragraphs(results: UnitResults) -> list[str]:
+    """Combination of volumes with opposite phase encoding, and concatenation of series, where applied."""
     merge = results.settings.resample.merge
-    averaged = _named(resample.METHODS, merge) if results.preprocessed.sources else []
-    return averaged + (_named(resample.METHODS, "concat") if results.unit.output else [])
+    combined = _matching(resample.METHODS, merge) if results.preprocessed.sources else []
+    return combined + (_matching(resample.METHODS, "concat") if results.unit.output else [])
 
 
-def _diffusion(results: UnitResults) -> list[str]:
+def _diffusion_paragraphs(results: UnitResults) -> list[str]:
     """Processing of the diffusion series, stage by stage."""
     biascorrect = results.settings.denoise.biascorrect
-    corrected = results.distortion
-    models = list(dict.fromkeys(motion.model for motion in results.motions))
-    registered = results.coregistration.metric
+    correction = results.distortion
+    models = list(dict.fromkeys(result.model for result in results.motions))
+    metric = results.coregistration.metric
     return [
-        *_reading(results),
+        *_acquisition_paragraphs(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
-        *(text for model in models for text in _named(motion.METHODS, model)),
-        *(_named(motion.METHODS, "eddy") if any(moved.eddy is not None for moved in results.motions) else []),
-        *(_named(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
-        *(_named(CORRECTIONS, corrected.method) if corrected else [results.distortion_reason]),
-        *(_named(CORRECTIONS, "diffusion") if corrected and corrected.diffusion else []),
-        *_named(coregister.METHODS, registered),
-        *_named(resample.METHODS, "resample"),
-        *_named(resample.METHODS, biascorrect),
-        *_merging(results),
+        *(text for model in models for text in _matching(motion.METHODS, model)),
+        *(_matching(motion.METHODS, "eddy") if any(result.eddy is not None for result in results.motions) else []),
+        *(_matching(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
+        *(_matching(DISTORTION_METHODS, correction.method) if correction else [results.distortion_reason]),
+        *(_matching(DISTORTION_METHODS, "diffusion") if correction and correction.diffusion else []),
+        *_matching(coregister.METHODS, metric),
+        *_matching(resample.METHODS, "resample"),
+        *_matching(resample.METHODS, biascorrect),
+        *_merge_paragraphs(results),
         *quality.METHODS.values(),
     ]
 
 
-def _markup(text: str) -> str:
-    """Inline Markdown (bold, italics, code) of escaped text as HTML."""
+def _inline_html(text: str) -> str:
+    """Escaped text with inline Markdown (bold, italics, code) converted to HTML."""
     text = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", text)
     text = re.sub(r"(?<!\*)\*(?!\*)([^*]+)\*", r"<em>\1</em>", text)
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
 
 
-def _short(key: str) -> str:
-    """Author and year; the key itself where the bibliography lacks it, so that a text is never lost."""
+def _author_year(key: str) -> str:
+    """Author-year citation, or the key itself if the bibliography lacks it."""
     return bibliography()[key].short if key in bibliography() else key
 
 
-def _html_citation(match: re.Match[str]) -> str:
-    links = [f'<a href="#ref-{key}">{html.escape(_short(key))}</a>' for key in KEY.findall(match[1])]
+def _linked_citation(match: re.Match[str]) -> str:
+    """A citation group in parentheses, each citation linked to its entry in the reference list."""
+    links = [f'<a href="#ref-{key}">{html.escape(_author_year(key))}</a>' for key in CITATION_KEY.findall(match[1])]
     return f"({'; '.join(links)})"
 
 
 def methods_html(results: UnitResults | Sequence[UnitResults]) -> str:
-    """The methods section as an HTML fragment: citations link to the list of references at its end."""
+    """The methods section as an HTML fragment with a reference list that its citations link to."""
     text = methods_text(results)
     parts = []
     for block in text.strip().split("\n\n"):
         head = re.match(r"(#+) (.*)", block)
         if head and head[2] == "Methods":
             continue
-        body = _markup(GROUP.sub(_html_citation, html.escape((head[2] if head else block).strip())))
+        body = _inline_html(CITATION_GROUP.sub(_linked_citation, html.escape((head[2] if head else block).strip())))
         parts.append(f"<h4>{body}</h4>" if head else f"<p>{body}</p>")
     entries = []
-    for entry in _references(text):
-        line = html.escape(entry.line)
-        if entry.link:
-            line += f' <a href="{html.escape(entry.link)}">{html.escape(entry.link)}</a>'
-        entries.append(f'<li id="ref-{entry.key}">{line}</li>')
+    for reference in _cited_references(text):
+        line = html.escape(reference.formatted)
+        if reference.link:
+            line += f' <a href="{html.escape(reference.link)}">{html.escape(reference.link)}</a>'
+        entries.append(f'<li id="ref-{reference.key}">{line}</li>')
     return "\n".join([*parts, "<h4>References</h4>", "<ol>", *entries, "</ol>"])
 
 
-def _references(text: str) -> list[Reference]:
-    """Entries of the bibliography that a text cites, by first author and year."""
+def _cited_references(text: str) -> list[Reference]:
+    """References cited in a text, sorted by first author and year."""
     return sorted(
-        (bibliography()[key] for key in cited(text) if key in bibliography()),
+        (bibliography()[key] for key in citation_keys(text) if key in bibliography()),
         key=lambda reference: reference.short.lower(),
     )
 
 
-def _tex(text: str) -> str:
-    """The methods section as LaTeX for natbib."""
+def _latex(text: str) -> str:
+    """The methods section as a LaTeX document that uses natbib."""
 
     def cite(match: re.Match[str]) -> str:
-        return "\\citep{" + ",".join(KEY.findall(match[1])) + "}"
+        return "\\citep{" + ",".join(CITATION_KEY.findall(match[1])) + "}"
 
     blocks = []
     for block in text.strip().split("\n\n"):
@@ -275,16 +281,18 @@ def _tex(text: str) -> str:
         body = re.sub(r"\*([^*]+)\*", r"\\emph{\1}", body)
         body = re.sub(r"`([^`]+)`", r"\\texttt{\1}", body)
         body = body.replace("²", "\\textsuperscript{2}").replace("\N{MULTIPLICATION SIGN}", "$\\times$")
-        body = GROUP.sub(cite, body.replace("\\_", "_") if GROUP.search(body) and "_" in body else body)
-        level = {1: "section", 2: "subsection"}.get(len(head[1]), "subsubsection") if head else ""
-        blocks.append(f"\\{level}*{{{body}}}" if head else body)
+        body = CITATION_GROUP.sub(
+            cite, body.replace("\\_", "_") if CITATION_GROUP.search(body) and "_" in body else body
+        )
+        command = {1: "section", 2: "subsection"}.get(len(head[1]), "subsubsection") if head else ""
+        blocks.append(f"\\{command}*{{{body}}}" if head else body)
     preamble = "\\documentclass{article}\n\\usepackage[utf8]{inputenc}\n\\usepackage{natbib}\n\\begin{document}"
     return "\n\n".join(
         [preamble, *blocks, "\\bibliographystyle{plainnat}\n\\bibliography{CITATION}\n\\end{document}\n"]
     )
 
 
-PAGE = """<!DOCTYPE html>
+HTML_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Methods (dsiprep)</title>
 <meta name="color-scheme" content="light dark">
 <style>body{{font:16px/1.55 system-ui,sans-serif;max-width:48rem;margin:2rem auto}}</style></head>
@@ -309,14 +317,14 @@ def write_boilerplate(results: UnitResults | Sequence[UnitResults], out: Path) -
         CITATION.md.
     """
     text = methods_text(results)
-    entries = _references(text)
-    lines = "\n".join(f"- {entry.line}{' ' + entry.link if entry.link else ''}" for entry in entries)
+    references = _cited_references(text)
+    lines = "\n".join(f"- {entry.formatted}{' ' + entry.link if entry.link else ''}" for entry in references)
     files = {
-        "bib": "\n\n".join(entry.text for entry in entries) + "\n",
-        "tex": _tex(text),
-        "html": PAGE.format(body=methods_html(results)),
+        "bib": "\n\n".join(entry.text for entry in references) + "\n",
+        "tex": _latex(text),
+        "html": HTML_PAGE.format(body=methods_html(results)),
         "md": f"{text}\n### References\n\n{lines}\n",
     }
-    for kind, content in files.items():
-        write_atomically(out / "logs" / f"CITATION.{kind}", content.encode("utf-8"))
+    for suffix, content in files.items():
+        write_atomically(out / "logs" / f"CITATION.{suffix}", content.encode("utf-8"))
     return out / "logs" / "CITATION.md"

@@ -1,27 +1,27 @@
-"""The cards that are about everything: summary, acquisition, quality table."""
+"""Report sections that concern the whole unit: summary, acquisition and quality metrics."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from dsiprep.data.results import UnitResults
+from dsiprep.data.results import Blip, UnitResults
 from dsiprep.report import plots
-from dsiprep.report.page_parts import Album, Fact, Section
+from dsiprep.report.page_parts import Fact, FigureWriter, Section
 from dsiprep.report.wording import (
     BLIPS,
-    METHODS,
-    MODELS,
-    SCORES,
+    DISTORTION_METHODS,
+    MOTION_MODELS,
+    SIMILARITIES,
     STAGES,
+    describe_grid,
     duration,
     encoding,
-    in_words,
     number,
 )
 
 
-def _stages(seconds: dict[str, float]) -> tuple[tuple[str, float], ...]:
-    """Seconds by stage, with the parts of one stage (motion of each blip) added up."""
+def _seconds_by_stage(seconds: dict[str, float]) -> tuple[tuple[str, float], ...]:
+    """Seconds by stage; substages, such as the motion of each blip, are summed."""
     total: dict[str, float] = {}
     for name, value in seconds.items():
         label = STAGES.get(name.split("-")[0].split("_")[0], name)
@@ -29,8 +29,8 @@ def _stages(seconds: dict[str, float]) -> tuple[tuple[str, float], ...]:
     return tuple(total.items())
 
 
-def _notes(results: UnitResults) -> tuple[str, ...]:
-    """What the stages have to tell, each with the stage's name."""
+def _stage_notes(results: UnitResults) -> tuple[str, ...]:
+    """Notes of all stages, each prefixed with the name of the stage."""
     stages = {
         "Head motion": [note for motion in results.motions for note in motion.notes],
         "Distortion": list(results.distortion.notes) if results.distortion else [results.distortion_reason],
@@ -41,153 +41,188 @@ def _notes(results: UnitResults) -> tuple[str, ...]:
     return tuple(f"{stage}: {note}" for stage, notes in stages.items() for note in notes)
 
 
-def summary(results: UnitResults, album: Album) -> Section:
-    """What was done, how long it took, and the numbers people ask for first."""
-    acquired, out = results.acquired, results.preprocessed
+def summary(results: UnitResults, figures: FigureWriter) -> Section:
+    """Input, processing steps, run time and key metrics."""
+    return Section(
+        "summary",
+        "Summary",
+        "Overview of the acquisition and processing. The report gives no automatic pass/fail verdict: read the notes "
+        "and inspect the figures below before using the data.",
+        facts=_summary_facts(results),
+        notes=_stage_notes(results),
+        shares=_seconds_by_stage(results.seconds),
+        tables=(("Key metrics", ("Metric", "Value", "Meaning"), _key_metrics(results)),),
+    )
+
+
+def _summary_facts(results: UnitResults) -> tuple[Fact, ...]:
+    acquired, preprocessed = results.acquired, results.preprocessed
     models = dict.fromkeys(motion.model for motion in results.motions)
-    corrected = METHODS.get(results.distortion.method, results.distortion.method) if results.distortion else "not done"
-    seconds = sum(results.seconds.values())
-    facts = (
-        Fact("Sampling", acquired.scheme.description),
+    correction = "not corrected"
+    if results.distortion:
+        correction = DISTORTION_METHODS.get(results.distortion.method, results.distortion.method)
+    runs = len(results.unit.runs)
+    return (
+        Fact("Sampling scheme", acquired.scheme.description),
         Fact(
             "Volumes",
-            f"{len(acquired.dwi)} ({int(acquired.dwi.is_b0.sum())} b=0) in {len(results.unit.runs)} run(s)",
+            f"{len(acquired.dwi)}, of which {int(acquired.dwi.is_b0.sum())} with b=0, "
+            f"in {runs} run{'s' if runs > 1 else ''}",
         ),
-        Fact("Acquired grid", in_words(acquired.dwi.grid)),
+        Fact("Acquisition grid", describe_grid(acquired.dwi.grid)),
         *(
-            Fact(f"Phase encoding, {BLIPS.get(blip.name, blip.name)}", encoding(blip.pe, acquired.dwi.grid))
+            Fact(_phase_encoding_name(blip, len(acquired.blips)), encoding(blip.pe, acquired.dwi.grid))
             for blip in acquired.blips
         ),
         Fact("Denoising", results.denoised.method),
-        Fact("Head motion", " and ".join(MODELS.get(model, model) for model in models)),
-        Fact("Distortion", corrected),
+        Fact("Head motion correction", " and ".join(MOTION_MODELS.get(model, model) for model in models)),
+        Fact("Susceptibility distortion correction", correction),
         Fact("Structural image", results.anatomy.modality),
         Fact("Template", results.anatomy.template if results.anatomy.acpc_to_template else "not normalised"),
         Fact(
             "Output grid",
-            f"{in_words(out.dwi.grid)}, ACPC space, LPS+",
+            describe_grid(preprocessed.dwi.grid),
+            "anterior-posterior commissure (ACPC) space; voxel axes point left, posterior and superior (LPS+)",
         ),
-        Fact("Interpolation", out.interpolation),
-        Fact("Computed on", results.device),
-        Fact("Wall time", duration(seconds)),
-    )
-    return Section(
-        "summary",
-        "Summary",
-        "What was acquired and what was done to it. Nothing here is a verdict: look at the pictures below "
-        "before you use the data, and read the notes first.",
-        facts=facts,
-        notes=_notes(results),
-        shares=_stages(results.seconds),
-        tables=(("Numbers to begin with", ("Measure", "Value", "What it means"), _headline(results)),),
+        Fact("Interpolation", preprocessed.interpolation),
+        Fact("Device", results.device),
+        Fact("Run time", duration(sum(results.seconds.values()))),
     )
 
 
-def _headline(results: UnitResults) -> tuple[tuple[str, ...], ...]:
+def _phase_encoding_name(blip: Blip, count: int) -> str:
+    """Name of the fact; it names the blip where there is more than one."""
+    return f"Phase encoding, {BLIPS.get(blip.name, blip.name)}" if count > 1 else "Phase encoding"
+
+
+def _key_metrics(results: UnitResults) -> tuple[tuple[str, str, str], ...]:
+    """Rows of metric, value and meaning; metrics without a value are omitted."""
     table = results.quality.table
-    flagged = sum(int(motion.outlier_slices.sum()) for motion in results.motions if motion.outlier_slices is not None)
+    outliers = sum(int(motion.outlier_slices.sum()) for motion in results.motions if motion.outlier_slices is not None)
     total = int(np.isfinite(results.quality.slice_z).sum())
     ndc = f"{number(table.get('raw_neighbor_corr'))} → {number(table.get('t1_neighbor_corr'))}"
     r2 = np.concatenate([motion.r2 for motion in results.motions]) if results.motions else np.array([np.nan])
     score = results.coregistration
+    target = f"that of {score.target_unit}" if score.target_unit else "the structural image"
     rows = [
         (
-            "Mean FD",
+            "Mean framewise displacement (FD)",
             f"{number(table.get('mean_fd'))} mm",
-            "Head movement from one volume to the next, on average",
+            "Average head movement between successive volumes",
         ),
-        ("Largest FD", f"{number(table.get('max_fd'))} mm", "The largest single movement"),
+        ("Maximum FD", f"{number(table.get('max_fd'))} mm", "Largest head movement between successive volumes"),
         (
-            "Neighbouring-DWI correlation, raw → out",
+            "Neighbouring DWI correlation (NDC), raw → preprocessed",
             ndc,
-            "Likeness of volumes with neighbouring q-vectors; rises as volumes come to lie on each other, "
-            "but with smoothing too",
+            "Mean correlation of each diffusion-weighted volume with its nearest neighbour in q-space. It increases "
+            "with better alignment, but also with smoothing",
         ),
-        ("Slices that lost signal", f"{flagged} of {total}", "Slices far darker than the other volumes predict them"),
+        ("Outlier slices", f"{outliers} of {total}", "Slices with signal dropout relative to their prediction"),
         (
-            "Median R² with the prediction",
+            "Median R² of the prediction",
             f"{np.nanmedian(r2):.3f}",
-            "How well each volume follows from all others",
+            "How well the other volumes predict each volume",
         ),
         (
-            f"Coregistration ({SCORES[score.metric].lower()})",
+            f"{SIMILARITIES[score.metric]}, before → after coregistration",
             f"{number(score.score_before)} → {number(score.score_after)}",
-            f"Agreement of b=0 and {'b=0 of ' + score.led_by if score.led_by else 'structural image'} before and "
-            "after; compare it between your own subjects",
+            f"Similarity between the b=0 reference and {target}. Compare it only between subjects of the same study",
         ),
         (
-            "Mask overlap",
+            "Brain mask overlap",
             number(table.get("t1_dice_distance")),
-            "Dice of the DWI and structural brain masks, 1 is equal",
+            "Dice coefficient of the diffusion and structural brain masks; 1 is perfect overlap",
         ),
     ]
     return tuple(row for row in rows if "not available" not in row[1])
 
 
-def acquisition(results: UnitResults, album: Album) -> Section:
-    """Which files were put together, and where they sample q-space."""
+def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
+    """Input files and q-space sampling."""
     unit, acquired = results.unit, results.acquired
     rows = []
     for index, run in enumerate(unit.runs):
         volumes = int((acquired.dwi.run == index).sum())
         scale = acquired.scales[index] if index < len(acquired.scales) else 1.0
         rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
-    rows += [(epi.image.name, "EPI reference", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
+    rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
     modality = results.settings.anatomy.modality
     rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(
         "acquisition",
         "Acquisition",
-        "The files that were processed together, and the points of q-space they sample, in scanner axes "
-        "before any correction. Look for gaps, for a missing half of the sphere, and for b=0 volumes (▲) "
-        "spread over the series.",
-        album.still(
+        "Input files that were processed together, and the q-space samples in scanner coordinates before any "
+        "correction. Check that there are no gaps, that the full or half sphere is covered as intended, and that the "
+        "b=0 volumes (▲) are distributed over the series.",
+        figures.single(
             "sampling",
             plots.sampling(acquired.dwi, acquired.scheme),
-            f"Points of q-space coloured by b-value: {acquired.scheme.description}.",
-            "q-space as acquired, coloured by b-value; |q| is proportional to √b. Below: b-values in "
+            f"q-space samples coloured by b-value: {acquired.scheme.description}.",
+            "Top: q-space samples as acquired, coloured by b-value; |q| is proportional to √b. Bottom: b-values in "
             "order of acquisition.",
-            "Where points hide behind each other, the one of lowest b is shown.",
+            "Where points overlap in a projection, the one with the lowest b-value is shown.",
         ),
         notes=unit.notes,
-        tables=(("Files", ("File", "Kind", "Phase encoding", "Volumes", "Scaled by"), tuple(rows)),),
+        tables=(("Input files", ("File", "Type", "Phase encoding", "Volumes", "Intensity scaling"), tuple(rows)),),
     )
 
 
-MEANINGS = {
-    "neighbor_corr": "Correlation of volumes with neighbouring q-vectors",
-    "masked_neighbor_corr": "The same inside the brain mask",
-    "dwi_contrast": "Likeness of neighbouring over likeness of perpendicular volumes",
-    "num_bad_slices": "Slices that fall out of line with their neighbours",
-    "coherence_index": "How far fibre directions agree with the next voxel's; falls where b-vectors are wrong",
-    "num_directions": "Diffusion-weighted volumes",
-    "max_b": "Largest b-value, s/mm²",
-    "mean_fd": "Mean framewise displacement, mm",
-    "max_fd": "Largest framewise displacement, mm",
-    "max_rotation": "Largest rotation from the reference",
-    "max_translation": "Largest translation from the reference, mm",
-    "max_rel_rotation": "Largest rotation between volumes that follow each other",
-    "max_rel_translation": "Largest translation between volumes that follow each other, mm",
-    "t1_dice_distance": "Dice overlap of DWI and structural brain mask",
-    "mni_dice_distance": "Dice overlap of normalised and template brain mask",
+COLUMN_MEANINGS = {
+    "neighbor_corr": "Neighbouring DWI correlation (NDC)",
+    "masked_neighbor_corr": "NDC within the brain mask",
+    "dwi_contrast": "NDC divided by the mean correlation of nearly perpendicular volumes, within the brain mask",
+    "num_bad_slices": "Number of slices that deviate from the mean of their adjacent slices",
+    "coherence_index": "Coherence of fibre directions between adjacent voxels (reduced by incorrect b-vectors)",
+    "num_directions": "Number of diffusion-weighted volumes",
+    "max_b": "Maximum b-value (s/mm²)",
+    "dimension_x": "Number of voxels along the first voxel axis",
+    "dimension_y": "Number of voxels along the second voxel axis",
+    "dimension_z": "Number of voxels along the third voxel axis",
+    "voxel_size_x": "Voxel size along the first voxel axis (mm)",
+    "voxel_size_y": "Voxel size along the second voxel axis (mm)",
+    "voxel_size_z": "Voxel size along the third voxel axis (mm)",
+    "mean_fd": "Mean framewise displacement (mm)",
+    "max_fd": "Maximum framewise displacement (mm)",
+    "max_rotation": "Maximum rotation about any axis relative to the reference (rad)",
+    "max_translation": "Maximum translation along any axis relative to the reference (mm)",
+    "max_rel_rotation": "Maximum rotation about any axis between successive volumes (rad)",
+    "max_rel_translation": "Maximum translation along any axis between successive volumes (mm)",
+    "t1_dice_distance": "Dice coefficient of the diffusion and structural brain masks",
+    "mni_dice_distance": "Dice coefficient of the normalised and template brain masks",
+    "coregistration_score": "Similarity of the b=0 reference and the image it was coregistered to",
+    "CNR0_mean": "Contrast-to-noise ratio in the brain: mean",
+    "CNR0_median": "Contrast-to-noise ratio in the brain: median",
+    "CNR0_standard_deviation": "Contrast-to-noise ratio in the brain: standard deviation",
+    "fieldmap_hz_median": "Off-resonance field in the brain (Hz): median",
+    "fieldmap_hz_minimum": "Off-resonance field in the brain (Hz): minimum",
+    "fieldmap_hz_maximum": "Off-resonance field in the brain (Hz): maximum",
+    "fieldmap_hz_mean": "Off-resonance field in the brain (Hz): mean",
+    "fieldmap_hz_standard_deviation": "Off-resonance field in the brain (Hz): standard deviation",
 }
 
 
-def quality(results: UnitResults, album: Album) -> Section:
-    """The row of image_qc.tsv with meanings."""
+def quality(results: UnitResults, figures: FigureWriter) -> Section:
+    """The row of image_qc.tsv, with the meaning of each column."""
     rows = []
     for name, value in results.quality.table.items():
         if value is None or name.endswith("_id") or name == "file_name":
             continue
-        stem = name.removeprefix("raw_").removeprefix("t1_") if name not in MEANINGS else name
-        where = {"raw": "as acquired", "t1": "preprocessed"}.get(name.split("_")[0], "") if name not in MEANINGS else ""
-        meaning = MEANINGS.get(stem, "")
-        rows.append((name, number(value), f"{meaning}, {where}" if meaning and where else meaning))
+        rows.append((name, number(value), _column_meaning(name)))
     return Section(
         "quality",
-        "Quality table",
-        "The row of image_qc.tsv. Compare these numbers within one protocol and one scanner; they have no "
-        "limits that hold everywhere.",
+        "Quality metrics",
+        "The values reported in image_qc.tsv. Compare them only within one protocol and scanner: there are no "
+        "universally valid thresholds.",
         notes=results.quality.notes,
         tables=(("image_qc.tsv", ("Column", "Value", "Meaning"), tuple(rows)),),
     )
+
+
+def _column_meaning(name: str) -> str:
+    """Meaning of a column of image_qc.tsv; an empty string where it is not described."""
+    if name in COLUMN_MEANINGS:
+        return COLUMN_MEANINGS[name]
+    stem = name.removeprefix("raw_").removeprefix("t1_")
+    meaning = COLUMN_MEANINGS.get(stem, "")
+    series = {"raw": "as acquired", "t1": "preprocessed"}.get(name.split("_")[0], "")
+    return f"{meaning}, {series}" if meaning and series else meaning

@@ -1,4 +1,4 @@
-"""The pieces a page is made of, and the folder its pictures go to."""
+"""The elements of a report page, and the writer that stores its figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Frame:
-    """One image file of a picture: its name for people, where it is from the page, and its size in pixels."""
+    """One image file of a figure: its label, its link relative to the page, and its size in CSS pixels."""
 
     label: str
     href: str
@@ -22,9 +22,9 @@ class Frame:
 
 @dataclass(frozen=True)
 class Picture:
-    """One frame, or several of one size that are shown in turn.
+    """A figure of one frame, or of several equally sized frames that the reader can switch between.
 
-    `caption` says what is shown; `alt` says it to those who do not see it; `hint` says what to look for.
+    `caption` describes the figure, `alt` is the text alternative, and `hint` states what to look for.
     """
 
     frames: tuple[Frame, ...]
@@ -33,14 +33,14 @@ class Picture:
     hint: str = ""
 
     @property
-    def turns(self) -> bool:
+    def has_several_frames(self) -> bool:
         """Whether there is more than one frame."""
         return len(self.frames) > 1
 
 
 @dataclass(frozen=True)
 class Fact:
-    """A number with its name and its meaning in plain words."""
+    """A named value with an optional explanation."""
 
     name: str
     value: str
@@ -49,10 +49,10 @@ class Fact:
 
 @dataclass(frozen=True)
 class Section:
-    """One card of the page.
+    """One section of the page.
 
-    `lead` says what is seen and what to look for; `notes` are shown before everything else; `shares` are
-    lengths of a bar (label, value); `tables` are (caption, header, rows).
+    `lead` is the introductory paragraph; `notes` are shown directly below it; `shares` are the segments of a
+    stacked bar (label, value); `tables` are (caption, header, rows).
     """
 
     key: str
@@ -66,7 +66,7 @@ class Section:
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
-    """Write beside, then rename: whoever looks sees the old file or the whole new one."""
+    """Write to a temporary file, then rename it, so that readers see either the old or the complete new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -81,33 +81,35 @@ def write_atomically(path: Path, content: bytes) -> Path:
 
 
 def _umask() -> int:
-    """The process's umask; it can only be read by setting it."""
+    """The process's umask, which can only be read by setting it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
-def _size(content: bytes) -> tuple[int, int]:
-    """Width and height in CSS pixels of a PNG or an SVG."""
+def _image_size(content: bytes) -> tuple[int, int]:
+    """Width and height of a PNG or SVG in CSS pixels."""
     if content.startswith(b"\x89PNG"):
         width, height = struct.unpack(">II", content[16:24])
         return int(width), int(height)
-    found = re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', content[:4000])
-    return (round(float(found[1]) * 4 / 3), round(float(found[2]) * 4 / 3)) if found else (1000, 500)
+    box = re.search(rb'viewBox="0 0 ([\d.]+) ([\d.]+)"', content[:4000])
+    return (round(float(box[1]) * 4 / 3), round(float(box[2]) * 4 / 3)) if box else (1000, 500)
 
 
 @dataclass
-class Album:
-    """Writes pictures to `out/sub-X/figures` under BIDS-like names and remembers which ones.
+class FigureWriter:
+    """Writes figures to `out/sub-X/figures` under BIDS-like names and keeps track of them.
 
     Attributes
     ----------
     out : Path
-        The folder of the page; links are relative to it.
+        Folder of the page; links are relative to it.
     subject : str
         "sub-01".
     prefix : str
-        Name of the unit: pictures are called `<prefix>_desc-<what>_dwi.<png|svg>`.
+        Name of the unit; files are named `<prefix>_desc-<name>_dwi.<png|svg>`.
+    written : list of str
+        Names of the files written so far.
     """
 
     out: Path
@@ -115,29 +117,29 @@ class Album:
     prefix: str
     written: list[str] = field(default_factory=list)
 
-    def add(self, what: str, content: bytes, label: str = "") -> Frame:
-        """Write one image; `what` is letters and digits only."""
-        kind = "png" if content.startswith(b"\x89PNG") else "svg"
-        name = f"{self.prefix}_desc-{what}_dwi.{kind}"
-        write_atomically(self.out / self.subject / "figures" / name, content)
-        self.written.append(name)
-        return Frame(label, f"{self.subject}/figures/{name}", *_size(content))
+    def write(self, name: str, content: bytes, label: str = "") -> Frame:
+        """Write one image; `name` consists of letters and digits only."""
+        suffix = "png" if content.startswith(b"\x89PNG") else "svg"
+        file = f"{self.prefix}_desc-{name}_dwi.{suffix}"
+        write_atomically(self.out / self.subject / "figures" / file, content)
+        self.written.append(file)
+        return Frame(label, f"{self.subject}/figures/{file}", *_image_size(content))
 
-    def still(self, what: str, content: bytes | None, alt: str, caption: str, hint: str = "") -> tuple[Picture, ...]:
-        """A picture of one frame; none where there is no content."""
-        return () if content is None else (Picture((self.add(what, content),), alt, caption, hint),)
+    def single(self, name: str, content: bytes | None, alt: str, caption: str, hint: str = "") -> tuple[Picture, ...]:
+        """A figure of one frame; an empty tuple where `content` is None."""
+        return () if content is None else (Picture((self.write(name, content),), alt, caption, hint),)
 
-    def turning(
-        self, what: str, frames: list[tuple[str, bytes]], alt: str, caption: str, hint: str = ""
+    def multiple(
+        self, name: str, frames: list[tuple[str, bytes]], alt: str, caption: str, hint: str = ""
     ) -> tuple[Picture, ...]:
-        """A picture of several frames, named `what` and the frame's own name."""
-        added = tuple(
-            self.add(what + re.sub(r"[^A-Za-z0-9]", "", name.title()), content, name) for name, content in frames
+        """A figure of several frames (label, content); the label is appended to the file name."""
+        written = tuple(
+            self.write(name + re.sub(r"[^A-Za-z0-9]", "", label.title()), content, label) for label, content in frames
         )
-        return (Picture(added, alt, caption, hint),)
+        return (Picture(written, alt, caption, hint),)
 
-    def sweep(self) -> None:
-        """Remove pictures of this unit that an earlier run left and this one did not draw."""
+    def remove_stale(self) -> None:
+        """Delete figures of this unit that an earlier run wrote and this run did not."""
         for path in (self.out / self.subject / "figures").glob(f"{self.prefix}_desc-*_dwi.*"):
             if path.name not in self.written:
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""How far derivatives are from the truth of a phantom, in millimetres and degrees."""
+"""Compare derivatives with the ground truth of a phantom."""
 
 from dsiprep.score.compare import Score, score
 from dsiprep.score.table import print_scores

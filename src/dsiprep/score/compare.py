@@ -1,4 +1,7 @@
-"""The comparisons. What a pipeline cannot know, one common pose of the reference, is taken out first."""
+"""Errors of derivatives with respect to the ground truth of a phantom.
+
+The pose of the dwiref, which a pipeline may choose freely, is estimated and removed first.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from dsiprep.ops.image.affine import (
     rigid_parameters,
 )
 from dsiprep.score.read import (
-    AbsentError,
+    MissingDerivativeError,
     Truth,
     apply,
     find,
@@ -37,7 +40,7 @@ TISSUES = {"GM": 1, "WM": 2, "CSF": 3}
 
 @dataclass(frozen=True)
 class Score:
-    """One number: `value` in `unit`, or None and in `meaning` the reason why it could not be found."""
+    """One measure: `value` in `unit`; if `value` is None, `meaning` is the reason why it is missing."""
 
     name: str
     value: float | None
@@ -47,7 +50,7 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One set of derivatives beside its truth. What is read once is kept."""
+    """One set of derivatives with its ground truth; files are read once and cached."""
 
     derivatives: Path
     truth: Truth
@@ -59,70 +62,72 @@ class Case:
 
     @cached_property
     def estimated(self) -> np.ndarray:
-        """Points of the dwiref (still distorted) to points of each volume, (n, 4, 4)."""
-        found = read_matrices(find(self.derivatives, "*_from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt"))
-        if len(found) != len(self.truth.poses):
-            raise AbsentError(f"not compared: {len(found)} transforms for {len(self.truth.poses)} volumes")
-        return found
+        """From points of the dwiref, before distortion correction, to points of each volume, (n, 4, 4)."""
+        matrices = read_matrices(find(self.derivatives, "*_from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt"))
+        if len(matrices) != len(self.truth.poses):
+            raise MissingDerivativeError(
+                f"not compared: {len(matrices)} transforms for {len(self.truth.poses)} volumes"
+            )
+        return matrices
 
     @cached_property
     def pose(self) -> np.ndarray:
-        """Head points to points of the distorted dwiref, by what the volumes agree on (median), (4, 4)."""
-        each = np.linalg.inv(self.estimated) @ self.truth.poses
-        common = each[0]
+        """From head points to points of the distorted dwiref, as the robust (median) estimate over volumes, (4, 4)."""
+        per_volume = np.linalg.inv(self.estimated) @ self.truth.poses
+        common = per_volume[0]
         for _ in range(3):
-            rest = rigid_parameters(np.linalg.inv(common) @ each, self.truth.centre)
-            common = common @ rigid_matrix(np.median(rest, axis=0), self.truth.centre)
+            residual = rigid_parameters(np.linalg.inv(common) @ per_volume, self.truth.centre)
+            common = common @ rigid_matrix(np.median(residual, axis=0), self.truth.centre)
         return common
 
     @cached_property
     def distortion(self) -> Callable[[np.ndarray], np.ndarray]:
-        """Points of the undistorted dwiref to points of the distorted one that volumes were aligned to."""
+        """From points of the undistorted dwiref to points of the distorted one to which volumes were aligned."""
         name = "down" if self.truth.table["phase_encoding_direction"].endswith("-") else "up"
         try:
             path = find(self.derivatives, f"*_mode-image_desc-sdc{name}_xfm.h5")
-        except AbsentError:
+        except MissingDerivativeError:
             path = find(self.derivatives, "*_mode-image_desc-sdc*_xfm.h5")
         return read_mapping(path)
 
     @cached_property
     def blip_pose(self) -> np.ndarray:
-        """The rigid part of `distortion`, (4, 4); identity where no distortion was corrected."""
+        """The rigid part of `distortion`, (4, 4); the identity if distortion was not corrected."""
         try:
             return linear_part(self.distortion)
-        except AbsentError:
+        except MissingDerivativeError:
             return np.eye(4)
 
     @cached_property
     def acpc_to_head(self) -> np.ndarray:
-        """Points of ACPC to points of the native T1w, (4, 4)."""
+        """From ACPC points to points of the native T1w, (4, 4)."""
         return read_matrix(find(self.derivatives, "*_from-anat_to-ACPC_mode-image_xfm.mat"))
 
     @cached_property
     def acpc_to_dwiref(self) -> np.ndarray:
-        """Points of ACPC to points of the undistorted dwiref, (4, 4)."""
+        """From ACPC points to points of the undistorted dwiref, (4, 4)."""
         return read_matrix(find(self.derivatives, "*_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt"))
 
 
 def score(derivatives: Path, truth: Path) -> list[Score]:
-    """Compare derivatives with the truth of the phantom that they were made from.
+    """Compare derivatives with the ground truth of the phantom from which they were computed.
 
     Parameters
     ----------
     derivatives : Path
-        Root of one subject's derivatives, with QSIPrep's names.
+        Root of the derivatives of one subject, with QSIPrep's file names.
     truth : Path
         The `truth` folder of the phantom.
 
     Returns
     -------
     list of Score
-        Where a derivative is absent, a score without a value and with the reason.
+        A score without a value, with the reason, where a derivative is missing.
 
     Raises
     ------
     InputError
-        If there is no truth.
+        If there is no ground truth.
     """
     case = Case(Path(derivatives), read_truth(truth))
     scores: list[Score] = []
@@ -130,7 +135,7 @@ def score(derivatives: Path, truth: Path) -> list[Score]:
         try:
             for entry in measure(case):
                 scores.append(entry)
-        except AbsentError as reason:
+        except MissingDerivativeError as reason:
             scores.append(Score(name, None, "", str(reason)))
     return scores
 
@@ -141,36 +146,37 @@ def _motion(case: Case) -> Iterator[Score]:
     vectors = rigid_parameters(error, truth.centre)
     degrees, shifts = np.rad2deg(vectors[:, :3]), vectors[:, 3:]
     weighted = truth.bvals > B0
-    here = np.broadcast_to(np.eye(4), error.shape)
-    displaced = point_displacement(error, here, case.points).mean(1)
-    before = point_displacement(truth.poses, truth.poses[:1], case.points).mean(1)
+    identity = np.broadcast_to(np.eye(4), error.shape)
+    displaced = point_displacement(error, identity, case.points).mean(1)
+    uncorrected = point_displacement(truth.poses, truth.poses[:1], case.points).mean(1)
     angle = np.linalg.norm(degrees, axis=1)
-    yield Score("motion: rotation", float(angle.mean()), "deg", "mean angle left over, all volumes")
-    yield Score("motion: rotation RMSE", _rms(degrees[weighted]), "deg", "over b>100 and three axes")
+    yield Score("motion: rotation", float(angle.mean()), "deg", "mean residual angle over all volumes")
+    yield Score("motion: rotation RMSE", _rms(degrees[weighted]), "deg", "over volumes with b > 100 and three axes")
     yield Score(
         "motion: translation",
         float(np.linalg.norm(shifts, axis=1).mean()),
         "mm",
-        "mean, at the brain's centre",
+        "mean at the centre of the brain",
     )
-    yield Score("motion: translation RMSE", _rms(shifts[weighted]), "mm", "over b>100 and three axes")
+    yield Score("motion: translation RMSE", _rms(shifts[weighted]), "mm", "over volumes with b > 100 and three axes")
     yield Score("motion: displacement", float(displaced.mean()), "mm", "mean over brain and volumes")
     yield Score("motion: worst volume", float(displaced.max()), "mm", "mean over brain")
     yield Score(
         "motion: uncorrected",
-        float(before.mean()),
+        float(uncorrected.mean()),
         "mm",
-        "displacement from the first volume, for comparison",
+        "true displacement relative to the first volume, for comparison",
     )
     moved = np.asarray(truth.table["moved"], bool)
-    groups = {"moved volumes": moved, "unmoved volumes": ~moved, **_bands(truth.bvals)}
+    groups = {"moved volumes": moved, "unmoved volumes": ~moved, **_bvalue_bands(truth.bvals)}
     for name, members in groups.items():
         if members.any():
-            meaning = f"displacement, {members.sum()} volumes"
+            meaning = f"mean displacement, {members.sum()} volumes"
             yield Score(f"motion: {name}", float(displaced[members].mean()), "mm", meaning)
 
 
-def _bands(bvals: np.ndarray) -> dict[str, np.ndarray]:
+def _bvalue_bands(bvals: np.ndarray) -> dict[str, np.ndarray]:
+    """Masks of b=0 volumes and of three ranges of b-values, by name."""
     edges = [B0, *(bvals.max() * np.array([1, 2, 3]) / 3)]
     bands = {"b=0": bvals <= B0}
     for low, high in pairwise(edges):
@@ -184,44 +190,47 @@ def _eddy(case: Case) -> Iterator[Score]:
     points, direction = case.points[::40], truth.mm_per_hz / np.linalg.norm(truth.mm_per_hz)
     direction *= -1 if truth.table["phase_encoding_direction"].endswith("-") else 1  # towards higher indices
     weighted = np.flatnonzero(truth.bvals > B0)
-    errors, sizes = [], []
+    errors, true_sizes = [], []
     for volume in weighted:
         scanner = apply(truth.poses[volume], points)
         true = truth.eddy(volume, scanner)
         errors.append(np.abs((maps[volume](scanner) - scanner) @ direction - true).mean())
-        sizes.append(np.abs(true).mean())
+        true_sizes.append(np.abs(true).mean())
     yield Score("eddy currents: error", float(np.mean(errors)), "mm", "mean over brain and volumes")
-    yield Score("eddy currents: uncorrected", float(np.mean(sizes)), "mm", "mean true displacement, for comparison")
+    yield Score(
+        "eddy currents: uncorrected", float(np.mean(true_sizes)), "mm", "mean true displacement, for comparison"
+    )
 
 
-def _lost(case: Case) -> Iterator[Score]:
+def _outlier_slices(case: Case) -> Iterator[Score]:
     path = find(case.derivatives, "*_space-ACPC_desc-slice_qc.json")
-    found = {tuple(pair) for pair in json.loads(path.read_text()).get("lost", [])}
+    detected = {tuple(pair) for pair in json.loads(path.read_text()).get("lost", [])}
     true = {(int(v), int(k)) for v, k, *_ in case.truth.table["lost_slices"]}
     if true:
-        yield Score(
-            "lost slices: found", len(found & true) / len(true), "", f"share of {len(true)}, dim ones among them"
-        )
-    yield Score("lost slices: wrong", float(len(found - true)), "", "slices called lost that are not")
+        meaning = f"detected fraction of {len(true)} slices with signal dropout, low-signal ones included"
+        yield Score("outlier slices: sensitivity", len(detected & true) / len(true), "", meaning)
+    yield Score("outlier slices: false positives", float(len(detected - true)), "", "number of slices")
 
 
 def _bvectors(case: Case) -> Iterator[Score]:
     path = find(case.derivatives, "*_space-ACPC_desc-preproc_dwi.bvec")
-    image = read_image_geometry(path.with_suffix(".nii.gz"))
-    directions = image[:3, :3] / np.linalg.norm(image[:3, :3], axis=0)
+    affine = read_image_affine(path.with_suffix(".nii.gz"))
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     fsl = np.loadtxt(path).T * ([-1, 1, 1] if np.linalg.det(directions) > 0 else [1, 1, 1])
     tables = {".bvec": fsl @ directions.T}
     if path.with_suffix(".b").is_file():
         tables[".b"] = np.loadtxt(path.with_suffix(".b"))[:, :3]
-    turn = nearest_rotation(case.acpc_to_head[:3, :3])
-    wanted = np.asarray(case.truth.table["bvecs_head"], float)
+    rotation = nearest_rotation(case.acpc_to_head[:3, :3])
+    true = np.asarray(case.truth.table["bvecs_head"], float)
     weighted = case.truth.bvals > B0
     for name, vectors in tables.items():
-        if vectors.shape != wanted.shape:
-            raise AbsentError(f"not compared: {len(vectors)} b-vectors for {len(wanted)} volumes")
-        cosine = np.abs(((vectors @ turn.T) * wanted).sum(1))[weighted]
+        if vectors.shape != true.shape:
+            raise MissingDerivativeError(f"not compared: {len(vectors)} b-vectors for {len(true)} volumes")
+        cosine = np.abs(((vectors @ rotation.T) * true).sum(1))[weighted]
         angle = np.rad2deg(np.arccos(np.clip(cosine, 0, 1)))
-        yield Score(f"b-vectors: {name}", float(angle.mean()), "deg", "mean angle from the true gradient in the head")
+        yield Score(
+            f"b-vectors: {name}", float(angle.mean()), "deg", "mean angle to the true gradient in the head frame"
+        )
 
 
 def _field(case: Case) -> Iterator[Score]:
@@ -232,33 +241,43 @@ def _field(case: Case) -> Iterator[Score]:
     mm = float(np.linalg.norm(case.truth.mm_per_hz))
     true = truth.at(points)
     error = (estimate.at(apply(to_dwiref, points)) - true) * mm
-    left = np.abs(error - np.median(error))
+    without_offset = np.abs(error - np.median(error))
     yield Score("field: error", float(np.abs(error).mean()), "mm", "mean over the brain, as displacement")
-    yield Score("field: error, 95 %", float(np.percentile(np.abs(error), 95)), "mm", "95th percentile in the brain")
-    yield Score("field: error but a constant", float(left.mean()), "mm", "a constant field is a shift of the head")
-    yield Score("field: error but a constant, 95 %", float(np.percentile(left, 95)), "mm", "95th percentile")
+    yield Score("field: error, 95 %", float(np.percentile(np.abs(error), 95)), "mm", "95th percentile over the brain")
+    yield Score(
+        "field: error without offset",
+        float(without_offset.mean()),
+        "mm",
+        "less the median; a constant field only shifts the head",
+    )
+    yield Score(
+        "field: error without offset, 95 %",
+        float(np.percentile(without_offset, 95)),
+        "mm",
+        "95th percentile over the brain",
+    )
     yield Score("field: uncorrected", float(np.abs(true * mm).mean()), "mm", "mean true displacement, for comparison")
 
 
 def _coregistration(case: Case) -> Iterator[Score]:
-    wanted = apply(np.linalg.inv(case.blip_pose) @ case.pose, case.points)
-    found = apply(case.acpc_to_dwiref @ np.linalg.inv(case.acpc_to_head), case.points)
-    error = np.linalg.norm(found - wanted, axis=1)
-    yield Score("coregistration: error", float(error.mean()), "mm", "mean over the brain, DWI to T1w")
+    true = apply(np.linalg.inv(case.blip_pose) @ case.pose, case.points)
+    estimated = apply(case.acpc_to_dwiref @ np.linalg.inv(case.acpc_to_head), case.points)
+    error = np.linalg.norm(estimated - true, axis=1)
+    yield Score("coregistration: error", float(error.mean()), "mm", "mean over the brain, dwiref to T1w")
 
 
-def _everything(case: Case) -> Iterator[Score]:
+def _combined(case: Case) -> Iterator[Score]:
     points = case.points[::4]
     field = case.truth.image("field_hz")
     undistorted = apply(case.acpc_to_dwiref @ np.linalg.inv(case.acpc_to_head), points)
     rigid = apply(case.blip_pose, undistorted)
     shift = case.distortion(undistorted) - rigid
     errors = [
-        np.linalg.norm(apply(found, rigid) + shift - case.truth.distorted(points, field, true), axis=1)
-        for found, true in zip(case.estimated, case.truth.poses, strict=True)
+        np.linalg.norm(apply(estimated, rigid) + shift - case.truth.distorted(points, field, true), axis=1)
+        for estimated, true in zip(case.estimated, case.truth.poses, strict=True)
     ]
-    yield Score("all together", float(np.mean(errors)), "mm", "where a T1w point is looked for in a raw volume, mean")
-    yield Score("all together, median", float(np.median(errors)), "mm", "over brain and volumes")
+    yield Score("combined: error", float(np.mean(errors)), "mm", "position of T1w points in the raw volumes, mean")
+    yield Score("combined: error, median", float(np.median(errors)), "mm", "over brain and volumes")
 
 
 def _template(case: Case) -> Iterator[Score]:
@@ -267,10 +286,10 @@ def _template(case: Case) -> Iterator[Score]:
     positions, mask = case.truth.image("template_to_head"), case.truth.image("template_brain_mask")
     points = mask.points(mask.data > 0.5)
     error = np.linalg.norm(apply(case.acpc_to_head, read_mapping(path)(points)) - positions.at(points), axis=1)
-    known = case.truth.table["template"]
-    note = "" if space == known else f"; {space} against the truth of {known}"
-    yield Score("template: error", float(error.mean()), "mm", f"mean over the template's brain{note}")
-    yield Score("template: error, 95 %", float(np.percentile(error, 95)), "mm", "95th percentile")
+    true_space = case.truth.table["template"]
+    note = "" if space == true_space else f"; {space} compared with the truth in {true_space}"
+    yield Score("template: error", float(error.mean()), "mm", f"mean over the brain of the template{note}")
+    yield Score("template: error, 95 %", float(np.percentile(error, 95)), "mm", "95th percentile over the brain")
 
 
 def _brain(case: Case) -> Iterator[Score]:
@@ -280,31 +299,33 @@ def _brain(case: Case) -> Iterator[Score]:
         "DWI": "dwi/*_space-ACPC_desc-brain_mask.nii.gz",
     }
     for name, pattern in patterns.items():
-        found, points = _voxels(find(case.derivatives, pattern))
+        estimated, points = _voxels(find(case.derivatives, pattern))
         inside = true.at(apply(case.acpc_to_head, points), order=0) > 0.5
-        yield Score(f"brain mask: {name}", _dice(found > 0.5, inside), "Dice", "with the true brain")
+        yield Score(f"brain mask: {name}", _dice(estimated > 0.5, inside), "Dice", "overlap with the true brain")
 
 
 def _tissue(case: Case) -> Iterator[Score]:
     true = case.truth.image("T1w_dseg")
-    found, points = _voxels(find(case.derivatives, "anat/*_space-ACPC_dseg.nii.gz"))
+    estimated, points = _voxels(find(case.derivatives, "anat/*_space-ACPC_dseg.nii.gz"))
     labels = true.at(apply(case.acpc_to_head, points), order=0)
     for name, label in TISSUES.items():
-        yield Score(f"tissue: {name}", _dice(found == label, labels == label), "Dice", "with the true tissue")
+        yield Score(
+            f"tissue: {name}", _dice(estimated == label, labels == label), "Dice", "overlap with the true tissue"
+        )
 
 
 def _reference(case: Case) -> Iterator[Score]:
     ideal, brain = case.truth.image("ideal_b0"), case.truth.image("T1w_brain_mask")
-    found, points = _voxels(find(case.derivatives, "dwi/*_space-ACPC_dwiref.nii.gz"))
+    estimated, points = _voxels(find(case.derivatives, "dwi/*_space-ACPC_dwiref.nii.gz"))
     head = apply(case.acpc_to_head, points)
     scanner = apply(case.truth.poses[0], head)
-    inside = (brain.at(head, order=0) > 0.5) & ideal.covers(scanner) & (found > 0)
-    correlation = np.corrcoef(found[inside], ideal.at(scanner[inside]))[0, 1]
-    yield Score("b=0 reference", float(correlation), "r", "correlation with the ideal b=0 in the brain")
+    inside = (brain.at(head, order=0) > 0.5) & ideal.covers(scanner) & (estimated > 0)
+    correlation = np.corrcoef(estimated[inside], ideal.at(scanner[inside]))[0, 1]
+    yield Score("b=0 reference", float(correlation), "r", "correlation with the ideal b=0 image in the brain")
 
 
-def read_image_geometry(path: Path) -> np.ndarray:
-    """The affine (4, 4) of a NIfTI image, without its voxels."""
+def read_image_affine(path: Path) -> np.ndarray:
+    """Affine (4, 4) of a NIfTI image, read without its voxels."""
     import nibabel as nib
 
     return np.asarray(nib.Nifti1Image.from_filename(path).affine, float)
@@ -327,11 +348,11 @@ def _rms(values: np.ndarray) -> float:
 MEASURES: dict[str, Callable[[Case], Iterator[Score]]] = {
     "motion": _motion,
     "eddy currents": _eddy,
-    "lost slices": _lost,
+    "outlier slices": _outlier_slices,
     "b-vectors": _bvectors,
     "field": _field,
     "coregistration": _coregistration,
-    "all together": _everything,
+    "combined": _combined,
     "template": _template,
     "brain mask": _brain,
     "tissue": _tissue,

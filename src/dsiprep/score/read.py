@@ -1,4 +1,4 @@
-"""Derivatives and truth as arrays. SimpleITK reads transforms: it shares no code with what wrote them."""
+"""Read derivatives and ground truth. Transforms are read with SimpleITK, independently of the code that writes them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from dsiprep.errors import InputError
 LPS = np.array([-1.0, -1.0, 1.0])
 
 
-class AbsentError(Exception):
-    """A derivative is not there; what depends on it is left out of the scores, with this as the note."""
+class MissingDerivativeError(Exception):
+    """A derivative is missing; the scores that depend on it are omitted, with this message as the reason."""
 
 
 @dataclass(frozen=True, eq=False)
 class Image:
-    """Voxels (i, j, k[, n]) and their place."""
+    """Voxels (i, j, k[, n]) and the affine to world RAS+."""
 
     data: np.ndarray
     affine: np.ndarray
 
     def at(self, points: np.ndarray, order: int = 1) -> np.ndarray:
-        """Values at world points (n, 3) in mm RAS+: (n,) or (n, m); the nearest voxel's outside."""
+        """Sample at world points (n, 3) in mm RAS+: (n,) or (n, m); outside, the value of the nearest voxel."""
         inverse = np.linalg.inv(self.affine)
         voxels = (points @ inverse[:3, :3].T + inverse[:3, 3]).T
         if self.data.ndim == 3:
@@ -39,80 +39,80 @@ class Image:
         return np.stack([map_coordinates(c, voxels, order=order, mode="nearest") for c in channels], -1)
 
     def covers(self, points: np.ndarray) -> np.ndarray:
-        """Which world points (n, 3) lie within the outermost voxel centres."""
+        """Whether world points (n, 3) are within the outermost voxel centres, (n,) bool."""
         inverse = np.linalg.inv(self.affine)
         voxels = points @ inverse[:3, :3].T + inverse[:3, 3]
         return np.all((voxels >= 0) & (voxels <= np.array(self.data.shape[:3]) - 1), axis=1)
 
-    def points(self, where: np.ndarray, about: int = 4000) -> np.ndarray:
-        """World points of about that many of the voxels where `where` is true, evenly picked, (n, 3)."""
-        index = np.argwhere(where)
-        index = index[:: max(1, len(index) // about)]
+    def points(self, mask: np.ndarray, count: int = 4000) -> np.ndarray:
+        """World points (n, 3) of about `count` evenly chosen voxels of `mask`."""
+        index = np.argwhere(mask)
+        index = index[:: max(1, len(index) // count)]
         return index @ self.affine[:3, :3].T + self.affine[:3, 3]
 
 
 def read_image(path: Path) -> Image:
-    """A NIfTI image as float32."""
+    """Read a NIfTI image as float32."""
     image = nib.Nifti1Image.from_filename(path)
     return Image(np.asarray(image.dataobj, np.float32), np.asarray(image.affine, float))
 
 
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """The truth folder of a phantom."""
+    """The ground-truth folder of a phantom."""
 
     folder: Path
     table: dict[str, Any]
 
     @property
     def poses(self) -> np.ndarray:
-        """Head points to scanner points, (n, 4, 4)."""
+        """From head points to scanner points, (n, 4, 4)."""
         return np.asarray(self.table["head_to_scanner"], float)
 
     @property
     def bvals(self) -> np.ndarray:
-        """s/mm², (n,)."""
+        """b-values in s/mm², (n,)."""
         return np.asarray(self.table["bvals"], float)
 
     @property
     def centre(self) -> np.ndarray:
-        """The middle of the brain in the head frame, mm, (3,)."""
+        """Centre of the brain in the head frame, mm, (3,)."""
         return np.asarray(self.table["brain_centre"], float)
 
     def image(self, name: str) -> Image:
-        """One of the images of the truth."""
+        """Read one of the ground-truth images."""
         return read_image(self.folder / f"{name}.nii.gz")
 
     def brain_points(self) -> np.ndarray:
-        """About 4000 points of the brain in the head frame, (n, 3)."""
+        """About 4000 brain points in the head frame, (n, 3)."""
         mask = self.image("T1w_brain_mask")
         return mask.points(mask.data > 0.5)
 
     @property
     def mm_per_hz(self) -> np.ndarray:
-        """What 1 Hz displaces the signal by, mm in world RAS+, (3,)."""
+        """Displacement per Hz of off-resonance, mm in world RAS+, (3,)."""
         direction = self.table["phase_encoding_direction"]
         column = np.asarray(self.table["grid_affine"], float)[:3, "ijk".index(direction[0])]
         return column * self.table["readout_time_s"] * (-1 if direction.endswith("-") else 1)
 
     def eddy(self, volume: int, points: np.ndarray) -> np.ndarray:
-        """Displacement of scanner points (n, 3) by eddy currents, mm towards higher indices, (n,)."""
+        """Eddy-current displacement of scanner points (n, 3), mm towards higher indices, (n,)."""
         x, y, z = points.T / 100
         terms = [np.ones_like(x), x, y, z, x * y, x * z, y * z, x * x - y * y, 2 * z * z - x * x - y * y]
         return np.asarray(self.table["eddy_mm"][volume], float) @ np.stack(terms)
 
     def distorted(self, points: np.ndarray, field: Image, pose: np.ndarray) -> np.ndarray:
-        """Where head points (n, 3) appear in the scanner for a head at `pose`, without eddy currents."""
+        """Apparent scanner positions of head points (n, 3) for a head at `pose`, without eddy currents."""
         return apply(pose, points) + field.at(points)[:, None] * self.mm_per_hz
 
 
 def read_truth(folder: Path) -> Truth:
-    """Open the truth of a phantom.
+    """Open the ground truth of a phantom.
 
     Raises
     ------
     InputError
-        If the folder holds none.
+        If the folder has no ground truth.
     """
     path = Path(folder) / "truth.json"
     if not path.is_file():
@@ -121,63 +121,63 @@ def read_truth(folder: Path) -> Truth:
 
 
 def find(derivatives: Path, pattern: str) -> Path:
-    """The one file under `derivatives` whose name fits; `AbsentError` if there is none, or more than one."""
+    """The only file under `derivatives` that matches; raises a MissingDerivativeError unless there is exactly one."""
     found = sorted(path for path in Path(derivatives).rglob(pattern) if path.is_file())
     if len(found) != 1:
-        raise AbsentError(f"not compared: {len(found) or 'no'} {'files' if found else 'file'} {pattern}")
+        raise MissingDerivativeError(f"not compared: {len(found) or 'no'} {'files' if found else 'file'} {pattern}")
     return found[0]
 
 
 def apply(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points (n, 3) through a (4, 4) matrix."""
+    """Apply an affine (4, 4) to points (n, 3)."""
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def read_mapping(path: Path) -> Callable[[np.ndarray], np.ndarray]:
-    """Any ITK transform as a map of RAS+ points (n, 3)."""
+    """Read any ITK transform as a map of RAS+ points (n, 3)."""
     import SimpleITK
 
     transform = SimpleITK.ReadTransform(str(path))
 
     def mapping(points: np.ndarray) -> np.ndarray:
-        moved = [transform.TransformPoint(point) for point in (np.asarray(points, float) * LPS).tolist()]
-        return np.asarray(moved) * LPS
+        mapped = [transform.TransformPoint(point) for point in (np.asarray(points, float) * LPS).tolist()]
+        return np.asarray(mapped) * LPS
 
     return mapping
 
 
 def read_matrix(path: Path) -> np.ndarray:
-    """A linear ITK transform as a (4, 4) matrix on RAS+ points, from where it sends four of them."""
+    """Read a linear ITK transform as a (4, 4) matrix on RAS+ points, from the images of four points."""
     return _matrix_of(read_mapping(path))
 
 
 def read_mappings(path: Path) -> list[Callable[[np.ndarray], np.ndarray]]:
-    """A text file of several ITK transforms, each as a map of RAS+ points (n, 3)."""
+    """Read a text file of ITK transforms, each as a map of RAS+ points (n, 3)."""
     maps = []
     with tempfile.TemporaryDirectory() as folder:
-        one = Path(folder) / "one.txt"
+        single = Path(folder) / "single.txt"
         for block in path.read_text().split("#Transform ")[1:]:
             body = block.split("\n", 1)[1]
-            one.write_text(f"#Insight Transform File V1.0\n#Transform 0\n{body}")
-            maps.append(read_mapping(one))
+            single.write_text(f"#Insight Transform File V1.0\n#Transform 0\n{body}")
+            maps.append(read_mapping(single))
     return maps
 
 
 def read_matrices(path: Path) -> np.ndarray:
-    """A text file of several linear ITK transforms, (n, 4, 4) on RAS+ points."""
+    """Read a text file of linear ITK transforms, (n, 4, 4) on RAS+ points."""
     return np.stack([_matrix_of(mapping) for mapping in read_mappings(path)])
 
 
-def linear_part(mapping: Callable[[np.ndarray], np.ndarray], far: float = 1e5) -> np.ndarray:
-    """The matrix (4, 4) that a map follows where its displacement fields have ended, `far` mm away."""
-    return _matrix_of(mapping, np.array([far, far, far]))
+def linear_part(mapping: Callable[[np.ndarray], np.ndarray], distance: float = 1e5) -> np.ndarray:
+    """Matrix (4, 4) of a map outside its displacement fields, evaluated `distance` mm away along each axis."""
+    return _matrix_of(mapping, np.array([distance, distance, distance]))
 
 
 def _matrix_of(mapping: Callable[[np.ndarray], np.ndarray], origin: np.ndarray | None = None) -> np.ndarray:
     start = np.zeros(3) if origin is None else origin
-    reach = 100.0
-    sent = mapping(np.concatenate([start[None], start + reach * np.eye(3)]))
+    spacing = 100.0
+    mapped = mapping(np.concatenate([start[None], start + spacing * np.eye(3)]))
     matrix = np.eye(4)
-    matrix[:3, :3] = (sent[1:] - sent[0]).T / reach
-    matrix[:3, 3] = sent[0] - matrix[:3, :3] @ start
+    matrix[:3, :3] = (mapped[1:] - mapped[0]).T / spacing
+    matrix[:3, 3] = mapped[0] - matrix[:3, :3] @ start
     return matrix

@@ -1,4 +1,4 @@
-"""Scores as a table on the terminal."""
+"""Print scores as a table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsiprep.score.compare import Score
 
 
 def print_scores(scores: Sequence[Score], console: Console | None = None) -> None:
-    """Print one row per score; what could not be compared says why."""
+    """Print one row per score; a missing value is shown as "-", with the reason in the last column."""
     table = Table(box=None, header_style="bold")
     table.add_column("measure")
     table.add_column("value", justify="right")

@@ -1,4 +1,4 @@
-"""Noise: each run is denoised on its own, for receive gains and noise differ between runs."""
+"""Denoising of each run separately, because receive gain and noise level differ between runs."""
 
 from __future__ import annotations
 
@@ -14,69 +14,69 @@ from dsiprep.settings import DenoiseSettings
 METHODS = {
     "dwidenoise": (
         "Noise was estimated and removed with Marchenko-Pastur principal component analysis (MP-PCA) "
-        "[@veraart2016; @corderogrande2019] of overlapping patches [@manjon2013], each run on its own. "
-        "Components within the Marchenko-Pastur distribution were removed; the others were shrunk for the "
-        "least squared error [@gavish2017]."
+        "[@veraart2016; @corderogrande2019] in overlapping patches [@manjon2013], separately for each run. "
+        "Components within the Marchenko-Pastur distribution were removed, and the others were shrunk to minimise the "
+        "mean squared error [@gavish2017]."
     ),
     "none": "The data were not denoised.",
 }
 
-FEWEST = 10  # volumes of a run; with fewer the distribution of eigenvalues says little
+MIN_VOLUMES = 10  # per run; fewer give too few eigenvalues to estimate the noise
 
 
 def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
-    """Remove noise from every run of a series; reversed phase-encoding EPIs are left as they are.
+    """Remove noise from every run of a series; b=0 images of fmap/ are not denoised.
 
     Parameters
     ----------
     dwi : DWI
-        Raw intensities: nothing interpolated yet.
+        Raw data that have not been interpolated.
     mask : Volume
-        Rough brain mask; outside it intensities stay as they are.
+        Rough brain mask; intensities outside it are unchanged.
     settings : DenoiseSettings
 
     Returns
     -------
     Denoised
-        `noise` and `rank` are averages over the denoised runs, weighted by volumes; None where no run was
-        denoised. `method` says in a sentence what was done and what was not.
+        `noise` (square root of the mean variance) and `rank` are averages over the denoised runs, weighted by their
+        number of volumes; None if no run was denoised. `method` describes what was done and what was skipped.
     """
     if settings.method == "none":
         return Denoised(dwi, None, None, METHODS["none"])
     runs = [np.flatnonzero(dwi.run == run) for run in np.unique(dwi.run)]
-    long = [volumes for volumes in runs if len(volumes) >= FEWEST]
-    if not long:
-        return Denoised(dwi, None, None, f"MP-PCA was skipped: {_skipped(runs)}.")
+    denoisable = [volumes for volumes in runs if len(volumes) >= MIN_VOLUMES]
+    if not denoisable:
+        return Denoised(dwi, None, None, f"MP-PCA was skipped because {_describe_short_runs(runs)}.")
     data = dwi.data.clone()
     inside = mask.data.to(dwi.data.device) > 0
     variance, rank = torch.zeros_like(data[0]), torch.zeros_like(data[0])
-    total = sum(len(volumes) for volumes in long)
-    for volumes in long:
+    total = sum(len(volumes) for volumes in denoisable)
+    for volumes in denoisable:
         index = torch.as_tensor(volumes, device=data.device)
-        clean, sigma, kept = mppca(_volumes(dwi.data, volumes), inside, settings.window)
-        data[index] = torch.where(inside, clean, _volumes(dwi.data, volumes))
+        denoised, sigma, signal_rank = mppca(_select_volumes(dwi.data, volumes), inside, settings.window)
+        data[index] = torch.where(inside, denoised, _select_volumes(dwi.data, volumes))
         variance += sigma**2 * (len(volumes) / total)
-        rank += kept * (len(volumes) / total)
+        rank += signal_rank * (len(volumes) / total)
     noise = Volume(variance.sqrt(), dwi.grid)
-    return Denoised(dwi.with_data(data), noise, Volume(rank, dwi.grid), _told(runs, long, settings))
+    return Denoised(dwi.with_data(data), noise, Volume(rank, dwi.grid), _describe(runs, denoisable, settings))
 
 
-def _volumes(data: torch.Tensor, volumes: np.ndarray) -> torch.Tensor:
-    """Volumes of the series; without a copy where they lie next to each other."""
+def _select_volumes(data: torch.Tensor, volumes: np.ndarray) -> torch.Tensor:
+    """Volumes of the series, as a view if they are contiguous."""
     first, last = int(volumes[0]), int(volumes[-1])
     if last - first + 1 == len(volumes):
         return data[first : last + 1]
     return data[torch.as_tensor(volumes, device=data.device)]
 
 
-def _told(runs: list[np.ndarray], long: list[np.ndarray], settings: DenoiseSettings) -> str:
-    widths = sorted({settings.window or default_window(len(volumes)) for volumes in long})
+def _describe(runs: list[np.ndarray], denoisable: list[np.ndarray], settings: DenoiseSettings) -> str:
+    widths = sorted({settings.window or default_window(len(volumes)) for volumes in denoisable})
     text = f"MP-PCA in windows of {' or '.join(f'{w}x{w}x{w}' for w in widths)} voxels"
-    if len(long) < len(runs):
-        text += f"; skipped where {_skipped([v for v in runs if len(v) < FEWEST])}"
+    if len(denoisable) < len(runs):
+        text += f"; skipped because {_describe_short_runs([v for v in runs if len(v) < MIN_VOLUMES])}"
     return text + "."
 
 
-def _skipped(runs: list[np.ndarray]) -> str:
+def _describe_short_runs(runs: list[np.ndarray]) -> str:
     counts = ", ".join(str(len(volumes)) for volumes in runs)
-    return f"runs of {counts} volumes are too short to tell noise from signal (at least {FEWEST} are needed)"
+    return f"runs of {counts} volumes are too short to separate noise from signal (at least {MIN_VOLUMES} are needed)"

@@ -1,4 +1,4 @@
-"""The b=0 reference image with the least distortion that is available, and the brain in it."""
+"""The b=0 reference image (dwiref) with the least distortion, and its brain mask."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["reference_image"]
 
 
 def reference_image(motion: Motion, distortion: Distortion | None) -> Reference:
-    """The undistorted b=0 reference, or that of motion correction where distortion is not corrected.
+    """The undistorted b=0 reference, or that of motion correction if distortion is not corrected.
 
     Parameters
     ----------
     motion : Motion
-        Of the blip that leads.
+        Of the first blip.
     distortion : Distortion or None
 
     Returns

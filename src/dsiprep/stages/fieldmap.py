@@ -1,4 +1,4 @@
-"""Susceptibility distortion from a gradient-echo fieldmap: measured in Hz, brought to the head as the DWI saw it."""
+"""Correction of susceptibility distortion with a gradient-echo fieldmap, aligned with the head in the DWI."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from dsiprep.ops.registration.linear import register_linear
 METHODS = {
     "gre": (
         "Susceptibility distortion was corrected with a gradient-echo fieldmap. Its phase was unwrapped "
-        "[@herraez2002], freed of spikes, smoothed with weights from the magnitude image and carried on beyond the "
-        "brain; where a rigid registration of the magnitude image to the corrected b=0 reference gained clearly in "
-        "mutual information [@mattes2003], the field followed it, and lay as in the scanner's coordinates otherwise. "
-        "It was multiplied by the readout time to give displacements along the phase-encoding axis [@jezzard1995]."
+        "[@herraez2002], and the field was despiked, smoothed with weights from the magnitude image and extrapolated "
+        "beyond the brain. The field was aligned by a rigid registration of the magnitude image to the corrected b=0 "
+        "reference where that clearly increased mutual information [@mattes2003], and by scanner coordinates "
+        "otherwise. It was multiplied by the readout time to give displacements along the phase-encoding axis "
+        "[@jezzard1995]."
     ),
 }
 """Herráez 2002: doi 10.1364/AO.41.007437. Mattes 2003: doi 10.1109/TMI.2003.809072. Jezzard and Balaban 1995: doi
 10.1002/mrm.1910340111."""
 
-ROUNDS = 2
-CLEAR = 1.15  # gain of mutual information over independence: less is no sign that the head moved by 2 mm
+MAX_ROUNDS = 2
+MIN_SCORE_RATIO = 1.15  # of mutual information over independence; a smaller increase is no evidence of motion of 2 mm
 
 __all__ = ["METHODS", "apply_shift", "correct_with_fieldmap"]
 
@@ -49,7 +50,7 @@ def correct_with_fieldmap(blip: Blip, b0: torch.Tensor, grid: Grid, mask: Volume
     mask : Volume
         Brain in them, 0 or 1.
     fieldmap : RawFieldmap
-        On its own grid; the head may lie a little differently in it.
+        On its own grid; the head may be in a slightly different pose.
 
     Returns
     -------
@@ -59,13 +60,13 @@ def correct_with_fieldmap(blip: Blip, b0: torch.Tensor, grid: Grid, mask: Volume
     Raises
     ------
     InputError
-        If the readout time is not known, or the fieldmap does not reach the brain.
+        If the readout time is unknown, or the fieldmap does not cover the brain.
 
     References
     ----------
-    Jezzard & Balaban 1995, doi 10.1002/mrm.1910340111.
+    Jezzard and Balaban 1995, doi 10.1002/mrm.1910340111.
     """
-    pe = _known(blip.pe)
+    pe = _require_readout(blip.pe)
     image = b0.float().cpu().mean(0)
     brain = brain_mask_b0(fieldmap.magnitude)
     hertz = fieldmap.field
@@ -73,18 +74,18 @@ def correct_with_fieldmap(blip: Blip, b0: torch.Tensor, grid: Grid, mask: Volume
         hertz = unwrapped_hz(hertz, brain, fieldmap.echo_difference)
     smooth = smooth_field(hertz, fieldmap.magnitude, brain)
     matrix, trace = np.eye(4), []
-    for number in range(ROUNDS):
+    for number in range(MAX_ROUNDS):
         corrected = apply_shift(image, _shift(smooth, grid, matrix, pe), grid, pe)
-        found = register_linear(
+        fit = register_linear(
             fieldmap.magnitude, corrected.dwiref, fixed_mask=mask, moving_mask=brain, initial=matrix, search=False
         )
-        moved = found.score_after - 1 > CLEAR * (found.score_before - 1)
-        row = {"level": 0, "iteration": number, "cost": -found.score_after, "step": float(moved)}
-        trace.append({**row, "change_mm": _distance(found.matrix, matrix, mask)})
-        if not moved:
+        accepted = fit.score_after - 1 > MIN_SCORE_RATIO * (fit.score_before - 1)
+        row = {"level": 0, "iteration": number, "cost": -fit.score_after, "step": float(accepted)}
+        trace.append({**row, "change_mm": _largest_displacement(fit.matrix, matrix, mask)})
+        if not accepted:
             break
-        matrix = found.matrix
-    if not _reaches(smooth.grid, matrix, mask):
+        matrix = fit.matrix
+    if not _covers_brain(smooth.grid, matrix, mask):
         raise InputError(f"{fieldmap.name}: it covers less than half of the brain; run with --ignore fieldmaps")
     return apply_shift(image, _shift(smooth, grid, matrix, pe), grid, pe, trace, "gre")
 
@@ -98,7 +99,7 @@ def apply_shift(
     method: str = "",
     notes: tuple[str, ...] = (),
 ) -> Distortion:
-    """One image read through a displacement field, as a result.
+    """Resample an image through a displacement along the phase-encoding axis, and return both as a `Distortion`.
 
     Parameters
     ----------
@@ -112,17 +113,16 @@ def apply_shift(
         As in `Distortion`.
     """
     step = torch.as_tensor(pe.vector(grid), dtype=torch.float32)
-    moved = torch.from_numpy(np.ascontiguousarray(shift, np.float32))
-    field = DisplacementField(moved * step[:, None, None, None], grid)
-    still = not bool(moved.any())
-    met = None if still else sample_displacement(field, grid, np.eye(4))
-    after = Volume(warp_volume(image.contiguous(), grid, grid, np.eye(4), met), grid)
-    hertz = None if pe.readout_time is None else Volume(moved / (pe.readout_time * pe.polarity), grid)
+    voxels = torch.from_numpy(np.ascontiguousarray(shift, np.float32))
+    field = DisplacementField(voxels * step[:, None, None, None], grid)
+    displacement = sample_displacement(field, grid, np.eye(4)) if bool(voxels.any()) else None
+    after = Volume(warp_volume(image.contiguous(), grid, grid, np.eye(4), displacement), grid)
+    hertz = None if pe.readout_time is None else Volume(voxels / (pe.readout_time * pe.polarity), grid)
     before = Volume(image, grid)
     return Distortion(np.eye(4)[None], (field,), hertz, after, (before,), (after,), trace or [], method, notes)
 
 
-def _known(pe: PhaseEncoding | None) -> PhaseEncoding:
+def _require_readout(pe: PhaseEncoding | None) -> PhaseEncoding:
     if pe is None or pe.readout_time is None:
         raise InputError(
             "a GRE fieldmap needs PhaseEncodingDirection and TotalReadoutTime of the DWI; add them to its sidecar, or "
@@ -132,25 +132,21 @@ def _known(pe: PhaseEncoding | None) -> PhaseEncoding:
 
 
 def _shift(smooth: Volume, grid: Grid, matrix: np.ndarray, pe: PhaseEncoding) -> np.ndarray:
-    """The field at the points of the DWI in voxels along the phase-encoding axis; its edge goes on beyond it."""
-    voxels = _voxels(grid, smooth.grid, matrix)
+    """Displacement in voxels along the phase-encoding axis, with the field's edge values repeated beyond its grid."""
+    index = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1)
+    points = grid.to_world(index) @ matrix[:3, :3].T + matrix[:3, 3]
+    voxels = np.moveaxis(smooth.grid.to_voxels(points), -1, 0)
     hertz = ndimage.map_coordinates(smooth.numpy(), voxels, order=1, mode="nearest")
     return without_folds(hertz * (float(pe.readout_time or 0) * pe.polarity), pe.axis)
 
 
-def _voxels(grid: Grid, source: Grid, matrix: np.ndarray) -> np.ndarray:
-    index = np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1)
-    points = grid.to_world(index) @ matrix[:3, :3].T + matrix[:3, 3]
-    return np.moveaxis(source.to_voxels(points), -1, 0)
-
-
-def _reaches(source: Grid, matrix: np.ndarray, mask: Volume) -> bool:
-    """Whether at least half of the brain lies within the fieldmap's grid."""
+def _covers_brain(source: Grid, matrix: np.ndarray, mask: Volume) -> bool:
+    """Whether at least half of the brain is within the fieldmap's grid."""
     points = mask.grid.to_world(np.argwhere(mask.numpy() > 0.5)) @ matrix[:3, :3].T + matrix[:3, 3]
-    return bool(source.holds(points).mean() >= 0.5)
+    return bool(source.contains(points).mean() >= 0.5)
 
 
-def _distance(first: np.ndarray, second: np.ndarray, mask: Volume) -> float:
-    """The farthest in mm that both matrices send points of the brain apart."""
+def _largest_displacement(first: np.ndarray, second: np.ndarray, mask: Volume) -> float:
+    """Largest distance in mm between the positions that two matrices give a sample of the brain's points."""
     points = mask.grid.to_world(np.argwhere(mask.numpy() > 0.5)[::97])
     return float(point_displacement(first[None], second[None], points).max())

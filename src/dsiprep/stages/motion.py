@@ -1,9 +1,9 @@
-"""SHORELine: predict each volume from the others, register it to its prediction, repeat until nothing moves."""
+"""SHORELine: predict each volume from the others, register it to its prediction, repeat until no volume moves."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,72 +14,96 @@ from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError
-from dsiprep.ops.image.affine import point_displacement, rigid_matrix
+from dsiprep.ops.image.affine import point_displacement
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.motion.b0_alignment import align_b0s, interpolate_from_b0s, mean_b0, nearest_b0
-from dsiprep.ops.motion.eddy_model import QUIET_MM, choose_terms, discount_chance, eddy_step, no_eddy_currents
-from dsiprep.ops.motion.gauss_newton import align
+from dsiprep.ops.motion.eddy_model import (
+    MIN_VOXEL_MM,
+    EddyFit,
+    choose_terms,
+    eddy_step,
+    shrink_to_significant,
+    zero_eddy_currents,
+)
 from dsiprep.ops.motion.motion_state import MotionState
-from dsiprep.ops.motion.outlier_slices import find_outlier_slices, slice_scores, slice_signal_loss
-from dsiprep.ops.motion.pose_prior import PosePrior, jitter, resting_poses
-from dsiprep.ops.motion.poses import decompose, relaxed_poses, remove_gradient_trend
-from dsiprep.ops.motion.pyramid import CHUNK, PyramidLevel, build_pyramid
+from dsiprep.ops.motion.outlier_slices import SliceGeometry, find_outlier_slices, slice_scores, slice_signal_loss
+from dsiprep.ops.motion.pose_prior import estimate_pose_prior
+from dsiprep.ops.motion.poses import decompose, remove_gradient_trend
+from dsiprep.ops.motion.pyramid import FULL, PyramidLevel, build_pyramid
+from dsiprep.ops.motion.registration import register_to_predictions, restart_poor_fits
 from dsiprep.ops.motion.slice_replacement import slice_replacements
-from dsiprep.ops.motion.volume_agreement import agreement, volume_weights
+from dsiprep.ops.motion.volume_agreement import agreement, gain_corrected_residual, volume_weights
 from dsiprep.ops.qspace.prediction import Model, Prediction, choose_model, predict
 from dsiprep.settings import MotionSettings
 
-_ROUNDS = (
-    "registered to its prediction by robust (Student t) Gauss-Newton steps, coarse to fine [@baker2004]. b-vectors "
-    "turned with their volumes, volumes that did not fit counted for less in the predictions of the others, and rounds "
-    "were repeated until no volume moved. Poses were expected near those that the head rested in around "
-    "the same time, with "
-    "heavy tails, so that clear movements are left as they are; what poses had in common as a smooth, even function "
-    "of the gradient (a Gaussian process [@rasmussen2006]) was taken away, since a head does not know the gradient."
+_ITERATION = (
+    "and registered to its prediction by robust (Student t) Gauss-Newton steps, from coarse to fine resolution "
+    "[@baker2004]. Each b-vector was rotated with its volume, volumes with large residuals had less weight in the "
+    "prediction of the others, and rounds of prediction and registration were repeated until no volume moved. A "
+    "heavy-tailed prior kept poses near the resting pose of the head around the same time without restraining clear "
+    "movements. As head motion does not depend on the gradient, the component of the poses that was a smooth, even "
+    "function of the gradient (a Gaussian process [@rasmussen2006]) was removed."
 )
 METHODS = {
     "3dSHORE": (
         "Head motion was estimated with the SHORELine approach [@cieslak2021; @cieslak2024]: each diffusion-weighted "
         "volume was predicted from all others by a 3dSHORE model [@ozarslan2008; @merlet2013] in closed form, with an "
         "isotropic normal prior on the coefficients estimated from the series by expectation maximisation "
-        f"[@dempster1977], and {_ROUNDS}"
+        f"[@dempster1977], {_ITERATION}"
     ),
     "tensor": (
         "Head motion was estimated with the SHORELine approach [@cieslak2021; @cieslak2024]: each diffusion-weighted "
-        f"volume was predicted from all others by a diffusion tensor [@basser1994], and {_ROUNDS}"
+        f"volume was predicted from all others by a diffusion tensor [@basser1994] {_ITERATION}"
     ),
     "none": (
-        "The b=0 volumes were aligned to their mean, and diffusion-weighted volumes took the motion of the b=0 "
-        "volumes, interpolated in time."
+        "The b=0 volumes were aligned to their mean, and the poses of the diffusion-weighted volumes were interpolated "
+        "in time between those of the b=0 volumes."
     ),
     "off": "Head motion was not corrected.",
     "eddy": (
-        "Eddy currents were modelled as displacements along the phase-encoding axis, a polynomial in scanner "
-        "coordinates whose coefficients are linear in the gradient, the same for all volumes [@andersson2016], and "
-        "found together with the poses by Gauss-Newton steps, and counted as far as they were more than the same fit "
-        "found along axes without any."
+        "Eddy currents were modelled as displacements along the phase-encoding axis: a polynomial in scanner "
+        "coordinates whose coefficients are linear in the gradient, with the same linear map for all volumes "
+        "[@andersson2016]. The map was estimated jointly with the poses by Gauss-Newton steps and shrunk by the "
+        "amount that the same fit found along the two axes without eddy currents."
     ),
     "replace": (
-        "Slices that had lost signal against their prediction were replaced by it, those excited together "
-        "judged together [@andersson2016outliers]."
+        "Slices with signal dropout relative to their prediction were replaced by the prediction; slices excited "
+        "together were judged together [@andersson2016outliers]."
     ),
 }
 __all__ = ["METHODS", "estimate_motion", "explain_model"]
 
 log = logging.getLogger("dsiprep")
-COARSE_MM = (8.0, 5.0)  # voxel sizes before the volumes' own
-COARSE_ROUNDS = 10
-STEPS = 3  # Gauss-Newton steps per round
-MISFIT = 0.45  # trust below which other starts are tried: a residual 1.5 times the usual
+COARSE_MM = (8.0, 5.0)  # voxel sizes of the pyramid levels above that of the series itself
+COARSE_ROUNDS = 10  # maximum rounds at each of these
+INITIAL_PASSES = 2  # of prediction that only initialise the volume weights
+RESTART_ROUND = 2  # in which poorly fitting volumes are restarted
+FIRST_PRIOR_ROUND = 3  # from which on poses are reliable enough for a pose prior
+SIGNAL_MODELS = ("3dSHORE", "tensor")
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """A series and the options of its correction, which stay the same in all rounds."""
+
+    dwi: DWI
+    model: Model
+    settings: MotionSettings
+    multiband: tuple[tuple[int, ...], ...]
+
+    @property
+    def weighted(self) -> np.ndarray:
+        """Indices of the diffusion-weighted volumes."""
+        return np.flatnonzero(~self.dwi.is_b0)
 
 
 def explain_model(scheme: SamplingScheme, settings: MotionSettings) -> str:
-    """What the stage would do for a sampling scheme, in a sentence."""
+    """Describe in one sentence what the stage does for a sampling scheme."""
     if settings.method == "none":
         return "none: switched off"
     model = choose_model(scheme.n_directions, len(scheme.bvalues) + (scheme.n_b0 > 0), settings.model)
     if model.name == "none":
-        return f"{model.note}; diffusion-weighted volumes take the motion of those around them"
+        return f"{model.note}; poses of diffusion-weighted volumes are interpolated between b=0 volumes"
     eddy = "no eddy currents" if settings.eddy == "none" else f"{settings.eddy} eddy currents"
     return f"SHORELine with {model.name} ({model.note}), {settings.transform}, {eddy}, up to {settings.iters} rounds"
 
@@ -91,26 +115,26 @@ def estimate_motion(
     pe: PhaseEncoding | None = None,
     multiband: tuple[tuple[int, ...], ...] = (),
 ) -> Motion:
-    """Where the head was in every volume, what eddy currents did to it, and which slices lost their signal.
+    """Estimate the pose of the head in every volume, eddy-current displacements and slices with signal dropout.
 
     Parameters
     ----------
     dwi : DWI
-        Volumes of one phase encoding, in the order of acquisition, at least one b=0.
+        Volumes of one phase encoding, in order of acquisition, with at least one b=0.
     mask : Volume
         Rough brain mask on the grid of `dwi`, 0 or 1.
     settings : MotionSettings
-        `iters` bounds the rounds on the volumes' own voxels; rounds on coarser voxels come before.
+        `iters` limits the rounds at the resolution of the series; rounds at coarser resolution precede them.
     pe : PhaseEncoding, optional
-        Eddy currents displace along its axis; without it they are not looked for.
+        Eddy currents displace along its axis; they are not estimated without it.
     multiband : tuple of tuple of int
-        Slices excited together, which are judged together; each by itself by default.
+        Groups of simultaneously excited slices, which are judged together; by default each slice on its own.
 
     Returns
     -------
     Motion
-        `transforms` take points of the b=0 reference to points of each volume. The frame is the middle
-        (geometric median) of the poses of the b=0 volumes.
+        `transforms` map points of the b=0 reference to points of each volume. The frame is the geometric median of
+        the poses of the b=0 volumes.
 
     Raises
     ------
@@ -123,192 +147,158 @@ def estimate_motion(
     """
     _check(dwi, mask)
     levels = build_pyramid(dwi, mask, COARSE_MM)
-    start = np.tile(np.eye(4), (len(dwi), 1, 1))
-    state = MotionState(start, None, np.zeros((10, 3)), None, _slice_axis(dwi.grid), dwi.grid)
+    identity = np.tile(np.eye(4), (len(dwi), 1, 1))
+    state = MotionState(identity, None, np.zeros((10, 3)), None, _slice_axis(dwi.grid), dwi.grid)
     if settings.method == "none":
-        return _finish(dwi, levels[-1], state, Model("off", "switched off"), settings, multiband, [])
-    weighted = ~dwi.is_b0
-    rings = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
-    model = choose_model(int(weighted.sum()), rings, settings.model)
-    terms = choose_terms(settings.eddy, int(weighted.sum()))
-    if pe is not None and terms and settings.transform == "Rigid" and model.name != "none":
-        state = replace(state, eddy=no_eddy_currents(len(dwi), dwi.grid, pe.axis))
+        return _finish(_Inputs(dwi, Model("off", "switched off"), settings, multiband), levels[-1], state, [])
+    count = int((~dwi.is_b0).sum())
+    n_bvalues = 1 + len(np.unique(np.round(dwi.bvals[~dwi.is_b0] / 100)))  # including b=0
+    inputs = _Inputs(dwi, choose_model(count, n_bvalues, settings.model), settings, multiband)
+    has_model = inputs.model.name != "none"
+    if pe is not None and choose_terms(settings.eddy, count) and settings.transform == "Rigid" and has_model:
+        state = replace(state, eddy=zero_eddy_currents(len(dwi), dwi.grid, pe.axis))
     trace: list[dict[str, Any]] = []
     for number, level in enumerate(levels):
         state = align_b0s(dwi, level, state)
-        if model.name == "none":
+        if not has_model:
             state = interpolate_from_b0s(dwi, level, state)
-            trace += _rows(state.transforms, level, number + 1)
+            trace += _trace_rows(state.transforms, level, number + 1)
             continue
         if number == 0:
             state = state.with_transforms(state.transforms[nearest_b0(dwi)])
         rounds = settings.iters if number == len(levels) - 1 else COARSE_ROUNDS
         done = int(trace[-1]["iter_num"]) if trace else 0
-        state, rows = _rounds(dwi, level, state, model, settings, (done, rounds), multiband)
+        state, rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
         trace += rows
-    return _finish(dwi, levels[-1], state, model, settings, multiband, trace)
+    return _finish(inputs, levels[-1], state, trace)
 
 
 def _check(dwi: DWI, mask: Volume) -> None:
+    """Raise InputError if the series or its mask cannot be processed."""
     if not mask.grid.matches(dwi.grid):
         raise InputError(
-            f"motion: the mask is {mask.grid.shape} voxels, the series {dwi.grid.shape}, or they lie apart"
+            f"motion: the mask is {mask.grid.shape} voxels and the series {dwi.grid.shape}, or their affines differ"
         )
     if not (mask.data > 0.5).any():
-        raise InputError("motion: the brain mask has no voxels; give a mask that covers the head")
+        raise InputError("motion: the brain mask has no voxels; provide a mask that covers the head")
     for volume, data in enumerate(dwi.data):
         if not torch.isfinite(data).all():
             raise InputError(f"motion: volume {volume} holds NaN or infinite voxels; replace them with zero")
     if not dwi.is_b0.any():
         raise InputError(
-            f"motion: no volume has b <= {dwi.b0_threshold:g}, the lowest is {dwi.bvals.min():g}; raise --b0-threshold"
+            f"motion: no volume has b <= {dwi.b0_threshold:g}; the lowest b-value is {dwi.bvals.min():g}; "
+            "raise --b0-threshold"
         )
 
 
-def _rounds(
-    dwi: DWI,
-    level: PyramidLevel,
-    state: MotionState,
-    model: Model,
-    settings: MotionSettings,
-    count: tuple[int, int],
-    multiband: tuple[tuple[int, ...], ...],
+def _shoreline_rounds(
+    inputs: _Inputs, level: PyramidLevel, state: MotionState, rounds: range
 ) -> tuple[MotionState, list[dict[str, Any]]]:
-    """Predict, register, repeat: `count` rounds done and allowed. Gives the state and a row per volume and round."""
-    index = np.flatnonzero(~dwi.is_b0)
+    """Rounds of prediction and registration at one pyramid level, until no volume moves.
+
+    Parameters
+    ----------
+    inputs : _Inputs
+    level : PyramidLevel
+    state : MotionState
+    rounds : range
+        Numbers of the rounds allowed at this level, counted over all levels from 1.
+
+    Returns
+    -------
+    state : MotionState
+    trace : list of dict
+        One row per volume and round.
+    """
+    dwi, settings, weighted = inputs.dwi, inputs.settings, inputs.weighted
     reference = level.sample(np.flatnonzero(dwi.is_b0), state).mean(0, keepdim=True)
-    weights, fill = np.ones(len(index)), None
+    weights = np.ones(len(weighted))
+    fill: torch.Tensor | None = None
+    eddy_fit: EddyFit | None = None
     trace: list[dict[str, Any]] = []
-    done, allowed = count
-    quiet = level.grid.voxel_sizes.mean() > QUIET_MM
-    for number in range(done + 1, done + allowed + 1):
-        observed = level.sample(index, state, fill)
-        for _ in range(3 if number == 1 else 1):
-            predicted = _predicted(dwi, state, observed, reference, model, weights)
-            weights = volume_weights(observed, predicted.values, dwi.bvals[index])
-        if number == 2:
-            state = _try_other_starts(dwi, level, state, predicted.values, weights)
-        if level.name == "full" and state.outlier_slices is None:
-            residual = _residual(observed, predicted.values)
-            state = replace(state, outlier_slices=_lost(dwi, level, state, residual, predicted.values, multiband))
-            del residual
-        before, prior = state.transforms[index], _rest(dwi, level, state.transforms) if number > 2 else None
-        if prior is not None and state.eddy is not None and quiet:
-            state = eddy_step(dwi, level, state, observed, predicted, prior, choose_terms(settings.eddy, len(index)))
-        state = _register(level, index, state, predicted, settings.transform == "Affine", prior)
-        if number > done + 1:
-            q = np.where(dwi.is_b0[:, None], 0, dwi.q)
-            state = state.with_transforms(remove_gradient_trend(state.transforms, q, dwi.run, level.points.centre))
+    for number in rounds:
+        observed = level.sample(weighted, state, fill)
+        if number == 1:
+            weights = _initial_weights(inputs, state, observed, reference)
+        predicted = _predict(inputs, state, observed, reference, weights)
+        weights = volume_weights(observed, predicted.values, dwi.bvals[weighted])
+        if number == RESTART_ROUND:
+            state = restart_poor_fits(dwi, level, state, predicted.values, weights)
+        if level.name == FULL and state.outlier_slices is None:
+            state = _detect_outlier_slices(inputs, level, state, observed, predicted.values)
+        before, prior = state.transforms[weighted], None
+        if number >= FIRST_PRIOR_ROUND:
+            prior = estimate_pose_prior(dwi, state.transforms, level.points.centre, level.probe_points())
+        if prior is not None and _estimates_eddy(level, state):
+            eddy_fit = EddyFit(dwi, level, observed, predicted, prior, choose_terms(settings.eddy, len(weighted)))
+            state = eddy_step(eddy_fit, state)
+        state = register_to_predictions(level, weighted, state, predicted, settings.transform == "Affine", prior)
+        if number > rounds[0]:
+            state = _without_gradient_trend(dwi, level, state)
         fill = predicted.values
-        trace += _rows(state.transforms, level, number)
-        moved = point_displacement(before, state.transforms[index], level.probe_points()).mean(1)
-        log.info("motion: round %d (%s voxels), moved %.3f mm at most", number, level.name, moved.max())
-        if moved.max() < settings.tolerance:
+        trace += _trace_rows(state.transforms, level, number)
+        movement = point_displacement(before, state.transforms[weighted], level.probe_points()).mean(1).max()
+        log.info("motion: round %d (%s voxels), largest movement %.3f mm", number, level.name, movement)
+        if movement < settings.tolerance:
             break
-    if prior is not None and state.eddy is not None and quiet:
-        state = discount_chance(dwi, level, state, observed, predicted, prior, choose_terms(settings.eddy, len(index)))
+    if eddy_fit is not None:
+        state = shrink_to_significant(eddy_fit, state)
     return state, trace
 
 
-def _predicted(
-    dwi: DWI, state: MotionState, observed: torch.Tensor, reference: torch.Tensor, model: Model, weights: np.ndarray
-) -> Prediction:
-    """Every diffusion-weighted volume from the others, gradients as the head saw them."""
-    index = np.flatnonzero(~dwi.is_b0)
-    return predict(observed, reference, model, dwi.bvals[index], dwi.bvecs[index], state.transforms[index], weights)
-
-
-def _lost(
-    dwi: DWI,
-    level: PyramidLevel,
-    state: MotionState,
-    residual: torch.Tensor,
-    predicted: torch.Tensor,
-    multiband: tuple[tuple[int, ...], ...],
+def _initial_weights(
+    inputs: _Inputs, state: MotionState, observed: torch.Tensor, reference: torch.Tensor
 ) -> np.ndarray:
-    """Slices of diffusion-weighted volumes that lost their signal, (n, slices) bool for all volumes."""
-    index = np.flatnonzero(~dwi.is_b0)
-    lost = np.zeros((len(dwi), dwi.grid.shape[state.slice_axis]), bool)
-    where = (level.points, dwi.grid, state.transforms[index], state.slice_axis)
-    lost[index] = find_outlier_slices(
-        slice_scores(residual, *where), slice_signal_loss(residual, predicted, *where), multiband
-    )
-    return lost
+    """Weights of the diffusion-weighted volumes for the first prediction, (n,), from repeated prediction."""
+    weights = np.ones(len(observed))
+    for _ in range(INITIAL_PASSES):
+        predicted = _predict(inputs, state, observed, reference, weights)
+        weights = volume_weights(observed, predicted.values, inputs.dwi.bvals[inputs.weighted])
+    return weights
 
 
-def _residual(observed: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Volumes less their predictions, each with the gain that fits best."""
-    fit, size = (torch.einsum("nm,nm->n", values, predicted) for values in (observed, predicted))
-    return (predicted * (-fit / size.clamp(min=1e-12))[:, None]).add_(observed)
+def _predict(
+    inputs: _Inputs, state: MotionState, observed: torch.Tensor, reference: torch.Tensor, weights: np.ndarray
+) -> Prediction:
+    """Predict every diffusion-weighted volume from the others, with gradients rotated into the frame of the head."""
+    dwi, weighted = inputs.dwi, inputs.weighted
+    bvals, bvecs, transforms = dwi.bvals[weighted], dwi.bvecs[weighted], state.transforms[weighted]
+    return predict(observed, reference, inputs.model, bvals, bvecs, transforms, weights)
 
 
-def _try_other_starts(
-    dwi: DWI, level: PyramidLevel, state: MotionState, predicted: torch.Tensor, weights: np.ndarray
+def _estimates_eddy(level: PyramidLevel, state: MotionState) -> bool:
+    """Whether eddy currents are estimated at this pyramid level."""
+    return state.eddy is not None and bool(level.grid.voxel_sizes.mean() > MIN_VOXEL_MM)
+
+
+def _detect_outlier_slices(
+    inputs: _Inputs, level: PyramidLevel, state: MotionState, observed: torch.Tensor, predicted: torch.Tensor
 ) -> MotionState:
-    """Volumes that fit badly start again from other poses; the one that ends with the smallest residual stays."""
-    bad = np.flatnonzero(weights < MISFIT)
-    if not len(bad):
-        return state
-    out = state.transforms.copy()
-    volumes = np.flatnonzero(~dwi.is_b0)[bad]
-    targets = predicted[torch.as_tensor(bad, device=predicted.device)]
-    data, still = level.take(volumes), np.tile(np.eye(4), (len(bad), 1, 1))
-    usual = resting_poses(out, level.points.centre)[volumes]
-    turns = [np.eye(6)[axis] * side * np.deg2rad(10) for axis in range(3) for side in (1, -1)]
-    starts = [out[volumes], still, usual, out[np.maximum(volumes - 1, 0)]]
-    starts += [usual @ rigid_matrix(turn, level.points.centre) for turn in turns]
-    best = np.full(len(bad), np.inf)
-    for start in starts:
-        found = align(data, level.grid, level.points, targets, start, steps=4 * STEPS)
-        better = found.rms < 0.98 * best  # the first, unless another is clearly better
-        best[better] = found.rms[better]
-        out[volumes[better]] = found.transforms[better]
-    log.info("motion: %d volumes that did not fit were started again", len(bad))
-    return state.with_transforms(out)
+    """Detect slices with signal dropout in the diffusion-weighted volumes, given with their predictions, (n, m)."""
+    residual = gain_corrected_residual(observed, predicted)
+    return replace(state, outlier_slices=_outlier_slices(inputs, level, state, residual, predicted))
 
 
-def _rest(dwi: DWI, level: PyramidLevel, transforms: np.ndarray) -> PosePrior:
-    """Where the head is expected around the time of each volume, run by run, and how closely."""
-    poses = np.empty_like(transforms)
-    for run in np.unique(dwi.run):
-        own = dwi.run == run
-        poses[own] = resting_poses(transforms[own], level.points.centre)
-    away = point_displacement(transforms, poses, level.probe_points())[~dwi.is_b0]
-    return PosePrior(poses, jitter(np.sqrt((away**2).mean(1))))
+def _outlier_slices(
+    inputs: _Inputs, level: PyramidLevel, state: MotionState, residual: torch.Tensor, predicted: torch.Tensor
+) -> np.ndarray:
+    """Outlier slices of all volumes, (n, slices) bool, from residuals of the diffusion-weighted volumes."""
+    dwi, weighted = inputs.dwi, inputs.weighted
+    geometry = SliceGeometry(level.points, dwi.grid, state.transforms[weighted], state.slice_axis)
+    scores, losses = slice_scores(residual, geometry), slice_signal_loss(residual, predicted, geometry)
+    outliers = np.zeros((len(dwi), dwi.grid.shape[state.slice_axis]), bool)
+    outliers[weighted] = find_outlier_slices(scores, losses, inputs.multiband)
+    return outliers
 
 
-def _register(
-    level: PyramidLevel,
-    index: np.ndarray,
-    state: MotionState,
-    predicted: Prediction,
-    affine: bool,
-    prior: PosePrior | None,
-) -> MotionState:
-    """Volumes on their way to their predictions, as far as lets rounds come to prior."""
-    out = state.transforms.copy()
-    for first in range(0, len(index), CHUNK):
-        part = slice(first, first + CHUNK)
-        some = index[part]
-        out[some] = align(
-            level.take(some),
-            level.grid,
-            level.points,
-            predicted.values[part],
-            out[some],
-            affine=affine,
-            steps=STEPS,
-            prior=None if prior is None else PosePrior(prior.poses[some], prior.jitter),
-            eddy=state.eddy_of(some),
-        ).transforms
-    share = 1.0 if affine else predicted.relaxation
-    if share < 1:
-        out[index] = relaxed_poses(state.transforms[index], out[index], share, level.points.centre)
-    return state.with_transforms(out)
+def _without_gradient_trend(dwi: DWI, level: PyramidLevel, state: MotionState) -> MotionState:
+    """Remove the component of the poses that is a smooth, even function of the gradient."""
+    q = np.where(dwi.is_b0[:, None], 0, dwi.q)
+    return state.with_transforms(remove_gradient_trend(state.transforms, q, dwi.run, level.points.centre))
 
 
-def _rows(transforms: np.ndarray, level: PyramidLevel, number: int) -> list[dict[str, Any]]:
-    """hmcOptimization.csv: shifts in mm and rotations in radians about the brain's centre."""
+def _trace_rows(transforms: np.ndarray, level: PyramidLevel, number: int) -> list[dict[str, Any]]:
+    """Rows of hmcOptimization.csv: shifts in mm and rotations in radians about the centre of the brain."""
     name = f"{level.name} round {number}"
     return [
         {"volume": volume} | decompose(matrix, level.points.centre) | {"iter_num": number, "iter_name": name}
@@ -316,67 +306,68 @@ def _rows(transforms: np.ndarray, level: PyramidLevel, number: int) -> list[dict
     ]
 
 
-def _finish(
-    dwi: DWI,
-    level: PyramidLevel,
-    state: MotionState,
-    model: Model,
-    settings: MotionSettings,
-    multiband: tuple[tuple[int, ...], ...],
-    trace: list[dict[str, Any]],
-) -> Motion:
-    """The b=0 reference, and how well each volume agrees with its prediction at the end."""
-    everything, weighted = np.arange(len(dwi)), ~dwi.is_b0
-    observed = level.sample(everything, state)
-    reference = observed[torch.as_tensor(~weighted)].mean(0, keepdim=True)
-    predicted = reference.expand_as(observed).clone()
-    if model.name in ("3dSHORE", "tensor"):
-        rows = torch.as_tensor(np.flatnonzero(weighted), device=observed.device)
-        for _ in range(2):  # lost slices are filled in the second
-            used = level.sample(everything[weighted], state, predicted[rows])
-            predicted[rows] = _predicted(dwi, state, used, reference, model, np.ones(len(rows))).values
-        del used
+def _finish(inputs: _Inputs, level: PyramidLevel, state: MotionState, trace: list[dict[str, Any]]) -> Motion:
+    """Compute the b=0 reference, the agreement of each volume with its final prediction, and outlier slices."""
+    dwi, weighted, has_model = inputs.dwi, inputs.weighted, inputs.model.name in SIGNAL_MODELS
+    volumes = np.arange(len(dwi))
+    observed = level.sample(volumes, state)
+    predicted = _final_prediction(inputs, level, state, observed)
     r2, xcorr = agreement(observed, predicted)
-    residual = _residual(observed, predicted)
-    del observed  # of the size of the brain in the whole series, as are all of these
-    z = slice_scores(residual, level.points, dwi.grid, state.transforms, state.slice_axis)
-    lost = np.zeros(z.shape, bool)
-    if model.name in ("3dSHORE", "tensor"):
-        lost = _lost(dwi, level, state, residual[rows], predicted[rows], multiband)
-    state = replace(state, outlier_slices=lost)
-    if model.name in ("none", "off"):  # nothing predicts them, so there is nothing to agree with
-        r2[weighted] = xcorr[weighted] = z[weighted] = np.nan
+    residual = gain_corrected_residual(observed, predicted)
+    del observed  # the size of the whole series inside the brain, as are all tensors here
+    slice_z = slice_scores(residual, SliceGeometry(level.points, dwi.grid, state.transforms, state.slice_axis))
+    outliers = np.zeros(slice_z.shape, bool)
+    if has_model:
+        outliers = _outlier_slices(inputs, level, state, residual[weighted], predicted[weighted])
+    else:  # without predictions there is no agreement to report
+        r2[weighted] = xcorr[weighted] = slice_z[weighted] = np.nan
+    state = replace(state, outlier_slices=outliers)
     dwiref = mean_b0(dwi, state.transforms)
+    replaces = inputs.settings.outliers == "replace"
     return Motion(
         transforms=state.transforms,
-        volumes=everything,
+        volumes=volumes,
         dwiref=dwiref,
         mask=brain_mask_b0(dwiref),
         r2=r2,
         xcorr=xcorr,
-        slice_z=z,
+        slice_z=slice_z,
         slice_axis=state.slice_axis,
         trace=trace,
-        model=model.name,
+        model=inputs.model.name,
         eddy=state.eddy,
-        outlier_slices=lost,
-        replacements=slice_replacements(dwi, level, state, predicted) if settings.outliers == "replace" else None,
-        notes=_notes(model, settings, state, dwi.is_b0),
+        outlier_slices=outliers,
+        replacements=slice_replacements(dwi, level, state, predicted) if replaces else None,
+        notes=_notes(inputs, state),
     )
 
 
-def _notes(model: Model, settings: MotionSettings, state: MotionState, is_b0: np.ndarray) -> tuple[str, ...]:
+def _final_prediction(inputs: _Inputs, level: PyramidLevel, state: MotionState, observed: torch.Tensor) -> torch.Tensor:
+    """Predictions of all volumes, (n, m): the mean b=0, and the signal model for diffusion-weighted volumes if any."""
+    reference = observed[torch.as_tensor(inputs.dwi.is_b0)].mean(0, keepdim=True)
+    predicted = reference.expand_as(observed).clone()
+    if inputs.model.name in SIGNAL_MODELS:
+        weighted = torch.as_tensor(inputs.weighted, device=observed.device)
+        for _ in range(2):  # the second pass fills outlier slices with the prediction of the first
+            used = level.sample(inputs.weighted, state, predicted[weighted])
+            predicted[weighted] = _predict(inputs, state, used, reference, np.ones(len(weighted))).values
+    return predicted
+
+
+def _notes(inputs: _Inputs, state: MotionState) -> tuple[str, ...]:
+    """Deviations from the default model: which one was used, and why eddy currents were not estimated."""
+    model, settings = inputs.model, inputs.settings
     notes = (f"{model.name}: {model.note}",) if model.name != "3dSHORE" or model.order < 6 else ()
-    if settings.eddy == "none" or state.eddy is not None or model.name in ("none", "off"):
+    if settings.eddy == "none" or state.eddy is not None or model.name not in SIGNAL_MODELS:
         return notes
-    why = "affine transforms take their state" if settings.transform == "Affine" else "the phase encoding is not known"
-    if not choose_terms(settings.eddy, int((~is_b0).sum())):
-        why = "there are too few directions"
-    return (*notes, f"Eddy currents were not looked for: {why}.")
+    reason = "affine transforms absorb them" if settings.transform == "Affine" else "the phase encoding is not known"
+    if not choose_terms(settings.eddy, len(inputs.weighted)):
+        reason = "there are too few directions"
+    return (*notes, f"Eddy currents were not estimated: {reason}.")
 
 
 def _slice_axis(grid: Grid) -> int:
-    """k, unless voxels are clearly longest along another axis."""
+    """Voxel axis across slices: k, unless voxels are clearly longest along another axis."""
     sizes = grid.voxel_sizes
     longest = int(sizes.argmax())
     return longest if sizes[longest] > 1.2 * sizes[2] else 2

@@ -1,4 +1,4 @@
-"""Numbers about the result: motion, likeness of neighbouring volumes, contrast over noise, bad slices."""
+"""Quality metrics: motion, neighbouring DWI correlation, contrast-to-noise ratio, discontinuous slices."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ from dsiprep.ops.qspace.tensor import main_directions, tensor_projection
 
 METHODS = {
     "quality": (
-        "Framewise displacement was computed from translations, and rotations on a sphere of 50 mm "
-        "[@power2012]. Neighbouring DWI correlation [@yeh2019], DWI contrast, slices out of line and the "
-        "coherence of fibre directions were measured as cs_dmri defines them, before and after "
-        "preprocessing. The contrast-to-noise ratio is the standard deviation of the model's signal over "
-        "that of its residual [@bastiani2019]; temporal SNR was taken over b=0 volumes."
+        "Framewise displacement was computed from translations and from rotations on a sphere of 50 mm radius "
+        "[@power2012]. Neighbouring DWI correlation [@yeh2019], DWI contrast, the number of discontinuous slices and "
+        "the coherence index of fibre directions were computed as defined in cs_dmri, before and after preprocessing. "
+        "The contrast-to-noise ratio is the standard deviation of the model's signal over that of its residual "
+        "[@bastiani2019]; temporal SNR was computed from the b=0 volumes."
     ),
 }
 
-SPHERE_MM = 50.0
-CHUNK = 20_000  # voxels at a time
-TENSOR_LIMIT = 3000.0  # s/mm²; beyond, signals are not Gaussian enough for a tensor to give directions
+SPHERE_MM = 50.0  # radius on which rotations are converted to mm
+CHUNK = 20_000  # voxels per batch
+SUMMARY = ("median", "minimum", "maximum", "mean", "standard_deviation")
+CNR_SUMMARY = ("mean", "median", "standard_deviation")
+MAX_TENSOR_B = 3000.0  # s/mm²; above it, the signal is too non-Gaussian for fibre directions from a tensor
 
 Row = dict[str, float | str | None]
 
@@ -51,38 +53,37 @@ def measure_quality(
     anatomy: Anatomy,
     preprocessed: Preprocessed,
 ) -> Quality:
-    """Measure one unit before and after preprocessing.
+    """Compute the quality metrics of one unit before and after preprocessing.
 
     Parameters
     ----------
     unit_name : str
-        Prefix of the outputs; entities are read from it.
+        Prefix of the outputs, from which the BIDS entities are parsed.
 
     Returns
     -------
     Quality
-        `table` has the columns of image_qc.tsv, None where there is nothing to measure; `confounds` the
-        columns of the confounds table with `run` (index into the unit's runs) for `original_file`, a row for every
-        volume acquired: volumes made one share b-value and b-vector.
-        Translations in mm, rotation vectors about the image centre in radians, RAS+; FD is NaN in the first
-        volume of a run.
+        `table` has the columns of image_qc.tsv, with None where a metric is not available. `confounds` has the columns
+        of the confounds table, with `run` (index into the unit's runs) instead of `original_file` and one row per
+        acquired volume; volumes that were merged share b-value and b-vector. Translations in mm, rotation vectors about
+        the image centre in radians, RAS+. Framewise displacement (FD) is NaN in the first volume of a run.
     """
     dwi = preprocessed.dwi.to("cpu")
     inside = preprocessed.mask.numpy() > 0.5
     confounds = _confounds(acquired, denoised, motions, dwi, preprocessed.sources)
     cnr, tsnr = _cnr(dwi, preprocessed.mask, motions[0].model), _tsnr(dwi, preprocessed.mask)
     raw = acquired.dwi.to("cpu")
-    table: Row = _series("raw_", raw, acquired.mask.numpy() > 0.5, motions[0].slice_axis)
-    table |= _series("t1_", dwi, inside, 2)
+    table: Row = _series_metrics("raw_", raw, acquired.mask.numpy() > 0.5, motions[0].slice_axis)
+    table |= _series_metrics("t1_", dwi, inside, 2)
     table |= _motion_summary(confounds, raw.run)
-    table |= _overlaps(anatomy, preprocessed)
+    table |= _dice_overlaps(anatomy, preprocessed)
     if cnr is not None:
-        table |= {f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in SHORT}
+        table |= {f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in CNR_SUMMARY}
     if distortion is not None and distortion.fieldmap_hz is not None:
-        table |= _fieldmap(distortion.fieldmap_hz, motions[0].mask)
+        table |= _fieldmap_metrics(distortion.fieldmap_hz, motions[0].mask)
     table["coregistration_score"] = float(coregistration.score_after)
-    table |= _names(unit_name)
-    slices = _slice_z(motions, len(raw))
+    table |= _file_entities(unit_name)
+    slices = _all_slice_z(motions, len(raw))
     return Quality(table, confounds, slices, cnr, tsnr, _notes(motions, raw, distortion, cnr))
 
 
@@ -94,26 +95,26 @@ def measure_joined(
     preprocessed: Preprocessed,
     model: str,
 ) -> Quality:
-    """Measure the series that several units were joined into.
+    """Compute the quality metrics of a series joined from several units.
 
     Parameters
     ----------
     name : str
         Prefix of the output.
     parts : tuple of Quality
-        Of the units, in order; their confounds are put one after the other.
+        Results of the units, in order; their confounds are concatenated.
     runs : tuple of ndarray of int
-        The run of every volume of each unit; numbered on from unit to unit.
+        Run index of every volume of each unit; runs are renumbered consecutively across units.
     anatomy : Anatomy
     preprocessed : Preprocessed
         From `dsiprep.stages.resample.join`.
     model : str
-        Signal model of the motion.
+        Signal model of the motion correction.
 
     Returns
     -------
     Quality
-        Numbers of slices and directions of the raw series are sums over the units, the other raw measures means.
+        `raw_num_*` metrics are summed over the units; all other raw metrics are averaged.
     """
     shared = [column for column in parts[0].confounds if all(column in part.confounds for part in parts)]
     confounds = {column: np.concatenate([part.confounds[column] for part in parts]) for column in shared}
@@ -125,15 +126,16 @@ def measure_joined(
             confounds[column][list(members)] = dwi.bvecs[volume, axis]
         confounds["bval"][list(members)] = dwi.bvals[volume]
     cnr, tsnr = _cnr(dwi, preprocessed.mask, model), _tsnr(dwi, preprocessed.mask)
-    table = _raw_of_all(parts) | _series("t1_", dwi, preprocessed.mask.numpy() > 0.5, 2)
-    table |= _motion_summary(confounds, confounds["run"]) | _overlaps(anatomy, preprocessed)
-    table |= _names(name)
+    table = _combine_raw(parts) | _series_metrics("t1_", dwi, preprocessed.mask.numpy() > 0.5, 2)
+    table |= _motion_summary(confounds, confounds["run"]) | _dice_overlaps(anatomy, preprocessed)
+    table |= _file_entities(name)
     width = max(part.slice_z.shape[1] for part in parts)
     padded = [np.pad(p.slice_z, ((0, 0), (0, width - p.slice_z.shape[1])), constant_values=np.nan) for p in parts]
     return Quality(table, confounds, np.concatenate(padded), cnr, tsnr)
 
 
-def _raw_of_all(parts: tuple[Quality, ...]) -> Row:
+def _combine_raw(parts: tuple[Quality, ...]) -> Row:
+    """Raw metrics of a joined series: counts are summed and all others averaged over its units."""
     row: Row = {}
     for name in parts[0].table:
         values = [part.table.get(name) for part in parts]
@@ -144,7 +146,7 @@ def _raw_of_all(parts: tuple[Quality, ...]) -> Row:
 
 
 def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """Sum of the absolute steps of translations and, on a sphere of 50 mm, of rotations.
+    """Framewise displacement: sum of absolute changes in translation and, on a sphere of 50 mm radius, in rotation.
 
     Parameters
     ----------
@@ -155,7 +157,7 @@ def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarra
     Returns
     -------
     ndarray, (n,)
-        mm; NaN where there is no volume of the same run before.
+        In mm; NaN in the first volume of each run.
 
     References
     ----------
@@ -169,11 +171,12 @@ def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarra
 def _confounds(
     acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI, sources: tuple[tuple[int, ...], ...]
 ) -> dict[str, np.ndarray]:
+    """Columns of the confounds table, one row per acquired volume."""
     count = len(acquired.dwi)
     parameters, r2, xcorr = np.zeros((count, 6)), np.full(count, np.nan), np.full(count, np.nan)
     for motion in motions:
-        turned = rigid_parameters(motion.transforms, motion.dwiref.grid.centre)
-        parameters[motion.volumes] = turned[:, [3, 4, 5, 0, 1, 2]]
+        rigid = rigid_parameters(motion.transforms, motion.dwiref.grid.centre)
+        parameters[motion.volumes] = rigid[:, [3, 4, 5, 0, 1, 2]]
         r2[motion.volumes], xcorr[motion.volumes] = motion.r2, motion.xcorr
     columns = {"framewise_displacement": framewise_displacement(parameters, acquired.dwi.run)}
     names = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
@@ -187,33 +190,33 @@ def _confounds(
         row[list(members)] = volume
     columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs[row].T, strict=True))
     columns["bval"] = dwi.bvals[row]
-    return columns | _denoising(acquired, denoised)
+    return columns | _denoising_confounds(acquired, denoised)
 
 
-def _denoising(acquired: Acquired, denoised: Denoised) -> dict[str, np.ndarray]:
-    """Mean intensity in the brain before and after, and the mean change over the mean before, per volume."""
+def _denoising_confounds(acquired: Acquired, denoised: Denoised) -> dict[str, np.ndarray]:
+    """Per volume: mean brain intensity before and after denoising, and the mean absolute change relative to before."""
     if denoised.noise is None:
         return {}
-    where = np.flatnonzero(acquired.mask.numpy() > 0.5)
+    brain = np.flatnonzero(acquired.mask.numpy() > 0.5)
     rows = []
     for before, after in zip(acquired.dwi.data.cpu().numpy(), denoised.dwi.data.cpu().numpy(), strict=True):
-        a, b = before.ravel()[where], after.ravel()[where]
+        a, b = before.ravel()[brain], after.ravel()[brain]
         rows.append([a.mean(), b.mean(), np.abs(b - a).mean() / max(a.mean(), 1e-12)])
     return dict(zip(("denoise_pre", "denoise_post", "denoise_change"), np.array(rows, float).T, strict=True))
 
 
-def _series(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) -> Row:
-    """The measures of one series, under the names that DSI Studio and QSIPrep have for them."""
+def _series_metrics(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) -> Row:
+    """Metrics of one series, under the names that DSI Studio and QSIPrep use."""
     from cs_dmri import GradientTable, qc
 
     data = dwi.data.numpy()
-    last = np.ascontiguousarray(np.moveaxis(data, 0, -1))
+    volumes_last = np.ascontiguousarray(np.moveaxis(data, 0, -1))
     table = GradientTable(dwi.bvals, dwi.bvecs, b0_threshold=dwi.b0_threshold)
     row: Row = {f"dimension_{axis}": n for axis, n in zip("xyz", dwi.grid.shape, strict=True)}
     row |= {f"voxel_size_{axis}": float(s) for axis, s in zip("xyz", dwi.grid.voxel_sizes, strict=True)}
     row["max_b"] = float(dwi.bvals.max())
-    row["neighbor_corr"] = qc.neighboring_dwi_correlation(last, table)
-    brain = np.ascontiguousarray(last[inside])[:, None, None]  # cs_dmri's masks cost more than leaving out
+    row["neighbor_corr"] = qc.neighboring_dwi_correlation(volumes_last, table)
+    brain = np.ascontiguousarray(volumes_last[inside])[:, None, None]  # cheaper than passing a mask to cs_dmri
     row["masked_neighbor_corr"] = qc.neighboring_dwi_correlation(brain, table)
     row["dwi_contrast"] = qc.dwi_contrast_ratio(brain, table)
     row["num_bad_slices"] = int(discontinuous_slices(data, inside, slice_axis).sum())
@@ -223,45 +226,45 @@ def _series(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) -> Row:
 
 
 def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
-    """Share of voxels, weighted by FA, whose fibre direction goes on in the next voxel along it."""
+    """FA-weighted fraction of voxels whose fibre direction continues into the next voxel along it."""
     from cs_dmri import qc
 
-    low = dwi.bvals <= TENSOR_LIMIT
-    used = low if (low & ~dwi.is_b0).sum() >= 12 else np.ones(len(dwi), bool)
+    low_b = dwi.bvals <= MAX_TENSOR_B
+    used = low_b if (low_b & ~dwi.is_b0).sum() >= 12 else np.ones(len(dwi), bool)
     if (used & ~dwi.is_b0).sum() < 6 or not inside.any():
         return None
     signals = dwi.data.numpy()[used][:, inside]
     fa, direction = main_directions(signals, dwi.bvals[used], dwi.bvecs[used])
     maps = np.zeros((*inside.shape, 4), np.float32)
     maps[inside] = np.column_stack([fa, direction])
-    found = qc.fixel_coherence(maps[..., 1:], maps[..., 0], inside, dwi.grid.affine, world_directions=True)
-    return found["coherence"]
+    coherence = qc.fixel_coherence(maps[..., 1:], maps[..., 0], inside, dwi.grid.affine, world_directions=True)
+    return coherence["coherence"]
 
 
 def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
-    """Contrast over noise of the diffusion-weighted volumes under the model of the motion; without one, 3dSHORE."""
-    use, tensor = ~dwi.is_b0, "tensor" in model
-    if use.sum() < 14:
+    """Contrast-to-noise ratio of the diffusion-weighted volumes: tensor if that is the motion model, else 3dSHORE."""
+    weighted, tensor = ~dwi.is_b0, "tensor" in model
+    if weighted.sum() < 14:
         return None
-    matrix, freedom = tensor_projection(dwi.bvals, dwi.bvecs) if tensor else shore_projection(dwi.q)
-    matrix = matrix.astype(np.float32)
+    projection, dof = tensor_projection(dwi.bvals, dwi.bvecs) if tensor else shore_projection(dwi.q)
+    projection = projection.astype(np.float32)
     inside = mask.numpy() > 0.5
-    where = np.flatnonzero(inside)
+    brain = np.flatnonzero(inside)
     data, cnr = dwi.data.numpy().reshape(len(dwi), -1), np.zeros(inside.size, np.float32)
-    for start in range(0, len(where), CHUNK):
-        part = where[start : start + CHUNK]
+    for start in range(0, len(brain), CHUNK):
+        part = brain[start : start + CHUNK]
         signals = data[:, part]
         if tensor:
-            top = np.maximum(signals.max(0), 1e-6)
-            fitted = np.exp(np.minimum(matrix @ np.log(np.maximum(signals / top, 1e-3)), 1.0)) * top
+            peak = np.maximum(signals.max(0), 1e-6)
+            fitted = np.exp(np.minimum(projection @ np.log(np.maximum(signals / peak, 1e-3)), 1.0)) * peak
         else:
-            fitted = matrix @ signals
-        cnr[part] = contrast_to_noise(signals[use], fitted[use], freedom * use.mean())
+            fitted = projection @ signals
+        cnr[part] = contrast_to_noise(signals[weighted], fitted[weighted], dof * weighted.mean())
     return Volume(torch.from_numpy(cnr.reshape(inside.shape)), dwi.grid)
 
 
 def _tsnr(dwi: DWI, mask: Volume) -> Volume | None:
-    """Mean over standard deviation of the b=0 volumes in the brain; None with fewer than two."""
+    """Temporal SNR: mean over standard deviation of the b=0 volumes in the brain; None with fewer than two."""
     b0 = dwi.data[torch.as_tensor(np.flatnonzero(dwi.is_b0))]
     if len(b0) < 2:
         return None
@@ -271,26 +274,26 @@ def _tsnr(dwi: DWI, mask: Volume) -> Volume | None:
 
 
 def _motion_summary(confounds: dict[str, np.ndarray], run: np.ndarray) -> Row:
-    moved = np.stack([confounds[f"trans_{axis}"] for axis in "xyz"])
-    turned = np.stack([confounds[f"rot_{axis}"] for axis in "xyz"])
-    fd, same = confounds["framewise_displacement"], run[1:] == run[:-1]
+    translations = np.stack([confounds[f"trans_{axis}"] for axis in "xyz"])
+    rotations = np.stack([confounds[f"rot_{axis}"] for axis in "xyz"])
+    fd, same_run = confounds["framewise_displacement"], run[1:] == run[:-1]
     fd = fd[np.isfinite(fd)]
     return {
         "mean_fd": float(fd.mean()) if len(fd) else None,
         "max_fd": float(fd.max()) if len(fd) else None,
-        "max_rotation": float(np.abs(turned).max()),
-        "max_translation": float(np.abs(moved).max()),
-        "max_rel_rotation": float(np.abs(np.diff(turned))[:, same].max(initial=0)),
-        "max_rel_translation": float(np.abs(np.diff(moved))[:, same].max(initial=0)),
+        "max_rotation": float(np.abs(rotations).max()),
+        "max_translation": float(np.abs(translations).max()),
+        "max_rel_rotation": float(np.abs(np.diff(rotations))[:, same_run].max(initial=0)),
+        "max_rel_translation": float(np.abs(np.diff(translations))[:, same_run].max(initial=0)),
     }
 
 
-def _overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
-    """Dice overlaps, under the names that QSIPrep gives them: 1 is perfect."""
+def _dice_overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
+    """Dice overlaps under QSIPrep's column names; despite their names, 1 is perfect overlap."""
     row: Row = {"t1_dice_distance": None, "mni_dice_distance": None}
     if anatomy.modality != "none":
-        there = resample_onto(anatomy.mask.data[None].float().cpu(), anatomy.mask.grid, preprocessed.mask.grid)[0]
-        row["t1_dice_distance"] = _dice(there.numpy() > 0.5, preprocessed.mask.numpy() > 0.5)
+        structural = resample_onto(anatomy.mask.data[None].float().cpu(), anatomy.mask.grid, preprocessed.mask.grid)[0]
+        row["t1_dice_distance"] = _dice(structural.numpy() > 0.5, preprocessed.mask.numpy() > 0.5)
     template, warped = anatomy.template_image, anatomy.warped
     if template is not None and warped is not None and template.grid.matches(warped.grid):
         row["mni_dice_distance"] = _dice(template.numpy() > 0, warped.numpy() > 0)
@@ -301,12 +304,9 @@ def _dice(first: np.ndarray, second: np.ndarray) -> float:
     return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
 
 
-SHORT = ("mean", "median", "standard_deviation")
-
-
 def _summary(values: np.ndarray) -> dict[str, float | None]:
     if not values.size:
-        return dict.fromkeys(("median", "minimum", "maximum", "mean", "standard_deviation"))
+        return dict.fromkeys(SUMMARY)
     return {
         "median": float(np.median(values)),
         "minimum": float(values.min()),
@@ -316,39 +316,42 @@ def _summary(values: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def _fieldmap(fieldmap: Volume, mask: Volume) -> Row:
-    """Off-resonance in the brain; over the whole map where the mask is on another grid."""
+def _fieldmap_metrics(fieldmap: Volume, mask: Volume) -> Row:
+    """Statistics of the off-resonance field in the brain, or of the whole map if the mask is on another grid."""
     values = fieldmap.numpy()
     if fieldmap.grid.matches(mask.grid) and (mask.numpy() > 0.5).any():
         values = values[mask.numpy() > 0.5]
     return {f"fieldmap_hz_{name}": value for name, value in _summary(values.ravel()).items()}
 
 
-def _slice_z(motions: tuple[Motion, ...], count: int) -> np.ndarray:
-    """Slices of all volumes; NaN where no motion was estimated or slices are fewer."""
+def _all_slice_z(motions: tuple[Motion, ...], count: int) -> np.ndarray:
+    """Slice z-scores of all volumes, (volumes, slices); NaN without a motion estimate, and as padding."""
     slices = np.full((count, max(motion.slice_z.shape[1] for motion in motions)), np.nan)
     for motion in motions:
         slices[motion.volumes, : motion.slice_z.shape[1]] = motion.slice_z
     return slices
 
 
-def _names(unit_name: str) -> Row:
-    """`file_name` and the entities in it."""
-    found = dict(part.split("-", 1) for part in unit_name.split("_") if "-" in part)
+def _file_entities(unit_name: str) -> Row:
+    """`file_name` and the BIDS entities in it."""
+    entities = dict(part.split("-", 1) for part in unit_name.split("_") if "-" in part)
     columns = {"subject_id": "sub", "session_id": "ses", "task_id": "task", "dir_id": "dir", "acq_id": "acq"}
     row: Row = {"file_name": f"{unit_name}_space-ACPC_desc-preproc_dwi.nii.gz"}
-    row |= {column: found.get(entity) for column, entity in columns.items()}
-    return row | {"space_id": "ACPC", "rec_id": found.get("rec"), "run_id": found.get("run")}
+    row |= {column: entities.get(entity) for column, entity in columns.items()}
+    return row | {"space_id": "ACPC", "rec_id": entities.get("rec"), "run_id": entities.get("run")}
 
 
 def _notes(motions: tuple[Motion, ...], raw: DWI, distortion: Distortion | None, cnr: Volume | None) -> tuple[str, ...]:
     notes = []
     if len(motions) > 1:
-        notes.append("Motion is given against the reference of each phase encoding; FD starts anew with every run.")
+        notes.append(
+            "Motion is relative to the b=0 reference of each phase encoding; framewise displacement (FD) restarts with "
+            "every run."
+        )
     if raw.is_b0.sum() < 2:
-        notes.append("There are fewer than two b=0 volumes, so temporal SNR cannot be measured.")
+        notes.append("Temporal SNR is not available: there are fewer than two b=0 volumes.")
     if cnr is None:
-        notes.append("There are too few diffusion-weighted volumes for a contrast-to-noise map.")
+        notes.append("The contrast-to-noise map is not available: there are too few diffusion-weighted volumes.")
     if distortion is not None and distortion.fieldmap_hz is None:
-        notes.append("No readout time is known, so the field cannot be given in Hz.")
+        notes.append("The off-resonance field in Hz is not available: the readout time is unknown.")
     return tuple(notes)

@@ -1,7 +1,7 @@
-"""Normalisation added to a finished run of QSIPrep or dsiprep that skipped it.
+"""Add the transforms to a template to a finished run of QSIPrep or dsiprep that skipped normalisation.
 
-`dsiprep-tools add-normalization` is this module on the command line; `add_normalization` is the same as a library call.
-QSIRecon brings atlases of a template to a subject by the two transforms that this makes.
+`dsiprep-tools add-normalization` is the command-line interface of `add_normalization`. QSIRecon uses the two transforms
+to map atlases from template to subject space.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from dsiprep.ops.image.displacement_field import chain_displacement
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.stages.anatomy import normalise_brain
 
-__all__ = ["Added", "add_normalization"]
+__all__ = ["AddedTransforms", "add_normalization"]
 
-WANTED = "MNI152NLin2009cAsym"  # by QSIRecon, for its atlases
-LEAST_DICE = 0.8  # of brain and template, below which a warp is not taken for one between them
+QSIRECON_TEMPLATE = "MNI152NLin2009cAsym"  # the template of QSIRecon's atlases
+MIN_DICE = 0.8  # overlap of the warped brain mask with the template's, below which the warp is rejected
 
 
 @dataclass(frozen=True)
-class Added:
-    """What was written, and what to know of it.
+class AddedTransforms:
+    """The files written by `add_normalization`, with notes for the user.
 
     Attributes
     ----------
     files : tuple of Path
-        from-ACPC_to-<template> and its inverse.
-    said : tuple of str
-        Sentences.
+        The from-ACPC_to-<template> transform and its inverse.
+    notes : tuple of str
+        One sentence each: the origin of the transforms and their Dice, and what QSIRecon still needs.
     """
 
     files: tuple[Path, ...]
-    said: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def add_normalization(
@@ -56,87 +56,89 @@ def add_normalization(
     inverse_warp: Path | None = None,
     template: str | None = None,
     device: str = "cpu",
-) -> Added:
-    """Write from-ACPC_to-<template>_mode-image_xfm.h5 and its inverse beside the structural image of a subject.
+) -> AddedTransforms:
+    """Write from-ACPC_to-<template>_mode-image_xfm.h5 and its inverse next to a subject's structural image.
 
     Parameters
     ----------
     folder : Path
-        Root of the derivatives, with `sub-<participant>` in it.
+        Root of the derivatives, which contains `sub-<participant>`.
     participant : str
         With or without "sub-".
     warp, inverse_warp : Path, optional
-        What SynthMorph (`mri_synthmorph -t` and `-T`) found between the ACPC image, moving, and the template,
-        fixed; by default dsiprep's own registration. Without `inverse_warp` the way back is computed.
+        Warps of SynthMorph (`mri_synthmorph -t` and `-T`) with the ACPC image as the moving and the template as the
+        fixed image; by default dsiprep's own registration is used. Without `inverse_warp` the inverse is computed.
     template : str, optional
-        Name of the template; with `warp` the one that was its fixed image, which no file tells, and
-        otherwise MNI152NLin2009cAsym where TemplateFlow has it here, else MNI152NLin2009aSym under that name.
+        Name of the template. With `warp` it is required and names the fixed image of the warp, because warp files do
+        not store it. Otherwise MNI152NLin2009cAsym if the local TemplateFlow has it, else MNI152NLin2009aSym.
     device : str
         "cpu", "cuda", "cuda:N" or "auto".
 
     Returns
     -------
-    Added
+    AddedTransforms
 
     Raises
     ------
     InputError
-        If files are missing, or the warp is not one between these images.
+        If files are missing, or if the warp does not map between these images.
     SettingsError
-        If a warp comes without the name of its template.
+        If a warp is given without the name of its template, or an inverse warp without a warp.
     OutputError
-        If one of the two files is there already, or they cannot be written.
+        If one of the two files exists already, or if they cannot be written.
     """
     image, mask = _find(Path(folder), "sub-" + participant.removeprefix("sub-"))
     stem = image.name.partition("_space-ACPC_")[0]
     if warp is not None and (not template or not re.fullmatch(r"[A-Za-z0-9+]+", template)):
-        raise SettingsError("--warp: a warp does not tell which template it leads to; name it with --template, such as "
-                            f"--template {WANTED}")  # fmt: skip
+        raise SettingsError(
+            "--warp: a warp file does not store the name of its template; give it with --template, for example "
+            f"--template {QSIRECON_TEMPLATE}"
+        )
     if inverse_warp is not None and warp is None:
-        raise SettingsError("--inverse-warp goes with --warp; give that too")
-    known = load_template(template) if template and warp is None else load_template()
-    name = template if warp is not None and template else known.name
+        raise SettingsError("--inverse-warp requires --warp; give both")
+    reference = load_template(template) if template and warp is None else load_template()
+    name = template if warp is not None and template else reference.name
     files = [image.parent / f"{stem}_from-{a}_to-{b}_mode-image_xfm.h5" for a, b in (("ACPC", name), (name, "ACPC"))]
-    there = [path.name for path in files if path.exists()]
-    if there:
+    existing = [path.name for path in files if path.exists()]
+    if existing:
         raise OutputError(
-            f"{image.parent} holds {' and '.join(there)} already, which are not overwritten; move them away"
+            f"{image.parent} already contains {' and '.join(existing)}; existing files are not overwritten, move them"
         )
     head, brain = read_volume(image), read_volume(mask)
     if not head.grid.matches(brain.grid):
-        raise InputError(f"{mask} lies on another grid than {image.name}; take both from one run")
+        raise InputError(f"{mask} and {image.name} have different grids; use files of the same run")
     if warp is None:
-        forward, back = _register(head, brain, known, device)
+        forward, inverse = _register(head, brain, reference, device)
     else:
-        forward, back = _from_warp(warp, inverse_warp, head, name)
-    dice = _dice(forward, brain, known)
-    if dice < LEAST_DICE:
+        forward, inverse = _from_warp(warp, inverse_warp, head, name)
+    dice = _dice(forward, brain, reference)
+    if dice < MIN_DICE:
         raise InputError(
-            f"{warp or image}: brought to {name}, the brain covers the template's with a Dice of {dice:.2f} only; "
-            "wanted is a warp that mri_synthmorph -t wrote for this image, moving, and the template, fixed"
+            f"{warp or image}: after warping to {name}, the brain mask overlaps the template's with a Dice of only "
+            f"{dice:.2f}; expected a warp of mri_synthmorph -t, with this image moving and the template fixed"
         )
-    _write(files, (forward, back))
-    return Added(tuple(files), _sentences(name, dice, known, warp))
+    _write(files, (forward, inverse))
+    return AddedTransforms(tuple(files), _notes(name, dice, reference, warp))
 
 
 def _find(folder: Path, subject: str) -> tuple[Path, Path]:
-    """The structural image in ACPC space and its brain mask."""
+    """Find the structural image in ACPC space and its brain mask."""
     if not (folder / subject).is_dir():
-        raise InputError(f"{folder} holds no folder {subject}; give the root of the derivatives of QSIPrep or dsiprep")
+        raise InputError(f"{folder} contains no folder {subject}; give the output folder of QSIPrep or dsiprep")
     ending = "_space-ACPC_desc-preproc_T1w.nii.gz"
     images = sorted((folder / subject).glob(f"**/anat/{subject}*{ending}"))
     if not images:
         raise InputError(
-            f"{folder / subject}: no anat/{subject}{ending}; a run of QSIPrep 1.0 or later, or of dsiprep, with a T1w "
-            "image is wanted"
+            f"{folder / subject}: no anat/{subject}{ending}; expected a run of QSIPrep 1.0 or later, or of dsiprep, "
+            "with a T1w image"
         )
     if len(images) > 1:
         raise InputError(
-            f"{folder / subject}: {len(images)} structural images in ACPC space; give a folder with one session"
+            f"{folder / subject}: {len(images)} structural images in ACPC space; give a folder with a single session"
         )
     mask = images[0].with_name(images[0].name.replace("_desc-preproc_T1w", "_desc-brain_mask"))
     if not mask.is_file():
-        raise InputError(f"{mask}: there is no such file, and the brain is needed; copy it from the run")
+        raise InputError(f"{mask} does not exist; copy the brain mask of the run there")
     return images[0], mask
 
 
@@ -146,43 +148,43 @@ def _register(head: Volume, brain: Volume, template: Template, device: str) -> t
 
 def _from_warp(warp: Path, inverse: Path | None, head: Volume, name: str) -> tuple[Chain, Chain]:
     field = read_warp(warp).field
-    back = inverse_on(field, head.grid) if inverse is None else read_warp(inverse).field
-    return Chain((field,), "ACPC", name), Chain((back,), name, "ACPC")
+    inverse_field = inverse_on(field, head.grid) if inverse is None else read_warp(inverse).field
+    return Chain((field,), "ACPC", name), Chain((inverse_field,), name, "ACPC")
 
 
 def _dice(forward: Chain, brain: Volume, template: Template) -> float:
-    """Agreement of the brain, brought over, with the template's; any MNI template will do to see a wrong warp."""
+    """Dice of the warped brain mask and the template's; any MNI template is close enough to detect a wrong warp."""
     grid = template.mask.grid.at_spacing(3.0)
     displacement = chain_displacement(forward, grid)
-    moved = resample_onto(brain.data[None].float(), brain.grid, grid, displacement=displacement)[0] > 0.5
-    inside = resample_onto(template.mask.data[None], template.mask.grid, grid)[0] > 0.5
-    return float(2 * (moved & inside).sum() / (moved.sum() + inside.sum()).clamp(min=1))
+    warped = resample_onto(brain.data[None].float(), brain.grid, grid, displacement=displacement)[0] > 0.5
+    template_brain = resample_onto(template.mask.data[None], template.mask.grid, grid)[0] > 0.5
+    return float(2 * (warped & template_brain).sum() / (warped.sum() + template_brain.sum()).clamp(min=1))
 
 
 def _write(files: list[Path], chains: tuple[Chain, Chain]) -> None:
-    """Both files or none under their names."""
+    """Write both files, or neither if writing fails."""
     folder = files[0].parent
     try:
-        beside = Path(tempfile.mkdtemp(prefix=".dsiprep-", dir=folder))
+        temporary = Path(tempfile.mkdtemp(prefix=".dsiprep-", dir=folder))
     except OSError as problem:
-        raise OutputError(f"{folder}: {problem.strerror}; this folder must be writable") from problem
+        raise OutputError(f"{folder}: {problem.strerror}; the folder must be writable") from problem
     try:
         for path, chain in zip(files, chains, strict=True):
-            write_composite_h5(beside / path.name, chain)
+            write_composite_h5(temporary / path.name, chain)
         for path in files:
-            (beside / path.name).replace(path)
+            (temporary / path.name).replace(path)
     except OSError as problem:
-        raise OutputError(f"{folder}: {problem.strerror}; make room or check the rights, then run again") from problem
+        raise OutputError(f"{folder}: {problem.strerror}; check free space and permissions, then rerun") from problem
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _sentences(name: str, dice: float, template: Template, warp: Path | None) -> tuple[str, ...]:
-    how = f"from {warp}" if warp else f"by dsiprep's own registration to {name} ({template.origin})"
-    said = [f"The transforms were made {how}; the masks of brain and template agree with a Dice of {dice:.2f}."]
-    if name != WANTED:
-        said.append(
-            f"QSIRecon looks for {WANTED}, and these lead to {name}: get that template with "
-            f"`templateflow get {WANTED}` and run again to have both."
+def _notes(name: str, dice: float, template: Template, warp: Path | None) -> tuple[str, ...]:
+    origin = f"from {warp}" if warp else f"by dsiprep's own registration to {name} ({template.origin})"
+    notes = [f"The transforms were made {origin}; the brain mask overlaps the template's with a Dice of {dice:.2f}."]
+    if name != QSIRECON_TEMPLATE:
+        notes.append(
+            f"QSIRecon needs transforms to {QSIRECON_TEMPLATE}, and these lead to {name}: download that template with "
+            f"`templateflow get {QSIRECON_TEMPLATE}` and rerun to get both."
         )
-    return tuple(said)
+    return tuple(notes)

@@ -1,7 +1,4 @@
-"""Blip-up/blip-down correction alone: two files in, the field and the corrected images out.
-
-`dsiprep-tools drbuddi` is this module on the command line; `correct_pair` is the same as a library call.
-"""
+"""Blip-up/blip-down distortion correction alone, from two files: `dsiprep-tools drbuddi`, or `correct_pair`."""
 
 from __future__ import annotations
 
@@ -25,14 +22,15 @@ from dsiprep.io.nifti import read_image, read_series, read_volume, write_image
 from dsiprep.io.sidecars import phase_encoding
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
-from dsiprep.ops.qspace.matching_gradients import ENOUGH, LOW_B, low_b_pairs
+from dsiprep.ops.qspace.matching_gradients import LOW_B, MIN_PAIRS, low_b_pairs
 from dsiprep.settings import DistortionSettings
 from dsiprep.stages.distortion import correct_distortion
+from dsiprep.standalone.arguments import check_phase_encoding
 
 __all__ = ["correct_pair", "write_pair"]
 
 B0_THRESHOLD = 100.0  # s/mm²
-LEAST_SHARE = 0.5  # of the brain in `up` that `down` has to reach
+LEAST_SHARE = 0.5  # smallest fraction of the brain in `up` that `down` covers
 
 
 def correct_pair(
@@ -51,37 +49,38 @@ def correct_pair(
     Parameters
     ----------
     up, down : Path
-        `.nii` or `.nii.gz`, 3-D or 4-D, of either polarity. Of a series with a `.bval` beside it the volumes at or
-        below 100 s/mm² are taken; without one, all. `down` is read onto the grid of `up` where theirs differ.
+        `.nii` or `.nii.gz`, 3-D or 4-D, of either polarity. Volumes at or below 100 s/mm² are used if there is a
+        `.bval` beside a series, all volumes otherwise. `down` is resampled onto the grid of `up` if theirs differ.
     pe_dir : str, optional
-        Phase encoding of `up`, as BIDS writes it ("j", "i-"); that of `down` is its opposite. By default both
-        come from `PhaseEncodingDirection` in the sidecars.
+        Phase encoding of `up`, as in BIDS ("j", "i-"); that of `down` is the opposite. By default both are read from
+        `PhaseEncodingDirection` in the sidecars.
     readout_time : float, optional
-        Total readout time of both in s; by default `TotalReadoutTime` of the sidecars. Without it there is no field in
-        Hz, and the correction is the same.
+        Total readout time of both in s; by default `TotalReadoutTime` of the sidecars. Without it the correction is the
+        same, but there is no field in Hz.
     mask : Path, optional
-        Brain in `up`, roughly (above 0.5); found in the image by default.
+        Rough brain mask of `up` (above 0.5); computed from the image by default.
     structural : Path, optional
-        Undistorted T2w or T1w of the same head in the same session: it tells the part of the displacements that both
-        blips share. The head need not lie quite the same in it.
+        Undistorted T2w or T1w of the same session: determines the part of the displacement that both blips share. The
+        pose of the head may differ slightly.
     diffusion : bool
-        Compare the mean of the volumes of low b-value, too. Both files have to be series, corrected for head motion
-        and eddy currents, with `.bval` and `.bvec` beside them.
+        Also compare the mean of the volumes of low b-value. Both files must be series corrected for head motion and
+        eddy currents, with `.bval` and `.bvec` beside them.
     device : str
         "cpu", "cuda", "cuda:N" or "auto".
 
     Returns
     -------
     Distortion
-        In the space and on the grid of `up`; `poses[1]` says where the head was in `down`.
+        In the space and on the grid of `up`; `poses[1]` is the pose of the head in `down`.
 
     Raises
     ------
     InputError
-        If a file cannot be used, or `down` reaches less than half of the brain in `up`; the message says what to do.
+        If a file or argument cannot be used, or if `down` covers less than half of the brain in `up`.
     MetadataError
-        If the phase encoding is not known.
+        If the phase encoding is unknown.
     """
+    check_phase_encoding(pe_dir, "pe_dir")
     files = Path(up), Path(down)
     first, second = (_read(path) for path in files)
     grid = first[1]
@@ -100,18 +99,18 @@ def correct_pair(
 
 
 def write_pair(result: Distortion, folder: Path) -> None:
-    """Write what was found into a folder.
+    """Write the correction into a folder.
 
     `dwiref.nii.gz` (both blips corrected and averaged), `up_before` and `up_after`, `down_before` and `down_after`,
-    `fieldmap_hz.nii.gz`, `up_sdc.h5` and `down_sdc.h5` (ITK composites that bring `up` and `down` onto the
-    undistorted grid; they move, and do not modulate, intensities), and `result.json` with the trace.
+    `fieldmap_hz.nii.gz`, `up_sdc.h5` and `down_sdc.h5` (ITK composites that resample `up` and `down` onto the
+    undistorted grid, without the intensity modulation by the Jacobian), and `result.json` with the convergence.
 
     Parameters
     ----------
     result : Distortion
         From `correct_pair`.
     folder : Path
-        Made where it is missing.
+        Created if it does not exist.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,15 +143,15 @@ def _read(path: Path) -> tuple[torch.Tensor, Grid]:
 
 
 def _mean_diffusion(files: tuple[Path, Path], mask: Volume) -> tuple[torch.Tensor, ...]:
-    """Means of the volumes of low b that both series have, (i, j, k) each, on the grid of the mask."""
+    """Means of the low-b volumes that both series share, (i, j, k) each, on the grid of the mask."""
     first, second = (_low_b(path) for path in files)
     bvals, bvecs = (np.concatenate([first[column], second[column]]) for column in (2, 3))
     count = len(first[2])
     pairs = np.array(low_b_pairs(bvals, bvecs, np.arange(len(bvals)) >= count, bvals <= B0_THRESHOLD))
     if not len(pairs):
         raise InputError(
-            f"{files[0]} and {files[1]} have fewer than {ENOUGH} volumes of b up to {LOW_B:g} s/mm² with the same "
-            "gradients; leave --diffusion out"
+            f"{files[0]} and {files[1]} have fewer than {MIN_PAIRS} volumes of b up to {LOW_B:g} s/mm² with the same "
+            "gradients; omit --diffusion"
         )
     weights = np.maximum(first[0][pairs[:, 0]][:, mask.numpy() > 0.5].mean(1), 0)
     means = []
@@ -163,7 +162,7 @@ def _mean_diffusion(files: tuple[Path, Path], mask: Volume) -> tuple[torch.Tenso
 
 
 def _low_b(path: Path) -> tuple[np.ndarray, Grid, np.ndarray, np.ndarray]:
-    """The volumes (n, i, j, k) of a series that `low_b_pairs` may choose, their grid, b-values and b-vectors."""
+    """The low-b volumes (n, i, j, k) of a series, their grid, b-values and b-vectors."""
     data, grid = read_series(path)
     bval, bvec = (path.with_name(_stem(path) + ending) for ending in (".bval", ".bvec"))
     bvals, bvecs = read_gradients(bval, bvec, grid, len(data), B0_THRESHOLD)
@@ -186,7 +185,7 @@ def _encodings(
         pe = phase_encoding(metadata, path.name, "--readout-time and --pe-dir")[0]
         if pe is None:
             raise MetadataError(
-                f"{path}: no PhaseEncodingDirection in {_stem(path)}.json; add it, or give that of --up with --pe-dir"
+                f"{path}: no PhaseEncodingDirection in {_stem(path)}.json; add it, or set that of --up with --pe-dir"
             )
         found.append(pe)
     if None in (found[0].readout_time, found[1].readout_time):
@@ -209,17 +208,17 @@ def _sidecar(path: Path) -> dict[str, Any]:
 
 
 def _require_overlap(files: tuple[Path, Path], brain: Volume, other: Grid) -> None:
-    """Refuse a second image that lies elsewhere, or is a few slices only: there would be nothing to correct by."""
-    reached = other.holds(brain.grid.to_world(np.argwhere(brain.numpy() > 0.5)))
+    """Refuse a second image that covers too little of the brain to estimate a field from."""
+    reached = other.contains(brain.grid.to_world(np.argwhere(brain.numpy() > 0.5)))
     if reached.sum() < LEAST_SHARE * len(reached):
         raise InputError(
-            f"{files[1]}: covers {reached.mean():.0%} of the brain in {files[0].name}, and at least "
-            f"{LEAST_SHARE:.0%} is needed; give a whole image from the same session, in the same scanner coordinates"
+            f"{files[1]}: covers {reached.mean():.0%} of the brain in {files[0].name}; at least "
+            f"{LEAST_SHARE:.0%} is needed: give a whole-brain image of the same session in the same scanner coordinates"
         )
 
 
 def _mask(path: Path, grid: Grid) -> Volume:
     volume = read_volume(path)
     if not grid.matches(volume.grid):
-        raise InputError(f"{path}: the mask is not on the grid of --up; resample it, or leave it out")
+        raise InputError(f"{path}: the mask is not on the grid of --up; resample it, or omit it")
     return volume

@@ -1,6 +1,7 @@
-"""Warps and linear transforms from elsewhere: recognised by their content, composed, inverted, written.
+"""Convert, compose and invert warps and linear transforms of FreeSurfer, FSL and ITK.
 
-`dsiprep-tools convert-warp` is this module on the command line; `convert_warp` is the same as a library call.
+The format of an input is recognised from its content. `dsiprep-tools convert-warp` is the command-line interface of
+`convert_warp`.
 """
 
 from __future__ import annotations
@@ -20,30 +21,38 @@ from dsiprep.errors import InputError, OutputError, SettingsError
 from dsiprep.io import freesurfer, fsl, itk
 from dsiprep.io.nifti import grid_of, open_nifti
 from dsiprep.io.vector_image import VectorImage, absolute_or_displacement, read_vectors
-from dsiprep.ops.image.displacement_field import chain_displacement, chain_points, chain_points_back, fit_between
+from dsiprep.ops.image.displacement_field import chain_displacement, chain_points, chain_points_back, prefilter
 
 __all__ = ["KINDS", "Transform", "convert_warp", "read_transform"]
 
 KINDS = ("itk", "freesurfer", "easyreg", "fsl", "fsl-absolute")
-LAYOUTS = {"freesurfer": "displacement", "easyreg": "absolute"}  # of the kinds that are FreeSurfer's
-LINEAR = (".mat", ".txt", ".tfm")
-MATLAB = re.compile(rb".{20}\w*Transform\w*_3_3\0", re.DOTALL)  # five integers, then the name of the first variable
-STAMP = re.compile(r"FSL|\d+(\.\d+)+:[0-9a-f]+")  # "FSL5.0", "6.0.5:9e026117": what FSL leaves in headers
-CHECKED = 100_000  # points at which an inverse is tried
+LAYOUTS = {"freesurfer": "displacement", "easyreg": "absolute"}  # vector layout of the FreeSurfer kinds
+LAYOUT_DESCRIPTIONS = {
+    "displacement": "RAS displacements",
+    "absolute": "RAS coordinates",
+    "voxel-displacement": "displacements in voxels",
+    "voxel-absolute": "voxel coordinates",
+}
+LINEAR_SUFFIXES = (".mat", ".txt", ".tfm")
+# A MATLAB 4 header: five 32-bit integers, then the name of the first variable.
+MATLAB_TRANSFORM = re.compile(rb".{20}\w*Transform\w*_3_3\0", re.DOTALL)
+# The `descrip` field of NIfTI files written by FSL: "FSL5.0", "6.0.5:9e026117".
+FSL_DESCRIPTION = re.compile(r"FSL|\d+(\.\d+)+:[0-9a-f]+")
+INVERSE_CHECK_POINTS = 100_000
 
 
 @dataclass(frozen=True, eq=False)
 class Transform:
-    """What a file held.
+    """A transform read from a file.
 
     Attributes
     ----------
     chain : Chain
-        Points of the fixed image to points of the moving image.
+        Maps points of the fixed image to points of the moving image.
     moving : Grid or None
-        Of the moving image, where it is known.
+        Grid of the moving image, if known.
     description : str
-        What the file was taken for, as a sentence.
+        The recognised format, as a sentence.
     """
 
     chain: Chain
@@ -52,7 +61,7 @@ class Transform:
 
     @property
     def grid(self) -> Grid | None:
-        """Of the first displacement field, if there is one."""
+        """Grid of the first displacement field, if there is one."""
         return next((step.grid for step in self.chain.steps if isinstance(step, DisplacementField)), None)
 
 
@@ -67,72 +76,75 @@ def convert_warp(
     kind: str | None = None,
     to: str = "itk",
 ) -> list[str]:
-    """Read a warp or a linear transform, and write it for another program.
+    """Read a warp or a linear transform and write it in another format.
 
     Parameters
     ----------
     source_file, out : Path
-        What `out` becomes is told by its name: `.h5` an ITK composite, `.nii` and `.nii.gz` a displacement field,
-        `.mat`, `.txt` and `.tfm` a linear transform of ITK.
+        Input and output file. The suffix of `out` selects its format: `.h5` is an ITK composite transform, `.nii` and
+        `.nii.gz` are displacement fields, `.mat`, `.txt` and `.tfm` are linear ITK transforms.
     affine : Path, optional
-        A linear transform that follows: x -> affine(warp(x)), as in ANTs' `-t warp -t affine`.
+        A linear transform applied after the warp: x -> affine(warp(x)), as in ANTs' `-t warp -t affine`.
     invert : bool
-        Write the inverse. It lies on the grid of `source` where that is known, and else on the warp's own.
+        Write the inverse, on the grid of the moving image if known and otherwise on the grid of the warp.
     source : Path, optional
-        The image that the warp brings over; needed for FSL's warps, and to write FreeSurfer's.
+        The moving image of the warp; required to read FSL warps and to write FreeSurfer warps.
     reference : Path, optional
-        The image that the warp brings it onto; without `invert`, the result lies on its grid.
+        The fixed image of the warp; its grid is the output grid unless `invert` is set.
     kind : str, optional
-        One of `KINDS`, for images of vectors that do not say what they are.
+        One of `KINDS`, for vector images whose header does not identify the format.
     to : str
-        "itk" or "freesurfer": what a NIfTI file shall be.
+        "itk" or "freesurfer", the format of a NIfTI output.
 
     Returns
     -------
     list of str
-        Sentences: what was read, what was written, and how good an inverse is.
+        Messages: what was read and written, and the accuracy of an inverse.
 
     Raises
     ------
     InputError
-        If a file cannot be used, or does not say enough.
+        If a file cannot be used or lacks necessary information.
     SettingsError
-        If `out` cannot hold what is asked for.
+        If the format of `out` cannot hold the requested transform.
+    OutputError
+        If `out` is the input file.
     """
     source_file, out = Path(source_file), Path(out)
-    _check_names(source_file, out, to)
+    _check_file_names(source_file, out, to)
     fixed, moving = (None if image is None else _image_grid(image) for image in (reference, source))
-    found = read_transform(source_file, kind, moving, fixed)
-    said = [f"Read {source_file}: {found.description}"]
-    chain, moving = found.chain, moving or found.moving
+    transform = read_transform(source_file, kind, moving, fixed)
+    messages = [f"Read {source_file}: {transform.description}"]
+    chain, moving = transform.chain, moving or transform.moving
     if affine is not None:
-        chain = Chain((*chain.steps, *_only_linear(affine, moving, fixed)), chain.source, chain.target)
-        moving = None if source is None else moving  # the file knew the image before this step
-    fixed = fixed or found.grid
+        chain = Chain((*chain.steps, *_read_linear(affine, moving, fixed)), chain.source, chain.target)
+        moving = None if source is None else moving  # a file stores the moving image of the warp alone
+    warp_grid = transform.grid
+    fixed = fixed or warp_grid
     if invert:
-        chain, sentence = _inverted(chain, moving or fixed)
-        said.append(sentence)
+        chain, message = _invert(chain, moving or fixed)
+        messages.append(message)
         if moving is None and fixed is not None:
-            said.append("The inverse lies on the warp's own grid; name the image it starts from with --source.")
+            messages.append("The inverse has the grid of the warp; use --source to select that of the moving image.")
         fixed, moving = moving or fixed, fixed
-    elif reference is not None and found.grid is not None and fixed is not None and not fixed.matches(found.grid):
-        chain = _single(chain, fixed)
+    elif reference is not None and warp_grid is not None and fixed is not None and not fixed.matches(warp_grid):
+        chain = _as_single_field(chain, fixed)
     _write(out, chain, fixed, moving, to)
-    return [*said, f"Wrote {out}: {_contents(chain, out)}."]
+    return [*messages, f"Wrote {out}: {_contents(chain, out)}."]
 
 
 def read_transform(
     path: Path, kind: str | None = None, moving: Grid | None = None, fixed: Grid | None = None
 ) -> Transform:
-    """A warp or a linear transform of any of the formats that are known.
+    """Read a warp or a linear transform in any supported format.
 
     Parameters
     ----------
     path : Path
     kind : str, optional
-        One of `KINDS`, where the file is an image of vectors and does not say what it is.
+        One of `KINDS`, for vector images whose header does not identify the format.
     moving, fixed : Grid, optional
-        Of the two images, for formats that do not keep them.
+        Grids of the two images, for formats that do not store them.
 
     Returns
     -------
@@ -141,128 +153,121 @@ def read_transform(
     Raises
     ------
     InputError
-        If the file is none of them, or does not say enough.
+        If the format is not recognised, or if the file lacks necessary information.
     """
-    start = _start(path)
+    start = _first_bytes(path)
     names = ("source", "target")
     if start[:4] == b"\x89HDF":
         chain = itk.read_composite_h5(path, *names)
         return Transform(chain, None, f"ITK transform of {len(chain.steps)} step(s).")
-    if start[:8] == b"#Insight" or MATLAB.match(start):
+    if start[:8] == b"#Insight" or MATLAB_TRANSFORM.match(start):
         step = itk.read_affine(path, *names)
-        return Transform(Chain((step,), *names), None, "linear transform of ITK.")
+        return Transform(Chain((step,), *names), None, "linear ITK transform.")
     if start[:4] in (b"\x5c\1\0\0", b"\0\0\1\x5c", b"\x1c\2\0\0", b"\0\0\2\x1c"):
         return _read_nifti(path, kind, moving, fixed)
     if freesurfer.is_mgh(path):
-        return _freesurfer(freesurfer.read_warp(path, LAYOUTS.get(kind or ""), moving), False)
+        return _freesurfer_transform(freesurfer.read_warp(path, LAYOUTS.get(kind or ""), moving), False)
     if start[:4] == b"\x3f\x80\0\0":
         raise InputError(
-            f"{path}: an .m3z morph, which is not read; mri_warp_convert --inm3z {path.name} --outras warp.nii.gz, "
-            "then convert that"
+            f"{path}: .m3z morphs are not supported; run mri_warp_convert --inm3z {path.name} --outras warp.nii.gz and "
+            "convert its output"
         )
     if re.search(rb"^\s*nxforms\s*=", start, re.MULTILINE):
         step = freesurfer.read_lta(path, *names)
-        return Transform(Chain((step,), *names), None, "linear transform of FreeSurfer (.lta).")
-    raise InputError(f"{path}: {_unknown(start)}")
+        return Transform(Chain((step,), *names), None, "linear FreeSurfer transform (.lta).")
+    raise InputError(f"{path}: {_explain_unrecognised(start)}")
 
 
 def _read_nifti(path: Path, kind: str | None, moving: Grid | None, fixed: Grid | None) -> Transform:
     image = read_vectors(path, fixed)
-    chosen = kind or _kind(image)
+    chosen = kind or _detect_kind(image)
     if chosen in LAYOUTS:
-        return _freesurfer(
+        return _freesurfer_transform(
             freesurfer.warp_of(image, LAYOUTS.get(kind or ""), moving), kind is None and not image.intent
         )
     if chosen == "fsl" or chosen == "fsl-absolute":
         field = fsl.warp_of(image, moving, fixed, None if kind is None else kind == "fsl-absolute")
-        return Transform(_chain(field), moving, "warp field of FSL.")
+        return Transform(_chain(field), moving, "FSL warp field.")
     field = itk.displacement_of(image)
-    if kind is None and absolute_or_displacement(field.data.numpy(), _places(field.grid)) == "absolute":
+    if kind is None and absolute_or_displacement(field.data.numpy(), _voxel_centres(field.grid)) == "absolute":
         raise InputError(
-            f"{path}: marked as a vector of ITK, but the values grow like coordinates, not like displacements; "
-            "say what it is with --kind"
+            f"{path}: the header declares ITK displacements, but the values look like coordinates; give the format "
+            "with --kind"
         )
-    return Transform(_chain(field), moving, "displacement field of ITK, LPS.")
+    return Transform(_chain(field), moving, "ITK displacement field (LPS).")
 
 
-def _kind(image: VectorImage) -> str:
+def _detect_kind(image: VectorImage) -> str:
     if image.intent == itk.NIFTI_INTENT:
         return "itk"
     if image.intent == freesurfer.INTENT or image.extension:
         return "freesurfer"
     if image.intent == fsl.FIELD or image.intent in fsl.COEFFICIENTS:
         return "fsl"
-    if image.intent == 0 and image.axes == 4 and not STAMP.match(image.description):
+    if image.intent == 0 and image.axes == 4 and not FSL_DESCRIPTION.match(image.description):
         return "freesurfer"
-    by = f"header says {image.description!r}" if image.description else "no word of who made it"
+    origin = f"description {image.description!r}" if image.description else "no description"
     raise InputError(
-        f"{image.path}: three numbers per voxel, intent {image.intent}, {by}: displacements of ITK (LPS), "
-        f"FreeSurfer (RAS) and FSL (its own frame) look alike; say which it is with --kind {{{','.join(KINDS)}}}"
+        f"{image.path}: a vector image with intent {image.intent} and {origin}, possibly of ITK (LPS), FreeSurfer "
+        f"(RAS) or FSL (FSL coordinates); give the format with --kind {{{','.join(KINDS)}}}"
     )
 
 
-def _freesurfer(found: freesurfer.FreeSurferWarp, unmarked: bool) -> Transform:
-    said = f"warp of FreeSurfer, {WORDS[found.layout]}."
+def _freesurfer_transform(warp: freesurfer.FreeSurferWarp, unmarked: bool) -> Transform:
+    description = f"FreeSurfer warp, {LAYOUT_DESCRIPTIONS[warp.layout]}."
     if unmarked:
-        said += " The file does not say who made it; if it was FSL, add --kind fsl."
-    return Transform(_chain(found.field), found.moving, said)
-
-
-WORDS = {
-    "displacement": "RAS displacements",
-    "absolute": "RAS coordinates",
-    "voxel-displacement": "displacements in voxels",
-    "voxel-absolute": "voxel coordinates",
-}
+        description += " The header does not identify the program; if it was FSL, use --kind fsl."
+    return Transform(_chain(warp.field), warp.moving, description)
 
 
 def _chain(field: DisplacementField) -> Chain:
     return Chain((field,), "source", "target")
 
 
-def _only_linear(path: Path, moving: Grid | None, fixed: Grid | None) -> tuple[Affine, ...]:
+def _read_linear(path: Path, moving: Grid | None, fixed: Grid | None) -> tuple[Affine, ...]:
     steps = read_transform(path, None, moving, fixed).chain.steps
     linear = tuple(step for step in steps if isinstance(step, Affine))
     if len(linear) != len(steps):
-        raise InputError(f"{path}: holds a displacement field; --affine wants a linear transform")
+        raise InputError(f"{path} contains a displacement field; --affine requires a linear transform")
     return linear
 
 
-def _inverted(chain: Chain, grid: Grid | None) -> tuple[Chain, str]:
-    """The inverse, and how near forward after inverse comes to where it began."""
+def _invert(chain: Chain, grid: Grid | None) -> tuple[Chain, str]:
+    """Return the inverse on a grid, and a message with its accuracy."""
     if all(isinstance(step, Affine) for step in chain.steps):
-        back = tuple(step.inverse() for step in reversed(chain.steps) if isinstance(step, Affine))
-        return Chain(back, chain.target, chain.source), "Inverted exactly."
+        inverse_steps = tuple(step.inverse() for step in reversed(chain.steps) if isinstance(step, Affine))
+        return Chain(inverse_steps, chain.target, chain.source), "Inverse: exact (linear)."
     if grid is None:
-        raise InputError("the inverse needs a grid to lie on; name the image that the warp brings over with --source")
-    points = _places(grid).reshape(3, -1).T
+        raise InputError("the inverse needs a grid; give the moving image of the warp with --source")
+    points = _voxel_centres(grid).reshape(3, -1).T
     shift = chain_points_back(chain, points) - points
     data = np.ascontiguousarray(shift.T, dtype=np.float32).reshape(3, *grid.shape)
-    inverse = Chain((fit_between(DisplacementField(torch.from_numpy(data), grid)),), chain.target, chain.source)
-    return inverse, _residual(chain, inverse, grid)
+    inverse = Chain((prefilter(DisplacementField(torch.from_numpy(data), grid)),), chain.target, chain.source)
+    return inverse, _describe_accuracy(chain, inverse, grid)
 
 
-def _residual(forward: Chain, inverse: Chain, grid: Grid) -> str:
-    """Tried anywhere between voxels, where an interpolated field is read."""
-    start = grid.to_world(np.random.default_rng(0).uniform(0, np.asarray(grid.shape) - 1.0, (CHECKED, 3)))
-    there = chain_points(inverse, start)
-    covered = np.ones(CHECKED, bool)
+def _describe_accuracy(forward: Chain, inverse: Chain, grid: Grid) -> str:
+    """Describe the accuracy of an inverse at random points, so that interpolation errors are included."""
+    start = grid.to_world(np.random.default_rng(0).uniform(0, np.asarray(grid.shape) - 1.0, (INVERSE_CHECK_POINTS, 3)))
+    inverted = chain_points(inverse, start)
+    covered = np.ones(INVERSE_CHECK_POINTS, bool)
     for step in forward.steps:
         if isinstance(step, DisplacementField):
-            voxels = step.grid.to_voxels(chain_points(Chain(forward.steps[: forward.steps.index(step)], "", ""), there))
+            preceding = Chain(forward.steps[: forward.steps.index(step)], "", "")
+            voxels = step.grid.to_voxels(chain_points(preceding, inverted))
             covered &= ((voxels >= 0) & (voxels <= np.asarray(step.grid.shape) - 1)).all(axis=1)
     if not covered.any():
-        raise InputError("the warp does not reach the image named with --source; is it the one that the warp moves?")
-    error = np.linalg.norm(chain_points(forward, there) - start, axis=1)[covered]
+        raise InputError("the warp does not cover the image given with --source; give the moving image of the warp")
+    error = np.linalg.norm(chain_points(forward, inverted) - start, axis=1)[covered]
     return (
-        f"Inverted: forward after inverse is off by {error.mean():.4f} mm on average, "
-        f"{np.quantile(error, 0.999):.3f} mm at 99.9 % and {error.max():.3f} mm at worst of {CHECKED} points, over the "
-        f"{covered.mean():.0%} of the grid that the warp covers."
+        f"Inverse: the error of forward after inverse is {error.mean():.4f} mm on average, "
+        f"{np.quantile(error, 0.999):.3f} mm at the 99.9th percentile and {error.max():.3f} mm at most, at those of "
+        f"{INVERSE_CHECK_POINTS} points that the warp covers ({covered.mean():.0%})."
     )
 
 
-def _single(chain: Chain, grid: Grid) -> Chain:
-    """All steps as one displacement field on a grid."""
+def _as_single_field(chain: Chain, grid: Grid) -> Chain:
+    """Combine all steps into one displacement field on a grid."""
     return Chain((DisplacementField(chain_displacement(chain, grid), grid),), chain.source, chain.target)
 
 
@@ -270,83 +275,81 @@ def _write(out: Path, chain: Chain, fixed: Grid | None, moving: Grid | None, to:
     if out.suffix == ".h5":
         itk.write_composite_h5(out, chain)
         return
-    if out.suffix in LINEAR:
+    if out.suffix in LINEAR_SUFFIXES:
         matrix = np.eye(4)
         for step in chain.steps:
             if not isinstance(step, Affine):
-                raise SettingsError(f"{out}: holds linear transforms only, and this one bends; write .h5 or .nii.gz")
+                raise SettingsError(f"{out}: this format holds linear transforms only; write a warp as .h5 or .nii.gz")
             matrix = step.matrix @ matrix
         itk.write_affine(out, Affine(matrix, chain.source, chain.target))
         return
     if fixed is None:
-        raise InputError(f"{out}: a displacement field needs a grid; name an image that has it with --reference")
-    field = _single(chain, fixed).steps[0]
+        raise InputError(f"{out}: a displacement field needs a grid; give an image on that grid with --reference")
+    field = _as_single_field(chain, fixed).steps[0]
     if len(chain.steps) == 1 and isinstance(chain.steps[0], DisplacementField) and chain.steps[0].grid.matches(fixed):
         field = chain.steps[0]
     assert isinstance(field, DisplacementField)
     if to == "itk":
         itk.write_displacement_nifti(out, field)
     elif moving is None:
-        raise InputError(
-            f"{out}: FreeSurfer keeps the geometry of the image that the warp moves; name it with --source"
-        )
+        raise InputError(f"{out}: FreeSurfer warps store the geometry of the moving image; give it with --source")
     else:
         freesurfer.write_warp(out, field, moving)
 
 
 def _contents(chain: Chain, out: Path) -> str:
     fields = sum(isinstance(step, DisplacementField) for step in chain.steps)
-    if out.suffix in LINEAR:
+    if out.suffix in LINEAR_SUFFIXES:
         return "a linear transform"
     if out.suffix != ".h5":
         return "a displacement field"
     return f"{fields} displacement field(s) and {len(chain.steps) - fields} linear transform(s)"
 
 
-def _check_names(source_file: Path, out: Path, to: str) -> None:
+def _check_file_names(source_file: Path, out: Path, to: str) -> None:
     nifti = out.name.endswith((".nii", ".nii.gz"))
-    if not nifti and out.suffix not in (".h5", *LINEAR):
-        raise SettingsError(f"{out}: the name must end in .h5, .nii, .nii.gz, .mat, .txt or .tfm")
+    if not nifti and out.suffix not in (".h5", *LINEAR_SUFFIXES):
+        raise SettingsError(f"{out}: the file name must end in .h5, .nii, .nii.gz, .mat, .txt or .tfm")
     if to != "itk" and not nifti:
-        raise SettingsError(f"{out}: --to {to} writes NIfTI; the name must end in .nii or .nii.gz")
+        raise SettingsError(f"{out}: --to {to} writes NIfTI; the file name must end in .nii or .nii.gz")
     if out.exists() and source_file.exists() and out.samefile(source_file):
-        raise OutputError(f"{out}: is the input, which is never overwritten; choose another name")
+        raise OutputError(f"{out} is the input file, which is never overwritten; choose another name")
 
 
 def _image_grid(path: Path) -> Grid:
-    """Of an image of any number of axes."""
+    """Grid of an image with any number of dimensions."""
     if freesurfer.is_mgh(path):
         return freesurfer.mgh_grid(path)
     return grid_of(open_nifti(path), path)
 
 
-def _places(grid: Grid) -> np.ndarray:
-    """World places of the voxels, (3, i, j, k)."""
+def _voxel_centres(grid: Grid) -> np.ndarray:
+    """World coordinates of the voxel centres, (3, i, j, k)."""
     return np.moveaxis(grid.to_world(np.moveaxis(np.indices(grid.shape), 0, -1)), -1, 0)
 
 
-def _start(path: Path) -> bytes:
-    """The first bytes, unpacked."""
+def _first_bytes(path: Path) -> bytes:
+    """The first 4096 bytes of a file, decompressed."""
     try:
         with Path(path).open("rb") as raw:
-            packed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if packed else Path(path).open("rb") as stream:
+            compressed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if compressed else Path(path).open("rb") as stream:
             return stream.read(4096)
     except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file") from None
+        raise InputError(f"{path} does not exist") from None
     except (OSError, EOFError, zlib.error) as problem:
-        raise InputError(f"{path}: cannot be read ({problem}); copy it again") from None
+        raise InputError(f"{path} cannot be read ({problem}); replace it with an intact copy") from None
 
 
-def _unknown(start: bytes) -> str:
-    known = "a warp in NIfTI or .mgz, an .lta, or a transform of ITK (.h5, .mat, .txt, .tfm) was wanted"
+def _explain_unrecognised(start: bytes) -> str:
+    expected = "expected a NIfTI or .mgz warp, an .lta file, or an ITK transform (.h5, .mat, .txt, .tfm)"
     try:
         numbers = [float(word) for word in start.decode("ascii").split()]
     except (UnicodeDecodeError, ValueError):
-        return f"of no known kind; {known}"
+        return f"unknown format; {expected}"
     if len(numbers) == 16:
         return (
-            "16 numbers without a word of their frame, as FLIRT writes them; "
-            "c3d_affine_tool -ref REFERENCE -src SOURCE FILE -fsl2ras -oitk affine.txt makes a transform of ITK"
+            "a 4x4 matrix without its coordinate system, as written by FLIRT; convert it to an ITK transform with "
+            "c3d_affine_tool -ref REFERENCE -src SOURCE FILE -fsl2ras -oitk affine.txt"
         )
-    return f"of no known kind; {known}"
+    return f"unknown format; {expected}"

@@ -1,4 +1,4 @@
-"""SHORELine on its own: motion, eddy currents and lost slices of one series, from arrays or from files."""
+"""SHORELine alone: motion, eddy currents and outlier slices of one series, from arrays or from files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from dsiprep import device as devices
-from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Motion
@@ -24,10 +23,18 @@ from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.settings import MotionSettings
 from dsiprep.stages import motion as stage
 from dsiprep.stages.acquisition import multiband_groups
+from dsiprep.standalone.arguments import (
+    Array,
+    check_affine,
+    check_bvals,
+    check_bvecs,
+    check_phase_encoding,
+    check_series,
+    check_type,
+)
 
 __all__ = ["align_series", "estimate_motion", "run_on_files"]
 
-Array = np.ndarray | torch.Tensor
 B0_THRESHOLD = 100.0  # s/mm²
 
 
@@ -44,12 +51,12 @@ def estimate_motion(
     b0_threshold: float = B0_THRESHOLD,
     device: str = "cpu",
 ) -> Motion:
-    """SHORELine as a function.
+    """Estimate head motion, eddy currents and outlier slices of a series by SHORELine.
 
     Parameters
     ----------
     data : ndarray or Tensor, (i, j, k, n)
-        Raw intensities in the order of acquisition, as nibabel gives them; one phase encoding.
+        Raw intensities in order of acquisition, as nibabel returns them; one phase encoding.
     affine : ndarray, (4, 4)
         Voxels to world RAS+ mm.
     bvals : ndarray, (n,)
@@ -57,11 +64,11 @@ def estimate_motion(
     bvecs : ndarray, (n, 3) or (3, n)
         As in the .bvec file: FSL's convention for this affine.
     mask : ndarray or Tensor, (i, j, k), optional
-        Rough brain mask; found on the mean b=0 by default.
+        Rough brain mask; computed from the mean b=0 image by default.
     phase_encoding : str, optional
-        "i", "j-" and so on, as BIDS has it. Eddy currents are looked for along this axis; not at all without it.
+        "i", "j-" and so on, as in BIDS. Eddy currents are modelled along this axis, and not at all without it.
     multiband : tuple of tuple of int
-        Slices excited together.
+        Groups of slices that are excited together.
     settings : MotionSettings, optional
     b0_threshold : float
         b-values at or below this count as b=0.
@@ -71,50 +78,58 @@ def estimate_motion(
     Returns
     -------
     Motion
-        `transforms` (n, 4, 4) take world RAS+ points of the b=0 reference to points of each volume.
+        `transforms` (n, 4, 4) map world RAS+ points of the b=0 reference to points of each volume.
 
     Raises
     ------
     InputError
-        If shapes do not match, voxels are not finite, the mask is empty or there is no b=0.
+        If an argument has the wrong type, shape or values; the message says what is wanted.
 
     References
     ----------
     Cieslak et al. 2024, doi 10.1002/hbm.26570.
     """
+    chosen = MotionSettings() if settings is None else check_type(settings, MotionSettings, "settings")
+    pe, on = check_phase_encoding(phase_encoding), devices.choose(device)
     dwi, brain = _series(data, affine, bvals, bvecs, mask, b0_threshold)
-    on = devices.choose(device)
-    pe = None if phase_encoding is None else PhaseEncoding.from_bids(phase_encoding)
-    chosen = settings or MotionSettings()
     return devices.with_cpu_fallback(
         lambda series, inside: stage.estimate_motion(series, inside, chosen, pe, multiband), on, (dwi, brain)
     )
 
 
 def align_series(data: Array, affine: np.ndarray, bvecs: np.ndarray, motion: Motion) -> tuple[np.ndarray, np.ndarray]:
-    """The series on its b=0 reference, with b-vectors that turned with the head.
+    """Resample a series onto its b=0 reference and rotate its b-vectors.
 
-    One cubic B-spline interpolation; lost slices are replaced if `motion` has replacements for them.
+    One cubic B-spline interpolation; outlier slices are replaced if `motion` holds replacements for them.
 
     Parameters
     ----------
     data, affine, bvecs
         As for `estimate_motion`.
     motion : Motion
+        From `estimate_motion`.
 
     Returns
     -------
     aligned : ndarray, (i, j, k, n), float32
     bvecs : ndarray, (n, 3)
         FSL's convention for the same affine.
+
+    Raises
+    ------
+    InputError
+        If an argument has the wrong type or shape.
     """
-    grid = Grid(tuple(int(n) for n in data.shape[:3]), np.asarray(affine, float))  # type: ignore[arg-type]
+    data = check_series(data)
+    grid, n = check_affine(affine, tuple(data.shape)), int(data.shape[3])
+    if len(motion.transforms) != n:
+        raise InputError(f"motion has {len(motion.transforms)} transforms for {n} volumes; give that of this series")
+    world = gradients.from_fsl(check_bvecs(bvecs, np.zeros(n), B0_THRESHOLD), grid)
     out = np.empty(data.shape, np.float32)
     for row, matrix in enumerate(motion.transforms):
         volume = motion.with_replaced_slices(row, torch.as_tensor(data[..., row], dtype=torch.float32).contiguous())
         eddy = None if motion.eddy is None else motion.eddy.take(np.array([row]))
         out[..., row] = warp_volume(volume, grid, grid, matrix, eddy=eddy).numpy()
-    world = gradients.from_fsl(_rows(bvecs, data.shape[3]), grid)
     return out, gradients.to_fsl(rotate_bvecs(world, motion.transforms), grid)
 
 
@@ -128,20 +143,20 @@ def run_on_files(
     settings: MotionSettings | None = None,
     device: str = "auto",
 ) -> list[Path]:
-    """This one step on a NIfTI series: aligned series, b-table, reference, transforms and tables into `out`.
+    """Run SHORELine on a NIfTI series and write aligned series, gradients, reference, transforms and tables.
 
     Parameters
     ----------
     dwi : Path
-        4-D .nii or .nii.gz. A .bval, a .bvec and a .json beside it are taken where no others are given: the sidecar
-        tells the phase encoding and which slices were excited together.
+        4-D .nii or .nii.gz. The .bval, .bvec and .json beside it are used unless others are given; the sidecar
+        specifies the phase encoding and which slices are excited together.
     out : Path
-        Folder.
+        Output folder.
 
     Returns
     -------
     list of Path
-        What was written.
+        The files written.
 
     Raises
     ------
@@ -177,49 +192,31 @@ def run_on_files(
 def _series(
     data: Array, affine: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray, mask: Array | None, b0_threshold: float
 ) -> tuple[DWI, Volume]:
-    """Arrays as the stage takes them."""
-    if data.ndim != 4:
-        raise InputError(f"motion: the series has {data.ndim} dimensions; four are wanted: i, j, k and volume")
-    n = int(data.shape[3])
-    table = _rows(bvecs, n)
-    if len(np.ravel(bvals)) != n:
-        raise InputError(f"motion: {len(np.ravel(bvals))} b-values for {n} volumes; give one for each")
-    grid = Grid(tuple(int(k) for k in data.shape[:3]), np.asarray(affine, float))  # type: ignore[arg-type]
-    volumes = torch.as_tensor(data, dtype=torch.float32).permute(3, 0, 1, 2).contiguous()
-    none = np.zeros(n, int)
-    dwi = DWI(volumes, grid, np.ravel(bvals).astype(float), gradients.from_fsl(table, grid), none, none, b0_threshold)
+    """The checked arguments as the stage takes them."""
+    data = check_series(data)
+    grid, n = check_affine(affine, tuple(data.shape)), int(data.shape[3])
+    b = check_bvals(bvals, n, b0_threshold)
+    directions = gradients.from_fsl(check_bvecs(bvecs, b, b0_threshold), grid)
+    volumes, none = torch.as_tensor(data, dtype=torch.float32).permute(3, 0, 1, 2).contiguous(), np.zeros(n, int)
+    dwi = DWI(volumes, grid, b, directions, none, none, b0_threshold)
     if mask is not None:
         if tuple(mask.shape) != grid.shape:
-            raise InputError(
-                f"motion: the mask is {tuple(mask.shape)}, the volumes are {grid.shape}; give the same grid"
-            )
+            raise InputError(f"the mask has shape {tuple(mask.shape)}, the volumes {grid.shape}; give the same grid")
         return dwi, Volume(torch.as_tensor(mask, dtype=torch.float32), grid)
-    if not dwi.is_b0.any():
-        raise InputError(
-            f"motion: no volume has b <= {b0_threshold:g}, the lowest is {dwi.bvals.min():g}; raise b0_threshold"
-        )
     return dwi, brain_mask_b0(Volume(volumes[torch.as_tensor(np.flatnonzero(dwi.is_b0))].mean(0), grid))
-
-
-def _rows(bvecs: np.ndarray, n: int) -> np.ndarray:
-    table = np.asarray(bvecs, float)
-    table = table.T if table.shape == (3, n) and n != 3 else table
-    if table.shape != (n, 3):
-        raise InputError(f"motion: b-vectors of shape {table.shape} for {n} volumes; ({n}, 3) is wanted")
-    return table
 
 
 def _sidecar(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text())) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a JSON sidecar ({error}); mend or remove it") from error
+        raise InputError(f"{path}: not a JSON sidecar ({error}); correct or remove it") from error
 
 
 def _write(
     out: Path, stem: str, aligned: np.ndarray, grid: Grid, bvals: np.ndarray, bvecs: np.ndarray, motion: Motion
 ) -> list[Path]:
-    """The files, in the order in which they are listed."""
+    """Write the outputs; their paths in the order they are listed."""
     name = stem.removesuffix("_dwi")
     paths = {
         key: out / f"{name}_{tail}"

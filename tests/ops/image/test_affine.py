@@ -1,4 +1,4 @@
-"""Rigid parameters, means and b-vectors."""
+"""Rigid parameters, mean transforms and b-vector rotation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 from dsiprep.ops.image import affine
 
 
-def test_parameters_and_matrices_are_inverse() -> None:
+def test_parameters_survive_conversion_to_matrices_and_back() -> None:
     rng = np.random.default_rng(0)
     parameters = rng.normal(size=(20, 6)) * [0.3, 0.3, 0.3, 10, 10, 10]
     centre = np.array([10.0, -20, 30])
@@ -23,23 +23,23 @@ def test_rotation_is_about_the_centre() -> None:
     np.testing.assert_allclose(matrix @ [11, -20, 30, 1], [10, -19, 30, 1], atol=1e-12)
 
 
-def test_bvec_of_a_turned_head_is_seen_turned_back() -> None:
-    """A head turned by +90 degrees about S carries its R axis to A; a gradient along A then lies along its R axis."""
-    turned = affine.rigid_matrix(np.array([0, 0, np.pi / 2, 5, 6, 7]))
-    np.testing.assert_allclose(affine.rotate_bvecs(np.array([[0.0, 1, 0]]), turned[None]), [[1, 0, 0]], atol=1e-12)
+def test_bvec_is_rotated_opposite_to_the_head() -> None:
+    """Rotation by +90 degrees about S moves the head's R axis to A, so a gradient along A is along its R axis."""
+    rotated = affine.rigid_matrix(np.array([0, 0, np.pi / 2, 5, 6, 7]))
+    np.testing.assert_allclose(affine.rotate_bvecs(np.array([[0.0, 1, 0]]), rotated[None]), [[1, 0, 0]], atol=1e-12)
 
 
-def test_shear_and_scale_do_not_turn_bvecs() -> None:
-    stretched = np.diag([1.1, 0.9, 1.05, 1])
+def test_scaling_does_not_rotate_bvecs() -> None:
+    scaled = np.diag([1.1, 0.9, 1.05, 1])
     bvec = np.array([[0.6, 0.8, 0]])
-    np.testing.assert_allclose(affine.rotate_bvecs(bvec, stretched[None]), bvec, atol=1e-12)
+    np.testing.assert_allclose(affine.rotate_bvecs(bvec, scaled[None]), bvec, atol=1e-12)
 
 
-def test_mean_rigid_is_scipys_mean_rotation() -> None:
+def test_mean_rigid_matches_scipy_mean_rotation() -> None:
     rng = np.random.default_rng(1)
     matrices = affine.rigid_matrix(rng.normal(size=(7, 6)) * 0.2)
-    wanted = Rotation.from_matrix(matrices[:, :3, :3]).mean().as_matrix()
-    np.testing.assert_allclose(affine.mean_rigid(matrices)[:3, :3], wanted, atol=1e-10)
+    expected = Rotation.from_matrix(matrices[:, :3, :3]).mean().as_matrix()
+    np.testing.assert_allclose(affine.mean_rigid(matrices)[:3, :3], expected, atol=1e-10)
 
 
 def test_point_displacement_of_a_translation_is_its_length() -> None:

@@ -1,4 +1,4 @@
-"""Brain masks on heads of known shape."""
+"""Brain masks of simulated heads of known shape."""
 
 from __future__ import annotations
 
@@ -19,18 +19,20 @@ def _dice(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _grid(mm: float, axes: str = "RAS", lowest: float = -60.0) -> Grid:
-    """A grid around a head at the origin, in any orientation."""
+    """A grid around a head at the origin, with the given voxel axes."""
     shape = tuple(int(n) for n in np.round(np.array([160.0, 200, 90 - lowest]) / mm))
     affine = np.diag([mm, mm, mm, 1.0])
     affine[:3, 3] = -80, -100, lowest
     image = nib.Nifti1Image(np.zeros(shape, np.uint8), affine)
-    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes))
-    turned = image.as_reoriented(turn)
-    return Grid(turned.shape, turned.affine)
+    transform = nib.orientations.ornt_transform(
+        nib.orientations.axcodes2ornt("RAS"), nib.orientations.axcodes2ornt(axes)
+    )
+    reoriented = image.as_reoriented(transform)
+    return Grid(reoriented.shape, reoriented.affine)
 
 
 def _head(grid: Grid, centre_dark: float = 0.0) -> tuple[Volume, np.ndarray]:
-    """A b=0-like head: brain with ventricles, skull, thin scalp, bright eyes and a neck; the true brain."""
+    """A b=0-like image of brain, ventricles, skull, thin scalp, bright eyes and neck; and the true brain mask."""
     index = np.moveaxis(np.indices(grid.shape), 0, -1)
     world = grid.to_world(index)
 
@@ -56,35 +58,36 @@ def _head(grid: Grid, centre_dark: float = 0.0) -> tuple[Volume, np.ndarray]:
 def test_b0_mask_in_any_orientation_and_size(axes, mm):
     volume, truth = _head(_grid(mm, axes))
     mask = brain_mask_b0(volume)
-    found = mask.numpy()
-    assert mask.grid is volume.grid and set(np.unique(found)) <= {0.0, 1.0}
-    assert _dice(found, truth) > 0.92
-    assert (found[truth] > 0.5).mean() > 0.985
+    result = mask.numpy()
+    assert mask.grid is volume.grid
+    assert set(np.unique(result)) <= {0.0, 1.0}
+    assert _dice(result, truth) > 0.92
+    assert (result[truth] > 0.5).mean() > 0.985
 
 
-def test_b0_mask_leaves_eyes_and_neck_out_and_has_no_holes():
+def test_b0_mask_excludes_eyes_and_neck_and_has_no_holes():
     grid = _grid(3.0, "LAS")
     volume, _ = _head(grid)
-    found = brain_mask_b0(volume).numpy() > 0.5
+    result = brain_mask_b0(volume).numpy() > 0.5
     for point in ((30, 80, -24), (-30, 80, -24), (0, -25, -58)):
         i, j, k = np.round(grid.to_voxels(np.array(point, float))).astype(int)
-        assert not found[i, j, k]
-    assert np.array_equal(ndimage.binary_fill_holes(found), found)
-    assert ndimage.label(found)[1] == 1
+        assert not result[i, j, k]
+    assert np.array_equal(ndimage.binary_fill_holes(result), result)
+    assert ndimage.label(result)[1] == 1
 
 
-def test_b0_mask_of_a_coil_that_is_dark_in_the_middle():
+def test_b0_mask_with_low_coil_sensitivity_at_the_centre():
     volume, truth = _head(_grid(3.0), centre_dark=0.65)
-    found = brain_mask_b0(volume).numpy()
-    assert (found[truth] > 0.5).mean() > 0.98
-    assert _dice(found, truth) > 0.92
+    result = brain_mask_b0(volume).numpy()
+    assert (result[truth] > 0.5).mean() > 0.98
+    assert _dice(result, truth) > 0.92
 
 
-def test_b0_mask_of_a_slab():
+def test_b0_mask_of_a_partial_head():
     volume, truth = _head(_grid(3.0, lowest=0.0))
-    found = brain_mask_b0(volume).numpy()
-    assert _dice(found, truth) > 0.92
-    assert (found[truth] > 0.5).mean() > 0.98
+    result = brain_mask_b0(volume).numpy()
+    assert _dice(result, truth) > 0.92
+    assert (result[truth] > 0.5).mean() > 0.98
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 4), (8, 8, 1), (6, 6, 6), (12, 10, 3)])
@@ -98,20 +101,20 @@ def test_b0_mask_of_tiny_or_empty_images(shape, kind):
         "nan": np.where(rng.random(shape) < 0.3, np.nan, 50.0),
     }[kind]
     volume = Volume(torch.from_numpy(data.astype(np.float32)), Grid(shape, np.diag([3.0, 3, 3, 1])))
-    found = brain_mask_b0(volume).numpy()
-    assert found.shape == shape
-    assert found.any()
-    assert set(np.unique(found)) <= {0.0, 1.0}
+    result = brain_mask_b0(volume).numpy()
+    assert result.shape == shape
+    assert result.any()
+    assert set(np.unique(result)) <= {0.0, 1.0}
 
 
-def test_b0_mask_does_not_depend_on_scale_or_run():
+def test_b0_mask_is_reproducible_and_scale_invariant():
     volume, _ = _head(_grid(4.0))
     first = brain_mask_b0(volume).data
     assert torch.equal(first, brain_mask_b0(volume).data)
     assert torch.equal(first, brain_mask_b0(Volume(volume.data * 1024, volume.grid)).data)
 
 
-def test_otsu_as_simpleitk():
+def test_otsu_matches_simpleitk():
     import SimpleITK as sitk  # noqa: N813
 
     rng = np.random.default_rng(0)
@@ -122,22 +125,22 @@ def test_otsu_as_simpleitk():
     assert abs(otsu(values) - reference.GetThreshold()) < 2 * np.ptp(values) / 256
 
 
-def test_t1w_mask_of_a_turned_template_head():
+def test_t1w_mask_of_a_reoriented_template_head():
     template = load_template()
-    turned = _grid(2.0, "PSR")
-    brain = resample_onto(template.brain.data[None], template.brain.grid, turned)[0]
-    truth = resample_onto(template.mask.data[None], template.mask.grid, turned)[0].numpy() > 0.5
+    reoriented = _grid(2.0, "PSR")
+    brain = resample_onto(template.brain.data[None], template.brain.grid, reoriented)[0]
+    truth = resample_onto(template.mask.data[None], template.mask.grid, reoriented)[0].numpy() > 0.5
     away = ndimage.distance_transform_edt(~truth, sampling=2.0)
     head = brain + torch.from_numpy(np.where((away > 8) & (away < 14), 120.0, 0).astype(np.float32))
-    mask = brain_mask_t1w(Volume(head, turned))
-    assert mask.grid is turned
+    mask = brain_mask_t1w(Volume(head, reoriented))
+    assert mask.grid is reoriented
     assert _dice(mask.numpy(), truth) > 0.93
 
 
 def _t2_head(grid: Grid, fat: float) -> tuple[Volume, np.ndarray]:
-    """The template's brain in the contrast of a T2w, with bias and noise, in a skull, in a scalp; the true brain.
+    """The template head in T2w contrast with skull, scalp, bias and noise; and the true brain mask.
 
-    CSF fills what the template leaves free between gyri, as it does in a head.
+    CSF fills the gaps that the template leaves between gyri.
     """
     template = load_template("MNI152NLin2009aSym")
     tissue = resample_onto(template.tissue, template.brain.grid, grid).numpy()
@@ -154,17 +157,18 @@ def _t2_head(grid: Grid, fat: float) -> tuple[Volume, np.ndarray]:
     return Volume(torch.from_numpy(np.hypot(data + noise[0], noise[1]).astype(np.float32)), grid), whole
 
 
-def test_dwiref_mask_is_closer_than_the_fast_one():
+def test_dwiref_mask_is_more_accurate_than_b0_mask():
     volume, truth = _t2_head(_grid(2.5, "LPS"), fat=0.15)
     mask = brain_mask_dwiref(volume)
-    found = mask.numpy()
-    assert mask.grid is volume.grid and set(np.unique(found)) == {0.0, 1.0}
-    assert _dice(found, truth) > 0.97
-    assert _dice(found, truth) > _dice(brain_mask_b0(volume).numpy(), truth) + 0.02
-    assert np.array_equal(ndimage.binary_fill_holes(found), found > 0.5)
+    result = mask.numpy()
+    assert mask.grid is volume.grid
+    assert set(np.unique(result)) == {0.0, 1.0}
+    assert _dice(result, truth) > 0.97
+    assert _dice(result, truth) > _dice(brain_mask_b0(volume).numpy(), truth) + 0.02
+    assert np.array_equal(ndimage.binary_fill_holes(result), result > 0.5)
 
 
-def test_t2w_mask_under_bright_fat():
+def test_t2w_mask_with_bright_fat():
     volume, truth = _t2_head(_grid(2.0, "PSR"), fat=1.2)
     mask = brain_mask_t2w(volume)
     assert mask.grid is volume.grid
@@ -172,7 +176,7 @@ def test_t2w_mask_under_bright_fat():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (12, 10, 3), (14, 14, 14)])
-def test_dwiref_mask_of_what_is_no_head_is_the_fast_one(shape):
+def test_dwiref_mask_falls_back_to_b0_mask_without_a_head(shape):
     data = np.random.default_rng(0).uniform(1, 100, shape).astype(np.float32)
     volume = Volume(torch.from_numpy(data), Grid(shape, np.diag([3.0, 3, 3, 1])))
     assert torch.equal(brain_mask_dwiref(volume).data, brain_mask_b0(volume).data)

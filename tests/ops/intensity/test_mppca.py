@@ -1,4 +1,4 @@
-"""MP-PCA against DIPY and against known noise; the stage that runs it."""
+"""MP-PCA compared with DIPY and with known noise, and the denoising stage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from helpers.grids import make_grid
 
 
 def phantom(n: int, shape: tuple[int, int, int], sigma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A mixture of eight tissues that vary in space, without and with noise."""
+    """A mixture of eight spatially varying components, without and with noise."""
     rng = np.random.default_rng(0)
-    where = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in shape], indexing="ij")).reshape(3, -1)
-    waves = [np.sin(rng.normal(size=3) * 3 @ where + rng.uniform(0, 6)) for _ in range(8)]
+    position = np.stack(np.meshgrid(*[np.linspace(-1, 1, s) for s in shape], indexing="ij")).reshape(3, -1)
+    waves = [np.sin(rng.normal(size=3) * 3 @ position + rng.uniform(0, 6)) for _ in range(8)]
     signals = rng.gamma(2, 100, size=(8, n))
     truth = (signals.T @ (1 / (1 + np.exp(-8 * np.stack(waves)))) / 8).reshape(n, *shape)
     noisy = truth + rng.normal(scale=sigma, size=truth.shape)
@@ -31,16 +31,16 @@ def rmse(first: torch.Tensor, second: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize(("n", "shape"), [(13, (14, 13, 12)), (60, (14, 13, 12)), (150, (12, 11, 10))])
-def test_pure_noise(n: int, shape: tuple[int, int, int]) -> None:
+def test_pure_noise_is_removed(n: int, shape: tuple[int, int, int]) -> None:
     data = 100 + 5 * torch.from_numpy(np.random.default_rng(1).normal(size=(n, *shape)).astype(np.float32))
     denoised, sigma, rank = mppca(data)
     assert abs(float(sigma.mean()) / 5 - 1) < 0.02
     assert float((sigma / 5 - 1).abs().max()) < 0.15
-    assert float(rank.mean()) < 1.3  # the mean, and nothing else
+    assert float(rank.mean()) < 1.3  # only the mean
     assert rmse(denoised, torch.full_like(data, 100)) < 1.0
 
 
-def test_not_worse_than_dipy() -> None:
+def test_error_is_below_that_of_dipy() -> None:
     from dipy.denoise.localpca import mppca as dipy_mppca
 
     truth, noisy = phantom(40, (14, 14, 12), 20.0)
@@ -55,17 +55,17 @@ def test_not_worse_than_dipy() -> None:
 
 
 @pytest.mark.parametrize("sigma", [2.0, 8.0])
-def test_signal_is_not_taken_for_noise(sigma: float) -> None:
-    """What was taken out is a little less than the noise, and has no structure: the volumes' means stay."""
+def test_removed_residual_is_noise_only(sigma: float) -> None:
+    """The residual is slightly smaller than the noise and preserves volume means."""
     truth, noisy = phantom(80, (14, 12, 12), sigma)
-    denoised, found, _ = mppca(noisy)
-    assert abs(float(found.mean()) / sigma - 1) < 0.05
+    denoised, estimated, _ = mppca(noisy)
+    assert abs(float(estimated.mean()) / sigma - 1) < 0.05
     assert 0.85 < rmse(noisy, denoised) / sigma < 1.0
     assert rmse(denoised, truth) < 0.5 * sigma
     assert float((denoised - truth).mean((1, 2, 3)).abs().max()) < 0.1 * sigma
 
 
-def test_without_noise_nothing_changes() -> None:
+def test_noise_free_series_is_unchanged() -> None:
     truth, _ = phantom(30, (9, 9, 9), 1.0)
     denoised, sigma, _ = mppca(truth)
     assert rmse(denoised, truth) < 1e-3 * float(truth.std())
@@ -83,7 +83,7 @@ def test_tiny_grids(n: int, shape: tuple[int, int, int]) -> None:
     assert float((denoised - data).abs().max()) < 6
 
 
-def test_mask_and_padding() -> None:
+def test_mask_and_zero_padding() -> None:
     truth, noisy = phantom(30, (20, 14, 12), 10.0)
     mask = torch.zeros(20, 14, 12)
     mask[6:15, 3:12, 2:10] = 1
@@ -98,8 +98,8 @@ def test_mask_and_padding() -> None:
     assert float(sigma_padded[:3].max()) == 0
 
 
-def test_every_voxel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Single voxels in corners and edges; and the body for other devices gives the same."""
+def test_single_voxel_masks_and_chunked_processing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Isolated voxels in corners and at edges are denoised; threads and device chunks agree."""
     _, noisy = phantom(30, (13, 12, 11), 10.0)
     mask = torch.zeros(13, 12, 11)
     for voxel in ((0, 0, 0), (12, 11, 10), (12, 0, 5), (6, 6, 6), (3, 11, 0)):
@@ -107,14 +107,14 @@ def test_every_voxel_is_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     denoised, sigma, _ = mppca(noisy, mask)
     assert float(sigma[mask > 0].min()) > 8
     assert float(denoised[:, mask > 0].abs().min()) > 0
-    pooled = module._estimates
-    monkeypatch.setattr(module, "_estimates", lambda v, s, i, pool: pooled(v, s, i, None))
+    pooled = module._denoised_batches
+    monkeypatch.setattr(module, "_denoised_batches", lambda v, s, i, pool: pooled(v, s, i, None))
     chunked, _, _ = mppca(noisy, mask)
     torch.testing.assert_close(chunked, denoised, rtol=1e-4, atol=1e-2)
 
 
-def test_threshold_against_the_definition() -> None:
-    """Count and variance as Cordero-Grande 2019 defines them, in a plain loop; the known rank is found."""
+def test_noise_count_and_variance_match_the_definition() -> None:
+    """Compared with a plain loop over the definition in Cordero-Grande 2019 and with the known rank."""
     rng = np.random.default_rng(3)
     rows, columns, rank = 40, 90, 5
     matrix = rng.normal(size=(rows, columns)) * 3 + 20 * rng.normal(size=(rows, rank)) @ rng.normal(
@@ -133,12 +133,12 @@ def test_threshold_against_the_definition() -> None:
     assert float(variance[0]) == pytest.approx(9, rel=0.1)
 
 
-def test_default_window() -> None:
+def test_default_window_width() -> None:
     assert [default_window(n) for n in (2, 27, 28, 125, 126, 270, 344)] == [3, 3, 5, 5, 7, 7, 9]
 
 
 def series(sigmas: list[tuple[int, float]]) -> tuple[DWI, torch.Tensor, Volume]:
-    """Runs of so many volumes with so much noise; a mask that leaves a rim."""
+    """A DWI series of runs, given as (volumes, noise); its noise-free data; and a mask without the outermost voxels."""
     grid = make_grid("LAS", (12, 11, 10), (2, 2, 2))
     parts = [phantom(n, grid.shape, sigma) for n, sigma in sigmas]
     n = sum(count for count, _ in sigmas)
@@ -150,24 +150,24 @@ def series(sigmas: list[tuple[int, float]]) -> tuple[DWI, torch.Tensor, Volume]:
     return dwi, truth, Volume(mask, grid)
 
 
-def test_each_run_has_its_own_noise() -> None:
+def test_runs_are_denoised_separately() -> None:
     dwi, truth, mask = series([(30, 4.0), (20, 20.0), (4, 9.0)])
     before = dwi.data.clone()
-    found = denoise(dwi, mask, DenoiseSettings())
+    result = denoise(dwi, mask, DenoiseSettings())
     inside = mask.data > 0
     for part, limit in ((slice(0, 30), 0.55), (slice(30, 50), 0.55)):
-        clean, noisy = found.dwi.data[part][:, inside], dwi.data[part][:, inside]
+        clean, noisy = result.dwi.data[part][:, inside], dwi.data[part][:, inside]
         assert rmse(clean, truth[part][:, inside]) < limit * rmse(noisy, truth[part][:, inside])
     assert torch.equal(dwi.data, before)
-    assert torch.equal(found.dwi.data[50:], before[50:])
-    assert torch.equal(found.dwi.data[:, ~inside], before[:, ~inside])
-    assert "4 volumes" in found.method
-    assert found.noise is not None
+    assert torch.equal(result.dwi.data[50:], before[50:])
+    assert torch.equal(result.dwi.data[:, ~inside], before[:, ~inside])
+    assert "4 volumes" in result.method
+    assert result.noise is not None
     expected = np.sqrt((30 * 16 + 20 * 400) / 50)
-    assert float(found.noise.data[inside].mean()) == pytest.approx(expected, rel=0.05)
+    assert float(result.noise.data[inside].mean()) == pytest.approx(expected, rel=0.05)
 
 
-def test_none_and_too_short() -> None:
+def test_series_is_returned_if_disabled_or_too_short() -> None:
     dwi, _, mask = series([(9, 4.0)])
     none = denoise(dwi, mask, DenoiseSettings(method="none"))
     assert none.dwi is dwi

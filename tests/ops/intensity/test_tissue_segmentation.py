@@ -1,4 +1,4 @@
-"""Tissue and bias on images whose truth is known."""
+"""Tissue segmentation and bias fields of simulated images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _dice(first: np.ndarray, second: np.ndarray) -> float:
 
 @pytest.fixture(scope="module")
 def brain():
-    """A noisy T1w at 2 mm from the packaged tissue maps, and their truth: (image, mask, truth, priors)."""
+    """A noisy 2 mm T1w simulated from template tissue maps: (image, mask, true labels, priors)."""
     template = load_template("MNI152NLin2009aSym")
     grid = template.brain.grid.at_spacing(2.0)
     priors = torch.stack([resample_to_spacing(Volume(t, template.brain.grid), 2.0).data for t in template.tissue])
@@ -34,42 +34,48 @@ def brain():
     return image, Volume(torch.from_numpy(mask.astype(np.float32)), grid), truth, priors
 
 
-def _scores(found: torch.Tensor, mask: Volume, truth: np.ndarray) -> list[float]:
+def _dice_by_tissue(probabilities: torch.Tensor, mask: Volume, truth: np.ndarray) -> list[float]:
     inside = mask.numpy() > 0.5
-    best = found.argmax(0).numpy()
+    best = probabilities.argmax(0).numpy()
     return [_dice((best == tissue) & inside, (truth == tissue) & inside) for tissue in range(3)]
 
 
-def test_tissue_by_brightness_alone(brain):
+def test_segmentation_without_atlas(brain):
     image, mask, truth, _ = brain
-    found = segment_tissue(image, mask)
-    csf, gm, wm = _scores(found, mask, truth)
-    assert csf > 0.8 and gm > 0.9 and wm > 0.93
-    total = found.sum(0).numpy()
+    result = segment_tissue(image, mask)
+    csf, gm, wm = _dice_by_tissue(result, mask, truth)
+    assert csf > 0.8
+    assert gm > 0.9
+    assert wm > 0.93
+    total = result.sum(0).numpy()
     assert np.allclose(total[mask.numpy() > 0.5], 1, atol=1e-4)
     assert np.all(total[mask.numpy() <= 0.5] == 0)
 
 
-def test_tissue_with_a_displaced_atlas(brain):
-    """Priors that lie 4 mm off, from a head that is not this one, must not pull the borders away."""
+def test_segmentation_with_a_misaligned_atlas(brain):
+    """Priors misaligned by up to 4 mm must not displace the tissue borders."""
     image, mask, truth, priors = brain
-    off = torch.roll(priors, (2, -1), (1, 2))
-    csf, gm, wm = _scores(segment_tissue(image, mask, off), mask, truth)
-    assert csf > 0.75 and gm > 0.85 and wm > 0.88
+    misaligned = torch.roll(priors, (2, -1), (1, 2))
+    csf, gm, wm = _dice_by_tissue(segment_tissue(image, mask, misaligned), mask, truth)
+    assert csf > 0.75
+    assert gm > 0.85
+    assert wm > 0.88
 
 
-def test_tissue_of_a_t2w(brain):
-    """Fluid shines into cortex: without a Gaussian for voxels of both, cortex is sought there and lost to WM."""
+def test_segmentation_of_a_t2w(brain):
+    """Voxels of mixed CSF and cortex need their own Gaussian; otherwise cortex is classified as WM."""
     _, mask, truth, priors = brain
     clean = ndimage.gaussian_filter(np.where(mask.numpy() > 0.5, np.array([220.0, 100.0, 75.0])[truth], 0), 0.6)
     noise = np.random.default_rng(2).normal(0, 6, clean.shape)
     image = Volume(torch.from_numpy((clean + noise).astype(np.float32)), mask.grid)
-    csf, gm, wm = _scores(segment_tissue(image, mask, torch.roll(priors, (2, -1), (1, 2))), mask, truth)
-    assert csf > 0.65 and gm > 0.87 and wm > 0.84
+    csf, gm, wm = _dice_by_tissue(segment_tissue(image, mask, torch.roll(priors, (2, -1), (1, 2))), mask, truth)
+    assert csf > 0.65
+    assert gm > 0.87
+    assert wm > 0.84
 
 
 def test_deep_grey_matter_brighter_than_cortex(brain):
-    """Halfway to white matter, brightness alone cannot tell; half of it is found because the atlas expects it."""
+    """Halfway between cortex and white matter, intensity is ambiguous; the atlas prior decides."""
     image, mask, truth, priors = brain
     depth = ndimage.distance_transform_edt(mask.numpy() > 0.5, sampling=2.0)
     deep = (truth == 1) & (depth > 26) & (priors[1].numpy() > 0.6)
@@ -82,18 +88,18 @@ def test_deep_grey_matter_brighter_than_cortex(brain):
     assert (by_atlas[deep] == 1).mean() > (alone[deep] == 1).mean() + 0.1
 
 
-def test_neighbours_make_noise_harmless(brain):
+def test_neighbourhood_term_suppresses_noise(brain):
     image, mask, truth, _ = brain
     rng = np.random.default_rng(1)
     noisy = image.numpy() + rng.normal(0, 14, image.numpy().shape).astype(np.float32)
     alone = np.abs(noisy[..., None] - LEVELS).argmin(-1)
     inside = mask.numpy() > 0.5
     plain = np.mean(alone[inside] == truth[inside])
-    found = segment_tissue(Volume(torch.from_numpy(noisy), image.grid), mask).argmax(0).numpy()
-    assert np.mean(found[inside] == truth[inside]) > plain + 0.03
+    result = segment_tissue(Volume(torch.from_numpy(noisy), image.grid), mask).argmax(0).numpy()
+    assert np.mean(result[inside] == truth[inside]) > plain + 0.03
 
 
-def test_tissue_does_not_depend_on_scale(brain):
+def test_segmentation_is_scale_invariant(brain):
     image, mask, _, priors = brain
     first = segment_tissue(image, mask, priors)
     second = segment_tissue(Volume(image.data * 37, image.grid), mask, priors)
@@ -101,38 +107,39 @@ def test_tissue_does_not_depend_on_scale(brain):
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 3), (5, 5, 5)])
-def test_tissue_of_tiny_or_flat_images(shape):
+def test_segmentation_of_tiny_or_uniform_images(shape):
     ones = Volume(torch.ones(shape), Grid(shape, np.eye(4)))
-    found = segment_tissue(ones, ones)
-    assert found.shape == (3, *shape)
-    assert bool(torch.isfinite(found).all())
+    result = segment_tissue(ones, ones)
+    assert result.shape == (3, *shape)
+    assert bool(torch.isfinite(result).all())
     empty = Volume(torch.zeros(shape), ones.grid)
     assert float(segment_tissue(ones, empty).abs().sum()) == 0
 
 
-def test_n4_finds_a_known_field(brain):
+def test_n4_recovers_a_known_field(brain):
     image, mask, _, _ = brain
     world = image.grid.to_world(np.moveaxis(np.indices(image.grid.shape), 0, -1))
     field = np.exp(0.006 * world[..., 1] - 3e-5 * (world[..., 0] ** 2 + world[..., 2] ** 2)).astype(np.float32)
     inside = mask.numpy() > 0.5
-    found = n4_bias(Volume(image.data * torch.from_numpy(field), image.grid), mask, 2)
-    assert found.grid is image.grid
-    assert abs(float(found.data[torch.from_numpy(inside)].mean()) - 1) < 1e-3
-    ratio = found.numpy()[inside] / field[inside]
+    result = n4_bias(Volume(image.data * torch.from_numpy(field), image.grid), mask, 2)
+    assert result.grid is image.grid
+    assert abs(float(result.data[torch.from_numpy(inside)].mean()) - 1) < 1e-3
+    ratio = result.numpy()[inside] / field[inside]
     assert ratio.std() / ratio.mean() < 0.05 < 0.3 * field[inside].std() / field[inside].mean() * 3
-    assert np.corrcoef(np.log(found.numpy()[inside]), np.log(field[inside]))[0, 1] > 0.98
+    assert np.corrcoef(np.log(result.numpy()[inside]), np.log(field[inside]))[0, 1] > 0.98
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 20, 20), (9, 9, 9)])
 @pytest.mark.parametrize("value", [0.0, 5.0])
-def test_n4_of_tiny_or_flat_images_is_one(shape, value):
+def test_n4_of_tiny_or_uniform_images_is_one(shape, value):
     flat = Volume(torch.full(shape, value), Grid(shape, np.eye(4)))
     assert float((n4_bias(flat, None, 4).data - 1).abs().max()) == 0
 
 
-def test_n4_bears_zeros_in_the_mask(brain):
+def test_n4_with_zeros_in_the_mask(brain):
     image, mask, _, _ = brain
-    holed = image.data.clone()
-    holed[40:50, 40:50, 30:40] = 0
-    found = n4_bias(Volume(holed, image.grid), mask, 4).data
-    assert bool(torch.isfinite(found).all()) and float(found.min()) > 0
+    data = image.data.clone()
+    data[40:50, 40:50, 30:40] = 0
+    result = n4_bias(Volume(data, image.grid), mask, 4).data
+    assert bool(torch.isfinite(result).all())
+    assert float(result.min()) > 0

@@ -1,4 +1,4 @@
-"""3dSHORE against DIPY, and leave-one-out weights against refits."""
+"""3dSHORE compared with DIPY, and leave-one-out weights compared with refits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dsiprep.ops.qspace.shore import (
 
 
 def lattice(radius: float = 3.7, b_max: float = 5000.0) -> np.ndarray:
-    """q-vectors of half a Cartesian lattice, (n, 3) in sqrt(s/mm²), the centre last."""
+    """q-vectors of half a Cartesian lattice, (n, 3) in sqrt(s/mm²), with the centre last."""
     axis = np.arange(-4, 5)
     points = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     length = np.linalg.norm(points, axis=1)
@@ -29,7 +29,7 @@ def lattice(radius: float = 3.7, b_max: float = 5000.0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("order", [2, 4, 6, 8])
-def test_basis_is_dipys(order: int) -> None:
+def test_basis_matches_dipy(order: int) -> None:
     shore = pytest.importorskip("dipy.reconst.shore")
     from dipy.core.gradients import gradient_table
 
@@ -40,16 +40,16 @@ def test_basis_is_dipys(order: int) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         expected = shore.shore_matrix(order, 700, table)
-    found = shore_basis(q, order)
-    assert found.shape == (len(q), shore_size(order))
-    np.testing.assert_allclose(found, expected, atol=1e-10)
+    basis = shore_basis(q, order)
+    assert basis.shape == (len(q), shore_size(order))
+    np.testing.assert_allclose(basis, expected, atol=1e-10)
     np.testing.assert_allclose(
         shore_regulariser(order, 2e-8, 3e-8),
         np.diag(2e-8 * shore.n_shore(order) + 3e-8 * shore.l_shore(order)),
     )
 
 
-def test_leave_one_out_is_a_refit_without_the_sample_and_its_neighbours() -> None:
+def test_leave_one_out_matches_refit_without_the_sample_and_its_neighbours() -> None:
     rng = np.random.default_rng(0)
     q = lattice(3.2)
     q = np.vstack([q, -q[3] * 1.001])  # the antipode of a sample
@@ -57,7 +57,9 @@ def test_leave_one_out_is_a_refit_without_the_sample_and_its_neighbours() -> Non
     samples = rng.random((len(q), 4))
     weights = rng.uniform(0.1, 1, len(q))
     left_out = near_neighbours(q)
-    assert left_out[3, -1] and left_out[-1, 3] and left_out.sum() == len(q) + 2
+    assert left_out[3, -1]
+    assert left_out[-1, 3]
+    assert left_out.sum() == len(q) + 2
     matrix = leave_one_out(basis, penalty, left_out, weights)
     for i in (0, 3, len(q) - 1):
         used = ~left_out[i]
@@ -69,69 +71,70 @@ def test_leave_one_out_is_a_refit_without_the_sample_and_its_neighbours() -> Non
     assert (matrix[left_out] == 0).all()
 
 
-def test_weights_reproduce_every_signal_of_the_model() -> None:
+def test_leave_one_out_reproduces_signals_in_the_basis() -> None:
     q = lattice()
     basis = shore_basis(q, 4)
     matrix = leave_one_out(basis, np.zeros(basis.shape[1]), near_neighbours(q))
     np.testing.assert_allclose(matrix @ basis, basis, rtol=1e-6, atol=1e-8 * np.abs(basis).max())
 
 
-def test_a_volume_without_trust_does_not_enter_the_others() -> None:
+def test_volume_of_zero_weight_does_not_affect_the_others() -> None:
     q = lattice()
     weights = np.ones(len(q))
     weights[7] = 0
     matrix = leave_one_out(shore_basis(q, 4), shore_regulariser(4), near_neighbours(q), weights)
     assert (matrix[:, 7] == 0).all()
-    assert np.abs(matrix[7]).sum() > 0  # yet it is predicted itself
+    assert np.abs(matrix[7]).sum() > 0  # but it is predicted itself
 
 
 def crossing_signals(q: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Two crossing fibres in an isotropic medium, at random, (n, count)."""
+    """Signals (n, count) of two randomly crossing fibres and an isotropic compartment."""
     out = np.zeros((len(q), count))
     for voxel in range(count):
         fractions = rng.dirichlet((2, 1, 1))
         for fraction, along, across in zip(fractions, (1.7e-3, 1.7e-3, 0.9e-3), (2e-4, 2e-4, 0.9e-3), strict=True):
-            turn = Rotation.random(random_state=rng).as_matrix()
-            tensor = turn @ np.diag([along, across, across]) @ turn.T
+            rotation = Rotation.random(random_state=rng).as_matrix()
+            tensor = rotation @ np.diag([along, across, across]) @ rotation.T
             out[:, voxel] += fraction * np.exp(-np.einsum("na,ab,nb->n", q, tensor, q))
     return out
 
 
-def test_prior_from_the_data_predicts_better_than_fixed_lambdas() -> None:
+def test_estimated_prior_predicts_better_than_fixed_lambdas() -> None:
     rng = np.random.default_rng(1)
     q = lattice(3.2)
     clean = crossing_signals(q, 400, rng)
     noisy = clean + 0.04 * rng.standard_normal(clean.shape)
     basis, left_out = shore_basis(q), near_neighbours(q)
     penalty = shore_prior(noisy @ noisy.T / noisy.shape[1], basis, 6, np.ones(len(q)))
-    assert np.allclose(penalty, penalty.T) and np.linalg.eigvalsh(penalty).min() > 0
+    assert np.allclose(penalty, penalty.T)
+    assert np.linalg.eigvalsh(penalty).min() > 0
 
     def error(matrix: np.ndarray) -> float:
         return float(np.sqrt(((matrix @ noisy - clean)[:-1] ** 2).mean()))
 
     fixed = error(leave_one_out(basis, shore_regulariser(6), left_out))
-    learnt = error(leave_one_out(basis, penalty, left_out))
-    assert learnt < 0.75 * fixed
+    estimated = error(leave_one_out(basis, penalty, left_out))
+    assert estimated < 0.75 * fixed
 
 
-def test_prior_has_no_preferred_direction() -> None:
+def test_prior_is_rotation_invariant() -> None:
     rng = np.random.default_rng(2)
     q = lattice(3.2)
-    turn = Rotation.random(random_state=3).as_matrix()
+    rotation = Rotation.random(random_state=3).as_matrix()
     signals = crossing_signals(q, 200, rng)
     moment = signals @ signals.T / 200
     matrices = []
-    for points in (q, q @ turn.T):
+    for points in (q, q @ rotation.T):
         basis = shore_basis(points)
         penalty = shore_prior(moment, basis, 6, np.ones(len(q)))
         matrices.append(leave_one_out(basis, penalty, near_neighbours(points)))
     np.testing.assert_allclose(matrices[0], matrices[1], atol=1e-4)
 
 
-def test_prior_does_not_depend_on_the_scale_of_intensities() -> None:
+def test_prior_is_independent_of_the_intensity_scale() -> None:
     q = lattice(3.2)
     signals = crossing_signals(q, 200, np.random.default_rng(4))
-    basis, trust = shore_basis(q), np.ones(len(q))
-    small = shore_prior(signals @ signals.T / 200, basis, 6, trust)
-    large = shore_prior(1e6 * signals @ signals.T / 200, basis, 6, trust)
+    basis, weights = shore_basis(q), np.ones(len(q))
+    small = shore_prior(signals @ signals.T / 200, basis, 6, weights)
+    large = shore_prior(1e6 * signals @ signals.T / 200, basis, 6, weights)
     np.testing.assert_allclose(small, large, rtol=1e-3, atol=1e-6 * np.abs(small).max())

@@ -1,4 +1,4 @@
-"""Tensor prediction against the model itself and DIPY's fit."""
+"""Tensor prediction compared with noise-free signals and with DIPY."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RIDGE = np.full(7, 1e-6)
 
 
 def shell(count: int = 20, b: float = 1000.0) -> tuple[np.ndarray, np.ndarray]:
-    """Directions spread over half a sphere, and one b=0 at the end."""
+    """Directions spread over a hemisphere, with a b=0 at the end."""
     index = np.arange(count)
     z = 1 - (index + 0.5) / count
     angle = index * np.pi * (1 + 5**0.5)
@@ -24,23 +24,24 @@ def shell(count: int = 20, b: float = 1000.0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def tensors(count: int, rng: np.random.Generator) -> np.ndarray:
-    turns = Rotation.random(count, random_state=rng).as_matrix()
+    """Random diffusion tensors, (count, 3, 3) in mm²/s."""
+    rotations = Rotation.random(count, random_state=rng).as_matrix()
     values = rng.uniform(2e-4, 2e-3, (count, 3))
-    return np.einsum("nab,nb,ncb->nac", turns, values, turns)
+    return np.einsum("nab,nb,ncb->nac", rotations, values, rotations)
 
 
-def test_a_tensor_signal_is_predicted_exactly() -> None:
+def test_tensor_signals_are_predicted_exactly() -> None:
     bvals, bvecs = shell()
     d = tensors(50, np.random.default_rng(0))
     signals = 900 * np.exp(-bvals[:, None] * np.einsum("na,mab,nb->nm", bvecs, d, bvecs))
     near = near_neighbours(np.sqrt(bvals)[:, None] * bvecs)
     matrix = leave_one_out(tensor_basis(bvals, bvecs), RIDGE, near)
-    found = tensor_prediction(torch.from_numpy(signals).float(), matrix)
-    # the b=0 is extrapolated; the rest within the small ridge
-    np.testing.assert_allclose(found.numpy()[:-1], signals[:-1], rtol=2e-3)
+    predicted = tensor_prediction(torch.from_numpy(signals).float(), matrix)
+    # the b=0 is extrapolated; the others are exact up to the small ridge
+    np.testing.assert_allclose(predicted.numpy()[:-1], signals[:-1], rtol=2e-3)
 
 
-def test_leave_one_out_is_dipys_fit_without_the_volume() -> None:
+def test_leave_one_out_matches_dipy_fit_without_the_volume() -> None:
     dti = pytest.importorskip("dipy.reconst.dti")
     from dipy.core.gradients import gradient_table
 
@@ -51,31 +52,32 @@ def test_leave_one_out_is_dipys_fit_without_the_volume() -> None:
     signals *= rng.uniform(0.95, 1.05, signals.shape)
     basis = tensor_basis(bvals, bvecs)
     matrix = leave_one_out(basis, np.full(7, 1e-9), np.eye(len(bvals), dtype=bool))
-    found = np.exp(matrix[4] @ np.log(signals))
+    predicted = np.exp(matrix[4] @ np.log(signals))
     used = np.arange(len(bvals)) != 4
     model = dti.TensorModel(gradient_table(bvals[used], bvecs=bvecs[used]), fit_method="OLS")
     fit = model.fit(signals[used].T)
     apparent = np.einsum("a,mab,b->m", bvecs[4], fit.quadratic_form, bvecs[4])
-    # DIPY's constant term: its own S0 estimate
-    design = np.log(signals[used]) - basis[used][:, 1:] @ np.stack(
+    # DIPY's own S0 estimate
+    log_s0 = np.log(signals[used]) - basis[used][:, 1:] @ np.stack(
         [fit.quadratic_form[:, i, j] * 1e3 for i, j in ((0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2))]
     )
-    np.testing.assert_allclose(found, np.exp(design.mean(0) - bvals[4] * apparent), rtol=1e-3)
+    np.testing.assert_allclose(predicted, np.exp(log_s0.mean(0) - bvals[4] * apparent), rtol=1e-3)
 
 
-def test_zero_and_negative_voxels_stay_finite_and_small() -> None:
+def test_prediction_of_zero_and_negative_signals_is_finite_and_bounded() -> None:
     bvals, bvecs = shell(8)
     near = np.eye(len(bvals), dtype=bool)
     signals = torch.zeros(len(bvals), 3)
     signals[:, 1] = -5
     signals[-1, 2] = 100
-    found = tensor_prediction(signals, leave_one_out(tensor_basis(bvals, bvecs), RIDGE, near))
-    assert torch.isfinite(found).all() and found.max() <= 150
+    predicted = tensor_prediction(signals, leave_one_out(tensor_basis(bvals, bvecs), RIDGE, near))
+    assert torch.isfinite(predicted).all()
+    assert predicted.max() <= 150
 
 
 @pytest.mark.parametrize("low", [400, 1500])
-def test_directions_and_anisotropy_are_dipys(low: float) -> None:
-    """Also of more voxels than are fitted at a time, and where b-values are far from one."""
+def test_directions_and_anisotropy_match_dipy(low: float) -> None:
+    """With more voxels than one chunk, and at high b-values."""
     from dipy.core.gradients import gradient_table
     from dipy.reconst.dti import TensorModel
 
@@ -85,8 +87,8 @@ def test_directions_and_anisotropy_are_dipys(low: float) -> None:
     bvals = np.where(np.arange(40) < 4, 0.0, rng.uniform(low, low + 900, 40))
     bvecs[:4] = 0
     frames = np.linalg.qr(rng.normal(size=(25, 3, 3)))[0]
-    known = frames * np.array([1.6e-3, 5e-4, 2e-4]) @ frames.transpose(0, 2, 1)
-    signal = 900 * np.exp(-bvals[:, None] * np.einsum("ni,mij,nj->nm", bvecs, known, bvecs))
+    true_tensors = frames * np.array([1.6e-3, 5e-4, 2e-4]) @ frames.transpose(0, 2, 1)
+    signal = 900 * np.exp(-bvals[:, None] * np.einsum("ni,mij,nj->nm", bvecs, true_tensors, bvecs))
     signal += rng.normal(0, 4, signal.shape)
     reference = TensorModel(gradient_table(bvals, bvecs=bvecs), fit_method="WLS").fit(signal.T)
     fa, direction = main_directions(np.tile(signal, (1, 801)), bvals, bvecs)

@@ -1,6 +1,6 @@
-"""Rigid and affine transforms: parameters to matrices and back, means, what they do to b-vectors.
+"""Rigid and affine transforms: conversion between parameters and matrices, means, and b-vector rotation.
 
-Matrices are (..., 4, 4) float64 NumPy and map world points, RAS+ mm.
+Matrices are (..., 4, 4) float64 NumPy arrays and map world points, RAS+ mm.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from scipy.spatial.transform import Rotation
 
 
 def rigid_matrix(parameters: np.ndarray, centre: np.ndarray | None = None) -> np.ndarray:
-    """Rigid transforms from rotation vectors and translations.
+    """Build rigid transforms from rotation vectors and translations.
 
     Parameters
     ----------
     parameters : ndarray, (..., 6)
         Rotation vector (radians, RAS+), then translation (mm, RAS+).
     centre : ndarray, (3,), optional
-        Point that is rotated about, mm. The origin by default.
+        Centre of rotation, mm. The origin by default.
 
     Returns
     -------
@@ -34,7 +34,7 @@ def rigid_matrix(parameters: np.ndarray, centre: np.ndarray | None = None) -> np
 
 
 def rigid_parameters(matrices: np.ndarray, centre: np.ndarray | None = None) -> np.ndarray:
-    """The inverse of `rigid_matrix`, (..., 6). Of an affine, the nearest rotation is taken."""
+    """Invert `rigid_matrix`: parameters (..., 6); a general affine is reduced to its nearest rotation."""
     matrices = np.asarray(matrices, float)
     flat = matrices.reshape(-1, 4, 4)
     centre = np.zeros(3) if centre is None else np.asarray(centre, float)
@@ -44,22 +44,22 @@ def rigid_parameters(matrices: np.ndarray, centre: np.ndarray | None = None) -> 
 
 
 def nearest_rotation(matrices: np.ndarray) -> np.ndarray:
-    """The rotation part of the polar decomposition of (..., 3, 3) matrices with positive determinant."""
+    """Rotation part of the polar decomposition of (..., 3, 3) matrices with positive determinant."""
     u, _, vt = np.linalg.svd(np.asarray(matrices, float))
     return u @ vt
 
 
 def rotate_bvecs(bvecs: np.ndarray, matrices: np.ndarray) -> np.ndarray:
-    """b-vectors as seen from the reference head.
+    """Rotate b-vectors from the scanner frame to the frame of the reference head.
 
-    The gradient is fixed in the scanner. A head whose points moved by x -> R x + t saw the gradient R' g.
+    The gradient is fixed in the scanner. In the frame of a head that moved by x -> R x + t it is R' g.
 
     Parameters
     ----------
     bvecs : ndarray, (n, 3)
         Unit vectors in world RAS+, or zero.
     matrices : ndarray, (n, 4, 4) or (4, 4)
-        Points of the reference to points of each volume (as in `Motion.transforms`).
+        Map points of the reference to points of each volume, as in `Motion.transforms`.
 
     Returns
     -------
@@ -70,7 +70,7 @@ def rotate_bvecs(bvecs: np.ndarray, matrices: np.ndarray) -> np.ndarray:
 
 
 def mean_rigid(matrices: np.ndarray) -> np.ndarray:
-    """The rigid transform nearest to all of (n, 4, 4): mean rotation (chordal) and mean translation."""
+    """Mean of rigid transforms (n, 4, 4): chordal mean rotation and mean translation."""
     mean = np.eye(4)
     mean[:3, :3] = nearest_rotation(np.mean(matrices[:, :3, :3], axis=0))
     mean[:3, 3] = np.mean(matrices[:, :3, 3], axis=0)
@@ -78,7 +78,7 @@ def mean_rigid(matrices: np.ndarray) -> np.ndarray:
 
 
 def point_displacement(first: np.ndarray, second: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Distance in mm between where two sets of transforms (n, 4, 4) send `points` (m, 3): (n, m)."""
+    """Distance in mm, (n, m), between the images of `points` (m, 3) under two sets of transforms (n, 4, 4)."""
     difference = np.asarray(first)[..., :3, :] - np.asarray(second)[..., :3, :]
     moved = np.einsum("nij,mj->nmi", difference[..., :3], points) + difference[:, None, :, 3]
     return np.linalg.norm(moved, axis=-1)

@@ -1,8 +1,7 @@
-"""Displacement fields: composition, inversion, Jacobian determinant; what a chain of maps does to points.
+"""Displacement fields: composition, inversion, Jacobian determinants, and point transforms through chains.
 
-One body in tensor operations serves every device; the interpolation below it is chosen in `ops.sample`. Only the
-inverse has a second one: on the CPU a loop solves for it voxel by voxel, without a temporary. A test holds both
-to the same numbers.
+Tensor operations serve every device; `ops.image.interpolation` chooses how to sample. Only `invert` has a second
+implementation: on the CPU a Numba loop solves voxel by voxel, without temporaries. A test verifies that both agree.
 """
 
 from __future__ import annotations
@@ -22,36 +21,36 @@ __all__ = [
     "chain_points",
     "chain_points_back",
     "compose",
-    "fit_between",
     "invert",
     "jacobian_determinant",
+    "prefilter",
 ]
 
 FIXED_POINT_STEPS = 4
 
 
 def compose(first: DisplacementField, second: DisplacementField) -> DisplacementField:
-    """One field that does `first` and then `second`, on the grid of `first`.
+    """Compose two fields, `first` then `second`, on the grid of `first`.
 
-    x -> x + u1(x) + u2(x + u1(x)). What `second` does outside the grid of `first` is lost.
+    x -> x + u1(x) + u2(x + u1(x)). Displacements of `second` outside the grid of `first` are lost.
     """
-    second_there = resample_onto(second.data, second.grid, first.grid, displacement=first.data)
-    return DisplacementField(first.data + second_there, first.grid)
+    second_displaced = resample_onto(second.data, second.grid, first.grid, displacement=first.data)
+    return DisplacementField(first.data + second_displaced, first.grid)
 
 
 def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float = 0.01) -> DisplacementField:
-    """The field v on the same grid with v(x) + u(x + v(x)) = 0.
+    """Invert a field: v on the same grid with v(x) + u(x + v(x)) = 0.
 
-    By Newton's method. Where a step does not bring a voxel nearer, half of it is tried; fields that fold have no
-    inverse, and there the last best guess stands.
+    Newton's method; a step that does not reduce the residual of a voxel is halved. A field that folds has no inverse
+    there, and the best iterate is kept.
 
     Parameters
     ----------
     field : DisplacementField
     iterations : int
-        At most so many steps of Newton's method.
+        Maximum number of Newton steps.
     tolerance_mm : float
-        Stop when no voxel is further than this from its inverse.
+        Stop when the residual of every voxel is below this.
 
     Returns
     -------
@@ -73,14 +72,14 @@ def invert(field: DisplacementField, iterations: int = 30, tolerance_mm: float =
 def _inverse_at(
     u: torch.Tensor, start: torch.Tensor, v: torch.Tensor, iterations: int, tolerance: float, to_world: torch.Tensor
 ) -> torch.Tensor:
-    """v with v + u(start + v) = 0 in voxels for the points (3, m) of `start`, from a first guess."""
+    """Solve v + u(start + v) = 0 in voxels for the points (3, m) of `start`, from the initial guess `v`."""
     for _ in range(FIXED_POINT_STEPS):
         v = -sample_linear(u, start + v)
     residual = v + sample_linear(u, start + v)
-    left = torch.nonzero((to_world @ residual).norm(dim=0) > tolerance)[:, 0]
-    if len(left):
+    remaining = torch.nonzero((to_world @ residual).norm(dim=0) > tolerance)[:, 0]
+    if len(remaining):
         slopes = gradient(u).reshape(9, *u.shape[1:])  # du_a/dx_b, row-major in (a, b)
-        v[:, left] = _newton(u, slopes, start[:, left], v[:, left], iterations, tolerance, to_world)
+        v[:, remaining] = _newton(u, slopes, start[:, remaining], v[:, remaining], iterations, tolerance, to_world)
     return v
 
 
@@ -93,42 +92,43 @@ def _newton(
     tolerance: float,
     to_world: torch.Tensor,
 ) -> torch.Tensor:
-    """Solve v + u(start + v) = 0 in voxels for the points (3, m) of `start`."""
+    """Newton iterations of `_inverse_at`, with the derivatives (9, i, j, k) of u, row-major."""
     best = torch.zeros_like(v)
-    size = torch.full((v.shape[1],), torch.inf, device=v.device)
+    best_distance = torch.full((v.shape[1],), torch.inf, device=v.device)
     step, trial = torch.zeros_like(v), v.clone()
     active = torch.arange(v.shape[1], device=v.device)
     for _ in range(iterations):
         residual = trial[:, active] + sample_linear(u, start[:, active] + trial[:, active])
         distance = (to_world @ residual).norm(dim=0)
-        better = distance < size[active]
-        ahead = active[better]
-        best[:, ahead], size[ahead] = trial[:, ahead], distance[better]
+        better = distance < best_distance[active]
+        improved = active[better]
+        best[:, improved], best_distance[improved] = trial[:, improved], distance[better]
         step[:, active[~better]] /= 2
-        step[:, ahead] = _solve(sample_linear(slopes, start[:, ahead] + trial[:, ahead]), residual[:, better])
+        derivatives = sample_linear(slopes, start[:, improved] + trial[:, improved])
+        step[:, improved] = _newton_steps(derivatives, residual[:, better])
         trial[:, active] = best[:, active] - step[:, active]
-        active = active[size[active] > tolerance]
+        active = active[best_distance[active] > tolerance]
         if len(active) == 0:
             break
     return best
 
 
 def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
-    """det(I + du/dx) with derivatives in world mm, central differences.
+    """Jacobian determinant det(I + du/dx), from central differences in world mm.
 
     Parameters
     ----------
     field : DisplacementField
-        On any grid: oblique, anisotropic, left-handed.
+        On any grid, including oblique, anisotropic and left-handed ones.
 
     Returns
     -------
     Tensor, (i, j, k), float32
-        Local volume of the image of a voxel, over the voxel's; positive where the map does not fold.
+        Ratio of the volume of a mapped voxel to that of the voxel; positive where the map does not fold.
     """
     per_voxel = gradient(field.data)  # (3 components, 3 axes, i, j, k)
-    inverse = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=field.data.device).float()
-    a = torch.einsum("cvijk,vw->cwijk", per_voxel, inverse)
+    world_to_voxel = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=field.data.device).float()
+    a = torch.einsum("cvijk,vw->cwijk", per_voxel, world_to_voxel)
     for axis in range(3):
         a[axis, axis] += 1
     return (
@@ -139,7 +139,7 @@ def jacobian_determinant(field: DisplacementField) -> torch.Tensor:
 
 
 def chain_points(chain: Chain, points: np.ndarray) -> np.ndarray:
-    """Points of the chain's target to points of its source.
+    """Map points of the chain's target to points of its source.
 
     Parameters
     ----------
@@ -153,72 +153,72 @@ def chain_points(chain: Chain, points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, float)
     for step in chain.steps:
         if isinstance(step, Affine):
-            points = _moved(step.matrix, points)
+            points = _transformed(step.matrix, points)
         else:
             voxels = torch.as_tensor(step.grid.to_voxels(points).T, dtype=torch.float32)
-            moved = sample_linear(step.data, voxels.to(step.data.device))
-            points = points + moved.cpu().numpy().T.astype(float)
+            displacement = sample_linear(step.data, voxels.to(step.data.device))
+            points = points + displacement.cpu().numpy().T.astype(float)
     return points
 
 
-def fit_between(field: DisplacementField) -> DisplacementField:
-    """The field for those who interpolate: no longer exact at the voxels, but nearest everywhere.
+def prefilter(field: DisplacementField) -> DisplacementField:
+    """Prefilter a field for linear interpolation: no longer exact at the voxels, but closer on average between them.
 
-    Between two voxels h apart linear interpolation misses a smooth function by x (h - x) / 2 times its second
-    derivative, h² / 12 of it on average and always to the same side. Taking that off at the voxels leaves two fifths of
-    the error (root mean square).
+    Between two voxels h apart, linear interpolation misses a smooth function by x (h - x) / 2 times its second
+    derivative: h² / 12 of it on average, always with the same sign. Subtracting that at the voxels leaves two fifths
+    of the root-mean-square error.
     """
     data = field.data.clone()
     for axis in (1, 2, 3):
         size = data.shape[axis]
         if size > 2:
             inner = field.data.narrow(axis, 1, size - 2)
-            curved = field.data.narrow(axis, 2, size - 2) - 2 * inner + field.data.narrow(axis, 0, size - 2)
-            data.narrow(axis, 1, size - 2).sub_(curved / 12)
+            second = field.data.narrow(axis, 2, size - 2) - 2 * inner + field.data.narrow(axis, 0, size - 2)
+            data.narrow(axis, 1, size - 2).sub_(second / 12)
     return DisplacementField(data, field.grid)
 
 
 def chain_points_back(chain: Chain, points: np.ndarray, tolerance_mm: float = 1e-3) -> np.ndarray:
-    """Points of the chain's source to points of its target: `chain_points` undone, on the CPU.
+    """Map points of the chain's source to points of its target: the inverse of `chain_points`, on the CPU.
 
-    The linear part of each field is undone exactly, and what is left by Newton's method. Beyond its grid a field
-    is taken to go on as at the edge, less its linear part, so that the inverse has no step there.
+    The linear part of each field is inverted exactly and the remainder by Newton's method. The remainder is extended
+    beyond the field's grid by its edge values, so that the inverse has no step there.
 
     Parameters
     ----------
     points : ndarray, (m, 3)
         World RAS+ mm.
     tolerance_mm : float
-        Points that `chain_points` brings back to so near are not improved further.
+        Iterations stop for points that map back to within this distance.
 
     Returns
     -------
     ndarray, (m, 3), float64
-        Where a field folds there is no inverse, and the best guess stands.
+        A field that folds has no inverse there, and the best iterate is returned.
     """
     points = np.asarray(points, float)
     for step in reversed(chain.steps):
         if isinstance(step, Affine):
-            points = _moved(np.linalg.inv(step.matrix), points)
+            points = _transformed(np.linalg.inv(step.matrix), points)
         else:
             linear = np.linalg.inv(_linear_part(step))
-            rest = _extended(step, linear)
-            points = _moved(linear, points)
-            to_voxel = np.linalg.inv(rest.grid.affine)[:3, :3]
-            u = torch.einsum("ab,bijk->aijk", torch.as_tensor(to_voxel).float(), rest.data)
-            to_world = torch.as_tensor(rest.grid.affine[:3, :3]).float()
-            start = torch.as_tensor(np.ascontiguousarray(rest.grid.to_voxels(points).T), dtype=torch.float32)
+            remainder = _extended_remainder(step, linear)
+            points = _transformed(linear, points)
+            to_voxel = np.linalg.inv(remainder.grid.affine)[:3, :3]
+            u = torch.einsum("ab,bijk->aijk", torch.as_tensor(to_voxel).float(), remainder.data)
+            to_world = torch.as_tensor(remainder.grid.affine[:3, :3]).float()
+            start = torch.as_tensor(np.ascontiguousarray(remainder.grid.to_voxels(points).T), dtype=torch.float32)
             v = _inverse_at(u, start, -sample_linear(u, start), 30, tolerance_mm, to_world)
-            points = points + v.numpy().T.astype(float) @ rest.grid.affine[:3, :3].T
+            points = points + v.numpy().T.astype(float) @ remainder.grid.affine[:3, :3].T
     return points
 
 
-def _moved(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+def _transformed(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     return points @ matrix[:3, :3].T + matrix[:3, 3]
 
 
 def _linear_part(field: DisplacementField) -> np.ndarray:
-    """The affine map nearest to x -> x + u(x), (4, 4)."""
+    """Affine map (4, 4) closest to x -> x + u(x) in the least-squares sense."""
     step = tuple(slice(None, None, max(1, n // 32)) for n in field.grid.shape)
     points = field.grid.to_world(np.moveaxis(np.indices(field.grid.shape)[(slice(None), *step)], 0, -1).reshape(-1, 3))
     u = field.data.cpu().numpy()[(slice(None), *step)].reshape(3, -1).T.astype(float)
@@ -229,23 +229,23 @@ def _linear_part(field: DisplacementField) -> np.ndarray:
     return matrix
 
 
-def _extended(field: DisplacementField, linear: np.ndarray) -> DisplacementField:
-    """x -> linear(x + u(x)) on a grid that is wider by the longest displacement, which goes on as at the edge."""
+def _extended_remainder(field: DisplacementField, linear: np.ndarray) -> DisplacementField:
+    """The field of x -> linear(x + u(x)), its grid widened by the longest displacement and filled with edge values."""
     chain = Chain((DisplacementField(field.data.cpu().float(), field.grid), Affine(linear, "", "")), "", "")
-    rest = chain_displacement(chain, field.grid)
-    reach = float(rest.norm(dim=0).max()) / field.grid.voxel_sizes
-    i, j, k = (int(n) for n in np.minimum(np.ceil(reach) + 2, np.asarray(field.grid.shape) + 2))
-    wide = torch.nn.functional.pad(rest[None], (k, k, j, j, i, i), mode="replicate")[0]
+    remainder = chain_displacement(chain, field.grid)
+    longest = float(remainder.norm(dim=0).max()) / field.grid.voxel_sizes
+    i, j, k = (int(n) for n in np.minimum(np.ceil(longest) + 2, np.asarray(field.grid.shape) + 2))
+    wide = torch.nn.functional.pad(remainder[None], (k, k, j, j, i, i), mode="replicate")[0]
     affine = field.grid.affine.copy()
     affine[:3, 3] = field.grid.to_world(np.array([-i, -j, -k]))
     return DisplacementField(wide, Grid((wide.shape[1], wide.shape[2], wide.shape[3]), affine))
 
 
 def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The whole chain as one displacement at every voxel of a grid of its target.
+    """Total displacement of a chain, affine parts included, at every voxel of a grid in its target space.
 
-    `resample_onto(volumes, source, grid, displacement=chain_displacement(chain, grid))` brings images of the chain's
-    source onto `grid`. Linear parts are included.
+    `resample_onto(volumes, source, grid, displacement=chain_displacement(chain, grid))` resamples images of the
+    chain's source onto `grid`.
 
     Parameters
     ----------
@@ -263,7 +263,7 @@ def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "c
     for step in chain.steps:
         if isinstance(step, Affine):
             linear = torch.as_tensor(step.matrix[:3, :3], dtype=torch.float32, device=device)
-            # (M - I) x in one go: the difference of two large numbers would cost digits
+            # (M - I) x as one product: subtracting two large numbers would lose digits
             change = torch.as_tensor(step.matrix[:3, :3] - np.eye(3), dtype=torch.float32, device=device)
             shift = torch.as_tensor(step.matrix[:3, 3], dtype=torch.float32, device=device)
             moved = torch.einsum("ab,bijk->aijk", linear, total)
@@ -273,8 +273,8 @@ def chain_displacement(chain: Chain, grid: Grid, device: torch.device | str = "c
     return total
 
 
-def _solve(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """(I + J)^-1 r at every point by Cramer's rule, J row-major (9, m); near-singular ones take r."""
+def _newton_steps(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """(I + J)^-1 r at every point by Cramer's rule, J row-major (9, m); r itself where I + J is near-singular."""
     a, b, c, d, e, f, g, h, i = slopes
     a, e, i = a + 1, e + 1, i + 1
     cofactors = [
@@ -291,7 +291,7 @@ def _solve(slopes: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
 
 @compiled()
 def _value_and_slopes(u: np.ndarray, x: float, y: float, z: float, out: np.ndarray) -> None:
-    """The three components at a point by trilinear interpolation, zero outside, and their slopes du_a/dx_b."""
+    """Trilinear interpolation of u (zero outside) and its slopes du_a/dx_b, row-major, into `out` (12,)."""
     _, ni, nj, nk = u.shape
     if not (x > -1 and y > -1 and z > -1 and x < ni and y < nj and z < nk):
         out[:] = 0
@@ -317,11 +317,11 @@ def _value_and_slopes(u: np.ndarray, x: float, y: float, z: float, out: np.ndarr
 
 
 @compiled()
-def _newton_step(state: np.ndarray, residual: np.ndarray, step: np.ndarray) -> None:
-    """step = (I + J)^-1 residual by Cramer's rule; the residual itself where I + J is near-singular."""
-    a, b, c = state[3] + 1, state[4], state[5]
-    d, e, f = state[6], state[7] + 1, state[8]
-    g, h, i = state[9], state[10], state[11] + 1
+def _newton_step(sample: np.ndarray, residual: np.ndarray, step: np.ndarray) -> None:
+    """Write (I + J)^-1 residual, by Cramer's rule, into `step`; the residual itself where I + J is near-singular."""
+    a, b, c = sample[3] + 1, sample[4], sample[5]
+    d, e, f = sample[6], sample[7] + 1, sample[8]
+    g, h, i = sample[9], sample[10], sample[11] + 1
     p, q, r = residual[0], residual[1], residual[2]
     ka, kb, kc = e * i - f * h, f * g - d * i, d * h - e * g
     determinant = a * ka + b * kb + c * kc
@@ -337,23 +337,23 @@ def _newton_step(state: np.ndarray, residual: np.ndarray, step: np.ndarray) -> N
 def _invert_voxel(
     u: np.ndarray, i: int, j: int, k: int, iterations: int, tolerance: float, work: np.ndarray, best: np.ndarray
 ) -> None:
-    """Solve v + u(x + v) = 0 at one voxel; `work` is for what changes on the way."""
-    state, residual, step, trial = work[0], work[1, :3], work[2, :3], work[3, :3]
+    """Solve v + u(x + v) = 0 at one voxel, the result in `best` (3,); `work` (4, 12) is scratch memory."""
+    sample, residual, step, trial = work[0], work[1, :3], work[2, :3], work[3, :3]
     for a in range(3):
         trial[a] = -u[a, i, j, k]
-    size = np.inf
+    best_distance = np.inf
     for _ in range(iterations):
-        _value_and_slopes(u, i + trial[0], j + trial[1], k + trial[2], state)
+        _value_and_slopes(u, i + trial[0], j + trial[1], k + trial[2], sample)
         distance = 0.0
         for a in range(3):
-            residual[a] = trial[a] + state[a]
+            residual[a] = trial[a] + sample[a]
             distance += residual[a] ** 2
-        if distance < size:
-            size = distance
+        if distance < best_distance:
+            best_distance = distance
             best[:] = trial
-            if size <= tolerance**2:
+            if best_distance <= tolerance**2:
                 return
-            _newton_step(state, residual, step)
+            _newton_step(sample, residual, step)
         else:
             for a in range(3):
                 step[a] /= 2

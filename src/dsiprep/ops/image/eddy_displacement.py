@@ -1,4 +1,4 @@
-"""The displacement of eddy currents in the voxels of a grid, for fused loops and for tensors."""
+"""Eddy-current displacement in voxel coordinates of a grid, for Numba loops and for tensors."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ __all__ = ["EddyDisplacement", "displace_points", "displace_voxel", "eddy_on_gri
 
 @dataclass(frozen=True, eq=False)
 class EddyDisplacement:
-    """Eddy currents of n volumes on a grid.
+    """Eddy-current displacement of n volumes, in voxel coordinates of a grid.
 
     Attributes
     ----------
-    voxels : ndarray, (n, 10), float32
-        Coefficients of the displacement in voxels; (0, 10) where there is none.
+    coefficients : ndarray, (n, 10), float32
+        Polynomial coefficients in voxels; (0, 10) without eddy currents.
     frame : ndarray, (2, 3), float32
-        Scanner coordinates are frame[0] * voxel + frame[1].
+        Scanner coordinates in units of 100 mm are frame[0] * voxel + frame[1].
     along : int
-        The voxel axis that is displaced.
+        The displaced voxel axis (phase encoding).
     """
 
-    voxels: np.ndarray
+    coefficients: np.ndarray
     frame: np.ndarray
     along: int
 
 
 def eddy_on_grid(eddy: EddyCurrents | None, grid: Grid) -> EddyDisplacement:
-    """`eddy` on a grid whose axes run along those of the scanner."""
+    """Express `eddy` in voxel coordinates of a grid whose axes are `eddy.axes`; None gives no displacement."""
     if eddy is None:
         return EddyDisplacement(np.zeros((0, 10), np.float32), np.zeros((2, 3), np.float32), 0)
     sizes = grid.voxel_sizes
@@ -46,7 +46,10 @@ def eddy_on_grid(eddy: EddyCurrents | None, grid: Grid) -> EddyDisplacement:
 
 @inlined
 def displace_voxel(c: np.ndarray, frame: np.ndarray, along: int, at: np.ndarray) -> np.floating:
-    """Displace one voxel coordinate `at` (3,) in place by the polynomial `c` (10,); gives the Jacobian."""
+    """Displace one voxel coordinate `at` (3,) in place by the polynomial `c` (10,); return the Jacobian determinant.
+
+    Numba version of the polynomial of `dsiprep.data.transform.eddy_terms`; a test verifies that both agree.
+    """
     x = frame[0, 0] * at[0] + frame[1, 0]
     y = frame[0, 1] * at[1] + frame[1, 1]
     z = frame[0, 2] * at[2] + frame[1, 2]
@@ -61,23 +64,23 @@ def displace_voxel(c: np.ndarray, frame: np.ndarray, along: int, at: np.ndarray)
     return np.float32(1) + slope * frame[0, along]
 
 
-def displace_points(bend: EddyDisplacement, at: torch.Tensor) -> torch.Tensor:
-    """Displace voxel coordinates (n, 3, m) in place; gives the Jacobians, (n, m)."""
-    frame = torch.as_tensor(bend.frame, device=at.device)
-    size = torch.as_tensor(bend.voxels, device=at.device)
-    terms, slopes = eddy_polynomial(frame[0, :, None] * at + frame[1, :, None], bend.along)
-    at[:, bend.along] += torch.einsum("nt,tnm->nm", size, terms)
-    return 1 + torch.einsum("nt,tnm->nm", size, slopes) * float(bend.frame[0, bend.along])
+def displace_points(eddy: EddyDisplacement, at: torch.Tensor) -> torch.Tensor:
+    """Displace voxel coordinates (n, 3, m) in place; return the Jacobian determinants, (n, m)."""
+    frame = torch.as_tensor(eddy.frame, device=at.device)
+    coefficients = torch.as_tensor(eddy.coefficients, device=at.device)
+    terms, slopes = eddy_polynomial(frame[0, :, None] * at + frame[1, :, None], eddy.along)
+    at[:, eddy.along] += torch.einsum("nt,tnm->nm", coefficients, terms)
+    return 1 + torch.einsum("nt,tnm->nm", coefficients, slopes) * float(eddy.frame[0, eddy.along])
 
 
 def eddy_polynomial(s: torch.Tensor, along: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The ten terms of `EddyCurrents` at scanner coordinates (n, 3, m), and their slopes along one axis, (10, n, m)."""
+    """The ten polynomial terms at scanner coordinates (n, 3, m), and their derivatives along one axis; (10, n, m)."""
     x, y, z = s.unbind(1)
-    one, none = torch.ones_like(x), torch.zeros_like(x)
+    one, zero = torch.ones_like(x), torch.zeros_like(x)
     terms = torch.stack(eddy_terms(x, y, z))
     slopes = (
-        [none, one, none, none, 2 * x, none, none, y, z, none],
-        [none, none, one, none, none, 2 * y, none, x, none, z],
-        [none, none, none, one, none, none, 2 * z, none, x, y],
+        [zero, one, zero, zero, 2 * x, zero, zero, y, z, zero],
+        [zero, zero, one, zero, zero, 2 * y, zero, x, zero, z],
+        [zero, zero, zero, one, zero, zero, 2 * z, zero, x, y],
     )
     return terms, torch.stack(slopes[along])

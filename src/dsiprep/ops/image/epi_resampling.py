@@ -1,7 +1,7 @@
-"""The one interpolation: a volume read with cubic B-splines through an affine and a displacement.
+"""Single-step resampling of EPI volumes: cubic B-splines through an affine, a displacement field and eddy currents.
 
-On the CPU one Numba loop finds the voxel coordinate, the weights and the intensity; on other devices the same
-sums are made from tensor operations. A test holds both to the same numbers.
+On the CPU one Numba loop computes the voxel coordinate, the weights and the intensity; other devices use tensor
+operations. A test verifies that both agree.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ __all__ = ["SampledDisplacement", "sample_displacement", "warp_volume"]
 
 @dataclass(frozen=True, eq=False)
 class SampledDisplacement:
-    """A displacement field as it is met at the points of a target grid.
+    """A susceptibility displacement field sampled at the points of a target grid.
 
     Attributes
     ----------
     displacement : Tensor, (3, i, j, k)
-        mm RAS+, added after the affine.
+        Displacement in mm RAS+, added after the affine.
     slope : Tensor, (3, i, j, k)
-        Gradient, per mm RAS+ of the undistorted space, of the length of the displacement along `direction`.
+        Gradient, per mm RAS+ of the undistorted space, of the displacement along `direction`.
     direction : ndarray, (3,)
-        Unit vector that the displacement is parallel to.
+        Unit vector parallel to all displacements.
     """
 
     displacement: torch.Tensor
@@ -43,12 +43,12 @@ class SampledDisplacement:
 
 
 def sample_displacement(field: DisplacementField, target: Grid, matrix: np.ndarray) -> SampledDisplacement:
-    """A displacement along one direction (phase encoding) at the points of `target`.
+    """Sample a displacement field along one direction (phase encoding) at the points of `target`.
 
     Parameters
     ----------
     field : DisplacementField
-        On the undistorted reference; all its vectors parallel.
+        On the grid of the undistorted reference; all vectors parallel.
     target : Grid
     matrix : ndarray, (4, 4)
         World points of the target to world points of the undistorted reference.
@@ -59,8 +59,8 @@ def sample_displacement(field: DisplacementField, target: Grid, matrix: np.ndarr
     length = torch.einsum("a,aijk->ijk", torch.as_tensor(direction, device=u.device).float(), u)
     to_world = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=u.device).float()
     slope = torch.einsum("vijk,vw->wijk", gradient(length[None])[0], to_world)
-    there = resample_onto(torch.cat([u, slope]), field.grid, target, matrix, cubic=True)
-    return SampledDisplacement(there[:3].contiguous(), there[3:].contiguous(), direction)
+    sampled = resample_onto(torch.cat([u, slope]), field.grid, target, matrix, cubic=True)
+    return SampledDisplacement(sampled[:3].contiguous(), sampled[3:].contiguous(), direction)
 
 
 def warp_volume(
@@ -68,79 +68,78 @@ def warp_volume(
     source: Grid,
     target: Grid,
     matrix: np.ndarray,
-    distorted: SampledDisplacement | None = None,
+    susceptibility: SampledDisplacement | None = None,
     linear: np.ndarray | None = None,
     eddy: EddyCurrents | None = None,
 ) -> torch.Tensor:
-    """One volume read at w(x) = matrix @ x + u(x), times the Jacobian determinant of u, never negative.
+    """Resample a volume at w(x) = matrix @ x + u(x), times the Jacobian determinant of u; never negative.
 
     Parameters
     ----------
     volume : Tensor, (i, j, k), float32
     source, target : Grid
-        Of the volume and of the result.
+        Grids of the volume and of the result.
     matrix : ndarray, (4, 4)
         World RAS+ mm of the target to world of the source.
-    distorted : SampledDisplacement, optional
-        On the points of the target.
+    susceptibility : SampledDisplacement, optional
+        u at the points of the target.
     linear : ndarray, (3, 3), optional
-        A, the linear part of the map from the undistorted reference to the source; identity by default. With
-        u along p and slope g, the Jacobian relative to that of A is det(A + p g') / det(A) = 1 + g . inv(A)
-        p.
+        A, the linear part of the map from the undistorted reference to the source; identity by default. With u
+        along p and slope g, the Jacobian relative to that of A is det(A + p g') / det(A) = 1 + g . inv(A) p.
     eddy : EddyCurrents, optional
-        Of this volume: it is read at w(x) + e(w(x)) d, and the Jacobian is multiplied by that of e.
+        Of this volume alone: it is sampled at w(x) + e(w(x)) d, and the Jacobian is multiplied by that of e.
 
     Returns
     -------
     Tensor, as `target`, float32
-        Zero outside the source.
+        Zero outside `source`.
     """
     coefficients = spline_coefficients(volume[None].float())
     direction = np.zeros(3)
-    if distorted is not None:
-        direction = np.linalg.solve(np.eye(3) if linear is None else linear, distorted.direction)
-    bend = eddy_on_grid(eddy, source)
+    if susceptibility is not None:
+        direction = np.linalg.solve(np.eye(3) if linear is None else linear, susceptibility.direction)
+    eddy_voxels = eddy_on_grid(eddy, source)
     if volume.device.type != "cpu":
-        return _gathered(coefficients, source, target, matrix, distorted, direction, bend)
+        return _warp_tensors(coefficients, source, target, matrix, susceptibility, direction, eddy_voxels)
     world_to_voxel = np.linalg.inv(source.affine)
-    none = np.zeros((3, 0, 0, 0), np.float32)
+    empty = np.zeros((3, 0, 0, 0), np.float32)
     out = np.zeros(target.shape, np.float32)
     _warp_loop(
         coefficients[0].numpy(),
         (world_to_voxel @ matrix @ target.affine)[:3],
-        none if distorted is None else distorted.displacement.numpy(),
-        none if distorted is None else distorted.slope.numpy(),
+        empty if susceptibility is None else susceptibility.displacement.numpy(),
+        empty if susceptibility is None else susceptibility.slope.numpy(),
         world_to_voxel[:3, :3].astype(np.float32),
         direction.astype(np.float32),
-        bend.voxels,
-        bend.frame,
-        bend.along,
+        eddy_voxels.coefficients,
+        eddy_voxels.frame,
+        eddy_voxels.along,
         out,
     )
     return torch.from_numpy(out)
 
 
-def _gathered(
+def _warp_tensors(
     coefficients: torch.Tensor,
     source: Grid,
     target: Grid,
     matrix: np.ndarray,
-    distorted: SampledDisplacement | None,
+    susceptibility: SampledDisplacement | None,
     direction: np.ndarray,
-    bend: EddyDisplacement,
+    eddy: EddyDisplacement,
 ) -> torch.Tensor:
-    """The body for other devices."""
-    moved = None if distorted is None else distorted.displacement
-    points = voxel_points(target, source, matrix, moved).to(coefficients.device)
+    """Tensor version of `_warp_loop`, for other devices."""
+    displacement = None if susceptibility is None else susceptibility.displacement
+    points = voxel_points(target, source, matrix, displacement).to(coefficients.device)
     jacobian: torch.Tensor | float = 1.0
-    if len(bend.voxels):
+    if len(eddy.coefficients):
         flat = points.reshape(1, 3, -1).clone()
-        jacobian = displace_points(bend, flat).reshape(points.shape[1:])
+        jacobian = displace_points(eddy, flat).reshape(points.shape[1:])
         points = flat.reshape(points.shape)
     values = sample_cubic(coefficients, points)[0] * jacobian
-    if distorted is not None:
-        along = torch.as_tensor(direction, device=values.device).float()
-        values = values * (1 + torch.einsum("a,aijk->ijk", along, distorted.slope)).clamp(min=0)
+    if susceptibility is not None:
+        along_pe = torch.as_tensor(direction, device=values.device).float()
+        values = values * (1 + torch.einsum("a,aijk->ijk", along_pe, susceptibility.slope)).clamp(min=0)
     return values.clamp(min=0)
 
 
@@ -158,7 +157,7 @@ def _warp_loop(
     out: np.ndarray,
 ) -> None:
     ni, nj, nk = coefficients.shape
-    moved, bent = displacement.shape[1] > 0, len(eddy) > 0
+    has_displacement, has_eddy = displacement.shape[1] > 0, len(eddy) > 0
     rows = out.shape[0] * out.shape[1]
     for row in numba.prange(rows):
         i, j = row // out.shape[1], row % out.shape[1]
@@ -170,14 +169,14 @@ def _warp_loop(
             y = np.float32(base[1] + affine[1, 2] * k)
             z = np.float32(base[2] + affine[2, 2] * k)
             jacobian = np.float32(1)
-            if moved:
+            if has_displacement:
                 u, v, w = displacement[0, i, j, k], displacement[1, i, j, k], displacement[2, i, j, k]
                 x += to_voxel[0, 0] * u + to_voxel[0, 1] * v + to_voxel[0, 2] * w
                 y += to_voxel[1, 0] * u + to_voxel[1, 1] * v + to_voxel[1, 2] * w
                 z += to_voxel[2, 0] * u + to_voxel[2, 1] * v + to_voxel[2, 2] * w
                 for a in range(3):
                     jacobian += direction[a] * slope[a, i, j, k]
-            if bent:
+            if has_eddy:
                 at[0], at[1], at[2] = x, y, z
                 jacobian *= displace_voxel(eddy[0], frame, along, at)
                 x, y, z = at[0], at[1], at[2]

@@ -1,7 +1,7 @@
-"""Smoothing, box sums and derivatives of volumes, and resampling to another voxel size without aliasing.
+"""Smoothing, box sums and derivatives of volumes, and alias-free resampling to another voxel size.
 
-On the CPU separable passes run in Numba, line by line and without temporaries; on other devices the same sums
-are tensor operations. A test holds both to the same numbers.
+On the CPU, separable passes run in Numba, line by line and without temporaries; other devices use tensor operations.
+A test verifies that both agree.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ FWHM = 2.3548200450309493  # full width at half maximum of a Gaussian of sigma 1
 
 
 def gaussian(volumes: torch.Tensor, sigma: float | Sequence[float], truncate: float = 4.0) -> torch.Tensor:
-    """Gaussian smoothing; the outermost voxels are repeated beyond the edges.
+    """Smooth volumes with a Gaussian; edge voxels are replicated beyond the field of view.
 
     Parameters
     ----------
     volumes : Tensor, (n, i, j, k), float32
     sigma : float or three floats
-        Voxels, along i, j, k. Zero leaves an axis as it is.
+        Standard deviation in voxels along i, j, k; zero leaves an axis unsmoothed.
     truncate : float
         Half-width of the kernel in sigmas.
 
     Returns
     -------
     Tensor, (n, i, j, k), float32
-        As `scipy.ndimage.gaussian_filter(mode="nearest")` of every volume.
+        Like `scipy.ndimage.gaussian_filter(mode="nearest")` applied to each volume; always a copy.
     """
     result = volumes.detach().float()
     for axis, width in enumerate(np.broadcast_to(np.asarray(sigma, float), 3), start=1):
         if width > 0 and result.shape[axis] > 1:
-            result = _along(result, axis, gaussian_kernel(float(width), truncate))
+            result = _convolve_axis(result, axis, gaussian_kernel(float(width), truncate))
     return result.clone() if result.data_ptr() == volumes.data_ptr() else result
 
 
@@ -55,10 +55,10 @@ def gradient(volumes: torch.Tensor) -> torch.Tensor:
     Returns
     -------
     Tensor, (n, 3, i, j, k), float32
-        As `numpy.gradient`; zero along an axis of one voxel.
+        Like `numpy.gradient`; zero along an axis of one voxel.
     """
     volumes = volumes.detach().float()
-    if _fused(volumes):
+    if _uses_numba(volumes):
         return torch.from_numpy(_gradient_loop(np.ascontiguousarray(volumes.numpy())))
     out = torch.zeros(volumes.shape[0], 3, *volumes.shape[1:], device=volumes.device)
     for axis in range(3):
@@ -68,7 +68,7 @@ def gradient(volumes: torch.Tensor) -> torch.Tensor:
 
 
 def box_sum(volumes: torch.Tensor, radius: int) -> torch.Tensor:
-    """Sums over cubes of 2 * radius + 1 voxels, zero outside the volume.
+    """Sums over cubes of side 2 * radius + 1 voxels; voxels outside the volume count as zero.
 
     Parameters
     ----------
@@ -81,9 +81,9 @@ def box_sum(volumes: torch.Tensor, radius: int) -> torch.Tensor:
     Tensor, (n, i, j, k), float32
     """
     volumes = volumes.detach().float()
-    if _fused(volumes):
+    if _uses_numba(volumes):
         array = np.ascontiguousarray(volumes.numpy())
-        return torch.from_numpy(_box_loop(array, radius))
+        return torch.from_numpy(_box_sum_loop(array, radius))
     result = volumes
     for axis in (1, 2, 3):
         size = [1, 1, 1]
@@ -95,9 +95,9 @@ def box_sum(volumes: torch.Tensor, radius: int) -> torch.Tensor:
 
 
 def resample_to_spacing(volume: Volume, spacing_mm: float | tuple[float, float, float]) -> Volume:
-    """The same field of view with voxels of about `spacing_mm`, smoothed first where they grow.
+    """Resample a volume to voxels of about `spacing_mm` in the same field of view, smoothing before downsampling.
 
-    The Gaussian's full width at half maximum makes up the difference between the two voxel sizes, in squares.
+    The squared full width at half maximum of the Gaussian is the difference of the squared voxel sizes.
 
     Parameters
     ----------
@@ -117,28 +117,29 @@ def resample_to_spacing(volume: Volume, spacing_mm: float | tuple[float, float, 
 
 
 def resized(image: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """An image (i, j, k) interpolated linearly to another number of voxels between the same outer faces."""
+    """Interpolate an image (i, j, k) linearly to another number of voxels between the same outer faces."""
     return functional.interpolate(image[None, None], size=shape, mode="trilinear", align_corners=False)[0, 0]
 
 
-def _fused(tensor: torch.Tensor) -> bool:
-    """Whether the Numba loops serve this tensor."""
+def _uses_numba(tensor: torch.Tensor) -> bool:
+    """Whether the Numba loops process this tensor."""
     return tensor.device.type == "cpu"
 
 
 def gaussian_kernel(sigma: float, truncate: float) -> np.ndarray:
-    """Weights that `gaussian` gives to the voxels along one axis, (odd,) float32; their sum is 1."""
+    """Kernel of `gaussian` along one axis: an odd number of float32 weights that sum to 1."""
     radius = int(truncate * sigma + 0.5)
     x = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (x / sigma) ** 2)
     return (weights / weights.sum()).astype(np.float32)
 
 
-def _along(volumes: torch.Tensor, axis: int, kernel: np.ndarray) -> torch.Tensor:
-    if _fused(volumes):
+def _convolve_axis(volumes: torch.Tensor, axis: int, kernel: np.ndarray) -> torch.Tensor:
+    """Convolve volumes (n, i, j, k) with a 1-D kernel along a tensor axis, edges replicated."""
+    if _uses_numba(volumes):
         shape = volumes.shape
         lines = np.ascontiguousarray(volumes.numpy()).reshape(int(np.prod(shape[:axis])), shape[axis], -1)
-        loop = _last_loop if axis == 3 else _lines_loop
+        loop = _convolve_last_axis if axis == 3 else _convolve_middle_axis
         return torch.from_numpy(loop(lines, kernel).reshape(shape))
     radius = len(kernel) // 2
     pad = [0, 0, 0, 0, 0, 0]
@@ -150,8 +151,8 @@ def _along(volumes: torch.Tensor, axis: int, kernel: np.ndarray) -> torch.Tensor
 
 
 @compiled(parallel=True)
-def _lines_loop(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Convolve (outer, size, inner) along `size`; whole rows of `inner` at a time."""
+def _convolve_middle_axis(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Convolve (outer, size, inner) along `size`, whole rows of `inner` at a time."""
     outer, size, inner = lines.shape
     radius = len(kernel) // 2
     out = np.empty((outer, size, inner), np.float32)
@@ -168,8 +169,8 @@ def _lines_loop(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 @compiled(parallel=True)
-def _last_loop(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
-    """Convolve (rows, size, 1) along `size`, each row padded once."""
+def _convolve_last_axis(lines: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Convolve (rows, size, 1) along `size`, padding each row once."""
     rows, size, _ = lines.shape
     radius = len(kernel) // 2
     out = np.empty((rows, size, 1), np.float32)
@@ -206,8 +207,8 @@ def _gradient_loop(volumes: np.ndarray) -> np.ndarray:
 
 
 @compiled(parallel=True)
-def _box_loop(volumes: np.ndarray, radius: int) -> np.ndarray:
-    """Running sums: slabs of i first, then rows of j and k of each slab."""
+def _box_sum_loop(volumes: np.ndarray, radius: int) -> np.ndarray:
+    """Separable box sums: along i first, then along j and k within each plane."""
     n, ni, nj, nk = volumes.shape
     out = np.empty((n, ni, nj, nk), np.float32)
     for row in numba.prange(n * ni):
@@ -215,12 +216,12 @@ def _box_loop(volumes: np.ndarray, radius: int) -> np.ndarray:
         slab = np.zeros((nj, nk), np.float32)
         for a in range(max(i - radius, 0), min(i + radius, ni - 1) + 1):
             slab += volumes[v, a]
-        _box_plane(slab, out[v, i], radius)
+        _box_sum_plane(slab, out[v, i], radius)
     return out
 
 
 @compiled()
-def _box_plane(plane: np.ndarray, out: np.ndarray, radius: int) -> None:
+def _box_sum_plane(plane: np.ndarray, out: np.ndarray, radius: int) -> None:
     nj, nk = plane.shape
     rows = np.zeros(nk, np.float32)
     padded = np.zeros(nk + 2 * radius, np.float32)

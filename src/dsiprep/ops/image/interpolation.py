@@ -1,7 +1,7 @@
-"""Interpolation at voxel points, linear and cubic B-spline. Voxel centres are integers, here and only here.
+"""Linear and cubic B-spline interpolation at voxel coordinates, whose integers are voxel centres.
 
-The value outside the grid is zero. On the CPU a fused Numba loop reads each volume once; on other devices the same
-sums are gathered with tensor operations. A test holds both to the same numbers.
+Values outside the grid are zero. On the CPU a fused Numba loop samples all volumes; other devices use tensor
+operations. A test verifies that both agree.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ __all__ = ["resample_onto", "sample_cubic", "sample_linear", "spline_coefficient
 def voxel_points(
     target: Grid, source: Grid, matrix: np.ndarray | None = None, displacement: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Where in the voxels of `source` the points of `target` are found.
+    """Voxel coordinates in `source` of the points of `target`.
 
     Parameters
     ----------
     target, source : Grid
     matrix : ndarray, (4, 4), optional
-        World points of the target to world points of the source; identity by default.
+        Maps world points of the target to world points of the source; identity by default.
     displacement : Tensor, (3, i, j, k), optional
-        Added after `matrix`, in mm RAS+ of the source, on the target's grid.
+        Displacement on the grid of the target, in mm RAS+ of the source, added after `matrix`.
 
     Returns
     -------
     Tensor, (3, i, j, k), float32
-        On the device of `displacement`, or the CPU.
+        On the device of `displacement`, or on the CPU.
     """
     world_to_voxel = np.linalg.inv(source.affine)
     full = world_to_voxel @ (np.eye(4) if matrix is None else matrix) @ target.affine
@@ -52,7 +52,7 @@ def voxel_points(
 
 
 def sample_linear(volumes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Trilinear interpolation; zero outside.
+    """Trilinear interpolation; volumes are zero outside the grid.
 
     Parameters
     ----------
@@ -68,20 +68,20 @@ def sample_linear(volumes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 
 
 def sample_cubic(coefficients: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Cubic B-spline interpolation of `spline_coefficients`; zero more than half a voxel outside.
+    """Cubic B-spline interpolation of `spline_coefficients`; zero beyond half a voxel from the outermost voxel centres.
 
-    Shapes as `sample_linear`. Near the edges coefficients are mirrored about the outermost voxel centres.
+    Shapes as in `sample_linear`. Coefficients are mirrored about the outermost voxel centres.
     """
     return _sample(coefficients, points, cubic=True)
 
 
 def spline_coefficients(volumes: torch.Tensor) -> torch.Tensor:
-    """Coefficients whose cubic B-spline passes through (n, i, j, k) volumes.
+    """Coefficients of the cubic B-splines that interpolate volumes (n, i, j, k).
 
     The recursive filter of Unser et al. 1993 (doi 10.1109/78.193220), mirrored about the outermost voxel centres.
     """
     if volumes.device.type != "cpu":
-        return _deconvolved(volumes.float())
+        return _spline_coefficients_tensors(volumes.float())
     filtered = volumes.detach().cpu().numpy().astype(np.float32)
     for axis in (1, 2, 3):
         if filtered.shape[axis] > 1:
@@ -97,18 +97,18 @@ def resample_onto(
     displacement: torch.Tensor | None = None,
     cubic: bool = False,
 ) -> torch.Tensor:
-    """Volumes (n, i, j, k) on `source`, read at the points of `target`; arguments as in `voxel_points`."""
+    """Resample volumes (n, i, j, k) from `source` onto `target`; `matrix` and `displacement` as in `voxel_points`."""
     points = voxel_points(target, source, matrix, displacement).to(volumes.device)
     return sample_cubic(spline_coefficients(volumes), points) if cubic else sample_linear(volumes, points)
 
 
-def _deconvolved(volumes: torch.Tensor) -> torch.Tensor:
-    """The same coefficients from the inverse of the B-spline's matrix along each axis, on the device."""
+def _spline_coefficients_tensors(volumes: torch.Tensor) -> torch.Tensor:
+    """Tensor version of `spline_coefficients`: multiply by the inverse B-spline matrix along each axis."""
     for axis in (1, 2, 3):
         size = volumes.shape[axis]
         if size > 1:
             matrix = (4 * np.eye(size) + np.eye(size, k=1) + np.eye(size, k=-1)) / 6
-            matrix[0, 1] = matrix[-1, -2] = 1 / 3  # mirrored
+            matrix[0, 1] = matrix[-1, -2] = 1 / 3  # mirrored edges
             inverse = torch.as_tensor(np.linalg.inv(matrix), dtype=torch.float32, device=volumes.device)
             volumes = torch.tensordot(volumes, inverse, dims=([axis], [1])).movedim(-1, axis)
     return volumes.contiguous()
@@ -118,10 +118,10 @@ def _sample(volumes: torch.Tensor, points: torch.Tensor, cubic: bool) -> torch.T
     flat = points.reshape(3, -1)
     if volumes.device.type == "cpu":
         source = volumes.detach().numpy().astype(np.float32, copy=False)
-        where = np.ascontiguousarray(flat.detach().cpu().numpy(), dtype=np.float32)
-        result = torch.from_numpy((_cubic_loop if cubic else _linear_loop)(source, where))
+        coordinates = np.ascontiguousarray(flat.detach().cpu().numpy(), dtype=np.float32)
+        result = torch.from_numpy((_cubic_loop if cubic else _linear_loop)(source, coordinates))
     else:
-        result = _gather(volumes.float(), flat.to(volumes.device), cubic)
+        result = _sample_tensors(volumes.float(), flat.to(volumes.device), cubic)
     return result.reshape(volumes.shape[0], *points.shape[1:])
 
 
@@ -179,26 +179,26 @@ def _cubic_loop(volumes: np.ndarray, points: np.ndarray) -> np.ndarray:
     return out
 
 
-def _gather(volumes: torch.Tensor, points: torch.Tensor, cubic: bool) -> torch.Tensor:
-    """The same sums as the loops, one neighbour offset at a time."""
+def _sample_tensors(volumes: torch.Tensor, points: torch.Tensor, cubic: bool) -> torch.Tensor:
+    """Tensor version of `_linear_loop` and `_cubic_loop`, one neighbour offset at a time."""
     size = torch.tensor(volumes.shape[1:], device=points.device)[:, None]
     margin = 0.5 if cubic else 1.0
     inside = ((points >= -margin) & (points <= size - 1 + margin)).all(0)
     base = torch.floor(points)
     f = points - base
-    taps = cubic_weights_of(f) if cubic else (1 - f, f)
+    weights = cubic_weights_of(f) if cubic else (1 - f, f)
     first = -1 if cubic else 0
-    index = [base.long() + first + t for t in range(len(taps))]
+    index = [base.long() + first + t for t in range(len(weights))]
     flat = volumes.reshape(volumes.shape[0], -1)
     out = torch.zeros(volumes.shape[0], points.shape[1], device=volumes.device)
-    for a, wa in enumerate(taps):
-        for b, wb in enumerate(taps):
-            for c, wc in enumerate(taps):
-                where = torch.stack([index[a][0], index[b][1], index[c][2]])
+    for a, wa in enumerate(weights):
+        for b, wb in enumerate(weights):
+            for c, wc in enumerate(weights):
+                neighbour = torch.stack([index[a][0], index[b][1], index[c][2]])
                 weight = wa[0] * wb[1] * wc[2] * inside
                 if not cubic:
-                    weight = weight * ((where >= 0) & (where < size)).all(0)
-                where = mirror_indices(where, size)
-                linear = (where[0] * volumes.shape[2] + where[1]) * volumes.shape[3] + where[2]
+                    weight = weight * ((neighbour >= 0) & (neighbour < size)).all(0)
+                neighbour = mirror_indices(neighbour, size)
+                linear = (neighbour[0] * volumes.shape[2] + neighbour[1]) * volumes.shape[3] + neighbour[2]
                 out += weight * flat[:, linear]
     return out

@@ -1,4 +1,4 @@
-"""The voxels of a reference where volumes are compared with their targets, and the same at coarser voxels."""
+"""The masked voxels of a reference grid at which volumes are compared with their targets, and block averaging."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["PointSet", "average_blocks", "point_set", "target_gradients"]
 
 @dataclass(frozen=True, eq=False)
 class PointSet:
-    """The voxels of a reference grid where target and volumes are compared.
+    """The voxels of a reference grid at which volumes are compared with their targets.
 
     Attributes
     ----------
@@ -23,11 +23,11 @@ class PointSet:
     voxels : ndarray, (m, 3), float32
         Voxel coordinates.
     world : ndarray, (m, 3), float32
-        World RAS+ mm, less `centre`.
+        World RAS+ mm, relative to `centre`.
     centre : ndarray, (3,)
-        Mean position of the points in mm; rotations are about it.
+        Mean world position of the points in mm: the centre of rotation.
     neighbours : ndarray, (m, 6), int32
-        Where in the point set the neighbours along -i, +i, -j, +j, -k, +k are; the point itself at the rim.
+        Indices of the neighbours along -i, +i, -j, +j, -k, +k; the point's own index where there is none.
     """
 
     grid: Grid
@@ -39,25 +39,25 @@ class PointSet:
     def __len__(self) -> int:
         return len(self.voxels)
 
-    def every(self, step: int) -> PointSet:
-        """One in `step` of the points, about the same centre; for sums, not for gradients."""
+    def subsampled(self, step: int) -> PointSet:
+        """Every `step`-th point, with the same centre; for sums only, as neighbour indices become invalid."""
         return replace(self, voxels=self.voxels[::step], world=self.world[::step], neighbours=self.neighbours[::step])
 
 
 def point_set(mask: torch.Tensor, grid: Grid) -> PointSet:
     """The voxels of `grid` where `mask` (i, j, k) is above one half."""
     inside = np.pad(mask.detach().cpu().numpy() > 0.5, 1)
-    number = np.full(inside.shape, -1, np.int64)
-    where = np.argwhere(inside)
-    number[inside] = np.arange(len(where))
+    index = np.full(inside.shape, -1, np.int64)
+    padded_voxels = np.argwhere(inside)
+    index[inside] = np.arange(len(padded_voxels))
     columns = []
     for axis in range(3):
         for step in (-1, 1):
-            beside = where.copy()
-            beside[:, axis] += step
-            found = number[tuple(beside.T)]
-            columns.append(np.where(found < 0, np.arange(len(where)), found))
-    voxels = where - 1
+            shifted = padded_voxels.copy()
+            shifted[:, axis] += step
+            neighbour = index[tuple(shifted.T)]
+            columns.append(np.where(neighbour < 0, np.arange(len(padded_voxels)), neighbour))
+    voxels = padded_voxels - 1
     world = grid.to_world(voxels)
     centre = world.mean(axis=0)
     return PointSet(
@@ -70,14 +70,14 @@ def point_set(mask: torch.Tensor, grid: Grid) -> PointSet:
 
 
 def target_gradients(targets: torch.Tensor, points: PointSet) -> torch.Tensor:
-    """World gradients of (n, m) targets by central differences (one-sided at the rim), (n, m, 3), per mm."""
-    near = torch.as_tensor(points.neighbours, device=targets.device).long()
+    """World gradients (n, m, 3) per mm of targets (n, m): central differences, one-sided at the mask's edge."""
+    neighbours = torch.as_tensor(points.neighbours, device=targets.device).long()
     own = torch.arange(len(points), device=targets.device)
     # voxel index = inverse @ world, so the world gradient is inverse' @ the gradient per voxel
     inverse = torch.as_tensor(np.linalg.inv(points.grid.affine[:3, :3]), dtype=torch.float32, device=targets.device)
     out = torch.zeros(*targets.shape, 3, device=targets.device)
     for axis in range(3):
-        low, high = near[:, 2 * axis], near[:, 2 * axis + 1]
+        low, high = neighbours[:, 2 * axis], neighbours[:, 2 * axis + 1]
         steps = (low != own).float() + (high != own).float()
         slope = (targets[:, high] - targets[:, low]) / steps.clamp(min=1)
         out += slope[..., None] * inverse[axis]
@@ -85,12 +85,12 @@ def target_gradients(targets: torch.Tensor, points: PointSet) -> torch.Tensor:
 
 
 def average_blocks(volumes: torch.Tensor, grid: Grid, spacing: float) -> tuple[torch.Tensor, Grid]:
-    """Means over blocks of whole voxels, as many as come nearest to `spacing` mm along each axis.
+    """Average over blocks of whole voxels whose size is closest to `spacing` mm along each axis.
 
     Parameters
     ----------
     volumes : Tensor, (n, i, j, k)
-        Voxels at the upper ends that do not fill a block are left out.
+        Voxels at the upper ends that do not fill a block are discarded.
     grid : Grid
     spacing : float
         mm.
@@ -98,7 +98,7 @@ def average_blocks(volumes: torch.Tensor, grid: Grid, spacing: float) -> tuple[t
     Returns
     -------
     volumes : Tensor, (n, i', j', k')
-        The same tensor where voxels are as large as that already.
+        The input itself where its voxels already are as large as the spacing.
     grid : Grid
     """
     sizes, full = grid.voxel_sizes, np.asarray(grid.shape)

@@ -1,4 +1,4 @@
-"""Receive bias: the smooth, multiplicative brightness of the coils, by N4."""
+"""N4 estimation of the receive (B1-) bias field."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from dsiprep.data.grid import Volume
 
 __all__ = ["n4_bias"]
 
-SPLINE_MM = 200.0  # distance of the control points at the coarsest of the levels
-LEAST_VOXELS = 8  # along an axis of the shrunk image; smaller images have no bias that could be told from anatomy
+SPLINE_MM = 200.0  # spacing of the control points at the coarsest level
+LEAST_VOXELS = 8  # along each axis of the shrunk image; in smaller images bias is indistinguishable from anatomy
 MARGIN_MM = 10.0  # around the mask, on each side
-ITERATIONS = (50, 50, 40, 30)
+ITERATIONS = (50, 50, 40, 30)  # per level
 TOLERANCE = 1e-3
-FIELD_LIMIT = 5.0
+FIELD_LIMIT = 5.0  # largest ratio to the median, and its inverse the smallest
 
 
 def n4_bias(volume: Volume, mask: Volume | None = None, shrink: int = 4) -> Volume:
-    """The multiplicative bias field of an image; dividing by it flattens the image.
+    """Estimate the multiplicative bias field of an image; divide by it to correct the image.
 
     Parameters
     ----------
     volume : Volume
-        Any contrast; voxels at or below zero are left out.
+        Any contrast; voxels at or below zero are ignored.
     mask : Volume, optional
-        Where the tissue is (above 0.5); everything brighter than a tenth of the 99th percentile by default.
+        Tissue (above 0.5); by default voxels brighter than a tenth of the 99th percentile.
     shrink : int
-        Only every `shrink`-th voxel is used for the estimate, fewer are left out along short axes.
+        Subsampling factor of the estimate; smaller along short axes.
 
     Returns
     -------
     Volume
-        The field on the grid of `volume`, float32, mean 1 in the mask; all ones where nothing can be fitted.
+        The field on the grid of `volume`, float32, mean 1 in the mask; all ones if it cannot be estimated.
 
     References
     ----------
@@ -43,38 +43,39 @@ def n4_bias(volume: Volume, mask: Volume | None = None, shrink: int = 4) -> Volu
     steps = [int(min(shrink, max(1, n // LEAST_VOXELS))) for n in data.shape]
     if inside.sum() < 100 or min(data.shape) < LEAST_VOXELS or np.ptp(data[inside]) == 0:
         return Volume(torch.ones_like(volume.data, dtype=torch.float32), volume.grid)
-    field = np.exp(_log_field_around(data, inside, volume.grid.voxel_sizes, steps))
+    field = np.exp(_log_field_in_box(data, inside, volume.grid.voxel_sizes, steps))
     field = np.clip(field / np.median(field[inside]), 1 / FIELD_LIMIT, FIELD_LIMIT)
     field /= field[inside].mean(dtype=float)
     return Volume(torch.from_numpy(field.astype(np.float32)).to(volume.data.device), volume.grid)
 
 
 def _inside(data: np.ndarray, mask: Volume | None) -> np.ndarray:
+    """Voxels used for the estimate, bool."""
     if mask is None:
         return data > max(0.0, 0.1 * float(np.percentile(data, 99)))
     return (mask.numpy() > 0.5) & (data > 0)
 
 
-def _log_field_around(data: np.ndarray, inside: np.ndarray, sizes: np.ndarray, steps: list[int]) -> np.ndarray:
-    """The field of a box around the mask, carried on beyond it as it is at the box's faces."""
-    box, beyond = [], []
+def _log_field_in_box(data: np.ndarray, inside: np.ndarray, sizes: np.ndarray, steps: list[int]) -> np.ndarray:
+    """Log field estimated in a box around the mask, extended beyond it by edge values."""
+    box, padding = [], []
     for axis, size in enumerate(sizes):
-        where = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
+        occupied = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
         margin = max(int(np.ceil(MARGIN_MM / size)), LEAST_VOXELS // 2)
-        low, high = max(0, int(where[0]) - margin), min(inside.shape[axis], int(where[-1]) + 1 + margin)
+        low, high = max(0, int(occupied[0]) - margin), min(inside.shape[axis], int(occupied[-1]) + 1 + margin)
         box.append(slice(low, high))
-        beyond.append((low, inside.shape[axis] - high))
-    return np.pad(_log_field(data[tuple(box)], inside[tuple(box)], sizes, steps), beyond, mode="edge")
+        padding.append((low, inside.shape[axis] - high))
+    return np.pad(_log_field(data[tuple(box)], inside[tuple(box)], sizes, steps), padding, mode="edge")
 
 
 def _log_field(data: np.ndarray, inside: np.ndarray, sizes: np.ndarray, steps: list[int]) -> np.ndarray:
-    """The logarithm of the field, at full resolution, from an estimate on the shrunk image."""
+    """Log field at full resolution, estimated on the shrunk image."""
     import SimpleITK as sitk  # noqa: N813
 
     def image(array: np.ndarray) -> sitk.Image:
-        made = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
-        made.SetSpacing([float(size) for size in sizes])
-        return made
+        result = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
+        result.SetSpacing([float(size) for size in sizes])
+        return result
 
     full, within = image(data), image(inside.astype(np.uint8))
     correction = sitk.N4BiasFieldCorrectionImageFilter()

@@ -1,6 +1,6 @@
-"""Where the brain is: in a mean b=0 image fast by its brightness and shape; in any image well by a small network.
+"""Brain masks: fast intensity-based masks of mean b=0 images, and masks of any image by the deepbet network.
 
-Radii are in mm, so that any voxel size and any orientation give the same brain.
+Radii are in mm, so that masks do not depend on voxel size or orientation.
 """
 
 from __future__ import annotations
@@ -18,50 +18,50 @@ from dsiprep.ops.image.interpolation import resample_onto
 
 __all__ = ["brain_mask_b0", "brain_mask_dwiref", "brain_mask_t1w", "brain_mask_t2w", "otsu"]
 
-WORKING_MM = 3.0
+WORKING_MM = 3.0  # voxel size of the intensity-based mask
 SMOOTH_MM = 1.5
-NECK_MM = 7.0
+NECK_MM = 7.0  # erosion that separates the brain from eyes and neck
 MARGIN_MM = 3.0
-GENEROUS = 0.3  # of the mask smoothed by MARGIN_MM: 1.5 mm outside of where 0.5 is
+MARGIN_LEVEL = 0.3  # threshold of the mask smoothed by MARGIN_MM: 1.5 mm outside the 0.5 contour
 CLOSE_MM = 6.0
-WISP_MM = 4.0
+STRAND_MM = 4.0  # opening that removes strands of scalp and vessels
 BIAS_MM = 25.0
-LEAST_VOXELS = 12  # along an axis, below which the network is not asked
-LEAST_ML = 300.0  # of brain; less than that is no human brain
-AGREE_DICE = 0.8  # between the network's brain and the bright one
-CLIP = 1.6  # times the brain's median: CSF is no brighter than this for the estimate of the bias
-# From a T2w's or b=0's brightness, the brain's median being 1, to a T1w's: white matter brightest, CSF dark, skull dark
+LEAST_VOXELS = 12  # along each axis; the network is not run on smaller images
+LEAST_ML = 300.0  # brain volume; a smaller mask is not a human brain
+AGREE_DICE = 0.8  # least overlap of the network's mask and the intensity-based one
+CLIP = 1.6  # times the median of the brain: CSF is clipped here for the bias estimate
+# From T2w or b=0 intensity, in units of the brain's median, to T1w intensity: white matter bright, CSF and skull dark
 AS_T1W = ((0.0, 0.85, 1.1, 2.0), (0.0, 110.0, 75.0, 25.0))
-RIM_MM = 3.0  # from the network's surface to where brightness decides; and what is thinner than twice that is cut off
-RIM_LEVEL = 0.6  # of white matter's brightness
+RIM_MM = 3.0  # distance from the network's surface within which intensity decides; also the radius of the opening
+RIM_LEVEL = 0.6  # of the intensity of white matter
 SULCUS_MM = 2.5  # half the width of dark gaps (vessels, sinuses) that are closed
 
 
 def brain_mask_b0(volume: Volume) -> Volume:
-    """Brain in a mean b=0 image, generous and without holes, in a fraction of a second.
+    """Fast, generous brain mask of a mean b=0 image, without holes.
 
     Parameters
     ----------
     volume : Volume
-        Mean b=0: T2*-weighted EPI, distorted, any voxel size and orientation, partial heads too.
+        Mean b=0: T2*-weighted EPI, possibly distorted or covering part of the head; any voxel size and orientation.
 
     Returns
     -------
     Volume
-        0 or 1, float32, on the same grid. All ones where the image is too small or too flat to tell.
+        0 or 1, float32, on the same grid. All ones if the image is too small or too uniform.
     """
     working = _working_volume(volume)
     smooth = _smooth(working.numpy(), working.grid)
-    found = _brain(smooth, working.grid) if smooth.max() > smooth.min() else None
-    if found is None or not found.any():
+    mask = _intensity_mask(smooth, working.grid) if smooth.max() > smooth.min() else None
+    if mask is None or not mask.any():
         return Volume(torch.ones_like(volume.data, dtype=torch.float32), volume.grid)
-    soft = ndimage.gaussian_filter(found.astype(np.float32), MARGIN_MM / working.grid.voxel_sizes, mode="nearest")
-    back = resample_onto(torch.from_numpy(soft)[None], working.grid, volume.grid)[0]
-    return Volume((back > GENEROUS).float().to(volume.data.device), volume.grid)
+    soft = ndimage.gaussian_filter(mask.astype(np.float32), MARGIN_MM / working.grid.voxel_sizes, mode="nearest")
+    resampled = resample_onto(torch.from_numpy(soft)[None], working.grid, volume.grid)[0]
+    return Volume((resampled > MARGIN_LEVEL).float().to(volume.data.device), volume.grid)
 
 
 def _working_volume(volume: Volume) -> Volume:
-    """The image on a grid with one voxel size, so that one structuring radius fits all axes."""
+    """The image with isotropic voxels of `WORKING_MM`; as it is if its voxels are isotropic and not much smaller."""
     sizes = volume.grid.voxel_sizes
     if np.allclose(sizes, sizes[0], rtol=0.05) and sizes[0] > 0.8 * WORKING_MM:
         return Volume(volume.data.float().cpu(), volume.grid)
@@ -73,20 +73,21 @@ def _working_volume(volume: Volume) -> Volume:
 
 
 def _smooth(data: np.ndarray, grid: Grid) -> np.ndarray:
+    """Smooth by `SMOOTH_MM` (standard deviation), NaN and negative values set to zero."""
     data = np.maximum(np.nan_to_num(data), 0)
     return ndimage.gaussian_filter(data, SMOOTH_MM / grid.voxel_sizes, mode="nearest")
 
 
-def _brain(smooth: np.ndarray, grid: Grid) -> np.ndarray | None:
-    """A first brain gives the receive bias; the image without it gives the brain."""
-    first = _cut_out(smooth, grid)
+def _intensity_mask(smooth: np.ndarray, grid: Grid) -> np.ndarray | None:
+    """Brain mask in two passes: the first mask gives the receive bias, the bias-corrected image the final one."""
+    first = _bright_tissue(smooth, grid)
     if first is None:
         return None
-    return _cut_out(smooth / _brightness(smooth, first, grid), grid)
+    return _bright_tissue(smooth / _receive_bias(smooth, first, grid), grid)
 
 
-def _brightness(smooth: np.ndarray, brain: np.ndarray, grid: Grid) -> np.ndarray:
-    """Local mean inside the brain, carried on outside it: a head coil can be dark in the middle."""
+def _receive_bias(smooth: np.ndarray, brain: np.ndarray, grid: Grid) -> np.ndarray:
+    """Local mean inside the brain, extrapolated outside it: head coils can be less sensitive at the centre."""
     sigma = BIAS_MM / grid.voxel_sizes
     weight = ndimage.gaussian_filter(brain.astype(np.float32), sigma, mode="constant")
     local = ndimage.gaussian_filter(smooth * brain, sigma, mode="constant")
@@ -94,20 +95,20 @@ def _brightness(smooth: np.ndarray, brain: np.ndarray, grid: Grid) -> np.ndarray
     return np.maximum((local + 0.1 * mean) / (weight + 0.1), 0.2 * mean)
 
 
-def _cut_out(smooth: np.ndarray, grid: Grid) -> np.ndarray | None:
-    """Bright tissue, cut off from eyes and neck by erosion, grown back, filled."""
+def _bright_tissue(smooth: np.ndarray, grid: Grid) -> np.ndarray | None:
+    """Bright tissue, separated from eyes and neck by erosion, dilated back and filled; None if there is none."""
     bright = smooth > _threshold(smooth)
     depth = ndimage.distance_transform_edt(bright, sampling=grid.voxel_sizes)
     core = _largest(depth > min(NECK_MM, 0.5 * float(depth.max())))
     if core is None:
         return None
-    reach = min(NECK_MM, 0.5 * float(depth.max())) + MARGIN_MM
-    grown = ndimage.distance_transform_edt(~core, sampling=grid.voxel_sizes) <= reach
-    return _without_wisps(_fill(bright & grown, grid), grid)
+    radius = min(NECK_MM, 0.5 * float(depth.max())) + MARGIN_MM
+    dilated = ndimage.distance_transform_edt(~core, sampling=grid.voxel_sizes) <= radius
+    return _without_strands(_fill(bright & dilated, grid), grid)
 
 
 def _threshold(smooth: np.ndarray) -> float:
-    """Between background and brain: Otsu, with CSF and eyes clipped so that they do not drag it up."""
+    """Otsu threshold between background and brain, with CSF and eyes clipped so that they do not raise it."""
     value = otsu(smooth)
     for _ in range(3):
         clip = 1.5 * float(np.median(smooth[smooth > value]))
@@ -116,7 +117,7 @@ def _threshold(smooth: np.ndarray) -> float:
 
 
 def otsu(values: np.ndarray, bins: int = 256) -> float:
-    """The threshold that separates two classes best.
+    """Threshold that best separates two classes by Otsu's method.
 
     Otsu 1979, doi 10.1109/TSMC.1979.4310076.
     """
@@ -131,22 +132,23 @@ def otsu(values: np.ndarray, bins: int = 256) -> float:
 
 
 def _largest(mask: np.ndarray) -> np.ndarray | None:
+    """Largest connected component; None for an empty mask."""
     labels, count = ndimage.label(mask)
     if count == 0:
         return None
     return labels == 1 + int(np.argmax(np.bincount(labels.ravel())[1:]))
 
 
-def _without_wisps(mask: np.ndarray, grid: Grid) -> np.ndarray:
-    """Opened by `WISP_MM`: strands of scalp and vessel go; the edge of the field of view is no surface."""
-    core = _largest(ndimage.distance_transform_edt(mask, sampling=grid.voxel_sizes) > WISP_MM)
+def _without_strands(mask: np.ndarray, grid: Grid) -> np.ndarray:
+    """Open by `STRAND_MM` to remove strands of scalp and vessels; the edge of the field of view is not eroded."""
+    core = _largest(ndimage.distance_transform_edt(mask, sampling=grid.voxel_sizes) > STRAND_MM)
     if core is None:
         return mask
-    return mask & (ndimage.distance_transform_edt(~core, sampling=grid.voxel_sizes) <= WISP_MM)
+    return mask & (ndimage.distance_transform_edt(~core, sampling=grid.voxel_sizes) <= STRAND_MM)
 
 
 def _fill(mask: np.ndarray, grid: Grid) -> np.ndarray:
-    """Closed by `CLOSE_MM`, then filled slice by slice along each axis, where two of the three agree."""
+    """Close by `CLOSE_MM`, then fill holes of 2-D slices along each axis, where two of the three axes agree."""
     pad = 1 + int(np.ceil(CLOSE_MM / grid.voxel_sizes.min()))
     padded = np.pad(mask, pad)
     near = ndimage.distance_transform_edt(~padded, sampling=grid.voxel_sizes) <= CLOSE_MM
@@ -161,7 +163,7 @@ def _fill(mask: np.ndarray, grid: Grid) -> np.ndarray:
 
 
 def brain_mask_t1w(volume: Volume) -> Volume:
-    """Brain in a T1w by the deepbet network: with ventricles and the CSF around it, out to the skull.
+    """Brain mask of a T1w image by the deepbet network, with ventricles and CSF out to the skull.
 
     Parameters
     ----------
@@ -171,20 +173,20 @@ def brain_mask_t1w(volume: Volume) -> Volume:
     Returns
     -------
     Volume
-        0 or 1, float32, on the same grid and device. All zeros where the network finds nothing.
+        0 or 1, float32, on the same grid and device. All zeros if the network finds no brain.
 
     References
     ----------
     Fisch et al. 2024, doi 10.1016/j.compmedimag.2023.102302 (deepbet).
     """
-    return _as_mask(_solid(_Network(volume).share(volume.numpy()) > 0.5), volume)
+    return _as_mask(_largest_filled(_Network(volume).probability(volume.numpy()) > 0.5), volume)
 
 
 def brain_mask_t2w(volume: Volume) -> Volume:
-    """Brain in a T2w, with the CSF around it, by the same network, which knows T1w images only.
+    """Brain mask of a T2w image, with the surrounding CSF, by the same network, which was trained on T1w images only.
 
-    It is shown the image as it is and with its brightness remapped to a T1w's, and the mean of both answers is taken:
-    where one errs the other seldom does.
+    The network is applied to the image itself and to the image remapped to T1w contrast, and both outputs are
+    averaged, as they seldom fail at the same place.
 
     Parameters
     ----------
@@ -194,44 +196,44 @@ def brain_mask_t2w(volume: Volume) -> Volume:
     Returns
     -------
     Volume
-        0 or 1, float32, on the same grid and device. All zeros where the network finds nothing.
+        0 or 1, float32, on the same grid and device. All zeros if the network finds no brain.
     """
-    share, _ = _seen_twice(volume)
-    return _as_mask(_solid(share > 0.5), volume)
+    probability, _ = _averaged_probability(volume)
+    return _as_mask(_largest_filled(probability > 0.5), volume)
 
 
 def brain_mask_dwiref(volume: Volume) -> Volume:
-    """Brain in a mean b=0 image, with the CSF around it: `brain_mask_t2w`, moved to the rim of what is bright.
+    """Brain mask of a mean b=0 image, with the surrounding CSF: `brain_mask_t2w` refined at the edge of bright tissue.
 
-    Slower than `brain_mask_b0` (two runs of the network, seconds), and closer.
+    Slower than `brain_mask_b0` (two network runs, seconds) and tighter.
 
     Parameters
     ----------
     volume : Volume
-        Mean b=0, with fat suppressed: then all that is bright near the brain's rim belongs to it.
+        Mean b=0 with fat suppression, so that all bright voxels near the surface of the brain belong to it.
 
     Returns
     -------
     Volume
-        0 or 1, float32, on the same grid and device. `brain_mask_b0` where the two overlap so little
-        (Dice below `AGREE_DICE`) that the network cannot have seen a human brain, and where the image is very small.
+        0 or 1, float32, on the same grid and device. `brain_mask_b0` if the image is very small, or if the two
+        overlap so little (Dice below `AGREE_DICE`) that the image cannot be of a human brain.
     """
     rough = brain_mask_b0(volume)
     if min(volume.grid.shape) < LEAST_VOXELS:
         return rough
-    share, flat = _seen_twice(volume)
-    first = _solid(share > 0.5)
+    probability, corrected = _averaged_probability(volume)
+    first = _largest_filled(probability > 0.5)
     if not first.any():
         return rough
-    found = _to_the_rim(first, flat, volume.grid)
+    refined = _refined_surface(first, corrected, volume.grid)
     bright = rough.numpy() > 0.5
-    if 2 * np.sum(found & bright) < AGREE_DICE * (np.sum(found) + np.sum(bright)):
+    if 2 * np.sum(refined & bright) < AGREE_DICE * (np.sum(refined) + np.sum(bright)):
         return rough
-    return _as_mask(found, volume)
+    return _as_mask(refined, volume)
 
 
 class _Network:
-    """deepbet, loaded, for images on the grid and the device of a volume."""
+    """The deepbet network, for images on the grid and device of a volume."""
 
     def __init__(self, volume: Volume) -> None:
         from deepbet import BrainExtraction
@@ -242,52 +244,52 @@ class _Network:
             warnings.simplefilter("ignore")
             self.network = BrainExtraction(no_gpu=volume.data.device.type != "cuda")
 
-    def share(self, image: np.ndarray) -> np.ndarray:
-        """How sure it is of brain, 0 to 1, float32 (i, j, k); zeros where it finds no head."""
+    def probability(self, image: np.ndarray) -> np.ndarray:
+        """Brain probability, 0 to 1, float32 (i, j, k); all zeros if no head is found."""
         ras = np.flip(np.nan_to_num(image.astype(np.float32)).transpose(self.axes), self.flipped)
         try:
-            sure = self.network.run_model(np.array(ras, np.float32))
-        except (AssertionError, ValueError):  # its words for an empty bounding box
+            output = self.network.run_model(np.array(ras, np.float32))
+        except (AssertionError, ValueError):  # deepbet raises these for an empty bounding box
             return np.zeros(image.shape, np.float32)
-        return np.ascontiguousarray(np.flip(sure, self.flipped).transpose(np.argsort(self.axes)), np.float32)
+        return np.ascontiguousarray(np.flip(output, self.flipped).transpose(np.argsort(self.axes)), np.float32)
 
 
-def _seen_twice(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """The network's mean answer to the image and to its remapped self, and the image without bias."""
+def _averaged_probability(volume: Volume) -> tuple[np.ndarray, np.ndarray]:
+    """Mean brain probability of the image and its T1w-like remapping, and the bias-corrected image."""
     network, image = _Network(volume), np.nan_to_num(volume.numpy().astype(np.float32))
-    as_is = network.share(image)
-    brain = _solid(as_is > 0.5)
+    probability = network.probability(image)
+    brain = _largest_filled(probability > 0.5)
     if brain.sum() * np.prod(volume.grid.voxel_sizes) < LEAST_ML * 1000:
         brain = brain_mask_b0(volume).numpy() > 0.5
-    level = max(float(np.median(image[brain])), 1e-12)
-    flat = image / _brightness(np.clip(image, 0, CLIP * level), brain, volume.grid)
-    remapped = np.interp(flat / max(float(np.median(flat[brain])), 1e-12), *AS_T1W).astype(np.float32)
-    return (as_is + network.share(remapped)) / 2, flat
+    median = max(float(np.median(image[brain])), 1e-12)
+    corrected = image / _receive_bias(np.clip(image, 0, CLIP * median), brain, volume.grid)
+    remapped = np.interp(corrected / max(float(np.median(corrected[brain])), 1e-12), *AS_T1W).astype(np.float32)
+    return (probability + network.probability(remapped)) / 2, corrected
 
 
-def _to_the_rim(first: np.ndarray, flat: np.ndarray, grid: Grid) -> np.ndarray:
-    """Near the surface of `first` what is bright is brain, whatever the network says; then thin strands go."""
+def _refined_surface(first: np.ndarray, corrected: np.ndarray, grid: Grid) -> np.ndarray:
+    """Redefine the mask by intensity within `RIM_MM` of the surface of `first`, then smooth its surface."""
     box = tuple(
-        slice(max(0, int(w[0]) - pad), int(w[-1]) + 1 + pad)
-        for w, pad in zip(
+        slice(max(0, int(occupied[0]) - pad), int(occupied[-1]) + 1 + pad)
+        for occupied, pad in zip(
             (np.flatnonzero(first.any(axis=tuple(b for b in range(3) if b != a))) for a in range(3)),
             np.ceil(2 * RIM_MM / grid.voxel_sizes).astype(int),
             strict=True,
         )
     )
-    inside, bright = first[box], ndimage.gaussian_filter(flat[box], 0.5 / grid.voxel_sizes)
+    inside, bright = first[box], ndimage.gaussian_filter(corrected[box], 0.5 / grid.voxel_sizes)
     depth = ndimage.distance_transform_edt(inside, sampling=grid.voxel_sizes)
     height = ndimage.distance_transform_edt(~inside, sampling=grid.voxel_sizes)
     deep = depth >= RIM_MM
     white = float(np.percentile(bright[deep if deep.any() else inside], 25))
     kept = deep | ((bright > RIM_LEVEL * white) & (height <= RIM_MM))
-    found = np.zeros_like(first)
-    found[box] = _smooth_surface(kept, grid)
-    return found if found.any() else first
+    refined = np.zeros_like(first)
+    refined[box] = _smooth_surface(kept, grid)
+    return refined if refined.any() else first
 
 
 def _smooth_surface(mask: np.ndarray, grid: Grid) -> np.ndarray:
-    """Closed, opened and filled; the field of view's edge is no surface."""
+    """Close, open and fill a mask; the edge of the array is not a surface."""
     pad, sizes = 1 + int(np.ceil(RIM_MM / grid.voxel_sizes.min())), grid.voxel_sizes
     padded = np.pad(mask, pad, mode="edge")
     near = ndimage.distance_transform_edt(~padded, sampling=sizes) <= SULCUS_MM
@@ -299,11 +301,12 @@ def _smooth_surface(mask: np.ndarray, grid: Grid) -> np.ndarray:
     return np.asarray(ndimage.binary_fill_holes(opened)[pad:-pad, pad:-pad, pad:-pad])
 
 
-def _solid(mask: np.ndarray) -> np.ndarray:
-    """The largest piece, without holes."""
-    piece = _largest(mask)
-    return mask if piece is None else np.asarray(ndimage.binary_fill_holes(piece))
+def _largest_filled(mask: np.ndarray) -> np.ndarray:
+    """Largest connected component, with holes filled."""
+    component = _largest(mask)
+    return mask if component is None else np.asarray(ndimage.binary_fill_holes(component))
 
 
-def _as_mask(found: np.ndarray, volume: Volume) -> Volume:
-    return Volume(torch.from_numpy(found.astype(np.float32)).to(volume.data.device), volume.grid)
+def _as_mask(mask: np.ndarray, volume: Volume) -> Volume:
+    """A boolean array as a float32 volume with the grid and device of `volume`."""
+    return Volume(torch.from_numpy(mask.astype(np.float32)).to(volume.data.device), volume.grid)

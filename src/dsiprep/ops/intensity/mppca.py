@@ -1,7 +1,7 @@
-"""Marchenko-Pastur PCA denoising: what of a local patch cannot be told from noise is taken out.
+"""Marchenko-Pastur PCA denoising: removal of components of local patches that are indistinguishable from noise.
 
-One body serves all devices: patches are gathered, decomposed and put back in batches. On the CPU each batch
-goes to a thread of its own, since LAPACK gains nothing from several threads on matrices of this size.
+One implementation serves all devices: patches are gathered, decomposed and added back in batches. On the CPU each batch
+runs in its own thread, since LAPACK gains nothing from several threads on matrices of this size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dsiprep.device import in_chunks
 __all__ = ["default_window", "marchenko_pastur", "mppca"]
 
 Estimate = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-BATCH_VALUES = 2_000_000  # numbers of the patches that one CPU thread holds at a time
+BATCH_VALUES = 2_000_000  # patch values that one CPU thread holds at a time
 
 
 def mppca(
@@ -27,28 +27,28 @@ def mppca(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Denoise a series by thresholding the principal components of overlapping patches.
 
-    Each patch (its mean over voxels taken out) keeps the components that stand out of the Marchenko-Pastur
-    distribution of pure noise, shrunk to what they would be without it. Patches lie on a lattice with a step
-    of half their width; where they overlap, those with fewer components weigh more. Voxels that are zero in
-    all volumes are no samples, so that padding does not lower the noise level.
+    After removal of its mean over voxels, each patch keeps the components above the Marchenko-Pastur distribution of
+    pure noise, shrunk to their noise-free size. Patches are placed in steps of half their width; where they overlap,
+    those with fewer components have more weight. Voxels that are zero in all volumes are not samples, so that
+    zero padding does not lower the noise estimate.
 
     Parameters
     ----------
     data : Tensor, (n, i, j, k), float32
-        At least two volumes; noise independent between voxels and volumes.
+        At least two volumes, with noise independent between voxels and volumes.
     mask : Tensor, (i, j, k), optional
-        Where to denoise; all voxels by default. Samples are taken from outside it, too.
+        Voxels to denoise, all by default; patches include samples outside the mask.
     window : int
-        Width of the patch in voxels; 0 takes `default_window`. Along shorter axes the patch spans the axis.
+        Patch width in voxels; 0 selects `default_window`. A patch spans axes shorter than that.
 
     Returns
     -------
     denoised : Tensor, (n, i, j, k)
         Zero outside the mask.
     sigma : Tensor, (i, j, k)
-        Standard deviation of the noise.
+        Noise standard deviation; zero outside the mask.
     rank : Tensor, (i, j, k)
-        How many components were kept, the mean included: average over the patches that hold the voxel.
+        Number of components kept, mean included: weighted average over the patches that contain the voxel.
 
     References
     ----------
@@ -64,17 +64,17 @@ def mppca(
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
     widths = [min(width, size) for size in shape]
-    starts = [_starts(size, w, max(1, width // 2)) for size, w in zip(shape, widths, strict=True)]
+    starts = [_patch_starts(size, w, max(1, width // 2)) for size, w in zip(shape, widths, strict=True)]
     inside = torch.ones(shape, dtype=torch.bool, device=data.device) if mask is None else mask.to(data.device) > 0
-    needed = _needed(inside.cpu().numpy(), starts, widths)
+    needed = _patches_in_mask(inside.cpu().numpy(), starts, widths)
     denoised = torch.zeros_like(data)
     maps = torch.zeros(3, *shape, device=data.device)  # weight, sigma, rank
-    with _threads(data.device) as pool:
+    with _thread_pool(data.device) as pool:
         for row, first in enumerate(starts[0]):
             if needed[row].any():
                 planes = slice(int(first), int(first) + widths[0])
                 index = _patch_index(needed[row], starts, widths, shape).to(data.device)
-                _slab(data[:, planes], index, denoised[:, planes], maps[:, planes], pool)
+                _denoise_slab(data[:, planes], index, denoised[:, planes], maps[:, planes], pool)
     weight = maps[0].clamp(min=torch.finfo(torch.float32).tiny)
     keep = inside & (maps[0] > 0)
     denoised *= keep / weight
@@ -82,7 +82,7 @@ def mppca(
 
 
 def default_window(volumes: int) -> int:
-    """The smallest odd width whose cube holds at least as many voxels as there are volumes; at least 3."""
+    """Smallest odd width, at least 3, whose cube has at least as many voxels as there are volumes."""
     width = 3
     while width**3 < volumes:
         width += 2
@@ -90,21 +90,21 @@ def default_window(volumes: int) -> int:
 
 
 def marchenko_pastur(eigenvalues: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> tuple:
-    """How many eigenvalues are noise, and the variance of that noise.
+    """Number of noise eigenvalues, and the noise variance.
 
     Parameters
     ----------
     eigenvalues : Tensor, (b, d)
-        Of X X', ascending; X is the smaller way round. Values before the last `rows` are ignored.
+        Eigenvalues of X X', ascending, with X oriented so that rows <= columns. All but the last `rows` are ignored.
     rows, columns : Tensor, (b,), int
-        The smaller and the larger dimension of the matrix X, in degrees of freedom.
+        The smaller and larger dimension of X, in degrees of freedom.
 
     Returns
     -------
     noise : Tensor, (b,), int
         Number of noise components.
     variance : Tensor, (b,)
-        Unbiased: the noise has (rows - k) (columns - k) degrees of freedom beside k components of signal.
+        Unbiased: noise has (rows - k) (columns - k) degrees of freedom besides k signal components.
     """
     values = eigenvalues.double().clamp(min=0)
     size = values.shape[1]
@@ -123,13 +123,13 @@ def marchenko_pastur(eigenvalues: torch.Tensor, rows: torch.Tensor, columns: tor
     return noise, variance
 
 
-def _starts(size: int, width: int, step: int) -> np.ndarray:
-    """First voxels of the patches along one axis; the last patch ends with the axis."""
+def _patch_starts(size: int, width: int, step: int) -> np.ndarray:
+    """First voxels of the patches along one axis; the last patch ends at the end of the axis."""
     return np.unique(np.append(np.arange(0, size - width + 1, step), size - width))
 
 
-def _needed(inside: np.ndarray, starts: list[np.ndarray], widths: list[int]) -> np.ndarray:
-    """Which patches of the lattice have a voxel of the mask nearest to their centre, (ti, tj, tk) bool."""
+def _patches_in_mask(inside: np.ndarray, starts: list[np.ndarray], widths: list[int]) -> np.ndarray:
+    """Which patches (ti, tj, tk) are the closest one to some voxel of the mask, bool."""
     counts = inside.astype(np.int64)
     for axis, (first, width) in enumerate(zip(starts, widths, strict=True)):
         edges = np.append(0, (first[1:] + first[:-1] + width) // 2)
@@ -140,7 +140,7 @@ def _needed(inside: np.ndarray, starts: list[np.ndarray], widths: list[int]) -> 
 def _patch_index(
     needed: np.ndarray, starts: list[np.ndarray], widths: list[int], shape: tuple[int, ...]
 ) -> torch.Tensor:
-    """Voxels of the patches of one slab, (patches, voxels), counted along i, j, k within the slab."""
+    """Flat voxel indices, within a slab, of the patches of the slab, (patches, voxels)."""
     within = np.stack(np.meshgrid(*(np.arange(w) for w in widths), indexing="ij")).reshape(3, -1)
     within = (within[0] * shape[1] + within[1]) * shape[2] + within[2]
     j, k = np.nonzero(needed)
@@ -148,55 +148,56 @@ def _patch_index(
     return torch.from_numpy(corner[:, None] + within[None])
 
 
-def _slab(
+def _denoise_slab(
     data: torch.Tensor,
     index: torch.Tensor,
     denoised: torch.Tensor,
     maps: torch.Tensor,
     pool: ThreadPoolExecutor | None,
 ) -> None:
-    """Denoise the patches of one slab and add them, weighted, to `denoised` and `maps`."""
+    """Denoise the patches of one slab and add them, weighted, to `denoised` and `maps` in place."""
     n, shape = data.shape[0], data.shape[1:]
     voxels = data.reshape(n, -1).T.contiguous()
     valid = (voxels != 0).any(1).float()
     total = torch.zeros_like(voxels)
     sums = torch.zeros(voxels.shape[0], 3, device=data.device)
 
-    def add(where: torch.Tensor, found: Estimate) -> None:
-        patches, variance, rank = found
-        weight = (1 / (1 + rank))[:, None] * valid[where]
+    def add(voxel_index: torch.Tensor, estimate: Estimate) -> None:
+        patches, variance, rank = estimate
+        weight = (1 / (1 + rank))[:, None] * valid[voxel_index]
         patches *= weight[..., None]
-        total.index_add_(0, where.reshape(-1), patches.reshape(-1, n))
+        total.index_add_(0, voxel_index.reshape(-1), patches.reshape(-1, n))
         row = torch.stack([weight, weight * variance.sqrt()[:, None], weight * rank[:, None]], dim=-1)
-        sums.index_add_(0, where.reshape(-1), row.reshape(-1, 3))
+        sums.index_add_(0, voxel_index.reshape(-1), row.reshape(-1, 3))
 
-    for where, found in _estimates(voxels, valid, index, pool):
-        add(where, found)
+    for voxel_index, estimate in _denoised_batches(voxels, valid, index, pool):
+        add(voxel_index, estimate)
     denoised += total.T.reshape(n, *shape)
     maps += sums.T.reshape(3, *shape)
 
 
-def _estimates(
+def _denoised_batches(
     voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor, pool: ThreadPoolExecutor | None
 ) -> Iterator[tuple[torch.Tensor, Estimate]]:
+    """Batches of patches: their voxel indices and denoised estimates, by threads or in chunks that fit in memory."""
     values = index.shape[1] * voxels.shape[1]
     if pool is not None:
         batches = index.split(max(1, BATCH_VALUES // values))
         yield from zip(batches, pool.map(partial(_denoise, voxels, valid), batches), strict=True)
         return
     side = min(index.shape[1], voxels.shape[1])
-    found: list[tuple[torch.Tensor, Estimate]] = []
+    estimates: list[tuple[torch.Tensor, Estimate]] = []
 
     def chunk(part: slice) -> torch.Tensor:
-        found.append((index[part], _denoise(voxels, valid, index[part])))
+        estimates.append((index[part], _denoise(voxels, valid, index[part])))
         return index[part]
 
     in_chunks(chunk, len(index), 4 * (4 * values + 6 * side * side), voxels.device)
-    yield from found
+    yield from estimates
 
 
 def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> Estimate:
-    """Patches (b, m, n) without their noise, its variance (b,) and the number of components kept (b,)."""
+    """Denoised patches (b, m, n), their noise variance (b,) and number of components kept (b,)."""
     patches, sample = voxels[index], valid[index]
     count = sample.sum(1).long()
     mean = patches.sum(1, keepdim=True) / count.clamp(min=1)[:, None, None]
@@ -212,15 +213,15 @@ def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> 
     most = int(kept.max())
     side = values.shape[1]
     if most < side:
-        place = torch.arange(side - most, side, device=voxels.device)[None]
-        basis = vectors[:, :, side - most :] * (place >= (side - kept)[:, None])[:, None]
+        component = torch.arange(side - most, side, device=voxels.device)[None]
+        basis = vectors[:, :, side - most :] * (component >= (side - kept)[:, None])[:, None]
         scaled = basis * _shrinkage(values[:, side - most :], variance, rows, columns)[:, None]
         patches = (patches @ scaled) @ basis.mT if tall else scaled @ (basis.mT @ patches)
     return patches + mean, variance.float(), (kept + 1).float()
 
 
 def _shrinkage(values: torch.Tensor, variance: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """What to multiply components by, (b, d), for the least squared error: noise has made each larger."""
+    """Factors (b, d) that shrink noise-inflated components for the least squared error."""
     aspect = (rows / columns.clamp(min=1)).double()[:, None]
     noise = (variance * columns)[:, None].clamp(min=torch.finfo(torch.float64).tiny)
     squared = (values.double() / noise).clamp(min=torch.finfo(torch.float64).tiny)
@@ -229,8 +230,8 @@ def _shrinkage(values: torch.Tensor, variance: torch.Tensor, rows: torch.Tensor,
 
 
 @contextmanager
-def _threads(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
-    """On the CPU a pool of as many workers as torch has threads, each with one; None on other devices."""
+def _thread_pool(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
+    """On the CPU, a pool of as many single-threaded workers as torch has threads; None on other devices."""
     if device.type != "cpu":
         yield None
         return

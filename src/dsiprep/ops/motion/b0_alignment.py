@@ -1,4 +1,4 @@
-"""The b=0 volumes of a series: aligned with each other, the volumes between them, their mean."""
+"""Alignment of the b=0 volumes of a series, interpolation of poses between them, and their mean."""
 
 from __future__ import annotations
 
@@ -16,70 +16,70 @@ from dsiprep.ops.motion.pyramid import PyramidLevel
 
 __all__ = ["align_b0s", "interpolate_from_b0s", "mean_b0", "nearest_b0"]
 
-ROUNDS = 4
-STEPS = 6  # Gauss-Newton steps per round
-SETTLED_MM = 0.01  # no b=0 volume moved more than this in a round
+MAX_ROUNDS = 4
+STEPS_PER_ROUND = 6  # Gauss-Newton steps
+CONVERGED_MM = 0.01  # largest movement of a b=0 volume in a round below which rounds stop
 
 
 def align_b0s(dwi: DWI, level: PyramidLevel, state: MotionState) -> MotionState:
-    """b=0 volumes to the mean of the others; the frame is the middle of their poses.
+    """Align each b=0 volume to the mean of the others; the frame is the median of their poses.
 
     Parameters
     ----------
     dwi : DWI
     level : PyramidLevel
-        Of its volumes.
+        Of the same series.
     state : MotionState
-        Where they are so far.
+        Initial poses.
 
     Returns
     -------
     MotionState
-        With other poses of the b=0 volumes; the same where there is only one.
+        With updated poses of the b=0 volumes; unchanged if there is only one.
     """
-    index = np.flatnonzero(dwi.is_b0)
-    if len(index) < 2:
+    b0 = np.flatnonzero(dwi.is_b0)
+    if len(b0) < 2:
         return state
-    out = state.transforms.copy()
-    data = level.take(index)
-    for _ in range(ROUNDS):
-        observed = level.sample(index, state.with_transforms(out))
-        targets = (observed.sum(0, keepdim=True) - observed) / (len(index) - 1)
-        moved = align(data, level.grid, level.points, targets.contiguous(), out[index], steps=STEPS).transforms
-        if len(index) == 2:  # each has gone all the way to the other: halfway is enough
-            moved[0] = out[index[0]]
-        moved = moved @ np.linalg.inv(median_pose(moved, level.points.centre))
-        change = point_displacement(out[index], moved, level.probe_points()).mean(1).max()
-        out[index] = moved
-        if change < SETTLED_MM:
+    transforms = state.transforms.copy()
+    moving = level.take(b0)
+    for _ in range(MAX_ROUNDS):
+        observed = level.sample(b0, state.with_transforms(transforms))
+        targets = (observed.sum(0, keepdim=True) - observed) / (len(b0) - 1)
+        aligned = align(moving, level.points, targets.contiguous(), transforms[b0], steps=STEPS_PER_ROUND).transforms
+        if len(b0) == 2:  # each is aligned to the other, so only one of the two may move
+            aligned[0] = transforms[b0[0]]
+        aligned = aligned @ np.linalg.inv(median_pose(aligned, level.points.centre))
+        change = point_displacement(transforms[b0], aligned, level.probe_points()).mean(1).max()
+        transforms[b0] = aligned
+        if change < CONVERGED_MM:
             break
-    return state.with_transforms(out)
+    return state.with_transforms(transforms)
 
 
 def nearest_b0(dwi: DWI) -> np.ndarray:
-    """For each volume, (n,), the b=0 volume of its run nearest in time (of any run where its own has none)."""
+    """Index of the b=0 volume nearest in time to each volume, (n,): of the same run, or of another if it has none."""
     b0 = np.flatnonzero(dwi.is_b0)
     order = np.arange(len(dwi))
-    elsewhere = dwi.run[:, None] != dwi.run[b0]
-    return b0[(np.abs(order[:, None] - b0) + len(dwi) * elsewhere).argmin(1)]
+    other_run = dwi.run[:, None] != dwi.run[b0]
+    return b0[(np.abs(order[:, None] - b0) + len(dwi) * other_run).argmin(1)]
 
 
 def interpolate_from_b0s(dwi: DWI, level: PyramidLevel, state: MotionState) -> MotionState:
-    """Diffusion-weighted volumes between the b=0 volumes before and after them, run by run.
+    """Interpolate the poses of diffusion-weighted volumes in time between those of the b=0 volumes, run by run.
 
-    Parameters as for `align_b0s`; in a run without b=0, volumes lie as the nearest of another run.
+    Parameters are those of `align_b0s`. Volumes of a run without b=0 get the pose of the nearest b=0 of another run.
     """
-    out = state.transforms[nearest_b0(dwi)]
+    transforms = state.transforms[nearest_b0(dwi)]
     for run in np.unique(dwi.run):
-        own = np.flatnonzero(dwi.run == run)
-        known = dwi.is_b0[own]
+        volumes = np.flatnonzero(dwi.run == run)
+        known = dwi.is_b0[volumes]
         if known.any():
-            out[own] = interpolate_poses(state.transforms[own], known, level.points.centre)
-    return state.with_transforms(out)
+            transforms[volumes] = interpolate_poses(state.transforms[volumes], known, level.points.centre)
+    return state.with_transforms(transforms)
 
 
 def mean_b0(dwi: DWI, transforms: np.ndarray) -> Volume:
-    """Mean of the aligned b=0 volumes, each where it reaches.
+    """Mean of the aligned b=0 volumes, in each voxel over the volumes that cover it.
 
     Parameters
     ----------
@@ -90,13 +90,13 @@ def mean_b0(dwi: DWI, transforms: np.ndarray) -> Volume:
     Returns
     -------
     Volume
-        On the grid of `dwi`; zero where none of them reaches.
+        On the grid of `dwi`; zero where no volume covers the voxel.
     """
     total = torch.zeros(dwi.grid.shape, device=dwi.data.device)
-    number = torch.zeros_like(total)
+    coverage = torch.zeros_like(total)
     ones = torch.ones_like(dwi.data[:1])
     for volume in np.flatnonzero(dwi.is_b0):
         matrix = transforms[volume]
         total += resample_onto(dwi.data[volume : volume + 1], dwi.grid, dwi.grid, matrix, cubic=True)[0]
-        number += resample_onto(ones, dwi.grid, dwi.grid, matrix, cubic=True)[0]
-    return Volume((total / number.clamp(min=1e-3)).clamp(min=0) * (number > 0.5), dwi.grid)
+        coverage += resample_onto(ones, dwi.grid, dwi.grid, matrix, cubic=True)[0]
+    return Volume((total / coverage.clamp(min=1e-3)).clamp(min=0) * (coverage > 0.5), dwi.grid)

@@ -1,21 +1,22 @@
-"""Eddy currents of a whole series: displacements that follow the gradients, found together with the head's poses.
+"""Eddy currents of a series: displacements that follow the gradients, estimated jointly with the poses of the head.
 
 Volume v is displaced along the phase-encoding axis by a polynomial in scanner coordinates whose coefficients are
-linear in the gradient g_v that was played: c_v = R g_v. R is the same for all volumes, so it cannot follow the head;
-what of it looks like movement is told from movement by where the head is expected to prior.
+linear in the applied gradient g_v: c_v = R g_v. The response R is the same for all volumes, so it cannot follow
+individual movements; the prior on resting poses separates the part of R that resembles head motion from motion.
 
-Volumes are predicted from each other, and what they have in common is predicted too. So the derivative of a residual
-by R is that of the volume less that of its prediction, (1 - P) J; without the second part, steps are far too short.
+Volumes are predicted from each other, so what they have in common is predicted as well. The derivative of a residual
+with respect to R is therefore that of the volume minus that of its prediction, (1 - P) J; without the second term,
+steps are far too short.
 
-With J = phi dy/dx + phi' y, y noisy, least squares would stretch images to make noise smaller: residuals and J share
-noise, and the mean of n (phi dn/dx + phi' n) is half of phi' n². So the equations that residuals must meet are tested
-with phi dy/dx + phi' y / 2, which noise does not correlate with.
+With J = phi dy/dx + phi' y and noisy y, least squares would stretch images to reduce the noise: residuals and J share
+noise, and the mean of n (phi dn/dx + phi' n) is half of phi' n². The normal equations are therefore formed with the
+instrument phi dy/dx + phi' y / 2, which is uncorrelated with the noise.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,180 +26,50 @@ from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EDDY_MM, EddyCurrents
 from dsiprep.ops.image.eddy_displacement import eddy_polynomial
 from dsiprep.ops.image.point_set import PointSet, target_gradients
-from dsiprep.ops.motion.gauss_newton import FREEDOM, moved_by
+from dsiprep.ops.motion.gauss_newton import apply_steps
+from dsiprep.ops.motion.gauss_newton_kernels import STUDENT_DOF
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.pose_prior import PosePrior, add_pose_prior
 from dsiprep.ops.motion.pyramid import PyramidLevel
 from dsiprep.ops.qspace.prediction import Prediction
 
 __all__ = [
-    "BY_CHANCE",
-    "QUIET_MM",
+    "F_QUANTILE_99",
+    "MIN_VOXEL_MM",
+    "EddyFit",
     "choose_terms",
-    "discount_chance",
     "eddy_step",
     "joint_step",
     "kept_fraction",
-    "no_eddy_currents",
     "rms_displacement",
+    "shrink_to_significant",
+    "zero_eddy_currents",
 ]
 
 log = logging.getLogger("dsiprep")
-MISLED_MM = 0.025  # eddy currents that errors of predictions would feign if predictions did not follow the data
-QUIET_MM = 3.9  # voxels on which eddy currents are found: noise of smaller ones enters their predictions too
-SAMPLE = 2000  # points of the brain that they are found from
-FEWEST_LINEAR, FEWEST_QUADRATIC = 12, 45  # directions
-FEW = 15  # directions, below which movements of the head feign eddy currents, along the other two axes as well
-BY_CHANCE = 9.8  # exceeded in 1 % by F of 3 and 6: squares of three gradients along one axis over those along two
+MIN_VOXEL_MM = (
+    3.9  # mean voxel size above which eddy currents are estimated: noise of smaller voxels enters predictions too
+)
+SAMPLED_POINTS = 2000  # points of the brain that eddy currents are estimated from
+PREDICTION_ERROR_MM = 0.025  # eddy currents that prediction errors would mimic if predictions did not follow the data
+INITIAL_SIZE_MM = 0.5  # assumed size of eddy currents before there is an estimate
+MIN_SIZE_MM = 0.1  # lower bound on the size that the penalty assumes
+MIN_DIRECTIONS_LINEAR, MIN_DIRECTIONS_QUADRATIC = 12, 45
+FEW_DIRECTIONS = 15  # with fewer, head movements mimic eddy currents, also along the other two axes
+F_QUANTILE_99 = 9.8  # of F(3, 6): mean square of three gradients along one axis over that along the two other axes
 TERMS = {"linear": 4, "quadratic": 10}
+POSE_AND_GAIN = 7  # parameters of each volume: rotation vector, translation and gain
 
 
-def choose_terms(wanted: str, count: int) -> int:
-    """Terms of the polynomial for `count` directions: few directions predict each other too loosely for many terms.
+@dataclass(frozen=True, eq=False)
+class EddyFit:
+    """Data of one estimation of eddy currents: diffusion-weighted volumes, their predictions and the pose prior.
 
-    Parameters
-    ----------
-    wanted : str
-        "none", "linear" or "quadratic".
-    """
-    if wanted == "none" or count < FEWEST_LINEAR:
-        return 0
-    return TERMS["linear" if count < FEWEST_QUADRATIC else wanted]
-
-
-def no_eddy_currents(count: int, grid: Grid, along: int) -> EddyCurrents:
-    """Zeros for `count` volumes that are encoded along voxel axis `along` of `grid`."""
-    return EddyCurrents(np.zeros((count, 10)), grid.directions, grid.centre, along)
-
-
-def _with_response(eddy: EddyCurrents, response: np.ndarray, gradients: np.ndarray) -> EddyCurrents:
-    """Coefficients R g_v, for R (10, 3) in mm and gradients (n, 3) relative to the strongest."""
-    return replace(eddy, coefficients=gradients @ response.T)
-
-
-def rms_displacement(eddy: EddyCurrents, points: np.ndarray) -> float:
-    """Root mean square displacement (mm) of world points (m, 3) over all volumes."""
-    moved = [eddy.displacement(volume, points) for volume in range(len(eddy.coefficients))]
-    return float(np.sqrt(3 * np.mean(np.square(moved))))
-
-
-def joint_step(
-    residual: torch.Tensor,
-    prediction: Prediction,
-    values: torch.Tensor,
-    slopes: torch.Tensor,
-    points: PointSet,
-    transforms: np.ndarray,
-    eddy: EddyCurrents,
-    gradients: np.ndarray,
-    prior: PosePrior,
-    response_now: np.ndarray,
-    expected: float,
-    terms: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """One Gauss-Newton step of R and all rigid poses together.
-
-    Poses and gains are eliminated volume by volume (Schur complement), which leaves N R = s. Beside the three columns
-    of R there are two for what goes with the size of the gradient: no eddy current does, but errors of predictions do.
-    What all volumes of similar gradient share hardly shows in residuals (N is small against D, the same sums without
-    predictions), and there errors of the model mislead most. With errors of s of covariance k² D and an expectation of
-    R of inverse covariance D, R is (N' D^-1 N + k² D)^-1 N' D^-1 s.
-
-    Parameters
-    ----------
-    residual : Tensor, (n, k)
-        Volumes less predictions at `points`, a sample of the brain.
-    prediction : Prediction
-    values, slopes : Tensor, (n, k) and (n, k, 3)
-        Predictions at `points` and their gradients, per mm RAS+ of the reference.
-    transforms : ndarray, (n, 4, 4)
-    eddy : EddyCurrents
-        Of these volumes.
-    gradients : ndarray, (n, 3)
-        World RAS+, relative to the strongest.
-    prior : PosePrior
-        Where the head is expected.
-    response_now : ndarray, (10, 3)
-        R that volumes were read with.
-    expected : float
-        Size of eddy currents, root mean square displacement in mm; k is 0.025 mm over this.
-    terms : int
-        How many of the ten terms may be used.
-
-    Returns
-    -------
-    response : ndarray, (10, 3)
-        To be taken off R, mm.
-    moves : ndarray, (n, 6)
-        Steps of the poses, for `align.moved_by`.
-
-    References
-    ----------
-    Andersson & Sotiropoulos 2016, doi 10.1016/j.neuroimage.2015.10.019 (displacements that follow the gradient).
-    """
-    scale = 1.4826 * residual.abs().median(dim=1).values.clamp(min=1e-9)
-    weight = (FREEDOM + 1) / (FREEDOM + (residual / scale[:, None]) ** 2) / scale[:, None] ** 2
-    steep, spread = _bending(values, slopes, points, transforms, eddy)
-    size = np.linalg.norm(gradients, axis=1)[:, None]
-    played_out = np.hstack([gradients, size, size**2])  # what goes with the size alone is no eddy current
-    g = torch.as_tensor(played_out, dtype=steep.dtype, device=steep.device)[:, None, :, None]
-    columns = []
-    for bent in (steep + spread / 2, steep + spread):
-        played = (bent[:, :terms, None, :] * g).flatten(1, 2)
-        columns.append(played - prediction.change(played, values[:, None]))
-    full = torch.bmm(played * weight[:, None], played.transpose(1, 2)).sum(0).cpu().numpy().astype(float)
-    world = torch.as_tensor(points.world, device=slopes.device).expand_as(slopes)
-    own = torch.cat([torch.linalg.cross(world, slopes), slopes, values[..., None]], dim=2).transpose(1, 2)
-    tests = torch.cat([own, columns[0]], dim=1) * weight[:, None]
-    rows = torch.cat([own, columns[1], residual[:, None]], dim=1)
-    sums = torch.bmm(tests, rows.transpose(1, 2)).cpu().numpy().astype(float)
-    inner, mixed = sums[:, :7, :7], sums[:, :7, 7:]
-    add_pose_prior(inner, mixed[:, :, -1], transforms, prior, points, np.ones(len(sums)))
-    inner = inner + 1e-9 * np.trace(inner, axis1=1, axis2=2)[:, None, None] * np.eye(7)
-    alone = np.linalg.solve(inner, mixed)
-    left = (sums[:, 7:, 7:] - sums[:, 7:, :7] @ alone).sum(axis=0)
-    normal, side = left[:, :-1], left[:, -1]
-    full += 1e-6 * np.diag(np.diag(full)) + 1e-9 * np.trace(full) * np.eye(len(full))
-    sure = normal.T @ np.linalg.inv(full)  # what predictions hide of a response, they also make errors in
-    response_prior = (MISLED_MM / expected) ** 2 * full
-    now = np.pad(response_now[:terms], ((0, 0), (0, 2))).ravel()
-    found = np.linalg.solve(sure @ normal + response_prior, sure @ side + response_prior @ now)
-    response = np.zeros((10, 3))
-    response[:terms] = found.reshape(terms, 5)[:, :3]
-    return response, (alone[:, :, -1] - alone[:, :, :-1] @ found)[:, :6]
-
-
-def _bending(
-    values: torch.Tensor, slopes: torch.Tensor, points: PointSet, transforms: np.ndarray, eddy: EddyCurrents
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Derivatives of volumes by the coefficients of their displacement in mm: of state and of density, (n, 10, k)."""
-    world = points.world.astype(float) + points.centre
-    scanner = np.einsum("nab,kb->nka", transforms[:, :3, :3], world) + transforms[:, None, :3, 3]
-    s = np.moveaxis((scanner - eddy.centre) @ eddy.axes / EDDY_MM, 1, 2)
-    terms, rises = eddy_polynomial(torch.as_tensor(s, dtype=torch.float32, device=values.device), eddy.along)
-    observed = np.einsum("nba,b->na", transforms[:, :3, :3], eddy.axes[:, eddy.along])  # the axis as the head sees it
-    steep = torch.einsum("nka,na->nk", slopes, torch.as_tensor(observed, dtype=torch.float32, device=values.device))
-    return (terms * steep).transpose(0, 1), (rises * values / EDDY_MM).transpose(0, 1)
-
-
-def eddy_step(
-    dwi: DWI,
-    level: PyramidLevel,
-    state: MotionState,
-    observed: torch.Tensor,
-    predicted: Prediction,
-    prior: PosePrior,
-    terms: int,
-) -> MotionState:
-    """One step of the eddy currents' response to the gradient, and of all poses with it.
-
-    Parameters
+    Attributes
     ----------
     dwi : DWI
     level : PyramidLevel
-        Of voxels above `QUIET_MM`.
-    state : MotionState
-        With `eddy`.
+        With voxels above `MIN_VOXEL_MM`.
     observed : Tensor, (n, m)
         Diffusion-weighted volumes at the points of `level`.
     predicted : Prediction
@@ -206,94 +77,261 @@ def eddy_step(
     prior : PosePrior
         Of all volumes.
     terms : int
-        From `TERMS`.
+        Polynomial terms that are estimated, from `choose_terms`.
+    """
+
+    dwi: DWI
+    level: PyramidLevel
+    observed: torch.Tensor
+    predicted: Prediction
+    prior: PosePrior
+    terms: int
+
+
+@dataclass(frozen=True, eq=False)
+class ResidualSample:
+    """Residuals of n volumes at k points of the brain.
+
+    Attributes
+    ----------
+    points : PointSet
+        The k points.
+    residual : Tensor, (n, k)
+        Volumes minus predictions.
+    values, slopes : Tensor, (n, k) and (n, k, 3)
+        Predictions and their gradients, per mm RAS+ of the reference.
+    prediction : Prediction
+        Of the same volumes, at all points.
+    """
+
+    points: PointSet
+    residual: torch.Tensor
+    values: torch.Tensor
+    slopes: torch.Tensor
+    prediction: Prediction
+
+
+def choose_terms(wanted: str, count: int) -> int:
+    """Number of polynomial terms for `count` directions.
+
+    With few directions, predictions follow single volumes too closely to estimate many terms.
+
+    Parameters
+    ----------
+    wanted : str
+        "none", "linear" or "quadratic".
+    """
+    if wanted == "none" or count < MIN_DIRECTIONS_LINEAR:
+        return 0
+    return TERMS["linear" if count < MIN_DIRECTIONS_QUADRATIC else wanted]
+
+
+def zero_eddy_currents(count: int, grid: Grid, along: int) -> EddyCurrents:
+    """Zero displacement for `count` volumes with phase encoding along voxel axis `along` of `grid`."""
+    return EddyCurrents(np.zeros((count, 10)), grid.directions, grid.centre, along)
+
+
+def _with_response(eddy: EddyCurrents, response: np.ndarray, gradients: np.ndarray) -> EddyCurrents:
+    """Set the coefficients to R g_v, for R (10, 3) in mm and gradients (n, 3) relative to the strongest."""
+    return replace(eddy, coefficients=gradients @ response.T)
+
+
+def rms_displacement(eddy: EddyCurrents, points: np.ndarray) -> float:
+    """Root mean square displacement (mm) of world points (m, 3) over all volumes."""
+    displacement = [eddy.displacement(volume, points) for volume in range(len(eddy.coefficients))]
+    return float(np.sqrt(3 * np.mean(np.square(displacement))))
+
+
+def eddy_step(fit: EddyFit, state: MotionState) -> MotionState:
+    """One Gauss-Newton step of the response to the gradient, jointly with all poses; `state` must have `eddy`."""
+    assert state.eddy is not None
+    weighted = np.flatnonzero(~fit.dwi.is_b0)
+    change, moves = _sampled_step(fit, state.transforms[weighted], state.eddy, state.response)
+    response, transforms = state.response - change, state.transforms.copy()
+    transforms[weighted], _ = apply_steps(transforms[weighted], moves, fit.level.points)
+    eddy = _with_response(state.eddy, response, _gradients(fit.dwi))
+    return replace(state, transforms=transforms, response=response, eddy=eddy)
+
+
+def shrink_to_significant(fit: EddyFit, state: MotionState) -> MotionState:
+    """Shrink eddy currents by what the same fit finds along the two axes without any; `state` must have `eddy`.
+
+    Prediction errors resemble a response to the gradient along any axis, whereas eddy currents act along the
+    phase-encoding axis only. With few directions, head movements also resemble one, and only what chance hardly
+    explains is kept.
     """
     assert state.eddy is not None
-    index = np.flatnonzero(~dwi.is_b0)
-    change, moves = _sampled_step(dwi, level, state, observed, predicted, prior, terms, state.eddy, state.response)
-    response, out = state.response - change, state.transforms.copy()
-    out[index], _ = moved_by(out[index], moves, level.points)
-    eddy = _with_response(state.eddy, response, _gradients(dwi))
-    return replace(state, transforms=out, response=response, eddy=eddy)
+    weighted = np.flatnonzero(~fit.dwi.is_b0)
+    gradients, probe_points = _gradients(fit.dwi), fit.level.probe_points()
+    size = rms_displacement(state.eddy, probe_points)
+    null = 0.0
+    for axis in {0, 1, 2} - {state.eddy.along}:
+        other = replace(state.eddy, along=axis)
+        change, _ = _sampled_step(fit, state.transforms[weighted], other, np.zeros((10, 3)))
+        null += 0.5 * rms_displacement(_with_response(other, change, gradients), probe_points) ** 2
+    log.info("motion: eddy currents of %.3f mm rms, %.3f mm along the other axes", size, null**0.5)
+    response = kept_fraction(size, null, len(fit.observed)) * state.response
+    return replace(state, response=response, eddy=_with_response(state.eddy, response, gradients))
+
+
+def kept_fraction(size: float, null: float, count: int) -> float:
+    """Fraction of the estimated eddy currents that is kept, 0 to 1.
+
+    Parameters
+    ----------
+    size : float
+        Root mean square displacement by eddy currents, mm.
+    null : float
+        Mean square displacement (mm²) that the same fit finds along axes without eddy currents.
+    count : int
+        Directions.
+    """
+    if count < FEW_DIRECTIONS:
+        null *= F_QUANTILE_99
+    return max(0.0, 1 - null / max(size, 1e-9) ** 2)
 
 
 def _sampled_step(
-    dwi: DWI,
-    level: PyramidLevel,
-    state: MotionState,
-    observed: torch.Tensor,
-    predicted: Prediction,
-    prior: PosePrior,
-    terms: int,
-    eddy: EddyCurrents,
-    response: np.ndarray,
+    fit: EddyFit, transforms: np.ndarray, eddy: EddyCurrents, response: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`joint_step` on a sample of the brain."""
-    index = np.flatnonzero(~dwi.is_b0)
-    step = max(1, len(level.points) // SAMPLE)
-    slopes = [target_gradients(row[None], level.points)[0, ::step] for row in predicted.values]
+    """`joint_step` on a sample of the brain, for the (n, 4, 4) transforms of the diffusion-weighted volumes."""
+    weighted = np.flatnonzero(~fit.dwi.is_b0)
+    points, predicted = fit.level.points, fit.predicted
+    step = max(1, len(points) // SAMPLED_POINTS)
+    slopes = [target_gradients(row[None], points)[0, ::step] for row in predicted.values]
     values = predicted.values[:, ::step].contiguous()
+    residual = fit.observed[:, ::step] - values
+    sample = ResidualSample(points.subsampled(step), residual, values, torch.stack(slopes), predicted)
+    size = max(MIN_SIZE_MM, rms_displacement(eddy, fit.level.probe_points())) if response.any() else INITIAL_SIZE_MM
     return joint_step(
-        observed[:, ::step] - values,
-        predicted,
-        values,
-        torch.stack(slopes),
-        level.points.every(step),
-        state.transforms[index],
-        eddy.take(index),
-        _gradients(dwi)[index],
-        PosePrior(prior.poses[index], prior.jitter),
-        response,
-        max(0.1, rms_displacement(eddy, level.probe_points())) if response.any() else 0.5,
-        terms,
+        sample,
+        transforms,
+        eddy.take(weighted),
+        _gradients(fit.dwi)[weighted],
+        fit.prior.take(weighted),
+        response[: fit.terms],
+        (PREDICTION_ERROR_MM / size) ** 2,
     )
 
 
 def _gradients(dwi: DWI) -> np.ndarray:
-    """World RAS+, relative to the strongest; zero at b=0."""
+    """Gradients (n, 3) in world RAS+, relative to the strongest; zero at b=0."""
     return np.where(dwi.is_b0[:, None], 0, dwi.q) / np.sqrt(dwi.bvals.max())
 
 
-def kept_fraction(found: float, null: float, count: int) -> float:
-    """How much of eddy currents found with `count` directions is kept, 0 to 1.
+def joint_step(
+    sample: ResidualSample,
+    transforms: np.ndarray,
+    eddy: EddyCurrents,
+    gradients: np.ndarray,
+    prior: PosePrior,
+    response: np.ndarray,
+    penalty: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """One Gauss-Newton step of R and all rigid poses together.
+
+    Poses and gains are eliminated volume by volume (Schur complement), which leaves N R = s. In addition to the three
+    columns of R there are two for effects of the size of the gradient and its square, which prediction errors have and
+    eddy currents do not. Displacements common to volumes of similar gradient hardly show in the residuals (N is small
+    relative to D, the same sums without predictions), and there model errors mislead most. With errors of s of
+    covariance k² D and a zero-mean prior on R of precision D, R = (N' D^-1 N + k² D)^-1 N' D^-1 s.
 
     Parameters
     ----------
-    found : float
-        Their size in mm.
-    null : float
-        Mean square (mm²) of what is found along axes where there are none.
-    count : int
+    sample : ResidualSample
+    transforms : ndarray, (n, 4, 4)
+    eddy : EddyCurrents
+        Of these volumes.
+    gradients : ndarray, (n, 3)
+        World RAS+, relative to the strongest.
+    prior : PosePrior
+        Of these volumes.
+    response : ndarray, (t, 3)
+        R of the terms to be estimated, with which the volumes were sampled.
+    penalty : float
+        k², where k is 0.025 mm over the expected root mean square displacement.
+
+    Returns
+    -------
+    change : ndarray, (10, 3)
+        To be subtracted from R, mm; zero for the other terms.
+    moves : ndarray, (n, 6)
+        Steps of the poses, for `gauss_newton.apply_steps`.
+
+    References
+    ----------
+    Andersson & Sotiropoulos 2016, doi 10.1016/j.neuroimage.2015.10.019 (displacements that follow the gradient).
     """
-    if count < FEW:
-        null *= BY_CHANCE
-    return max(0.0, 1 - null / max(found, 1e-9) ** 2)
+    terms, own = len(response), POSE_AND_GAIN
+    sums, unpredicted = _joint_equations(sample, transforms, eddy, gradients, terms)
+    inner, mixed = sums[:, :own, :own], sums[:, :own, own:]
+    add_pose_prior(inner, mixed[:, :, -1], transforms, prior, sample.points, np.ones(len(sums)))
+    inner = inner + 1e-9 * np.trace(inner, axis1=1, axis2=2)[:, None, None] * np.eye(own)
+    eliminated = np.linalg.solve(inner, mixed)
+    reduced = (sums[:, own:, own:] - sums[:, own:, :own] @ eliminated).sum(axis=0)
+    solution = _solve_response(reduced[:, :-1], reduced[:, -1], unpredicted, response, penalty)
+    change = np.zeros((10, 3))
+    change[:terms] = solution.reshape(terms, 5)[:, :3]
+    return change, (eliminated[:, :, -1] - eliminated[:, :, :-1] @ solution)[:, :6]
 
 
-def discount_chance(
-    dwi: DWI,
-    level: PyramidLevel,
-    state: MotionState,
-    observed: torch.Tensor,
-    predicted: Prediction,
-    prior: PosePrior,
-    terms: int,
-) -> MotionState:
-    """Eddy currents as far as they are more than what would be found along the axes where there are none.
+def _joint_equations(
+    sample: ResidualSample, transforms: np.ndarray, eddy: EddyCurrents, gradients: np.ndarray, terms: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted normal equations of pose, gain and response for each volume.
 
-    Errors of the predictions look like a response to the gradient along any axis; eddy currents act along one. Where
-    directions are few, movements of the head do so as well, so that only what chance hardly brings about is kept.
-    Parameters as for `eddy_step`.
+    Returns
+    -------
+    sums : ndarray, (n, 7 + 5 t, 8 + 5 t)
+        Rows: pose, gain and instruments of the response. Columns: pose, gain, response and residual.
+    unpredicted : ndarray, (5 t, 5 t)
+        D: the sums of the response over all volumes, without the derivative of predictions.
     """
-    assert state.eddy is not None
-    gradients, few = _gradients(dwi), level.probe_points()
-    found = rms_displacement(state.eddy, few)
-    null = 0.0
-    for axis in {0, 1, 2} - {state.eddy.along}:
-        other = replace(state.eddy, along=axis)
-        change, _ = _sampled_step(dwi, level, state, observed, predicted, prior, terms, other, np.zeros((10, 3)))
-        null += 0.5 * rms_displacement(_with_response(other, change, gradients), few) ** 2
-    share = kept_fraction(found, null, len(observed))
-    log.info("motion: eddy currents of %.3f mm, %.3f mm by chance", found, null**0.5)
-    response = share * state.response
-    return replace(state, response=response, eddy=_with_response(state.eddy, response, gradients))
+    values, slopes, residual = sample.values, sample.slopes, sample.residual
+    scale = 1.4826 * residual.abs().median(dim=1).values.clamp(min=1e-9)
+    weight = (STUDENT_DOF + 1) / (STUDENT_DOF + (residual / scale[:, None]) ** 2) / scale[:, None] ** 2
+    shift, stretch = _displacement_derivatives(values, slopes, sample.points, transforms, eddy)
+    size = np.linalg.norm(gradients, axis=1)[:, None]
+    regressors = np.hstack([gradients, size, size**2])
+    g = torch.as_tensor(regressors, dtype=shift.dtype, device=shift.device)[:, None, :, None]
+    instruments, derivatives = (
+        (columns[:, :terms, None, :] * g).flatten(1, 2) for columns in (shift + stretch / 2, shift + stretch)
+    )
+    unpredicted = torch.bmm(derivatives * weight[:, None], derivatives.transpose(1, 2)).sum(0)
+    instruments, derivatives = (
+        columns - sample.prediction.change(columns, values[:, None]) for columns in (instruments, derivatives)
+    )
+    world = torch.as_tensor(sample.points.world, device=slopes.device).expand_as(slopes)
+    own = torch.cat([torch.linalg.cross(world, slopes), slopes, values[..., None]], dim=2).transpose(1, 2)
+    tests = torch.cat([own, instruments], dim=1) * weight[:, None]
+    rows = torch.cat([own, derivatives, residual[:, None]], dim=1)
+    sums = torch.bmm(tests, rows.transpose(1, 2))
+    return sums.cpu().numpy().astype(float), unpredicted.cpu().numpy().astype(float)
+
+
+def _solve_response(
+    normal: np.ndarray, side: np.ndarray, unpredicted: np.ndarray, response: np.ndarray, penalty: float
+) -> np.ndarray:
+    """Solve N R = s with errors of s of covariance penalty * D and the prior of `joint_step`, (5 t,)."""
+    ridge = 1e-6 * np.diag(np.diag(unpredicted)) + 1e-9 * np.trace(unpredicted) * np.eye(len(unpredicted))
+    unpredicted = unpredicted + ridge
+    projection = normal.T @ np.linalg.inv(unpredicted)
+    precision = penalty * unpredicted
+    current = np.pad(response, ((0, 0), (0, 2))).ravel()
+    return np.linalg.solve(projection @ normal + precision, projection @ side + precision @ current)
+
+
+def _displacement_derivatives(
+    values: torch.Tensor, slopes: torch.Tensor, points: PointSet, transforms: np.ndarray, eddy: EddyCurrents
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Derivatives of volumes with respect to their coefficients in mm: by the shift and by the stretch, (n, 10, k).
+
+    These are phi dy/dx and phi' y of the module's docstring.
+    """
+    world = points.world.astype(float) + points.centre
+    scanner = np.einsum("nab,kb->nka", transforms[:, :3, :3], world) + transforms[:, None, :3, 3]
+    s = np.moveaxis((scanner - eddy.centre) @ eddy.axes / EDDY_MM, 1, 2)
+    terms, term_slopes = eddy_polynomial(torch.as_tensor(s, dtype=torch.float32, device=values.device), eddy.along)
+    axis = np.einsum("nba,b->na", transforms[:, :3, :3], eddy.axes[:, eddy.along])  # in the frame of the head
+    along = torch.einsum("nka,na->nk", slopes, torch.as_tensor(axis, dtype=torch.float32, device=values.device))
+    return (terms * along).transpose(0, 1), (term_slopes * values / EDDY_MM).transpose(0, 1)

@@ -1,7 +1,7 @@
-"""Fused loops of `align` for the CPU: one pass over the points of a volume, without temporaries.
+"""Fused CPU loops for `ops.motion.gauss_newton`: one pass over the points of each volume, without temporaries.
 
-A volume is read at an affine of the point and, where there are eddy currents, at a displacement along one voxel axis,
-times its Jacobian.
+A volume is sampled at an affine map of each point plus, with eddy currents, a displacement along one voxel axis, and
+multiplied by the Jacobian determinant of that displacement.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 from dsiprep.compiled import compiled, inlined
 from dsiprep.ops.image.eddy_displacement import displace_voxel
 
-__all__ = ["FREEDOM", "equations_loop", "read_loop"]
+__all__ = ["STUDENT_DOF", "equations_loop", "sample_loop"]
 
-FREEDOM = 4.0  # degrees of freedom of the Student t distribution of residuals
+STUDENT_DOF = 4.0  # degrees of freedom of the Student t distribution of residuals
 
 
 @inlined
 def _linear(volume: np.ndarray, x: float, y: float, z: float) -> float:
-    """Trilinear value at a point inside the volume."""
+    """Trilinear interpolation at a point inside the volume."""
     ni, nj, nk = volume.shape
     i, j, k = min(int(x), ni - 2), min(int(y), nj - 2), min(int(z), nk - 2)
     fx, fy, fz = x - i, y - j, z - k
@@ -30,8 +30,25 @@ def _linear(volume: np.ndarray, x: float, y: float, z: float) -> float:
     return (c00 * (1 - fy) + c01 * fy) * (1 - fx) + (c10 * (1 - fy) + c11 * fy) * fx
 
 
+@inlined
+def _map_point(
+    a: np.ndarray, voxel: np.ndarray, eddy: np.ndarray, v: int, frame: np.ndarray, along: int, at: np.ndarray
+) -> np.floating:
+    """Map a reference voxel into volume `v` by the affine `a` (3, 4), then displace it by eddy currents.
+
+    Writes the voxel coordinates to `at` (3,) and returns the Jacobian determinant of the displacement.
+    """
+    i, j, k = voxel[0], voxel[1], voxel[2]
+    for c in range(3):
+        at[c] = a[c, 0] * i + a[c, 1] * j + a[c, 2] * k + a[c, 3]
+    jacobian = np.float32(1)
+    if len(eddy) > 0:
+        jacobian = displace_voxel(eddy[v], frame, along, at)
+    return jacobian
+
+
 @compiled(parallel=True)
-def read_loop(
+def sample_loop(
     volumes: np.ndarray,
     voxels: np.ndarray,
     maps: np.ndarray,
@@ -40,22 +57,16 @@ def read_loop(
     along: int,
     out: np.ndarray,
 ) -> None:
-    """Each volume at its points; `out` (n, m) keeps its value where a point is outside.
+    """Sample each volume at its points; `out` (n, m) keeps its values where a point is outside the volume.
 
-    `eddy` (n, 10) or (0, 10), `frame` and `along` as in `bend.EddyDisplacement`.
+    `eddy` (n, 10) or (0, 10), `frame` and `along` are the attributes of `ops.image.eddy_displacement.EddyDisplacement`.
     """
     n, ni, nj, nk = volumes.shape
-    bent = len(eddy) > 0
     for v in numba.prange(n):
         a = maps[v]
         at = np.empty(3, np.float32)
         for p in range(voxels.shape[0]):
-            i, j, k = voxels[p, 0], voxels[p, 1], voxels[p, 2]
-            for c in range(3):
-                at[c] = a[c, 0] * i + a[c, 1] * j + a[c, 2] * k + a[c, 3]
-            jacobian = np.float32(1)
-            if bent:
-                jacobian = displace_voxel(eddy[v], frame, along, at)
+            jacobian = _map_point(a, voxels[p], eddy, v, frame, along, at)
             x, y, z = at[0], at[1], at[2]
             if x >= 0 and y >= 0 and z >= 0 and x <= ni - 1 and y <= nj - 1 and z <= nk - 1:
                 out[v, p] = jacobian * _linear(volumes[v], x, y, z)
@@ -76,10 +87,9 @@ def equations_loop(
     frame: np.ndarray,
     along: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sums of `align.normal_equations`, lower triangles; `eddy` and `frame` as in `read_loop`."""
+    """Sums of `gauss_newton.normal_equations`, lower triangles only; `eddy`, `frame`, `along` as in `sample_loop`."""
     n, ni, nj, nk = volumes.shape
     width = 13 if affine else 7
-    bent = len(eddy) > 0
     hessian = np.zeros((n, width, width))
     slope = np.zeros((n, width))
     sums = np.zeros((n, 3))
@@ -93,17 +103,12 @@ def equations_loop(
         inverse = np.float32(1 / scale[v] ** 2)
         cost, total, count = np.float64(0), np.float64(0), 0
         for p in range(voxels.shape[0]):
-            i, j, k = voxels[p, 0], voxels[p, 1], voxels[p, 2]
-            for c in range(3):
-                at[c] = a[c, 0] * i + a[c, 1] * j + a[c, 2] * k + a[c, 3]
-            jacobian = np.float32(1)
-            if bent:
-                jacobian = displace_voxel(eddy[v], frame, along, at)
+            jacobian = _map_point(a, voxels[p], eddy, v, frame, along, at)
             x, y, z = at[0], at[1], at[2]
             if not (x >= 0 and y >= 0 and z >= 0 and x <= ni - 1 and y <= nj - 1 and z <= nk - 1):
                 continue
             r = jacobian * _linear(volumes[v], x, y, z) - g * targets[v, p]
-            w = np.float32((FREEDOM + 1) / (FREEDOM + r * r * inverse))
+            w = np.float32((STUDENT_DOF + 1) / (STUDENT_DOF + r * r * inverse))
             gx, gy, gz = g * gradients[v, p, 0], g * gradients[v, p, 1], g * gradients[v, p, 2]
             wx, wy, wz = world[p, 0], world[p, 1], world[p, 2]
             if affine:

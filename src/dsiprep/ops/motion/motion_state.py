@@ -15,18 +15,21 @@ __all__ = ["MotionState"]
 
 @dataclass(frozen=True, eq=False)
 class MotionState:
-    """Where every volume is, as far as it is known, and what of it cannot be used.
+    """Poses, eddy currents and outlier slices of a series, as estimated so far.
 
     Attributes
     ----------
     transforms : ndarray, (n, 4, 4)
         Points of the reference to points of each volume, RAS+ mm.
     eddy : EddyCurrents or None
-        Of all volumes.
+        Of all volumes; None if eddy currents are not estimated.
     response : ndarray, (10, 3)
-        What `eddy` follows from: mm per gradient, see `ops.eddy`.
+        Linear map from gradients to the coefficients of `eddy`, in mm; see `ops.motion.eddy_model`.
     outlier_slices : ndarray, (n, slices) bool, or None
-        Slices without their signal, across voxel axis `slice_axis` of `grid`.
+        Slices with signal dropout, across voxel axis `slice_axis` of `grid`; None before they are detected.
+    slice_axis : int
+    grid : Grid
+        Voxel grid of the series.
     """
 
     transforms: np.ndarray
@@ -37,17 +40,17 @@ class MotionState:
     grid: Grid
 
     def with_transforms(self, transforms: np.ndarray) -> MotionState:
-        """The same with other poses."""
+        """Copy with other poses."""
         return replace(self, transforms=transforms)
 
     def eddy_of(self, volumes: np.ndarray) -> EddyCurrents | None:
-        """Eddy currents of some volumes."""
+        """Eddy currents of the given volumes."""
         return None if self.eddy is None else self.eddy.take(volumes)
 
     def outlier_points(self, volume: int, points: PointSet) -> np.ndarray:
-        """Which of the points lie in a lost slice of a volume, (m,) bool."""
+        """Whether each point lies in an outlier slice of the volume, (m,) bool."""
         if self.outlier_slices is None or not self.outlier_slices[volume].any():
             return np.zeros(len(points), bool)
         row = (np.linalg.inv(self.grid.affine) @ self.transforms[volume])[self.slice_axis]
-        where = np.rint((points.world + points.centre) @ row[:3] + row[3]).astype(int)
-        return self.outlier_slices[volume][where.clip(0, self.outlier_slices.shape[1] - 1)]
+        slices = np.rint((points.world + points.centre) @ row[:3] + row[3]).astype(int)
+        return self.outlier_slices[volume][slices.clip(0, self.outlier_slices.shape[1] - 1)]

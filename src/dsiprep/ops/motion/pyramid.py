@@ -1,4 +1,4 @@
-"""A series on voxels of one size, read where its volumes are known to be."""
+"""Multi-resolution pyramid of a series, sampled at the current motion estimates."""
 
 from __future__ import annotations
 
@@ -9,59 +9,80 @@ import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops.image.point_set import PointSet, average_blocks, point_set
-from dsiprep.ops.motion.gauss_newton import sample_volumes
+from dsiprep.ops.motion.gauss_newton import MovingVolumes, sample_volumes
 from dsiprep.ops.motion.motion_state import MotionState
 
-__all__ = ["CHUNK", "PyramidLevel", "build_pyramid"]
+__all__ = ["FULL", "VOLUMES_PER_CHUNK", "PyramidLevel", "build_pyramid", "chunks"]
 
-CHUNK = 16  # volumes worked on at a time
-FEWEST = 500  # voxels of brain below which a coarse level says nothing
+VOLUMES_PER_CHUNK = 16  # processed at a time, to bound memory
+MIN_VOXELS = 500  # of brain; coarser levels are skipped
+FULL = "full"  # name of the level on the voxels of the series itself
 
 
 @dataclass(frozen=True, eq=False)
 class PyramidLevel:
-    """The series on voxels of one size; `points` are the brain of the reference."""
+    """The series at one voxel size.
+
+    Attributes
+    ----------
+    data : Tensor, (n, i, j, k)
+    grid : Grid
+    points : PointSet
+        The brain in the reference.
+    name : str
+        Voxel size, or "full" for that of the series itself.
+    """
 
     data: torch.Tensor
     grid: Grid
     points: PointSet
     name: str
 
-    def take(self, index: np.ndarray) -> torch.Tensor:
-        """Some volumes."""
-        return self.data[torch.as_tensor(index, device=self.data.device)]
+    def take(self, volumes: np.ndarray, eddy: EddyCurrents | None = None) -> MovingVolumes:
+        """The given volumes, with their eddy currents if `eddy` (of these volumes) is given."""
+        return MovingVolumes(self.data[torch.as_tensor(volumes, device=self.data.device)], self.grid, eddy)
 
-    def sample(self, index: np.ndarray, state: MotionState, fill: torch.Tensor | None = None) -> torch.Tensor:
-        """Some volumes at the points, (len(index), m); where they do not reach or are lost, `fill`, or zero."""
-        filled = torch.zeros(len(index), len(self.points), device=self.data.device) if fill is None else fill
+    def sample(self, volumes: np.ndarray, state: MotionState, fill: torch.Tensor | None = None) -> torch.Tensor:
+        """Sample the given volumes at the points, (len(volumes), m).
+
+        Outside the volume, and in outlier slices, values are those of `fill`. Without `fill`, values outside are zero
+        and outlier slices are sampled as they are.
+        """
+        filled = torch.zeros(len(volumes), len(self.points), device=self.data.device) if fill is None else fill
         parts = []
-        for first in range(0, len(index), CHUNK):
-            part = slice(first, first + CHUNK)
-            some = index[part]
-            eddy = state.eddy_of(some)
-            parts.append(
-                sample_volumes(self.take(some), self.grid, self.points, state.transforms[some], filled[part], eddy)
-            )
+        for part, some in chunks(volumes):
+            moving = self.take(some, state.eddy_of(some))
+            parts.append(sample_volumes(moving, self.points, state.transforms[some], filled[part]))
         observed = torch.cat(parts)
         if fill is not None and state.outlier_slices is not None:
-            for row in np.flatnonzero(state.outlier_slices[index].any(axis=1)):
-                gone = torch.as_tensor(state.outlier_points(int(index[row]), self.points), device=observed.device)
-                observed[row] = torch.where(gone, fill[row], observed[row])
+            for row in np.flatnonzero(state.outlier_slices[volumes].any(axis=1)):
+                dropout = state.outlier_points(int(volumes[row]), self.points)
+                observed[row] = torch.where(torch.as_tensor(dropout, device=observed.device), fill[row], observed[row])
         return observed
 
     def probe_points(self) -> np.ndarray:
-        """A few hundred world points of the brain, for measuring movement."""
+        """A few hundred world points of the brain at which displacements are measured, (m, 3), mm."""
         world = self.points.world[:: max(1, len(self.points) // 300)]
         return world.astype(float) + self.points.centre
 
 
+def chunks(volumes: np.ndarray) -> list[tuple[slice, np.ndarray]]:
+    """Split volume indices into chunks of `VOLUMES_PER_CHUNK`: positions in `volumes`, and the indices there."""
+    parts = [slice(first, first + VOLUMES_PER_CHUNK) for first in range(0, len(volumes), VOLUMES_PER_CHUNK)]
+    return [(part, volumes[part]) for part in parts]
+
+
 def build_pyramid(dwi: DWI, mask: Volume, spacings: tuple[float, ...]) -> list[PyramidLevel]:
-    """From coarse voxels (mm) to the volumes' own; sizes that the volumes have already are left out."""
+    """Build the pyramid of a series: the given voxel sizes (mm, coarse to fine), then the voxels of the series itself.
+
+    A coarse level is skipped if the series already has voxels of that size, or if the brain has fewer than 500 of them.
+    """
     levels = []
     for spacing in spacings:
         data, grid = average_blocks(dwi.data, dwi.grid, spacing)
         inside, _ = average_blocks(mask.data[None].float(), dwi.grid, spacing)
-        if data is not dwi.data and (inside > 0.5).sum() >= FEWEST:
+        if data is not dwi.data and (inside > 0.5).sum() >= MIN_VOXELS:
             levels.append(PyramidLevel(data, grid, point_set(inside[0], grid), f"{spacing:g} mm"))
-    return [*levels, PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), "full")]
+    return [*levels, PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)]

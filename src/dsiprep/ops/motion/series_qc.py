@@ -1,6 +1,6 @@
-"""What a whole series says of itself: slices out of line, how well a model explains it.
+"""Quality metrics of a whole series: discontinuous slices and contrast-to-noise ratio of a signal model.
 
-NumPy on the CPU: each of these runs once, and none of them takes more than seconds.
+NumPy on the CPU: each function runs once per series and takes seconds at most.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ from dsiprep.ops.qspace.shore import shore_basis, shore_regulariser, shore_size
 
 __all__ = ["contrast_to_noise", "discontinuous_slices", "shore_projection"]
 
+MIN_VOXELS = 100  # of the mask; slices with fewer are not judged
+
 
 def discontinuous_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, threshold: float = 2.5) -> np.ndarray:
-    """Slices that do not lie between their two neighbours in the same volume.
+    """Slices that deviate from the average of their two neighbours in the same volume.
 
-    After Gaussian smoothing in the plane (2 voxels), the mean distance of a slice from the average of its
-    neighbours is divided by half the mean difference of these. cs_dmri's `outlier_slices`, of which it gives
-    the same numbers in a tenth of the time.
+    After in-plane Gaussian smoothing (2 voxels), the mean absolute difference of a slice from the average of its
+    neighbours is divided by half the mean absolute difference between these, and compared with `threshold`. Gives the
+    same numbers as `outlier_slices` of cs_dmri in a tenth of the time.
 
     Parameters
     ----------
@@ -27,6 +29,7 @@ def discontinuous_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, thre
         Slices with fewer than 100 voxels are not judged.
     axis : int
         Voxel axis across slices.
+    threshold : float
 
     Returns
     -------
@@ -34,32 +37,32 @@ def discontinuous_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, thre
     """
     stack = np.moveaxis(data, axis + 1, 1)
     inside = np.moveaxis(mask, axis, 0)
-    judged = [s for s in range(1, len(inside) - 1) if inside[s].sum() >= 100]
-    found = np.zeros(stack.shape[:2], bool)
-    for volume, row in zip(stack, found, strict=True):
+    judged = [s for s in range(1, len(inside) - 1) if inside[s].sum() >= MIN_VOXELS]
+    discontinuous = np.zeros(stack.shape[:2], bool)
+    for volume, row in zip(stack, discontinuous, strict=True):
         smooth = gaussian_filter1d(np.ascontiguousarray(volume, np.float32), 2, axis=1)
         smooth = gaussian_filter1d(smooth, 2, axis=2)
         for s in judged:
-            before, here, after = (smooth[s + step][inside[s]] for step in (-1, 0, 1))
-            row[s] = np.abs(here - (before + after) / 2).mean() > threshold * np.abs(before - after).mean() / 2
-    return found
+            before, current, after = (smooth[s + step][inside[s]] for step in (-1, 0, 1))
+            row[s] = np.abs(current - (before + after) / 2).mean() > threshold * np.abs(before - after).mean() / 2
+    return discontinuous
 
 
 def shore_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
-    """The matrix that replaces signals by their 3dSHORE fit.
+    """Matrix that replaces signals by their 3dSHORE fit.
 
-    Of radial orders 6, 4 and 2 the highest is taken that leaves at least as many samples as functions over.
+    Uses the highest radial order of 6, 4 and 2 with at least twice as many samples as basis functions, or 0.
 
     Parameters
     ----------
     q : ndarray, (n, 3)
-        Root of the b-value (s/mm²) times the b-vector.
+        Square root of the b-value (s/mm²) times the b-vector.
 
     Returns
     -------
     matrix : ndarray, (n, n)
     freedom : float
-        Degrees of freedom of the residual: its expected square, for noise of variance 1.
+        Degrees of freedom of the residual: its expected sum of squares for noise of variance 1.
     """
     order = next((order for order in (6, 4, 2) if 2 * shore_size(order) <= len(q)), 0)
     basis = shore_basis(q, order)
@@ -69,7 +72,7 @@ def shore_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def contrast_to_noise(signals: np.ndarray, fitted: np.ndarray, freedom: float) -> np.ndarray:
-    """Standard deviation of the fitted signal over volumes, over that of the residual.
+    """Standard deviation of the fitted signal over volumes, divided by that of the residual.
 
     Parameters
     ----------

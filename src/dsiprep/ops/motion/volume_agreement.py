@@ -1,13 +1,13 @@
-"""How well volumes agree with what was predicted of them: over the brain, and slice by slice."""
+"""Agreement of volumes with their predictions: R², correlation, residuals and volume weights."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-__all__ = ["agreement", "volume_weights"]
+__all__ = ["agreement", "gain_corrected_residual", "volume_weights"]
 
-LIKE = 15  # volumes of most similar b-value that a volume's residual is compared with
+SIMILAR_VOLUMES = 15  # volumes of the most similar b-values that define the typical residual
 
 
 def agreement(observed: torch.Tensor, predicted: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -16,24 +16,30 @@ def agreement(observed: torch.Tensor, predicted: torch.Tensor) -> tuple[np.ndarr
     Parameters
     ----------
     observed, predicted : Tensor, (n, m)
-        m voxels of n volumes.
+        n volumes at m voxels.
 
     Returns
     -------
     r2, xcorr : ndarray, (n,), float64
-        R² is 1 less the variance of the difference over that of the volume.
+        R² is 1 minus the variance of the difference over that of the volume.
     """
     r2, xcorr = np.empty(len(observed)), np.empty(len(observed))
-    for row, (value, expected) in enumerate(zip(observed, predicted, strict=True)):
-        one, two = value - value.mean(), expected - expected.mean()
+    for row, (volume, prediction) in enumerate(zip(observed, predicted, strict=True)):
+        one, two = volume - volume.mean(), prediction - prediction.mean()
         total = one.square().sum().clamp(min=1e-12)
         r2[row] = float(1 - (one - two).square().sum() / total)
         xcorr[row] = float((one * two).sum() / (total * two.square().sum().clamp(min=1e-12)).sqrt())
     return r2, xcorr
 
 
+def gain_corrected_residual(observed: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """Volumes minus their predictions, (n, m), each prediction scaled by its least-squares gain."""
+    product, power = (torch.einsum("nm,nm->n", values, predicted) for values in (observed, predicted))
+    return (predicted * (-product / power.clamp(min=1e-12))[:, None]).add_(observed)
+
+
 def volume_weights(observed: torch.Tensor, predicted: torch.Tensor, bvals: np.ndarray) -> np.ndarray:
-    """How far each volume is to be believed: (residual usual for its b-value over its own)², at most 1.
+    """Per-volume weight: squared ratio of the typical residual at this b-value to the volume's own, at most 1.
 
     Parameters
     ----------
@@ -44,11 +50,12 @@ def volume_weights(observed: torch.Tensor, predicted: torch.Tensor, bvals: np.nd
     Returns
     -------
     ndarray, (n,)
+        At least 0.001.
     """
     rms = np.array([float((one - two).square().mean().sqrt()) for one, two in zip(observed, predicted, strict=True)])
-    order = np.argsort(bvals, kind="stable")
-    usual = np.empty(len(rms))
-    for place, volume in enumerate(order):
-        first = max(0, min(place - LIKE // 2, len(rms) - LIKE))
-        usual[volume] = np.median(rms[order[first : first + LIKE]])
-    return np.clip((usual / np.maximum(rms, 1e-12)) ** 2, 1e-3, 1)
+    by_bval = np.argsort(bvals, kind="stable")
+    typical = np.empty(len(rms))
+    for rank, volume in enumerate(by_bval):
+        first = max(0, min(rank - SIMILAR_VOLUMES // 2, len(rms) - SIMILAR_VOLUMES))
+        typical[volume] = np.median(rms[by_bval[first : first + SIMILAR_VOLUMES]])
+    return np.clip((typical / np.maximum(rms, 1e-12)) ** 2, 1e-3, 1)

@@ -1,4 +1,4 @@
-"""Off-resonance from a gradient-echo scan: unwrapped, freed of noise, and carried on beyond the brain."""
+"""Off-resonance field from a gradient-echo scan: phase unwrapping, smoothing, and extrapolation beyond the brain."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dsiprep.data.grid import Volume
 __all__ = ["smooth_field", "unwrapped_hz", "without_folds"]
 
 SMOOTH_MM = 2.0
-BEYOND_MM = (4.0, 8.0, 16.0, 40.0)
-SPIKE_HZ = 60.0  # further than this from the median of its neighbours a voxel is an error of the unwrapping
-LEAST_JACOBIAN = 0.15
+EXTRAPOLATION_MM = (4.0, 8.0, 16.0, 40.0)  # standard deviations of ever wider windows
+SPIKE_HZ = 60.0  # a voxel that differs by more from the median of its neighbours is an unwrapping error
+MIN_JACOBIAN = 0.15
 
 
 def unwrapped_hz(phase: Volume, mask: Volume, echo_difference: float) -> Volume:
-    """Off-resonance in Hz from the phase that built up between two echoes.
+    """Off-resonance in Hz from the phase difference of two echoes.
 
     Parameters
     ----------
     phase : Volume
-        Radians, wrapped into -pi to pi.
+        Radians, wrapped to the range from -pi to pi.
     mask : Volume
         Where there is signal (above 0.5).
     echo_difference : float
@@ -31,63 +31,56 @@ def unwrapped_hz(phase: Volume, mask: Volume, echo_difference: float) -> Volume:
     Returns
     -------
     Volume
-        Zero outside the mask. Whole turns are taken off so that the median in the mask is within half a turn of 0.
+        Zero outside the mask. Whole turns are subtracted so that the median in the mask is within half a turn of 0.
 
     References
     ----------
-    Herráez et al. 2002, doi 10.1364/AO.41.007437 (unwrapping along the most reliable path; scikit-image's).
+    Herráez et al. 2002, doi 10.1364/AO.41.007437 (unwrapping along the most reliable path, as in scikit-image).
     """
     from skimage.restoration import unwrap_phase
 
     inside = mask.numpy() > 0.5
     wrapped = phase.numpy().astype(np.float64)
-    flat = [axis for axis, n in enumerate(inside.shape) if n == 1]
-    turned = unwrap_phase(np.ma.array(wrapped.squeeze(), mask=~inside.squeeze()), rng=0)
-    radians = np.expand_dims(np.ma.filled(turned, 0.0), flat)
+    flat_axes = [axis for axis, n in enumerate(inside.shape) if n == 1]
+    unwrapped = unwrap_phase(np.ma.array(wrapped.squeeze(), mask=~inside.squeeze()), rng=0)
+    radians = np.expand_dims(np.ma.filled(unwrapped, 0.0), flat_axes)
     radians -= 2 * np.pi * np.round(np.median(radians[inside]) / (2 * np.pi))
     hertz = np.where(inside, radians / (2 * np.pi * echo_difference), 0)
     return Volume(torch.from_numpy(hertz.astype(np.float32)), phase.grid)
 
 
 def smooth_field(hertz: Volume, magnitude: Volume, mask: Volume) -> Volume:
-    """A field without spikes and noise, everywhere.
+    """Remove spikes and noise from a field, and extrapolate it beyond the mask.
 
-    Inside the mask voxels weigh as their magnitude, which is as their phase is worth; outside, the field of the
-    nearest tissue goes on, ever smoother.
+    Inside the mask voxels are weighted by their squared magnitude, which is proportional to the precision of their
+    phase. Outside, the field of the nearest tissue is continued, with smoothing that increases with distance.
 
     Parameters
     ----------
     hertz, magnitude, mask : Volume
-        On one grid.
+        On the same grid.
     """
     sizes, inside = hertz.grid.voxel_sizes, mask.numpy() > 0.5
     data = hertz.numpy().astype(np.float32)
-    level = magnitude.numpy() / max(float(np.median(magnitude.numpy()[inside])), 1e-12)
-    weight = np.where(inside, np.clip(level, 0, 2) ** 2, 0).astype(np.float32)
-    centre = ndimage.median_filter(np.where(inside, data, _blurred(data, weight, 8.0 / sizes)[0]), 3)
-    weight[np.abs(data - centre) > SPIKE_HZ] = 0
-    found, certain = _blurred(data, weight, SMOOTH_MM / sizes)
-    for width in BEYOND_MM:
-        wider, more = _blurred(data, weight, width / sizes)
-        share = np.clip(certain / 0.1, 0, 1)
-        found, certain = share * found + (1 - share) * wider, np.maximum(certain, more)
-    return Volume(torch.from_numpy(found), hertz.grid)
-
-
-def _blurred(data: np.ndarray, weight: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted mean of the neighbourhood, and how much weight there was; the mean of all where there was none."""
-    total = ndimage.gaussian_filter(weight, sigma, mode="constant")
-    mean = float((data * weight).sum() / max(float(weight.sum()), 1e-12))
-    spread = ndimage.gaussian_filter((data - mean) * weight, sigma, mode="constant")
-    return mean + spread / (total + 1e-6), total
+    brightness = magnitude.numpy() / max(float(np.median(magnitude.numpy()[inside])), 1e-12)
+    weight = np.where(inside, np.clip(brightness, 0, 2) ** 2, 0).astype(np.float32)
+    local_median = ndimage.median_filter(np.where(inside, data, _weighted_gaussian(data, weight, 8.0 / sizes)[0]), 3)
+    weight[np.abs(data - local_median) > SPIKE_HZ] = 0
+    smooth, support = _weighted_gaussian(data, weight, SMOOTH_MM / sizes)
+    for width in EXTRAPOLATION_MM:
+        wider, wider_support = _weighted_gaussian(data, weight, width / sizes)
+        share = np.clip(support / 0.1, 0, 1)
+        smooth, support = share * smooth + (1 - share) * wider, np.maximum(support, wider_support)
+    return Volume(torch.from_numpy(smooth), hertz.grid)
 
 
 def without_folds(shift: np.ndarray, axis: int) -> np.ndarray:
-    """A shift in voxels along `axis`, smoothed where, and no more than, it takes for no line to fold.
+    """Smooth a shift, in voxels along `axis`, where lines would fold and only as much as needed.
 
-    Steps between neighbours stay below 1 - `LEAST_JACOBIAN`, whichever the sign.
+    Differences between neighbours of either sign stay below 1 - `MIN_JACOBIAN`. If smoothing does not suffice, the
+    whole shift is scaled down.
     """
-    bound = 1 - LEAST_JACOBIAN
+    bound = 1 - MIN_JACOBIAN
     out, smooth = shift, shift
     for _ in range(50):
         steep = np.abs(np.diff(out, axis=axis, append=np.take(out, [-1], axis))) >= bound
@@ -98,3 +91,11 @@ def without_folds(shift: np.ndarray, axis: int) -> np.ndarray:
         share = np.clip(3 * share, 0, 1)
         out = share * smooth + (1 - share) * out
     return out * (0.99 * bound / max(float(np.abs(np.diff(out, axis=axis)).max()), bound))
+
+
+def _weighted_gaussian(data: np.ndarray, weight: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted mean in a Gaussian window, and the total weight there; the overall mean where that is 0."""
+    total = ndimage.gaussian_filter(weight, sigma, mode="constant")
+    mean = float((data * weight).sum() / max(float(weight.sum()), 1e-12))
+    deviation = ndimage.gaussian_filter((data - mean) * weight, sigma, mode="constant")
+    return mean + deviation / (total + 1e-6), total

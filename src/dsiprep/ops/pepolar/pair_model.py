@@ -1,9 +1,9 @@
-"""The model of a blip-up/blip-down pair: how images, field, head pose and gain fit, and the equations of the next step.
+"""Model of a blip-up/blip-down pair: images given field, head pose and gain, their misfit, and Gauss-Newton equations.
 
-Point x of the undistorted head is found in blip 0 at x + (s_0 f(x) + g(x)) e, in blip 1 at P x + (s_1 f(x) + g(x)) e:
-f the field in mm, e the phase-encoding axis, P the pose of the head in blip 1, and g what both displacements share, 0
-where no structural image tells. Intensities are multiplied by the Jacobian determinants of these maps. All arrays have
-the phase-encoding axis last, (a, b, y).
+Point x of the undistorted head is found in blip 0 at x + (s_0 f(x) + g(x)) e and in blip 1 at
+P x + (s_1 f(x) + g(x)) e. f is the field in mm, e the phase-encoding axis, P the pose of the head in blip 1, and g the
+displacement shared by both blips, 0 without a structural image. Intensities are multiplied by the Jacobian determinants
+of these maps. All arrays have the phase-encoding axis last, (a, b, y).
 """
 
 from __future__ import annotations
@@ -20,9 +20,17 @@ from dsiprep.ops.image.affine import point_displacement, rigid_matrix
 from dsiprep.ops.image.filters import gaussian
 from dsiprep.ops.image.interpolation import spline_coefficients
 from dsiprep.ops.pepolar.normal_equations import NormalEquations, percentile_99
-from dsiprep.ops.pepolar.pose_derivatives import across_axis, rigid_columns
-from dsiprep.ops.pepolar.regularisation import BARRIER, add_penalties, along, barrier, laplacian, transposed_along
-from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines, sample_solid
+from dsiprep.ops.pepolar.pose_derivatives import rigid_derivatives, transverse_axes
+from dsiprep.ops.pepolar.regularisation import (
+    BARRIER_WEIGHT,
+    Smoothness,
+    add_penalties,
+    barrier,
+    central_difference,
+    central_difference_transpose,
+    laplacian,
+)
+from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines, sample_volume
 
 __all__ = [
     "Comparison",
@@ -30,39 +38,40 @@ __all__ = [
     "Images",
     "Pair",
     "State",
-    "change",
+    "apply_step",
     "compare",
     "cost",
-    "equations",
-    "folded",
+    "displacement_between",
+    "gauss_newton_equations",
+    "is_folded",
     "make_pair",
-    "moved",
-    "outliers",
+    "outlier_limits",
 ]
 
-WEAK = 0.02  # weight of the squared gradient of the field in mm, per mm³
-STIFF = 200.0  # of its squared Laplacian, per mm³, in mm²
-KINK = 0.004  # Laplacians beyond this (1/mm) cost in proportion only: sources of the field are rare and strong
-OUTLIER = 3.0  # residuals beyond this many standard deviations count less and less
-MISFIT = 0.02  # images never agree better than this share of the brain's intensity
+GRADIENT_WEIGHT = 0.02  # of the squared gradient of the field in mm, per mm³
+LAPLACIAN_WEIGHT = 200.0  # of its squared Laplacian, per mm³, in mm²
+LINEAR_LAPLACIAN = 0.004  # 1/mm; the penalty is linear beyond, because sources of the field are rare and strong
+OUTLIER = 3.0  # standard deviations; residuals beyond count less and less
+MODEL_ERROR = 0.02  # of the brain's intensity: images never agree better
 NOISE_WINDOW = 1.5  # voxels
-UNSEEN = 2**0.5  # by how much further contrasts disagree more than by noise: they are means of volumes that moved
+CONTRAST_NOISE_FACTOR = 2**0.5  # further contrasts are means of volumes that moved, so they differ by more than noise
+POSE_PRIOR = (100.0, 100.0, 100.0, 0.01, 0.01, 1.0)  # per rad², per mm² and of the logarithm of the gain
 
 Images = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Another image of both blips on the grid of their b=0 images, distorted and scaled as those are.
+    """A further image of both blips on the grid of their b=0 images, with the same distortion and gain.
 
     Attributes
     ----------
-    lines, solid, noise
+    line_splines, volume_splines, noise
         As in `Pair`.
     """
 
-    lines: torch.Tensor
-    solid: torch.Tensor
+    line_splines: torch.Tensor
+    volume_splines: torch.Tensor
     noise: float
 
 
@@ -72,27 +81,27 @@ class Pair:
 
     Attributes
     ----------
-    lines : Tensor, (a, b, y)
+    line_splines : Tensor, (a, b, y)
         Blip 0, spline coefficients along the last axis.
-    solid : Tensor, (a, b, y)
+    volume_splines : Tensor, (a, b, y)
         Blip 1, spline coefficients along all axes.
-    inner : Tensor, (a, b, y), bool
-        Brain, roughly.
+    brain : Tensor, (a, b, y), bool
+        Rough mask.
     grid : Grid
         Phase-encoding axis last.
     scales : (float, float)
         s_0 and s_1, of opposite signs.
     centre : ndarray, (3,)
-        Point that the head turns about, world RAS+ mm.
+        Centre of the head's rotation, world RAS+ mm.
     noise : float
-        Standard deviation of the difference of both images where they fit.
+        Standard deviation of the difference of correctly aligned images.
     contrasts : tuple of Contrast
-        What is compared beside the b=0 images.
+        Compared in addition to the b=0 images.
     """
 
-    lines: torch.Tensor
-    solid: torch.Tensor
-    inner: torch.Tensor
+    line_splines: torch.Tensor
+    volume_splines: torch.Tensor
+    brain: torch.Tensor
     grid: Grid
     scales: tuple[float, float]
     centre: np.ndarray
@@ -101,13 +110,13 @@ class Pair:
 
     @property
     def steepness(self) -> float:
-        """Displacement in voxels per mm of field, in the blip that is distorted more."""
+        """Displacement in voxels per mm of field, in the more distorted blip."""
         return max(abs(s) for s in self.scales) / float(self.grid.voxel_sizes[2])
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is estimated.
+    """Current estimate.
 
     Attributes
     ----------
@@ -116,7 +125,7 @@ class State:
     pose : ndarray, (4, 4)
         P, world RAS+ mm.
     gain : float
-        Logarithm of the factor that brings blip 1 to the intensities of blip 0.
+        Logarithm of the factor that scales blip 1 to the intensities of blip 0.
     shared : Tensor, (a, b, y), or None
         g, mm.
     """
@@ -127,19 +136,19 @@ class State:
     shared: torch.Tensor | None = None
 
     def displacements(self, scales: tuple[float, float]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of both blips along the phase-encoding axis, (a, b, y), mm."""
+        """Displacement of each blip along the phase-encoding axis, (a, b, y), mm."""
         both = (scales[0] * self.field, scales[1] * self.field)
         return both if self.shared is None else (both[0] + self.shared, both[1] + self.shared)
 
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Both images at the points of the undistorted head.
+    """Both images sampled at the points of the undistorted head.
 
     Attributes
     ----------
     values, jacobians : two Tensor, (a, b, y)
-        Intensities as read, and what they are multiplied by.
+        Unmodulated intensities, and the Jacobian determinants.
     slope : Tensor, (a, b, y)
         Of blip 0 along the last axis, per voxel.
     gradient : Tensor, (3, a, b, y)
@@ -147,9 +156,9 @@ class Comparison:
     inside : Tensor, (a, b, y)
         1 where both points are within the grid.
     residual : Tensor, (a, b, y)
-        Modulated blip 0 less modulated blip 1, gain applied.
+        Modulated blip 0 minus modulated blip 1, gain applied.
     contrasts : tuple of Comparison
-        The same of each further contrast.
+        The same for each further contrast.
     """
 
     values: tuple[torch.Tensor, torch.Tensor]
@@ -163,89 +172,51 @@ class Comparison:
 
 def make_pair(
     images: Images,
-    inner: torch.Tensor,
+    brain: torch.Tensor,
     grid: Grid,
     scales: tuple[float, float],
     centre: np.ndarray,
     contrasts: Sequence[Images] = (),
 ) -> Pair:
-    """A `Pair` of images (a, b, y); `inner` (a, b, y) may be empty, and then stands for everything.
+    """Prepare a `Pair` from images (a, b, y).
 
-    `contrasts` are further images of blip 0 and blip 1, in the same units.
+    An empty mask `brain` (a, b, y) is replaced by the whole grid. `contrasts` are further images of blip 0 and blip 1,
+    in the same units.
     """
-    inner = inner if bool(inner.any()) else torch.ones_like(inner)
-    more = tuple(Contrast(*_coefficients(both), UNSEEN * _noise(both, inner)) for both in contrasts)
-    return Pair(*_coefficients(images), inner, grid, scales, centre, _noise(images, inner), more)
-
-
-def _coefficients(images: Images) -> Images:
-    """Splines along lines of blip 0, and along all axes of blip 1."""
-    return line_coefficients(images[0]), spline_coefficients(images[1][None])[0]
-
-
-def _noise(images: Images, inner: torch.Tensor) -> float:
-    """Standard deviation of the difference of both images where nothing but noise tells them apart.
-
-    Differences along all three axes at once leave little of the anatomy, and the smoothest tenth of the brain less.
-    """
-    total = MISFIT**2
-    for image in images:
-        rough, where = image, inner
-        for axis in range(3):
-            if image.shape[axis] > 1:
-                rough = torch.diff(rough, dim=axis) / 2**0.5
-                where = where.narrow(axis, 1, image.shape[axis] - 1)
-        local = gaussian((rough * rough)[None].contiguous(), NOISE_WINDOW)[0][where]
-        if local.numel():
-            total += float(local.kthvalue(int(0.1 * local.numel()) + 1).values)
-    return float(total**0.5)
+    brain = brain if bool(brain.any()) else torch.ones_like(brain)
+    further = tuple(Contrast(*_splines(both), CONTRAST_NOISE_FACTOR * _noise(both, brain)) for both in contrasts)
+    return Pair(*_splines(images), brain, grid, scales, centre, _noise(images, brain), further)
 
 
 def compare(pair: Pair, state: State) -> Comparison:
-    """Both images at the points of the undistorted head, and how they differ."""
+    """Sample both images at the points of the undistorted head and compute their difference."""
     affine, h = pair.grid.affine, float(pair.grid.voxel_sizes[2])
     u0, u1 = state.displacements(pair.scales)
     matrix = np.linalg.inv(affine) @ state.pose @ affine
-    j0 = 1 + along(u0, 2) / h
+    j0 = 1 + central_difference(u0, 2) / h
     # det(R + s e grad(f)') = 1 + s grad(f)' R' e
-    turned = np.linalg.inv(affine[:3, :3]) @ state.pose[:3, :3].T @ pair.grid.directions[:, 2]
+    direction = np.linalg.inv(affine[:3, :3]) @ state.pose[:3, :3].T @ pair.grid.directions[:, 2]
     j1 = torch.ones_like(j0)
     for axis in range(3):
-        j1 += float(turned[axis]) * along(u1, axis)
+        j1 += float(direction[axis]) * central_difference(u1, axis)
 
-    def read(images: Pair | Contrast) -> Comparison:
-        v0, slope, in0 = sample_lines(images.lines, u0 / h)
-        v1, gradient, in1 = sample_solid(images.solid, matrix, u1 / h)
+    def sample(images: Pair | Contrast) -> Comparison:
+        v0, slope, in0 = sample_lines(images.line_splines, u0 / h)
+        v1, gradient, in1 = sample_volume(images.volume_splines, matrix, u1 / h)
         residual = v0 * j0 - float(np.exp(state.gain)) * v1 * j1
         return Comparison((v0, v1), (j0, j1), slope, gradient, in0 * in1, residual)
 
-    return replace(read(pair), contrasts=tuple(read(contrast) for contrast in pair.contrasts))
+    return replace(sample(pair), contrasts=tuple(sample(contrast) for contrast in pair.contrasts))
 
 
-def outliers(pair: Pair, compared: Comparison) -> tuple[float, ...]:
-    """Where residuals of b=0 and of each contrast begin to count less: further out while images are still apart."""
-    return tuple(_outlier(pair.inner, part, noise) for part, noise in _parts(pair, compared))
+def outlier_limits(pair: Pair, compared: Comparison) -> tuple[float, ...]:
+    """Residual beyond which a voxel counts less, for b=0 and each contrast; larger while the images still disagree."""
+    return tuple(_outlier_limit(pair.brain, part, noise) for part, noise in _parts(pair, compared))
 
 
-def _outlier(inner: torch.Tensor, compared: Comparison, noise: float) -> float:
-    inside = compared.residual[inner & (compared.inside > 0)]
-    spread = float(1.4826 * inside.abs().median()) if inside.numel() else 0.0
-    return OUTLIER * max(spread, noise)
-
-
-def _parts(pair: Pair, compared: Comparison) -> list[tuple[Comparison, float]]:
-    """What is compared, and its noise: b=0, then each contrast."""
-    return list(zip((compared, *compared.contrasts), (pair.noise, *(c.noise for c in pair.contrasts)), strict=True))
-
-
-def _stiffness(pair: Pair) -> tuple[float, float]:
-    volume = float(np.prod(pair.grid.voxel_sizes))
-    return WEAK * volume, STIFF * volume
-
-
-def folded(pair: Pair, state: State, compared: Comparison) -> bool:
-    """Whether the field folds either image, or all but does."""
-    shared = state.shared is not None  # the barrier does not know of it
+def is_folded(pair: Pair, state: State, compared: Comparison) -> bool:
+    """Whether the field folds either image, or nearly does."""
+    shared = state.shared is not None  # the barrier does not include the shared displacement
     jacobians = compared.jacobians[0 if shared else 1 :]
     return not bool(torch.isfinite(barrier(state.field, pair.steepness)[0])) or not all(
         bool((j > 0).all()) for j in jacobians
@@ -253,119 +224,179 @@ def folded(pair: Pair, state: State, compared: Comparison) -> bool:
 
 
 def cost(pair: Pair, state: State, compared: Comparison, limits: tuple[float, ...]) -> float:
-    """What is minimised: misfit, roughness of the field and barrier; infinite where the field folds.
+    """Objective function: misfit, roughness of the field and barrier; infinite where the field folds.
 
-    The misfit is Cauchy's, limit²/2 log(1 + r²/limit²) in units of the noise, limits as from `outliers`; the roughness
-    is squared up to `KINK` and proportional beyond.
+    The misfit is Cauchy's, limit²/2 log(1 + r²/limit²) in units of the noise, with limits from `outlier_limits`. The
+    Laplacian is penalised quadratically up to `LINEAR_LAPLACIAN` and linearly beyond.
     """
-    if folded(pair, state, compared):
+    if is_folded(pair, state, compared):
         return float("inf")
-    wall = barrier(state.field, pair.steepness)[0]
+    folding = barrier(state.field, pair.steepness)[0]
     misfit = sum(
         0.5 * (limit / noise) ** 2 * (part.inside * torch.log1p((part.residual / limit) ** 2)).sum()
         for (part, noise), limit in zip(_parts(pair, compared), limits, strict=True)
     )
-    weak, stiff = _stiffness(pair)
-    bend = laplacian(state.field, pair.grid.voxel_sizes)
-    rough = stiff * KINK**2 * (torch.sqrt(1 + (bend / KINK) ** 2) - 1).sum()
-    return float(misfit + rough - 0.5 * weak * (bend * state.field).sum() + BARRIER * wall)
+    smoothness = _smoothness(pair)
+    lap, knee = laplacian(state.field, pair.grid.voxel_sizes), smoothness.linear_from
+    roughness = smoothness.laplacian_weight * knee**2 * (torch.sqrt(1 + (lap / knee) ** 2) - 1).sum()
+    # the sum of -f lap(f) is that of the squared gradient
+    return float(
+        misfit + roughness - 0.5 * smoothness.gradient_weight * (lap * state.field).sum() + BARRIER_WEIGHT * folding
+    )
 
 
-def equations(
+def gauss_newton_equations(
     pair: Pair, state: State, compared: Comparison, limits: tuple[float, ...]
 ) -> tuple[NormalEquations, tuple[torch.Tensor, torch.Tensor]]:
-    """Gauss-Newton equations of the next step: the matrix, and minus the gradient of `cost`.
+    """Normal equations of the next step: the matrix, and the negative gradient of `cost`.
 
     Pose parameters are a rotation vector (radians, about the moved centre), two translations across the
     phase-encoding axis (mm) and the logarithm of the gain, (6,).
     """
     parts = zip(_parts(pair, compared), limits, strict=True)
-    terms = _together([_terms(pair, state, part, noise, limit) for (part, noise), limit in parts])
-    force, pose = terms.force, terms.pose
-    pose += torch.diag(torch.tensor([100.0, 100.0, 100.0, 0.01, 0.01, 1.0], device=pose.device))
-    sizes, (weak, stiff) = pair.grid.voxel_sizes, _stiffness(pair)
-    curvature, bent = add_penalties(force, state.field, sizes, pair.steepness, (weak, stiff, KINK))
-    data = (terms.level, terms.tilt, terms.weight)
-    normal = NormalEquations(*data, curvature, terms.coupling, pose, sizes, (weak, bent), terms.diagonal)
-    return normal, (-force, -terms.push)
-
-
-@dataclass(frozen=True, eq=False)
-class _Terms:
-    """What residuals add to `equations`: to the matrix as in `NormalEquations`, and to the gradients by field and pose."""
-
-    level: torch.Tensor
-    tilt: torch.Tensor
-    weight: torch.Tensor
-    coupling: torch.Tensor
-    pose: torch.Tensor
-    force: torch.Tensor
-    push: torch.Tensor
-    diagonal: torch.Tensor | None = None
-
-
-def _terms(pair: Pair, state: State, compared: Comparison, noise: float, limit: float) -> _Terms:
-    h, (s0, s1), gain = float(pair.grid.voxel_sizes[2]), pair.scales, float(np.exp(state.gain))
-    (v0, v1), (j0, j1) = compared.values, compared.jacobians
-    level = s0 / h * compared.slope * j0 - gain * s1 / h * compared.gradient[2] * j1
-    tilt = s0 / h * v0 - gain * s1 / h * v1
-    z = compared.residual / limit
-    weight = compared.inside / (noise**2 * (1 + z * z))
-    columns = _pose_columns(pair, state, compared)
-    spread = weight * columns
-    coupling = torch.stack([level * c + transposed_along(tilt * c) for c in spread])
-    count = len(columns)
-    pose = columns.reshape(count, -1) @ spread.reshape(count, -1).T
-    weighted = weight * compared.residual
-    force = level * weighted + transposed_along(tilt * weighted)
-    return _Terms(level, tilt, weight, coupling, pose, force, columns.reshape(count, -1) @ weighted.reshape(-1))
-
-
-def _together(terms: list[_Terms]) -> _Terms:
-    """All residuals as one, exactly: squares of level + tilt D add up to one such square and a diagonal."""
-    if len(terms) == 1:
-        return terms[0]
-    squares = _total(t.weight * t.level**2 for t in terms)
-    mixed = _total(t.weight * t.level * t.tilt for t in terms)
-    weight = _total(t.weight * t.tilt**2 for t in terms)
-    level = torch.where(weight > 1e-12, mixed / weight.clamp(min=1e-12), 0.0)
-    return _Terms(
-        level,
-        (weight > 1e-12).float(),
-        weight,
-        _total(t.coupling for t in terms),
-        _total(t.pose for t in terms),
-        _total(t.force for t in terms),
-        _total(t.push for t in terms),
-        (squares - weight * level**2).clamp(min=0),
+    terms = _combined([_data_terms(pair, state, part, noise, limit) for (part, noise), limit in parts])
+    field_gradient, pose = terms.field_gradient, terms.pose
+    pose += torch.diag(torch.tensor(POSE_PRIOR, device=pose.device))
+    spacing, smoothness = pair.grid.voxel_sizes, _smoothness(pair)
+    curvature, laplacian_weight = add_penalties(field_gradient, state.field, spacing, pair.steepness, smoothness)
+    normal = NormalEquations(
+        terms.by_field,
+        terms.by_slope,
+        terms.weight,
+        curvature,
+        terms.coupling,
+        pose,
+        spacing,
+        smoothness.gradient_weight,
+        laplacian_weight,
+        terms.diagonal,
     )
+    return normal, (-field_gradient, -terms.pose_gradient)
 
 
-def _total(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    return reduce(torch.add, tensors)
-
-
-def _pose_columns(pair: Pair, state: State, compared: Comparison) -> torch.Tensor:
-    """Derivatives of the residual by the pose parameters of `equations`, (6, a, b, y)."""
-    affine, gain = pair.grid.affine, float(np.exp(state.gain))
-    value, jacobian = compared.values[1], compared.jacobians[1]
-    turn = torch.as_tensor(np.linalg.inv(affine[:3, :3]).T, dtype=torch.float32, device=value.device)
-    world = -gain * jacobian * torch.einsum("ab,bijk->aijk", turn, compared.gradient)
-    arms = state.pose @ affine
-    arms[:3, 3] -= (state.pose @ np.append(pair.centre, 1))[:3]
-    return torch.cat([rigid_columns(world, arms, pair.grid), (-gain * value * jacobian)[None]])
-
-
-def moved(pair: Pair, state: State, field: torch.Tensor, pose: np.ndarray) -> State:
-    """The state after a step: `field` (a, b, y) in mm, `pose` (6,) as in `equations`."""
+def apply_step(pair: Pair, state: State, field: torch.Tensor, pose: np.ndarray) -> State:
+    """The state after a step: `field` (a, b, y) in mm, `pose` (6,) as in `gauss_newton_equations`."""
     centre = (state.pose @ np.append(pair.centre, 1))[:3]
-    parameters = np.concatenate([pose[:3], across_axis(pair.grid) @ pose[3:5]])
+    parameters = np.concatenate([pose[:3], transverse_axes(pair.grid) @ pose[3:5]])
     gain = float(np.clip(state.gain + pose[5], -3, 3))
     return State(state.field + field, rigid_matrix(parameters, centre) @ state.pose, gain)
 
 
-def change(pair: Pair, before: State, after: State) -> float:
-    """How far nearly all of the brain moved between two states, mm."""
-    most = percentile_99((after.field - before.field).abs()[pair.inner])
-    arms = pair.centre + 60.0 * np.concatenate([np.eye(3), -np.eye(3)])
-    return max(most, float(point_displacement(before.pose[None], after.pose[None], arms).max()))
+def displacement_between(pair: Pair, before: State, after: State) -> float:
+    """Displacement in mm of the brain from one state to another.
+
+    The larger of the 99th percentile due to the field and the maximum due to the pose.
+    """
+    by_field = percentile_99((after.field - before.field).abs()[pair.brain])
+    points = pair.centre + 60.0 * np.concatenate([np.eye(3), -np.eye(3)])
+    return max(by_field, float(point_displacement(before.pose[None], after.pose[None], points).max()))
+
+
+def _splines(images: Images) -> Images:
+    """Spline coefficients along lines of blip 0, and along all axes of blip 1."""
+    return line_coefficients(images[0]), spline_coefficients(images[1][None])[0]
+
+
+def _noise(images: Images, brain: torch.Tensor) -> float:
+    """Standard deviation of the difference of correctly aligned images, `MODEL_ERROR` included.
+
+    Estimated from differences along all three axes at once, which remove most of the anatomy, in the smoothest tenth of
+    the brain.
+    """
+    total = MODEL_ERROR**2
+    for image in images:
+        difference, mask = image, brain
+        for axis in range(3):
+            if image.shape[axis] > 1:
+                difference = torch.diff(difference, dim=axis) / 2**0.5
+                mask = mask.narrow(axis, 1, image.shape[axis] - 1)
+        local = gaussian((difference * difference)[None].contiguous(), NOISE_WINDOW)[0][mask]
+        if local.numel():
+            total += float(local.kthvalue(int(0.1 * local.numel()) + 1).values)
+    return float(total**0.5)
+
+
+def _outlier_limit(brain: torch.Tensor, compared: Comparison, noise: float) -> float:
+    residual = compared.residual[brain & (compared.inside > 0)]
+    spread = float(1.4826 * residual.abs().median()) if residual.numel() else 0.0
+    return OUTLIER * max(spread, noise)
+
+
+def _parts(pair: Pair, compared: Comparison) -> list[tuple[Comparison, float]]:
+    """Comparison and noise of b=0, then of each contrast."""
+    return list(zip((compared, *compared.contrasts), (pair.noise, *(c.noise for c in pair.contrasts)), strict=True))
+
+
+def _smoothness(pair: Pair) -> Smoothness:
+    volume = float(np.prod(pair.grid.voxel_sizes))
+    return Smoothness(GRADIENT_WEIGHT * volume, LAPLACIAN_WEIGHT * volume, LINEAR_LAPLACIAN)
+
+
+@dataclass(frozen=True, eq=False)
+class _DataTerms:
+    """Contribution of one comparison: to the matrix as in `NormalEquations`, and to the gradients by field and pose."""
+
+    by_field: torch.Tensor
+    by_slope: torch.Tensor
+    weight: torch.Tensor
+    coupling: torch.Tensor
+    pose: torch.Tensor
+    field_gradient: torch.Tensor
+    pose_gradient: torch.Tensor
+    diagonal: torch.Tensor | None = None
+
+
+def _data_terms(pair: Pair, state: State, compared: Comparison, noise: float, limit: float) -> _DataTerms:
+    h, (s0, s1), gain = float(pair.grid.voxel_sizes[2]), pair.scales, float(np.exp(state.gain))
+    (v0, v1), (j0, j1) = compared.values, compared.jacobians
+    by_field = s0 / h * compared.slope * j0 - gain * s1 / h * compared.gradient[2] * j1
+    by_slope = s0 / h * v0 - gain * s1 / h * v1
+    z = compared.residual / limit
+    weight = compared.inside / (noise**2 * (1 + z * z))
+    columns = _pose_derivatives(pair, state, compared)
+    weighted_columns = weight * columns
+    coupling = torch.stack([by_field * c + central_difference_transpose(by_slope * c) for c in weighted_columns])
+    count = len(columns)
+    pose = columns.reshape(count, -1) @ weighted_columns.reshape(count, -1).T
+    weighted = weight * compared.residual
+    field_gradient = by_field * weighted + central_difference_transpose(by_slope * weighted)
+    pose_gradient = columns.reshape(count, -1) @ weighted.reshape(-1)
+    return _DataTerms(by_field, by_slope, weight, coupling, pose, field_gradient, pose_gradient)
+
+
+def _combined(terms: list[_DataTerms]) -> _DataTerms:
+    """Sum of the contributions of all comparisons.
+
+    It is exact: a sum of squares of by_field + by_slope D equals one such square plus a diagonal.
+    """
+    if len(terms) == 1:
+        return terms[0]
+    squares = _sum(t.weight * t.by_field**2 for t in terms)
+    products = _sum(t.weight * t.by_field * t.by_slope for t in terms)
+    weight = _sum(t.weight * t.by_slope**2 for t in terms)
+    by_field = torch.where(weight > 1e-12, products / weight.clamp(min=1e-12), 0.0)
+    return _DataTerms(
+        by_field,
+        (weight > 1e-12).float(),
+        weight,
+        _sum(t.coupling for t in terms),
+        _sum(t.pose for t in terms),
+        _sum(t.field_gradient for t in terms),
+        _sum(t.pose_gradient for t in terms),
+        (squares - weight * by_field**2).clamp(min=0),
+    )
+
+
+def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    return reduce(torch.add, tensors)
+
+
+def _pose_derivatives(pair: Pair, state: State, compared: Comparison) -> torch.Tensor:
+    """Derivatives of the residual with respect to the pose parameters of `gauss_newton_equations`, (6, a, b, y)."""
+    affine, gain = pair.grid.affine, float(np.exp(state.gain))
+    value, jacobian = compared.values[1], compared.jacobians[1]
+    to_world = torch.as_tensor(np.linalg.inv(affine[:3, :3]).T, dtype=torch.float32, device=value.device)
+    gradient = -gain * jacobian * torch.einsum("ab,bijk->aijk", to_world, compared.gradient)
+    lever_arms = state.pose @ affine
+    lever_arms[:3, 3] -= (state.pose @ np.append(pair.centre, 1))[:3]
+    return torch.cat([rigid_derivatives(gradient, lever_arms, pair.grid), (-gain * value * jacobian)[None]])

@@ -1,4 +1,7 @@
-"""Derivatives of an image by a rigid pose of the head: rotations, and translations across the phase-encoding axis."""
+"""Derivatives of an image with respect to a rigid head pose without translation along the phase-encoding axis.
+
+That translation is left out because a constant field has the same effect.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +10,35 @@ import torch
 
 from dsiprep.data.grid import Grid
 
-__all__ = ["across_axis", "rigid_columns"]
+__all__ = ["rigid_derivatives", "transverse_axes"]
 
 
-def across_axis(grid: Grid) -> np.ndarray:
-    """Two unit vectors across the last axis of the grid, (3, 2)."""
-    return np.linalg.svd(grid.directions[:, 2:])[0][:, 1:]
-
-
-def rigid_columns(slopes: torch.Tensor, arms: np.ndarray, grid: Grid) -> torch.Tensor:
-    """Derivatives by a rigid pose, (5, a, b, y): a rotation vector, and two translations across the last axis.
+def rigid_derivatives(gradient: torch.Tensor, lever_arms: np.ndarray, grid: Grid) -> torch.Tensor:
+    """Derivatives with respect to a rotation vector and two translations across the last axis, (5, a, b, y).
 
     Parameters
     ----------
-    slopes : Tensor, (3, a, b, y)
-        Derivatives by the world coordinates of a point, per mm.
-    arms : ndarray, (3, 4) or (4, 4)
-        Voxels to where their points lie from the point that is turned about, mm.
+    gradient : Tensor, (3, a, b, y)
+        Derivatives with respect to the world coordinates of a point, per mm.
+    lever_arms : ndarray, (3, 4) or (4, 4)
+        Affine from voxels to the offset of their points from the centre of rotation, mm.
     grid : Grid
+        Phase-encoding axis last.
     """
-    axes = [torch.arange(n, device=slopes.device, dtype=torch.float32) for n in slopes.shape[1:]]
+    axes = [torch.arange(n, device=gradient.device, dtype=torch.float32) for n in gradient.shape[1:]]
     x, y, z = (
         float(r[0]) * axes[0][:, None, None] + float(r[1]) * axes[1][:, None] + float(r[2]) * axes[2] + float(r[3])
-        for r in arms[:3]
+        for r in lever_arms[:3]
     )
-    turns = [y * slopes[2] - z * slopes[1], z * slopes[0] - x * slopes[2], x * slopes[1] - y * slopes[0]]
-    across = torch.as_tensor(across_axis(grid), dtype=torch.float32, device=slopes.device)
-    return torch.stack([*turns, *torch.einsum("am,aijk->mijk", across, slopes)])
+    rotations = [
+        y * gradient[2] - z * gradient[1],
+        z * gradient[0] - x * gradient[2],
+        x * gradient[1] - y * gradient[0],
+    ]
+    across = torch.as_tensor(transverse_axes(grid), dtype=torch.float32, device=gradient.device)
+    return torch.stack([*rotations, *torch.einsum("am,aijk->mijk", across, gradient)])
+
+
+def transverse_axes(grid: Grid) -> np.ndarray:
+    """Two unit vectors orthogonal to the last axis of the grid and to each other, (3, 2)."""
+    return np.linalg.svd(grid.directions[:, 2:])[0][:, 1:]

@@ -1,19 +1,47 @@
-"""Regularisation of a displacement field along the phase-encoding axis: derivatives, Laplacian, and a barrier against folding.
+"""Regularisation of a displacement field along the phase-encoding axis: smoothness penalties and a barrier to folding.
 
 All arrays have the phase-encoding axis last, (a, b, y).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
-__all__ = ["BARRIER", "add_penalties", "along", "barrier", "laplacian", "transposed_along"]
-BARRIER = 0.5  # weight of the barrier against folding
+__all__ = [
+    "BARRIER_WEIGHT",
+    "Smoothness",
+    "add_penalties",
+    "barrier",
+    "central_difference",
+    "central_difference_transpose",
+    "laplacian",
+]
+
+BARRIER_WEIGHT = 0.5
 
 
-def along(field: torch.Tensor, axis: int) -> torch.Tensor:
-    """Central difference per voxel; beyond the edges the outermost value is repeated."""
+@dataclass(frozen=True)
+class Smoothness:
+    """Weights of the smoothness penalties at one voxel size.
+
+    Attributes
+    ----------
+    gradient_weight, laplacian_weight : float
+        Weights of the squared gradient and of the squared Laplacian.
+    linear_from : float
+        Absolute Laplacian beyond which its penalty is linear rather than quadratic, 1/mm.
+    """
+
+    gradient_weight: float
+    laplacian_weight: float
+    linear_from: float
+
+
+def central_difference(field: torch.Tensor, axis: int) -> torch.Tensor:
+    """Central difference per voxel; the outermost values are repeated beyond the edges."""
     n = field.shape[axis]
     if n == 1:
         return torch.zeros_like(field)
@@ -22,8 +50,21 @@ def along(field: torch.Tensor, axis: int) -> torch.Tensor:
     return (padded.narrow(axis, 2, n) - padded.narrow(axis, 0, n)) / 2
 
 
+def central_difference_transpose(values: torch.Tensor) -> torch.Tensor:
+    """Transpose of `central_difference` along the last axis."""
+    out = torch.zeros_like(values)
+    if values.shape[2] == 1:
+        return out
+    half = values / 2
+    out[..., 1:] += half[..., :-1]
+    out[..., :-1] -= half[..., 1:]
+    out[..., 0] -= half[..., 0]
+    out[..., -1] += half[..., -1]
+    return out
+
+
 def laplacian(field: torch.Tensor, spacing: np.ndarray) -> torch.Tensor:
-    """Sum of second differences per mm², no flux through the edges.
+    """Sum of second differences per mm², without flux through the edges.
 
     Parameters
     ----------
@@ -42,74 +83,58 @@ def laplacian(field: torch.Tensor, spacing: np.ndarray) -> torch.Tensor:
 
 
 def barrier(field: torch.Tensor, steepness: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cost of squeezing voxels, infinite where a line would fold.
+    """Penalty on the compression and expansion of voxels, infinite where a line would fold.
 
-    d^4 / (1 - d^2) of d = steepness times the difference of neighbours along the last axis, as in Burger et al. 2013
-    (doi 10.1137/110835955).
+    The sum of d^4 / (1 - d^2), where d is the difference of neighbours along the last axis times `steepness`.
 
     Returns
     -------
     cost : Tensor, ()
-        Infinite where |d| >= 1 anywhere.
+        Infinite where d² >= 0.98 anywhere.
     slope, curvature : Tensor, (a, b, y - 1)
-        Derivatives by the difference of neighbours.
+        First and second derivatives with respect to the difference of neighbours; not valid where the cost is infinite.
+
+    References
+    ----------
+    Burger et al. 2013, doi 10.1137/110835955.
     """
     d = steepness * torch.diff(field, dim=2)
     square = d * d
-    left = 1 - square
-    if field.shape[2] > 1 and float(left.min()) <= 0.02:
+    margin = 1 - square
+    if field.shape[2] > 1 and float(margin.min()) <= 0.02:
         return torch.tensor(float("inf")), d, d
-    slope = 2 * square * d * (2 - square) / (left * left)
-    curvature = square * (12 - 10 * square) / (left * left) + 4 * d * slope / left
-    return (square * square / left).sum(), steepness * slope, steepness**2 * curvature
-
-
-def transposed_along(values: torch.Tensor) -> torch.Tensor:
-    """The transpose of `along` on the last axis."""
-    out = torch.zeros_like(values)
-    if values.shape[2] == 1:
-        return out
-    half = values / 2
-    out[..., 1:] += half[..., :-1]
-    out[..., :-1] -= half[..., 1:]
-    out[..., 0] -= half[..., 0]
-    out[..., -1] += half[..., -1]
-    return out
+    slope = 2 * square * d * (2 - square) / (margin * margin)
+    curvature = square * (12 - 10 * square) / (margin * margin) + 4 * d * slope / margin
+    return (square * square / margin).sum(), steepness * slope, steepness**2 * curvature
 
 
 def add_penalties(
-    force: torch.Tensor,
-    field: torch.Tensor,
-    sizes: np.ndarray,
-    steepness: float,
-    smoothness: tuple[float, float, float],
+    gradient: torch.Tensor, field: torch.Tensor, spacing: np.ndarray, steepness: float, smoothness: Smoothness
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What smoothness and the barrier add to the equations of the next step.
+    """Add the gradient of the penalties to that of the misfit, and return their part of the normal equations.
 
     Parameters
     ----------
-    force : Tensor, (a, b, y)
-        Gradient of the misfit by the field; that of the penalties is added to it in place.
+    gradient : Tensor, (a, b, y)
+        Gradient of the misfit with respect to the field; modified in place.
     field : Tensor, (a, b, y)
         mm.
-    sizes : ndarray, (3,)
-        Of voxels, mm.
+    spacing : ndarray, (3,)
+        Voxel sizes, mm.
     steepness : float
-        As of `barrier`.
-    smoothness : (float, float, float)
-        Weights of the squared gradient and of the squared Laplacian, and the Laplacian (1/mm) beyond which it costs in
-        proportion only.
+        As in `barrier`.
+    smoothness : Smoothness
 
     Returns
     -------
-    curvature, stiffness : Tensor, (a, b, y - 1) and (a, b, y)
+    curvature : Tensor, (a, b, y - 1)
+    laplacian_weight : Tensor, (a, b, y)
         As in `NormalEquations`.
     """
-    weak, stiff, kink = smoothness
     _, slope, curvature = barrier(field, steepness)
-    bend = laplacian(field, sizes)
-    bent = stiff / torch.sqrt(1 + (bend / kink) ** 2)
-    force += laplacian(bent * bend - weak * field, sizes)
-    force[..., 1:] += BARRIER * slope
-    force[..., :-1] -= BARRIER * slope
-    return BARRIER * curvature, bent
+    lap = laplacian(field, spacing)
+    laplacian_weight = smoothness.laplacian_weight / torch.sqrt(1 + (lap / smoothness.linear_from) ** 2)
+    gradient += laplacian(laplacian_weight * lap - smoothness.gradient_weight * field, spacing)
+    gradient[..., 1:] += BARRIER_WEIGHT * slope
+    gradient[..., :-1] -= BARRIER_WEIGHT * slope
+    return BARRIER_WEIGHT * curvature, laplacian_weight

@@ -1,4 +1,4 @@
-"""How volumes of a series are predicted from each other: the choice of model, and the prediction."""
+"""Prediction of each volume of a series from the others: choice of the signal model, and the prediction."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dsiprep.ops.qspace.tensor import tensor_basis, tensor_prediction
 
 __all__ = ["Model", "Prediction", "choose_model", "predict"]
 
-SETTLING = 1.4  # of the 2 from which on rounds do not come to rest
+STABLE_STEP = 1.4  # below the limit of 2 at which the iterations diverge
 
 
 @dataclass(frozen=True)
 class Model:
-    """How volumes are predicted from each other: "3dSHORE" with its radial order, "tensor", "none" or "off"."""
+    """A signal model: "3dSHORE" with its radial order, "tensor", "none" or "off"; `note` explains the choice."""
 
     name: str
     note: str = ""
@@ -27,14 +27,16 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """Volumes as the others predict them.
+    """Volumes predicted from the other volumes.
 
     Attributes
     ----------
     values : Tensor, (n, m)
+        Predicted intensities.
     matrix : Tensor, (n, n)
-        What each volume (column) has to do with the prediction of each (row): of intensities, or of their logarithms.
+        Weight of each volume (column) in the prediction of each volume (row).
     logarithmic : bool
+        Whether `matrix` applies to the logarithms of intensities.
     """
 
     values: torch.Tensor
@@ -43,60 +45,60 @@ class Prediction:
 
     @property
     def relaxation(self) -> float:
-        """How far volumes may go towards their predictions in one round for rounds to come to rest.
+        """Fraction of the step towards the predictions, at most 1, with which the iterations converge.
 
-        Displacements d that are left become P d where volumes go all the way, P the matrix, and d - s (1 - P) d where
-        they go a share s of it. That dies away if s times the largest eigenvalue of 1 - P is below 2, which it is not
-        where a model has nearly as many parameters as there are volumes.
+        With P the matrix, residual displacements d become P d after a full step and d - s (1 - P) d after a fraction s
+        of it. They decay if s times the largest eigenvalue of 1 - P is below 2. A full step can exceed that limit if
+        the model has nearly as many parameters as there are volumes.
         """
         size = len(self.matrix)
         largest = np.abs(np.linalg.eigvals(np.eye(size) - self.matrix.cpu().numpy())).max()
-        return float(min(1.0, SETTLING / largest))
+        return float(min(1.0, STABLE_STEP / largest))
 
     def change(self, volumes: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """How predictions change when volumes change by (n, c, k), which is (n, c, k); `values` (n, 1, k) are there."""
+        """Linearised change of predictions `values` (n, 1, k) for changes of the volumes (n, c, k); (n, c, k)."""
         if not self.logarithmic:
             return torch.einsum("vw,wck->vck", self.matrix, volumes)
         floor = values.clamp(min=1e-3 * float(values.max()))
         return floor * torch.einsum("vw,wck->vck", self.matrix, volumes / floor)
 
 
-def choose_model(count: int, rings: int, wanted: str) -> Model:
-    """3dSHORE, of as high a radial order as there are volumes for; the tensor only if asked for.
+def choose_model(count: int, n_bvalues: int, wanted: str) -> Model:
+    """Choose 3dSHORE with the highest radial order that the number of volumes supports; the tensor only on request.
 
-    A tensor of few directions has nearly as many parameters as there are volumes, so that predictions follow single
-    volumes with all their noise and displacement. The prior of 3dSHORE keeps them from that. On one shell, radial
-    functions of the same l are alike, and what counts is how many functions of direction there are.
+    With few directions a tensor has nearly as many parameters as there are volumes, so predictions follow the noise
+    and displacement of single volumes. The prior of 3dSHORE prevents that. On a single shell, radial functions of the
+    same l coincide, and only the number of angular functions counts.
 
     Parameters
     ----------
     count : int
         Diffusion-weighted volumes.
-    rings : int
-        b-values, b=0 counted.
+    n_bvalues : int
+        Distinct b-values, including b=0.
     wanted : str
         "auto", "3dSHORE", "tensor" or "none".
     """
     if wanted == "none" or count == 0:
-        return Model("none", "b=0 volumes only" if count else "there are only b=0 volumes")
+        return Model("none", "motion from b=0 volumes only" if count else "no diffusion-weighted volumes")
     if wanted == "tensor":
-        return _tensor(count, "as asked for")
-    shells = f"{rings} b-values" if rings > 2 else "one b-value besides b=0"
+        return _tensor_model(count, "as requested")
+    shells = f"{n_bvalues} b-values" if n_bvalues > 2 else "one b-value besides b=0"
     for order in (6, 4, 2):
-        if count + 1 > (shore_size(order) if rings > 2 else 1 + shell_size(order)):
-            few = "" if order == 6 else f", as there are only {count} directions"
-            return Model("3dSHORE", f"{shells}, radial order {order}{few}", order)
-    return Model("none", f"{count} directions are too few for 3dSHORE: b=0 volumes only")
+        if count + 1 > (shore_size(order) if n_bvalues > 2 else 1 + shell_size(order)):
+            limit = "" if order == 6 else f", limited by {count} directions"
+            return Model("3dSHORE", f"{shells}, radial order {order}{limit}", order)
+    return Model("none", f"{count} directions are too few for 3dSHORE: motion from b=0 volumes only")
 
 
-def _tensor(count: int, why: str) -> Model:
+def _tensor_model(count: int, reason: str) -> Model:
     if count < 7:
-        return Model("none", f"{why}, and {count} directions are too few for a tensor: b=0 volumes only")
-    return Model("tensor", why)
+        return Model("none", f"{reason}, but {count} directions are too few for a tensor: motion from b=0 volumes only")
+    return Model("tensor", reason)
 
 
 def predict(
-    seen: torch.Tensor,
+    observed: torch.Tensor,
     reference: torch.Tensor,
     model: Model,
     bvals: np.ndarray,
@@ -104,20 +106,24 @@ def predict(
     transforms: np.ndarray,
     weights: np.ndarray,
 ) -> Prediction:
-    """Every diffusion-weighted volume from the others and the mean b=0.
+    """Predict every diffusion-weighted volume from the others and the mean b=0.
 
     Parameters
     ----------
-    seen : Tensor, (n, m)
-        Volumes at the points of the reference.
+    observed : Tensor, (n, m)
+        Volumes sampled at the points of the reference.
     reference : Tensor, (1, m)
-        Mean b=0.
+        Mean b=0 at the same points.
+    model : Model
+        "3dSHORE" or "tensor".
     bvals : ndarray, (n,)
         s/mm².
     bvecs : ndarray, (n, 3)
-        As played out, world RAS+; they are turned with `transforms` (n, 4, 4), for the head turned in them.
+        As applied by the scanner, world RAS+.
+    transforms : ndarray, (n, 4, 4)
+        Head poses, as in `Motion.transforms`; b-vectors are rotated into the frame of the reference head.
     weights : ndarray, (n,)
-        How far each volume is to be believed.
+        Weight of each volume, 0 to 1.
 
     Returns
     -------
@@ -126,15 +132,15 @@ def predict(
     bvals = np.append(bvals, 0)
     bvecs = np.vstack([rotate_bvecs(bvecs, transforms), np.zeros(3)])
     q = np.sqrt(bvals)[:, None] * bvecs
-    samples = torch.cat([seen, reference])
-    near, believed = near_neighbours(q), np.append(weights, 1.0)
+    samples = torch.cat([observed, reference])
+    left_out, weights = near_neighbours(q), np.append(weights, 1.0)
     if model.name == "tensor":
-        matrix = leave_one_out(tensor_basis(bvals, bvecs), np.full(7, 1e-6), near, believed)
+        matrix = leave_one_out(tensor_basis(bvals, bvecs), np.full(7, 1e-6), left_out, weights)
         values = tensor_prediction(samples, matrix)[:-1].contiguous()
     else:
         basis = shore_basis(q, model.order)
         moment = (samples @ samples.T / samples.shape[1]).cpu().numpy().astype(float)
-        matrix = leave_one_out(basis, shore_prior(moment, basis, model.order, believed), near, believed)
-        values = torch.as_tensor(matrix[:-1], dtype=torch.float32, device=seen.device) @ samples
-    among = torch.as_tensor(matrix[:-1, :-1], dtype=torch.float32, device=seen.device)
-    return Prediction(values, among, model.name == "tensor")
+        matrix = leave_one_out(basis, shore_prior(moment, basis, model.order, weights), left_out, weights)
+        values = torch.as_tensor(matrix[:-1], dtype=torch.float32, device=observed.device) @ samples
+    between_volumes = torch.as_tensor(matrix[:-1, :-1], dtype=torch.float32, device=observed.device)
+    return Prediction(values, between_volumes, model.name == "tensor")

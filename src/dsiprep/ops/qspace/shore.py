@@ -1,7 +1,7 @@
-"""3dSHORE: the basis, its regularisers, and leave-one-out predictions as one matrix.
+"""3dSHORE: the basis, its regularisers, and leave-one-out prediction as a single matrix.
 
-A prediction is linear in the other volumes, and its weights are the same in every voxel: all volumes are predicted
-from all others by one n x n matrix, without refitting voxels.
+A prediction is linear in the other volumes, with the same weights in every voxel, so one n x n matrix predicts all
+volumes from the others without refitting voxels.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ __all__ = [
     "shore_size",
 ]
 
-ZETA = 700.0  # scale of the basis in s/mm², for tau = 1 / (4 pi²), where q is the root of b
+ZETA = 700.0  # scale of the basis in s/mm², for tau = 1 / (4 pi²), where q is the square root of b
 
 
 def shore_size(radial_order: int) -> int:
-    """Number of functions in the basis of an even radial order: 1, 7, 22, 50 for 0, 2, 4, 6."""
+    """Number of basis functions of an even radial order: 1, 7, 22, 50 for 0, 2, 4, 6."""
     half = radial_order // 2
     return round((half + 1) * (half + 2) * (4 * half + 3) / 6)
 
 
 def shell_size(radial_order: int) -> int:
-    """How many functions of the basis differ on one shell: 1, 6, 15, 28 for 0, 2, 4, 6."""
+    """Number of basis functions that are distinct on a single shell: 1, 6, 15, 28 for 0, 2, 4, 6."""
     return (radial_order + 1) * (radial_order + 2) // 2
 
 
 def shore_basis(q: np.ndarray, radial_order: int = 6, zeta: float = ZETA) -> np.ndarray:
-    """The 3dSHORE functions at points of q-space, in the order and signs of BrainSuite and DIPY.
+    """3dSHORE functions at points in q-space, with the order and signs of BrainSuite and DIPY.
 
     Parameters
     ----------
     q : ndarray, (n, 3)
-        Root of the b-value (s/mm²) times the b-vector: q in 1/mm for a diffusion time of 1 / (4 pi²).
+        Square root of the b-value (s/mm²) times the b-vector: q in 1/mm for a diffusion time of 1 / (4 pi²).
     radial_order : int
         Even.
     zeta : float
-        Scale, in the unit of q squared.
+        Scale, in units of q squared.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def shore_basis(q: np.ndarray, radial_order: int = 6, zeta: float = ZETA) -> np.
 
 
 def shore_regulariser(radial_order: int, radial: float = 1e-8, angular: float = 1e-8) -> np.ndarray:
-    """Diagonal of lambdaN N + lambdaL L, which damp high radial and angular orders, (shore_size,)."""
+    """Diagonal (shore_size,) of lambdaN N + lambdaL L, which penalises high radial and angular orders."""
     diagonal = []
     for ell, n in _orders(radial_order):
         diagonal += [radial * (n * (n + 1)) ** 2 + angular * (ell * (ell + 1)) ** 2] * (2 * ell + 1)
@@ -79,19 +79,19 @@ def shore_regulariser(radial_order: int, radial: float = 1e-8, angular: float = 
 def shore_prior(
     second_moment: np.ndarray, basis: np.ndarray, radial_order: int, weights: np.ndarray, iterations: int = 40
 ) -> np.ndarray:
-    """The regulariser that the data themselves call for, in place of fixed lambdas.
+    """Estimate the regulariser from the data, in place of fixed lambdas (empirical Bayes).
 
-    The coefficients of a voxel are taken as drawn from a normal distribution without a preferred direction: any
-    covariance between radial orders of the same l, none between different l or m. This prior and the noise are
-    estimated by expectation maximisation from all voxels at once, through their second moment alone.
+    The coefficients of a voxel are modelled as a normal distribution without preferred direction: any covariance
+    between radial orders of the same l, none between different l or m. Expectation maximisation estimates this prior
+    and the noise from all voxels at once, through their second moment alone.
 
     Parameters
     ----------
     second_moment : ndarray, (n, n)
-        Mean over voxels of samples times samples.
+        Mean over voxels of the outer product of the samples.
     basis : ndarray, (n, shore_size(radial_order))
     weights : ndarray, (n,)
-        Trust in each sample: its noise variance is sigma² / weight.
+        Weight of each sample, whose noise variance is sigma² / weight.
     iterations : int
 
     Returns
@@ -110,19 +110,19 @@ def shore_prior(
     gram = basis.T @ weighted
     blocks = _blocks(radial_order)
     for _ in range(iterations):
-        spread = np.linalg.inv(gram / noise + np.linalg.inv(prior))
-        gather = spread @ weighted.T / noise
-        passed = gather @ second_moment
-        moment = passed @ gather.T + spread
-        fitted = np.einsum("nc,cn->n", basis, passed)
+        posterior = np.linalg.inv(gram / noise + np.linalg.inv(prior))
+        estimator = posterior @ weighted.T / noise
+        cross_moment = estimator @ second_moment
+        moment = cross_moment @ estimator.T + posterior
+        fitted = np.einsum("nc,cn->n", basis, cross_moment)
         residual = np.diag(second_moment) - 2 * fitted + np.einsum("nc,cd,nd->n", basis, moment, basis)
         noise = max(float(np.sum(weights * residual)) / n, 1e-12)
-        prior = _without_direction(moment, blocks)
+        prior = _isotropic_covariance(moment, blocks)
     return noise * np.linalg.inv(prior)
 
 
 def near_neighbours(q: np.ndarray, fraction: float = 0.02) -> np.ndarray:
-    """Pairs of samples too alike to predict each other: closer than `fraction` of the largest |q|, antipodes too.
+    """Pairs of samples too similar to predict each other: closer than `fraction` of the largest |q|, up to sign.
 
     Parameters
     ----------
@@ -143,18 +143,18 @@ def near_neighbours(q: np.ndarray, fraction: float = 0.02) -> np.ndarray:
 def leave_one_out(
     basis: np.ndarray, penalty: np.ndarray, left_out: np.ndarray, weights: np.ndarray | None = None
 ) -> np.ndarray:
-    """The matrix that predicts every sample from those that are not left out with it.
+    """Matrix that predicts every sample from the samples not left out with it.
 
     Parameters
     ----------
     basis : ndarray, (n, c)
-        Functions at the samples.
+        Basis functions at the samples.
     penalty : ndarray, (c, c) or (c,)
         Regulariser, or its diagonal.
     left_out : ndarray, (n, n) bool
-        Row i: the samples that are not used to predict sample i.
+        Row i: samples not used to predict sample i.
     weights : ndarray, (n,), optional
-        Trust in each sample; 1 by default.
+        Weight of each sample; 1 by default.
 
     Returns
     -------
@@ -167,17 +167,17 @@ def leave_one_out(
     normal = (basis * weights[:, None]).T @ basis + penalty
     out = np.empty((n, n))
     for i in range(n):
-        near = np.flatnonzero(left_out[i])
-        part = basis[near]
-        reduced = normal - (part * weights[near, None]).T @ part
-        reduced.flat[:: c + 1] += 1e-12 * np.trace(reduced) / c  # a direction no sample sees stays solvable
+        excluded = np.flatnonzero(left_out[i])
+        part = basis[excluded]
+        reduced = normal - (part * weights[excluded, None]).T @ part
+        reduced.flat[:: c + 1] += 1e-12 * np.trace(reduced) / c  # solvable despite undetermined coefficients
         out[i] = (basis @ np.linalg.solve(reduced, basis[i])) * weights
-        out[i, near] = 0
+        out[i, excluded] = 0
     return out
 
 
 def _orders(radial_order: int) -> list[tuple[int, int]]:
-    """Pairs (l, n), in the order of the columns."""
+    """Pairs (l, n) in column order."""
     pairs = []
     for ell in range(0, radial_order + 1, 2):
         pairs += [(ell, n) for n in range(ell, (radial_order + ell) // 2 + 1)]
@@ -185,7 +185,7 @@ def _orders(radial_order: int) -> list[tuple[int, int]]:
 
 
 def _blocks(radial_order: int) -> list[np.ndarray]:
-    """For each l, the columns of the basis as (radial orders, 2 l + 1)."""
+    """Column indices of the basis for each l, as arrays (radial orders, 2 l + 1)."""
     blocks, first = [], 0
     for ell in range(0, radial_order + 1, 2):
         shape = ((radial_order + ell) // 2 + 1 - ell, 2 * ell + 1)
@@ -194,8 +194,8 @@ def _blocks(radial_order: int) -> list[np.ndarray]:
     return blocks
 
 
-def _without_direction(moment: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
-    """The nearest covariance that is the same in all directions: averaged over m, zero between l and between m."""
+def _isotropic_covariance(moment: np.ndarray, blocks: list[np.ndarray]) -> np.ndarray:
+    """The closest rotation-invariant covariance: averaged over m, zero between different l or m."""
     out = np.zeros_like(moment)
     for block in blocks:
         mean = np.mean([moment[np.ix_(column, column)] for column in block.T], axis=0)
@@ -206,7 +206,7 @@ def _without_direction(moment: np.ndarray, blocks: list[np.ndarray]) -> np.ndarr
 
 
 def _harmonic(ell: int, m: int, cosine: np.ndarray, azimuth: np.ndarray) -> np.ndarray:
-    """Real spherical harmonic: cosines for m < 0, sines for m > 0 (Descoteaux 2007, as DIPY has it)."""
+    """Real spherical harmonic: cosines for m < 0, sines for m > 0 (Descoteaux 2007, as in DIPY)."""
     order = abs(m)
     norm = np.sqrt((2 * ell + 1) / (4 * np.pi) * factorial(ell - order) / factorial(ell + order))
     value = norm * lpmv(order, ell, cosine)

@@ -1,4 +1,4 @@
-"""The diffusion tensor: each sample predicted by the others, the series fitted, and where fibres point."""
+"""The diffusion tensor: leave-one-out prediction, projection onto the model, and principal directions."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ import torch
 
 __all__ = ["main_directions", "tensor_basis", "tensor_prediction", "tensor_projection"]
 
-CHUNK = 20_000  # voxels at a time
+CHUNK = 20_000  # voxels fitted at a time
 
 
 def tensor_basis(bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
-    """Columns of log S = log S0 - b g' D g, (n, 7): 1, then -b (xx, yy, zz, 2xy, 2xz, 2yz).
+    """Design matrix (n, 7) of log S = log S0 - b g' D g: 1, then -b (xx, yy, zz, 2xy, 2xz, 2yz).
 
     Parameters
     ----------
     bvals : ndarray, (n,)
         s/mm².
     bvecs : ndarray, (n, 3)
-        Unit vectors, or zero. b is counted in ms/µm², so the tensor comes out in µm²/ms.
+        Unit vectors, or zero.
+
+    Returns
+    -------
+    ndarray, (n, 7)
+        With b in ms/µm², so that tensors are in µm²/ms.
     """
     x, y, z = np.asarray(bvecs, float).T
     b = np.asarray(bvals, float) / 1000
@@ -27,19 +32,19 @@ def tensor_basis(bvals: np.ndarray, bvecs: np.ndarray) -> np.ndarray:
 
 
 def tensor_prediction(signals: torch.Tensor, matrix: np.ndarray) -> torch.Tensor:
-    """Each sample predicted by the tensor of the others, by least squares of the logarithms.
+    """Predict each sample by a tensor fitted to the others, log-linear least squares.
 
     Parameters
     ----------
     signals : Tensor, (n, m)
-        n samples of m voxels. Values below a thousandth of the voxel's largest count as that.
+        n samples of m voxels, clipped below at a thousandth of the largest value of the voxel.
     matrix : ndarray, (n, n)
         `shore.leave_one_out` of the `tensor_basis` of the samples.
 
     Returns
     -------
     Tensor, (n, m)
-        Not above 1.5 times the voxel's largest signal, where too few samples leave the fit open.
+        At most 1.5 times the largest signal of the voxel, for fits underdetermined by too few samples.
 
     References
     ----------
@@ -52,7 +57,7 @@ def tensor_prediction(signals: torch.Tensor, matrix: np.ndarray) -> torch.Tensor
 
 
 def tensor_projection(bvals: np.ndarray, bvecs: np.ndarray) -> tuple[np.ndarray, float]:
-    """The matrix that replaces logarithms of signals by their fit, and the degrees of freedom of the residual.
+    """Matrix that projects log signals onto the tensor model, and the residual degrees of freedom.
 
     Parameters
     ----------
@@ -63,19 +68,19 @@ def tensor_projection(bvals: np.ndarray, bvecs: np.ndarray) -> tuple[np.ndarray,
     -------
     matrix : ndarray, (n, n)
     freedom : float
-        Expected square of the residual, for noise of variance 1.
+        Expected sum of squared residuals for noise of variance 1.
     """
     basis = tensor_basis(bvals, bvecs)
     return basis @ np.linalg.pinv(basis), float(len(basis) - 7)
 
 
 def main_directions(signals: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where tensors point, by least squares of the logarithms with the squared signals as weights.
+    """Principal directions of tensors, by log-linear least squares weighted with the squared signals.
 
     Parameters
     ----------
     signals : ndarray, (n, voxels)
-        b=0 volumes among them.
+        Including b=0 volumes.
     bvals, bvecs : ndarray, (n,), (n, 3)
         s/mm²; unit vectors, or zero.
 
@@ -103,7 +108,7 @@ def main_directions(signals: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -
 
 
 def _tensors(signals: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """Tensors (voxels, 3, 3) in µm²/ms of (n, voxels) signals."""
+    """Fit tensors (voxels, 3, 3), µm²/ms, to signals (n, voxels)."""
     products = (basis[:, :, None] * basis[:, None, :]).reshape(len(basis), 49)
     positive = np.maximum(signals, 1e-3 * np.maximum(signals.max(0), 1e-6)).astype(float)
     weights = (positive / positive.mean(0)) ** 2

@@ -1,8 +1,8 @@
-"""Loops of the diffeomorphic registration on the CPU: one iteration without a temporary volume.
+"""CPU kernels of the diffeomorphic registration: one iteration without temporary volumes.
 
-Everything is done row by row and only near the mask: row (i, j) has its span of k, from `spans[0, i, j]` to
-`spans[1, i, j]`, and nothing is written outside of it. Parallel over planes i; every voxel is summed in one
-order, so that the number of threads does not change a bit.
+All kernels work row by row and only near the mask: row (i, j) covers k from `spans[0, i, j]` up to, but not including,
+`spans[1, i, j]`, and nothing is written outside that span. They run in parallel over planes i. The summation order at
+every voxel is fixed, so results do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dsiprep.compiled import compiled, inlined
 
 __all__ = ["compose_loop", "correlation_loop", "smooth_loop", "volume_loop", "warp_loop"]
 
-SLAB = 24  # planes that one thread correlates in one go: the sums of planes at both ends are made twice
+SLAB = 24  # planes per thread and pass; neighbouring slabs recompute the plane sums at their common boundary
 
 
 @inlined
@@ -53,7 +53,7 @@ def warp_loop(moving: np.ndarray, u: np.ndarray, spans: np.ndarray, out: np.ndar
 
 @compiled(parallel=True)
 def compose_loop(u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndarray, out: np.ndarray) -> None:
-    """out(x) = v(x) + u(x + v(x)), where v is the step, shortened to less than `longest`."""
+    """out(x) = v(x) + u(x + v(x)), where v is `step` shortened to less than `longest`."""
     inverse = np.float32(1 / longest**2)
     for i in numba.prange(u.shape[1]):
         for j in range(u.shape[2]):
@@ -68,7 +68,7 @@ def compose_loop(u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndar
 
 @compiled(parallel=True)
 def smooth_loop(volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: float, out: np.ndarray) -> None:
-    """out = keep * out + (n, i, j, k) volumes convolved along all axes, edges repeated."""
+    """out = keep * out + (n, i, j, k) volumes convolved along all axes, with edge voxels repeated."""
     n, ni = volumes.shape[:2]
     slabs = -(-ni // SLAB)
     for number in numba.prange(n * slabs):
@@ -80,7 +80,7 @@ def smooth_loop(volumes: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep
 def _smooth_slab(
     volume: np.ndarray, kernel: np.ndarray, spans: np.ndarray, keep: np.float32, start: int, out: np.ndarray
 ) -> None:
-    """Some planes of one volume; those smoothed along j and k are kept as long as the sum along i needs them."""
+    """Smooth one slab of planes; a ring buffer holds the planes smoothed along j and k that the sum along i needs."""
     ni, nj, nk = volume.shape
     size, radius = len(kernel), len(kernel) // 2
     stop = min(start + SLAB, ni)
@@ -111,7 +111,7 @@ def _smooth_slab(
 def _smooth_row(
     plane: np.ndarray, kernel: np.ndarray, j: int, first: int, last: int, row: np.ndarray, out: np.ndarray
 ) -> None:
-    """One row of a plane, from `first` to `last`, smoothed along j and k."""
+    """Smooth one row of a plane along j and k, from `first` up to `last`."""
     nj, nk = plane.shape
     radius = len(kernel) // 2
     if first >= last:
@@ -136,7 +136,7 @@ def _smooth_row(
 
 @compiled(parallel=True)
 def volume_loop(u: np.ndarray, least: float) -> np.ndarray:
-    """1 where det(I + du/dx), central differences of u in voxels, is below `least`; not on the faces."""
+    """1 where det(I + du/dx) is below `least`, by central differences of u in voxels; 0 on the outermost voxels."""
     _, ni, nj, nk = u.shape
     out = np.zeros((ni, nj, nk), np.float32)
     half = np.float32(0.5)
@@ -167,17 +167,17 @@ def correlation_loop(
     spans: np.ndarray,
     force: np.ndarray,
 ) -> float:
-    """The mean of `similarity.local_correlation` over the weights; `force` gets its derivative by the displacement.
+    """Weighted mean of `similarity.local_correlation`; its derivative by the displacement is written to `force`.
 
-    A slab of planes at a time: sums over the cube of the five products, plane by plane, then the three maps of the
-    derivative and their sums, all in buffers that stay in the processor's cache. The spans hold all voxels of all
-    cubes that count, and no voxel on a face of the volume.
+    Each slab is processed plane by plane: window sums of the five products, then the three coefficient maps of the
+    derivative and their window sums, in buffers small enough for the processor's cache. `spans` must cover every voxel
+    of every window with non-zero weight, and no voxel on a face of the volume.
     """
     slabs = -(-fixed.shape[0] // SLAB)
-    found = np.zeros((slabs, 2))
+    score_and_weight = np.zeros((slabs, 2))
     for slab in numba.prange(slabs):
-        _correlate_slab(fixed, moving, weights, radius, floor, spans, slab * SLAB, force, found[slab])
-    return found[:, 0].sum() / max(found[:, 1].sum(), 1e-6)
+        _correlate_slab(fixed, moving, weights, radius, floor, spans, slab * SLAB, force, score_and_weight[slab])
+    return score_and_weight[:, 0].sum() / max(score_and_weight[:, 1].sum(), 1e-6)
 
 
 @compiled()
@@ -190,13 +190,13 @@ def _correlate_slab(
     spans: np.ndarray,
     start: int,
     force: np.ndarray,
-    found: np.ndarray,
+    score_and_weight: np.ndarray,
 ) -> None:
-    """The planes of one slab; `found` gets the sums of scores and of weights."""
+    """Process one slab; the sums of scores and of weights are added to `score_and_weight`."""
     ni, nj, nk = fixed.shape
     size = 2 * radius + 1
     stop = min(start + SLAB, ni)
-    sums = np.zeros((size, 5, nj, nk), np.float32)  # of the planes around the middle one, in turn
+    sums = np.zeros((size, 5, nj, nk), np.float32)  # ring buffer over the planes around the middle one
     maps = np.zeros((size, 3, nj, nk), np.float32)
     rows = np.zeros((5, nk + 2 * radius), np.float32)
     flat = np.empty((3, nj, nk), np.float32)
@@ -209,8 +209,8 @@ def _correlate_slab(
         if 0 <= middle < ni and middle >= start - radius:
             score, total = _plane_maps(sums, weights[middle], floor, spans[:, middle], rows, maps[middle % size])
             if start <= middle < stop:
-                found[0] += score
-                found[1] += total
+                score_and_weight[0] += score
+                score_and_weight[1] += total
         else:
             maps[middle % size].fill(0)
         if start <= target < stop:
@@ -219,6 +219,7 @@ def _correlate_slab(
 
 @compiled()
 def _clear(rows: np.ndarray, begin: int, end: int) -> None:
+    """Set the elements from `begin` up to `end` of every row to zero."""
     for p in range(rows.shape[0]):
         for k in range(begin, end):
             rows[p, k] = 0
@@ -228,7 +229,7 @@ def _clear(rows: np.ndarray, begin: int, end: int) -> None:
 def _plane_sums(
     fixed: np.ndarray, moving: np.ndarray, radius: int, spans: np.ndarray, rows: np.ndarray, out: np.ndarray
 ) -> None:
-    """Sums of f, m, ff, mm, fm over the squares of one plane."""
+    """Sums of f, m, ff, mm and fm over the square windows within one plane."""
     nj, nk = fixed.shape
     r0, r1, r2, r3, r4 = rows[0], rows[1], rows[2], rows[3], rows[4]
     for j in range(nj):
@@ -258,7 +259,7 @@ def _plane_sums(
 def _plane_maps(
     sums: np.ndarray, weights: np.ndarray, floor: float, spans: np.ndarray, rows: np.ndarray, out: np.ndarray
 ) -> tuple[float, float]:
-    """What every cube of one plane gives to the derivative; sum of scores and of weights."""
+    """Derivative coefficients of every window centred in one plane; returns the sums of scores and of weights."""
     size = sums.shape[0]
     r, e, zero = np.float32(1 / size**3), np.float32(floor), np.float32(0)
     r0, r1, r2, r3, r4 = rows[0], rows[1], rows[2], rows[3], rows[4]
@@ -302,7 +303,7 @@ def _plane_force(
     flat: np.ndarray,
     force: np.ndarray,
 ) -> None:
-    """The derivative of all scores by the intensities of plane i, times the slopes of the moving image."""
+    """Derivative of all scores with respect to the intensities of plane i, times the gradient of the moving image."""
     _, nj, nk = fixed.shape
     size = maps.shape[0]
     radius = size // 2

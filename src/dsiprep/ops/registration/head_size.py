@@ -1,4 +1,4 @@
-"""Heads of another size than a person's, enlarged to it: lengths in mm that fit people then fit a mouse."""
+"""Uniform scaling of heads of other species to human size, so that lengths in mm chosen for humans apply to them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import numpy as np
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 
-__all__ = ["enlarge_affine", "enlarge_chain", "enlarge_matrix", "enlarge_volume", "enlargement"]
+__all__ = ["human_size_factor", "scale_affine", "scale_chain", "scale_matrix", "scale_volume"]
 
-LEAST_ML, MOST_ML = 300.0, 2500.0  # brains of people, newborns too
-USUAL_ML = 1400.0
+MIN_HUMAN_ML, MAX_HUMAN_ML = 300.0, 2500.0  # volume of human brains, newborns included
+TYPICAL_HUMAN_ML = 1400.0
 
 
-def enlargement(mask: Volume) -> float:
-    """The factor by which a brain has to be enlarged to have a person's size; 1 where it has it.
+def human_size_factor(mask: Volume) -> float:
+    """Scale factor that brings a brain to human size; 1 if it already has it.
 
     Parameters
     ----------
@@ -22,37 +22,37 @@ def enlargement(mask: Volume) -> float:
         0 or 1: the brain of a template.
     """
     millilitres = float((mask.data > 0.5).sum()) * float(np.prod(mask.grid.voxel_sizes)) / 1000
-    if millilitres == 0 or LEAST_ML <= millilitres <= MOST_ML:
+    if millilitres == 0 or MIN_HUMAN_ML <= millilitres <= MAX_HUMAN_ML:
         return 1.0
-    return float((USUAL_ML / millilitres) ** (1 / 3))
+    return float((TYPICAL_HUMAN_ML / millilitres) ** (1 / 3))
 
 
-def enlarge_volume(volume: Volume, by: float) -> Volume:
-    """The same voxels, `by` times as large, in a world that many times as large."""
+def scale_volume(volume: Volume, factor: float) -> Volume:
+    """Scale the world coordinates of a volume about the origin; the voxel values are unchanged."""
     affine = volume.grid.affine.copy()
-    affine[:3] *= by
+    affine[:3] *= factor
     return Volume(volume.data, Grid(volume.grid.shape, affine))
 
 
-def enlarge_matrix(matrix: np.ndarray, by: float) -> np.ndarray:
-    """What a map (4, 4) of world points becomes where both worlds are enlarged."""
-    enlarged = np.array(matrix, float)
-    enlarged[:3, 3] *= by
-    return enlarged
+def scale_matrix(matrix: np.ndarray, factor: float) -> np.ndarray:
+    """Transform (4, 4) between world points after both spaces have been scaled."""
+    scaled = np.array(matrix, float)
+    scaled[:3, 3] *= factor
+    return scaled
 
 
-def enlarge_affine(affine: Affine, by: float) -> Affine:
-    """`enlarge_matrix` with the names of its spaces."""
-    return Affine(enlarge_matrix(affine.matrix, by), affine.source, affine.target)
+def scale_affine(affine: Affine, factor: float) -> Affine:
+    """`scale_matrix` for an `Affine`; the names of its spaces are kept."""
+    return Affine(scale_matrix(affine.matrix, factor), affine.source, affine.target)
 
 
-def enlarge_chain(chain: Chain, by: float) -> Chain:
-    """What a chain becomes where both its worlds are enlarged."""
-    return Chain(tuple(_enlarge_step(step, by) for step in chain.steps), chain.source, chain.target)
+def scale_chain(chain: Chain, factor: float) -> Chain:
+    """Chain of transforms after both of its spaces have been scaled."""
+    return Chain(tuple(_scale_step(step, factor) for step in chain.steps), chain.source, chain.target)
 
 
-def _enlarge_step(step: Affine | DisplacementField, by: float) -> Affine | DisplacementField:
+def _scale_step(step: Affine | DisplacementField, factor: float) -> Affine | DisplacementField:
     if isinstance(step, Affine):
-        return enlarge_affine(step, by)
-    grown = enlarge_volume(Volume(step.data[0], step.grid), by)
-    return DisplacementField(step.data * by, grown.grid)
+        return scale_affine(step, factor)
+    scaled = scale_volume(Volume(step.data[0], step.grid), factor)
+    return DisplacementField(step.data * factor, scaled.grid)

@@ -1,8 +1,8 @@
-"""How alike two images are, and how that changes with the intensities of the moving one.
+"""Similarity metrics and their derivatives with respect to the moving intensities.
 
-`mutual_information` and `correlation` compare samples at points and serve the linear registration;
-`local_correlation` compares volumes and serves the diffeomorphic one. Each gives a score, larger is better,
-and its derivative by every moving intensity, so that any transform's gradient follows by the chain rule.
+`mutual_information` and `correlation` compare point samples and drive the linear registration; `local_correlation`
+compares volumes and drives the diffeomorphic one. Each returns a score (larger is better) and its derivative with
+respect to every moving intensity; the gradient for any transform follows by the chain rule.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dsiprep.ops.image.filters import box_sum
 __all__ = ["VARIANCE_FLOOR", "correlation", "local_correlation", "mutual_information", "to_bins"]
 
 BINS = 32
-CHUNKS = 16  # partial histograms: fixed, so that sums come out the same on any number of threads
+CHUNKS = 16  # partial histograms; a fixed number keeps sums independent of the number of threads
 EPSILON = 1e-12
-VARIANCE_FLOOR = 1e-5  # added to every variance: cubes flatter than 0.003 count little
+VARIANCE_FLOOR = 1e-5  # added to every variance, so that windows with a standard deviation below 0.003 count little
 
 
 def to_bins(values: np.ndarray, low: float, high: float, bins: int = BINS) -> np.ndarray:
-    """The histogram bin of each fixed sample, (m,) int32; values outside [low, high] go to the end bins."""
+    """Histogram bin of each fixed sample, (m,) int32; values outside [low, high] go to the first or last bin."""
     scaled = (np.asarray(values, np.float32) - low) * (bins / max(high - low, EPSILON))
     return np.clip(scaled, 0, bins - 1).astype(np.int32)
 
@@ -32,7 +32,7 @@ def to_bins(values: np.ndarray, low: float, high: float, bins: int = BINS) -> np
 def mutual_information(
     fixed_bins: np.ndarray, moving: np.ndarray, weights: np.ndarray, low: float, high: float, bins: int = BINS
 ) -> tuple[float, np.ndarray]:
-    """Normalised mutual information (H(f) + H(m)) / H(f, m); cubic B-spline Parzen window on the moving side.
+    """Normalised mutual information (H(f) + H(m)) / H(f, m), with a cubic B-spline Parzen window on the moving side.
 
     Parameters
     ----------
@@ -41,18 +41,18 @@ def mutual_information(
     moving : ndarray, (m,), float32
         Moving intensities at the same points.
     weights : ndarray, (m,), float32
-        0 where a point does not count.
+        0 excludes a point.
     low, high : float
-        Range of the moving intensities; beyond it they count as the limit and have no derivative.
+        Range of the moving intensities; values outside are clipped to it and have zero derivative.
     bins : int
-        Bins on each side.
+        Number of bins for each image.
 
     Returns
     -------
     score : float
         1 for independent images, 2 for identical ones.
     derivative : ndarray, (m,), float32
-        Of the score by each moving intensity.
+        Derivative of the score with respect to each moving intensity.
 
     References
     ----------
@@ -76,7 +76,7 @@ def mutual_information(
 
 
 def correlation(fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray) -> tuple[float, np.ndarray]:
-    """Pearson's correlation of weighted samples.
+    """Weighted Pearson correlation.
 
     Parameters
     ----------
@@ -87,7 +87,7 @@ def correlation(fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray) -> t
     score : float
         -1 to 1.
     derivative : ndarray, (m,), float32
-        Of the score by each moving intensity.
+        Derivative of the score with respect to each moving intensity.
     """
     total = float(weights.sum(dtype=float))
     if total <= 0:
@@ -104,23 +104,24 @@ def correlation(fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray) -> t
 def local_correlation(
     fixed: torch.Tensor, moving: torch.Tensor, weights: torch.Tensor, radius: int = 2
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Squared correlation in the cube around every voxel, and its derivative by the moving intensities.
+    """Squared correlation in a cubic window around every voxel, and its derivative with respect to the moving image.
 
     Parameters
     ----------
     fixed, moving : Tensor, (i, j, k), float32
-        Of comparable scale, say 0 to 1: `VARIANCE_FLOOR` is in their units, squared.
+        Scaled to about 0 to 1, because `VARIANCE_FLOOR` is in squared intensity units.
     weights : Tensor, (i, j, k), float32
-        How much the cube around each voxel counts.
+        Weight of the window around each voxel.
     radius : int
-        Half-width of the cube in voxels.
+        Half-width of the window in voxels.
 
     Returns
     -------
     score : Tensor, (i, j, k)
-        Squared correlation in each cube, 0 to 1.
+        Squared correlation in each window, 0 to 1.
     derivative : Tensor, (i, j, k)
-        Of the weighted sum of all scores by each moving intensity, over every cube that a voxel is in.
+        Derivative of the weighted sum of all scores with respect to each moving intensity; each voxel contributes to
+        every window that contains it.
 
     References
     ----------
@@ -128,13 +129,13 @@ def local_correlation(
     """
     count = (2 * radius + 1) ** 3
     sums = box_sum(torch.stack([fixed, moving, fixed * fixed, moving * moving, fixed * moving]), radius)
-    score, maps = _correlation_maps(sums, weights, count)
-    back = box_sum(maps, radius)
-    return score, fixed * back[0] - moving * back[1] + back[2]
+    score, coefficients = _correlation_maps(sums, weights, count)
+    summed = box_sum(coefficients, radius)
+    return score, fixed * summed[0] - moving * summed[1] + summed[2]
 
 
 def _correlation_maps(sums: torch.Tensor, weights: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The score of each cube, and what it gives to the derivative: factors of f, of -m, and a constant."""
+    """Score of each window, and the coefficients of f, of -m and of 1 that it adds to the derivative."""
     mean_f, mean_m = sums[0] / count, sums[1] / count
     ff = (sums[2] / count - mean_f**2).clamp(min=0) + VARIANCE_FLOOR
     mm = (sums[3] / count - mean_m**2).clamp(min=0) + VARIANCE_FLOOR
@@ -146,7 +147,7 @@ def _correlation_maps(sums: torch.Tensor, weights: torch.Tensor, count: int) -> 
 
 @inlined
 def _bin(value: float, low: float, scale: float, bins: int) -> tuple[int, float]:
-    """First of the four bins that a sample touches, and its place between the second and the third."""
+    """First of the four bins that a sample contributes to, and its fractional position between the second and third."""
     position = min(max((value - low) * scale, 0.0), bins - 3 - 1e-4)
     first = int(position)
     return first, position - first
@@ -156,6 +157,7 @@ def _bin(value: float, low: float, scale: float, bins: int) -> tuple[int, float]
 def _histogram_loop(
     fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray, low: float, scale: float, bins: int
 ) -> np.ndarray:
+    """Weighted joint histogram, (fixed bins, moving bins)."""
     partial = np.zeros((CHUNKS, bins, bins))
     size = (len(moving) + CHUNKS - 1) // CHUNKS
     for c in numba.prange(CHUNKS):
@@ -177,6 +179,7 @@ def _histogram_loop(
 def _histogram_derivative(
     fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray, low: float, scale: float, table: np.ndarray
 ) -> np.ndarray:
+    """Derivative with respect to each moving intensity, (m,), given that with respect to the histogram counts."""
     bins = table.shape[1]
     out = np.zeros(len(moving), np.float32)
     for p in numba.prange(len(moving)):

@@ -1,0 +1,112 @@
+"""Registration of diffusion-weighted volumes to their predictions, and restarts of volumes that fit poorly."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import torch
+
+from dsiprep.data.dwi import DWI
+from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.motion.gauss_newton import align
+from dsiprep.ops.motion.motion_state import MotionState
+from dsiprep.ops.motion.pose_prior import PosePrior, resting_poses
+from dsiprep.ops.motion.poses import relaxed_poses
+from dsiprep.ops.motion.pyramid import PyramidLevel, chunks
+from dsiprep.ops.qspace.prediction import Prediction
+
+__all__ = ["register_to_predictions", "restart_poor_fits"]
+
+log = logging.getLogger("dsiprep")
+STEPS_PER_ROUND = 3  # Gauss-Newton steps
+RESTART_STEPS = 12  # Gauss-Newton steps from each alternative start
+RESTART_DEGREES = 10.0  # rotations from the resting pose that are tried, about each axis and in both directions
+POOR_FIT_WEIGHT = 0.45  # volume weight below which other starts are tried: a residual 1.5 times the typical one
+
+
+def register_to_predictions(
+    level: PyramidLevel,
+    volumes: np.ndarray,
+    state: MotionState,
+    predicted: Prediction,
+    affine: bool,
+    prior: PosePrior | None,
+) -> MotionState:
+    """Move volumes towards their predictions, by the fraction of the estimated step for which rounds converge.
+
+    Parameters
+    ----------
+    level : PyramidLevel
+    volumes : ndarray, (n,)
+        Indices of the volumes that `predicted` is of.
+    state : MotionState
+        Of all volumes.
+    predicted : Prediction
+    affine : bool
+        12 degrees of freedom instead of 6; affine steps are always applied in full.
+    prior : PosePrior or None
+        Of all volumes.
+    """
+    transforms = state.transforms.copy()
+    for part, some in chunks(volumes):
+        transforms[some] = align(
+            level.take(some, state.eddy_of(some)),
+            level.points,
+            predicted.values[part],
+            transforms[some],
+            affine=affine,
+            steps=STEPS_PER_ROUND,
+            prior=None if prior is None else prior.take(some),
+        ).transforms
+    fraction = 1.0 if affine else predicted.relaxation
+    if fraction < 1:
+        centre = level.points.centre
+        transforms[volumes] = relaxed_poses(state.transforms[volumes], transforms[volumes], fraction, centre)
+    return state.with_transforms(transforms)
+
+
+def restart_poor_fits(
+    dwi: DWI, level: PyramidLevel, state: MotionState, predicted: torch.Tensor, weights: np.ndarray
+) -> MotionState:
+    """Register volumes that fit poorly from several starting poses, and keep the result with the smallest residual.
+
+    Parameters
+    ----------
+    dwi : DWI
+    level : PyramidLevel
+    state : MotionState
+    predicted : Tensor, (n, m)
+        Predictions of the diffusion-weighted volumes.
+    weights : ndarray, (n,)
+        Their `volume_weights`.
+    """
+    poor = np.flatnonzero(weights < POOR_FIT_WEIGHT)
+    if not len(poor):
+        return state
+    transforms = state.transforms.copy()
+    volumes = np.flatnonzero(~dwi.is_b0)[poor]
+    targets = predicted[torch.as_tensor(poor, device=predicted.device)]
+    moving = level.take(volumes)
+    best = np.full(len(poor), np.inf)
+    for start in _starting_poses(transforms, volumes, level.points.centre):
+        aligned = align(moving, level.points, targets, start, steps=RESTART_STEPS)
+        better = aligned.rms < 0.98 * best  # keep the earlier start unless a later one is clearly better
+        best[better] = aligned.rms[better]
+        transforms[volumes[better]] = aligned.transforms[better]
+    log.info("motion: restarted %d poorly fitting volumes from other poses", len(poor))
+    return state.with_transforms(transforms)
+
+
+def _starting_poses(transforms: np.ndarray, volumes: np.ndarray, centre: np.ndarray) -> list[np.ndarray]:
+    """Starts, each (n, 4, 4), for some volumes.
+
+    In this order: their current poses, no movement, their resting poses, the current pose of the volume before each,
+    and the resting poses rotated about each axis in both directions.
+    """
+    resting = resting_poses(transforms, centre)[volumes]
+    identity = np.tile(np.eye(4), (len(volumes), 1, 1))
+    angle = np.deg2rad(RESTART_DEGREES)
+    rotations = [np.eye(6)[axis] * sign * angle for axis in range(3) for sign in (1, -1)]
+    starts = [transforms[volumes], identity, resting, transforms[np.maximum(volumes - 1, 0)]]
+    return starts + [resting @ rigid_matrix(rotation, centre) for rotation in rotations]
