@@ -17,6 +17,7 @@ from pathlib import Path
 import distortion as pairs
 import numpy as np
 
+from dsiprep.api.blip_pair import correct_pair
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Acquired, Anatomy
 from dsiprep.device import choose, to_cpu, use_threads, with_cpu_fallback
@@ -31,7 +32,6 @@ from dsiprep.stages.anatomy import process_anatomy
 from dsiprep.stages.coregister import coregister
 from dsiprep.stages.fieldmapless import correct_without_fieldmap
 from dsiprep.stages.motion import estimate_motion
-from dsiprep.standalone.blip_pair import correct_pair
 
 Work = Callable[[str], np.ndarray]  # a device's name to displacements in mm: points or voxels last
 

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 
+from dsiprep.api.blip_pair import correct_pair
 from dsiprep.data.acquisition import GreFieldmap, PhaseEncoding
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Anatomy, Blip, Coregistration, Distortion
@@ -34,7 +35,6 @@ from dsiprep.stages.anatomy import process_anatomy
 from dsiprep.stages.coregister import coregister
 from dsiprep.stages.fieldmap import correct_with_fieldmap
 from dsiprep.stages.fieldmapless import correct_without_fieldmap
-from dsiprep.standalone.blip_pair import correct_pair
 
 
 def main() -> None:

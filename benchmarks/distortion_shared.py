@@ -15,6 +15,7 @@ import nibabel as nib
 import numpy as np
 from distortion import SHAPES, moved_head
 
+from dsiprep.api.blip_pair import correct_pair
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.data.results import Distortion
@@ -24,7 +25,6 @@ from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import READOUT_TIME, Source, add_noise, scan
 from dsiprep.phantom.session import make_field
 from dsiprep.phantom.signal import make_tissue
-from dsiprep.standalone.blip_pair import correct_pair
 
 VOXEL = 3.0
 

@@ -19,9 +19,9 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.results import Motion
 from dsiprep.io.bids import find_units, read_unit
-from dsiprep.ops.image.affine import rotate_bvecs
 from dsiprep.ops.image.epi_resampling import warp_volume
 from dsiprep.ops.image.filters import gradient
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.settings import Settings
 from dsiprep.stages.acquisition import conform
 from dsiprep.stages.motion import estimate_motion

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from dsiprep.api import blip_pair
 from dsiprep.data.results import Distortion
 from dsiprep.device import in_chunks, with_cpu_fallback
-from dsiprep.standalone import blip_pair
 from helpers.epi_pair import Case, make_grid
 
 CPU = torch.device("cpu")

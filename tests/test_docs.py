@@ -30,7 +30,7 @@ TRANSLATIONS = [
     (DOCS / "getting-started.md", DOCS / "getting-started.zh.md"),
     (DOCS / "dsi-in-practice.md", DOCS / "dsi-in-practice.zh.md"),
 ]
-SOURCE_FOLDERS = "benchmarks|tests|docs|src|cli|engines|io|ops|phantom|stages|standalone"
+SOURCE_FOLDERS = "benchmarks|tests|docs|src|cli|engines|io|ops|phantom|stages|api"
 NUMBER = r"(?<![A-Za-z0-9_=.-])\d+(?:[.,]\d+)*(?![A-Za-z0-9_])"  # not those in names such as T1w or b=0
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -17,6 +17,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsiprep.api.add_normalization import add_normalization
+    from dsiprep.api.blip_pair import correct_pair, write_pair
+    from dsiprep.api.convert_warp import convert_warp
+    from dsiprep.api.shoreline import align_series, estimate_motion
     from dsiprep.cache import Cache
     from dsiprep.errors import (
         DsiprepError,
@@ -41,10 +45,6 @@ if TYPE_CHECKING:
         ResampleSettings,
         Settings,
     )
-    from dsiprep.standalone.add_normalization import add_normalization
-    from dsiprep.standalone.blip_pair import correct_pair, write_pair
-    from dsiprep.standalone.convert_warp import convert_warp
-    from dsiprep.standalone.shoreline import align_series, estimate_motion
 
 # Waiting threads sleep instead of spinning: on a shared machine spinning cost three times the CPU time, and more wall
 # time too. This has to be set before torch or Numba load OpenMP.
@@ -108,10 +108,10 @@ _MODULES = {
         "ResampleSettings",
         "Settings",
     ),
-    "dsiprep.standalone.add_normalization": ("add_normalization",),
-    "dsiprep.standalone.blip_pair": ("correct_pair", "write_pair"),
-    "dsiprep.standalone.convert_warp": ("convert_warp",),
-    "dsiprep.standalone.shoreline": ("align_series", "estimate_motion"),
+    "dsiprep.api.add_normalization": ("add_normalization",),
+    "dsiprep.api.blip_pair": ("correct_pair", "write_pair"),
+    "dsiprep.api.convert_warp": ("convert_warp",),
+    "dsiprep.api.shoreline": ("align_series", "estimate_motion"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -101,6 +101,25 @@ def memory_needed(job: Job) -> int:
     return 2500 + round(5 * 4 * largest / 2**20)
 
 
+def parallel_subjects(jobs: Sequence[Job], cores: int, cores_per_subject: int = 0, memory: int = 0) -> int:
+    """Number of subjects to run in parallel, limited by cores and memory.
+
+    Parameters
+    ----------
+    jobs : sequence of Job
+    cores : int
+        In all.
+    cores_per_subject : int
+        0 gives all cores to each subject.
+    memory : int
+        MB in all; 0 sets no limit.
+    """
+    processes = max(1, cores // (cores_per_subject or cores))
+    if memory:
+        processes = min(processes, max(1, memory // max(memory_needed(job) for job in jobs)))
+    return min(processes, len(jobs))
+
+
 def run_jobs(
     jobs: Sequence[Job],
     processes: int = 1,

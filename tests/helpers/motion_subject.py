@@ -9,7 +9,8 @@ import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
-from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters, rotate_bvecs
+from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from helpers.grids import make_grid
 
 CENTRE = np.array([3.0, -5.0, 8.0])

@@ -24,7 +24,7 @@ from dsiprep.data.results import (
     UnitResults,
 )
 from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
-from dsiprep.ops.image.affine import rotate_bvecs
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.settings import Settings
 
 AIR, CSF, GREY, WHITE, SCALP = range(5)

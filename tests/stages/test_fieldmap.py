@@ -114,8 +114,8 @@ def test_unusable_fieldmaps_are_rejected() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data/bids/sub-xa30: a real fieldmap and a blip pair")
 def test_real_fieldmap_agrees_with_real_pair() -> None:
+    from dsiprep.api.blip_pair import correct_pair
     from dsiprep.data.acquisition import GreFieldmap
-    from dsiprep.standalone.blip_pair import correct_pair
 
     pair = correct_pair(REAL / "dwi" / "sub-xa30_dir-PA_dwi.nii.gz", REAL / "dwi" / "sub-xa30_dir-AP_dwi.nii.gz")
     files = [REAL / "fmap" / f"sub-xa30_{name}.nii.gz" for name in ("phasediff", "magnitude1")]

@@ -24,9 +24,10 @@ from dsiprep.data.results import (
 )
 from dsiprep.data.transform import Affine, DisplacementField
 from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.motion.framewise_displacement import framewise_displacement
 from dsiprep.ops.motion.series_qc import discontinuous_slices, shore_projection
 from dsiprep.ops.qspace.tensor import tensor_projection
-from dsiprep.stages.quality import _cnr, _coherence, framewise_displacement, measure_quality
+from dsiprep.stages.quality import _cnr, _coherence, measure_quality
 from helpers.grids import make_grid
 
 

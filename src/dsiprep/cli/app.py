@@ -294,6 +294,7 @@ def _report_unexpected(problem: Exception) -> str:
 def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
     from dsiprep.cli.terminal import print_plan, run_and_show
     from dsiprep.io.bids import find_units
+    from dsiprep.jobs import parallel_subjects
     from dsiprep.plan import check_anatomy
 
     failed: dict[str, DsiprepError] = {}
@@ -322,7 +323,8 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
         return 1
     check_anatomy(units, chosen)
     jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(arguments))
-    return run_and_show(jobs, _parallel_subjects(options, jobs), options.stop_on_first_crash, failure_messages)
+    processes = parallel_subjects(jobs, options.nprocs, options.omp_nthreads, options.mem)
+    return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
 
 
 def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:
@@ -343,16 +345,6 @@ def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.S
             options.device, threads, options.keep_work, mode, command)
         for subject, subject_units in by_subject.items()
     ]  # fmt: skip
-
-
-def _parallel_subjects(options: argparse.Namespace, jobs: list[Job]) -> int:
-    """Number of subjects to run in parallel, limited by cores and memory."""
-    from dsiprep.jobs import memory_needed
-
-    processes = max(1, options.nprocs // (options.omp_nthreads or options.nprocs))
-    if options.mem:
-        processes = min(processes, max(1, options.mem // max(memory_needed(job) for job in jobs)))
-    return min(processes, len(jobs))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def _add_shoreline(tools: Subparsers) -> None:
 
 
 def _shoreline(options: argparse.Namespace) -> int:
-    from dsiprep.standalone.shoreline import run_on_files
+    from dsiprep.api.shoreline import run_on_files
 
     chosen = MotionSettings(**_given_settings(options, MotionSettings))
     written = run_on_files(
@@ -156,7 +156,7 @@ def _add_normalization(tools: Subparsers) -> None:
 
 
 def _normalization(options: argparse.Namespace) -> int:
-    from dsiprep.standalone.add_normalization import add_normalization
+    from dsiprep.api.add_normalization import add_normalization
 
     result = add_normalization(
         options.folder,
@@ -192,7 +192,7 @@ def _add_drbuddi(tools: Subparsers) -> None:
 
 
 def _drbuddi(options: argparse.Namespace) -> int:
-    from dsiprep.standalone.blip_pair import correct_pair, write_pair
+    from dsiprep.api.blip_pair import correct_pair, write_pair
 
     result = correct_pair(
         options.up,
@@ -237,7 +237,7 @@ def _add_convert_warp(tools: Subparsers) -> None:
 
 
 def _convert_warp(options: argparse.Namespace) -> int:
-    from dsiprep.standalone.convert_warp import convert_warp
+    from dsiprep.api.convert_warp import convert_warp
 
     messages = convert_warp(
         options.file,

@@ -9,7 +9,8 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import SettingsError
-from dsiprep.ops.image.affine import rigid_matrix, rotate_bvecs
+from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.phantom.head import Head, slabs
 from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import (

@@ -21,6 +21,7 @@ from dsiprep.data.results import (
 from dsiprep.data.transform import EDDY_TERMS
 from dsiprep.ops.image.affine import rigid_parameters
 from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.motion.framewise_displacement import framewise_displacement
 from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection
 from dsiprep.ops.qspace.tensor import main_directions, tensor_projection
 
@@ -34,7 +35,6 @@ METHODS = {
     ),
 }
 
-SPHERE_MM = 50.0  # radius on which rotations are converted to mm
 CHUNK = 20_000  # voxels per batch
 SUMMARY = ("median", "minimum", "maximum", "mean", "standard_deviation")
 CNR_SUMMARY = ("mean", "median", "standard_deviation")
@@ -143,29 +143,6 @@ def _combine_raw(parts: tuple[Quality, ...]) -> Row:
         if name.startswith("raw_") and len(numbers) == len(values):
             row[name] = sum(numbers) if name.startswith("raw_num_") else sum(numbers) / len(numbers)
     return row
-
-
-def framewise_displacement(parameters: np.ndarray, run: np.ndarray) -> np.ndarray:
-    """Framewise displacement: sum of absolute changes in translation and, on a sphere of 50 mm radius, in rotation.
-
-    Parameters
-    ----------
-    parameters : ndarray, (n, 6)
-        Translations in mm, rotations in radians.
-    run : ndarray, (n,), int
-
-    Returns
-    -------
-    ndarray, (n,)
-        In mm; NaN in the first volume of each run.
-
-    References
-    ----------
-    Power et al. 2012, doi 10.1016/j.neuroimage.2011.10.018.
-    """
-    steps = np.abs(np.diff(parameters, axis=0)) * np.array([1, 1, 1, SPHERE_MM, SPHERE_MM, SPHERE_MM])
-    steps[run[1:] != run[:-1]] = np.nan
-    return np.append(np.nan, steps.sum(1))
 
 
 def _confounds(

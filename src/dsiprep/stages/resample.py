@@ -14,11 +14,11 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
-from dsiprep.ops.image.affine import rotate_bvecs
 from dsiprep.ops.image.epi_resampling import SampledDisplacement, sample_displacement, warp_volume
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.bias_field import n4_bias
 from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import ResampleSettings
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from dsiprep.api.blip_pair import correct_pair
 from dsiprep.data.grid import Grid
 from dsiprep.data.results import Distortion
 from dsiprep.ops.pepolar.common_displacement import _without_pose_error, common_displacement, local_linear_fit
-from dsiprep.standalone.blip_pair import correct_pair
 from helpers import epi_pair as simulation
 
 GRID = simulation.make_grid("RAS")

@@ -49,26 +49,6 @@ def nearest_rotation(matrices: np.ndarray) -> np.ndarray:
     return u @ vt
 
 
-def rotate_bvecs(bvecs: np.ndarray, matrices: np.ndarray) -> np.ndarray:
-    """Rotate b-vectors from the scanner frame to the frame of the reference head.
-
-    The gradient is fixed in the scanner. In the frame of a head that moved by x -> R x + t it is R' g.
-
-    Parameters
-    ----------
-    bvecs : ndarray, (n, 3)
-        Unit vectors in world RAS+, or zero.
-    matrices : ndarray, (n, 4, 4) or (4, 4)
-        Map points of the reference to points of each volume, as in `Motion.transforms`.
-
-    Returns
-    -------
-    ndarray, (n, 3)
-    """
-    rotations = nearest_rotation(np.asarray(matrices)[..., :3, :3])
-    return np.einsum("...ji,...j->...i", rotations, np.asarray(bvecs, float))
-
-
 def mean_rigid(matrices: np.ndarray) -> np.ndarray:
     """Mean of rigid transforms (n, 4, 4): chordal mean rotation and mean translation."""
     mean = np.eye(4)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsiprep.ops.pepolar.kernels import data_loop, laplacian_loop
+from dsiprep.ops.pepolar.blip_pair_kernels import data_loop, laplacian_loop
 from dsiprep.ops.pepolar.regularisation import central_difference, central_difference_transpose, laplacian
 
 __all__ = ["NormalEquations", "conjugate_gradients", "cosine_basis", "cosine_preconditioner", "percentile_99"]

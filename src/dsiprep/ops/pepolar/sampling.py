@@ -11,7 +11,7 @@ import torch
 
 from dsiprep.ops.image.bspline import cubic_slopes_of, cubic_weights_of, mirror_indices
 from dsiprep.ops.image.interpolation import spline_coefficients
-from dsiprep.ops.pepolar.kernels import lines_loop, volume_loop
+from dsiprep.ops.pepolar.blip_pair_kernels import lines_loop, volume_loop
 
 __all__ = ["line_coefficients", "sample_lines", "sample_volume"]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsiprep.ops.image.affine import rotate_bvecs
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.ops.qspace.shore import leave_one_out, near_neighbours, shell_size, shore_basis, shore_prior, shore_size
 from dsiprep.ops.qspace.tensor import tensor_basis, tensor_prediction
 

@@ -11,12 +11,12 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
+from dsiprep.api import add_normalization as module
+from dsiprep.api.add_normalization import add_normalization
 from dsiprep.cli import tools
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, OutputError, SettingsError
 from dsiprep.io.nifti import write_image
-from dsiprep.standalone import add_normalization as module
-from dsiprep.standalone.add_normalization import add_normalization
 from helpers.template_subject import GRID, NAME, make_subject, make_template, subject_to_template, template_to_subject
 
 XFM_NAMES = ("from-ACPC_to-{}_mode-image_xfm.h5", "from-{}_to-ACPC_mode-image_xfm.h5")

@@ -11,19 +11,7 @@ import numpy as np
 import torch
 
 from dsiprep import device as devices
-from dsiprep.data.dwi import DWI
-from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Motion
-from dsiprep.errors import InputError, OutputError
-from dsiprep.io import gradients, itk
-from dsiprep.io.nifti import read_series, read_volume, write_image
-from dsiprep.ops.image.affine import rotate_bvecs
-from dsiprep.ops.image.epi_resampling import warp_volume
-from dsiprep.ops.intensity.brain_mask import brain_mask_b0
-from dsiprep.settings import MotionSettings
-from dsiprep.stages import motion as stage
-from dsiprep.stages.acquisition import multiband_groups
-from dsiprep.standalone.arguments import (
+from dsiprep.api.arguments import (
     Array,
     check_affine,
     check_bvals,
@@ -32,6 +20,18 @@ from dsiprep.standalone.arguments import (
     check_series,
     check_type,
 )
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.results import Motion
+from dsiprep.errors import InputError, OutputError
+from dsiprep.io import gradients, itk
+from dsiprep.io.nifti import read_series, read_volume, write_image
+from dsiprep.ops.image.epi_resampling import warp_volume
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
+from dsiprep.settings import MotionSettings
+from dsiprep.stages import motion as stage
+from dsiprep.stages.acquisition import multiband_groups
 
 __all__ = ["align_series", "estimate_motion", "run_on_files"]
 

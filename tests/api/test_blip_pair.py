@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
+from dsiprep.api import blip_pair as pair
+from dsiprep.api.blip_pair import correct_pair
 from dsiprep.cli.tools import main
 from dsiprep.errors import GradientError, InputError, MetadataError
-from dsiprep.standalone import blip_pair as pair
-from dsiprep.standalone.blip_pair import correct_pair
 from helpers.epi_pair import READOUT, Case, correlation, make_grid, rigid
 
 
@@ -77,7 +77,9 @@ def jacobian(transform: sitk.Transform, case: Case) -> np.ndarray:
     return np.maximum(np.linalg.det(np.stack(slopes, -2)), 0.1)
 
 
-def test_unusable_input_is_refused_with_the_reason(case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unusable_input_is_refused_with_the_reason(
+    case: Case, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("up", "down"):
         nib.save(nib.Nifti1Image(np.ones((5, 6, 7), np.float32), np.eye(4)), tmp_path / f"{name}.nii.gz")
     files = tmp_path / "up.nii.gz", tmp_path / "down.nii.gz"

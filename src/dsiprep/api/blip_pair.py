@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dsiprep.api.arguments import check_phase_encoding
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
@@ -25,7 +26,6 @@ from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.matching_gradients import LOW_B, MIN_PAIRS, low_b_pairs
 from dsiprep.settings import DistortionSettings
 from dsiprep.stages.distortion import correct_distortion
-from dsiprep.standalone.arguments import check_phase_encoding
 
 __all__ = ["correct_pair", "write_pair"]
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from dsiprep.api.convert_warp import KINDS, convert_warp
 from dsiprep.cli.tools import main
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, DisplacementField
 from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError
 from dsiprep.io import itk
-from dsiprep.standalone.convert_warp import KINDS, convert_warp
 from helpers.grids import make_grid
 from helpers.smooth_warp import FIXED, LPS, TILT, centres, displacement, image_at
 

@@ -30,6 +30,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
 
+from dsiprep.api.convert_warp import convert_warp, read_transform
 from dsiprep.cli.tools import main
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import Affine, Chain, DisplacementField
@@ -38,7 +39,6 @@ from dsiprep.io import freesurfer, itk
 from dsiprep.io.vector_image import write_vectors
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.image.displacement_field import chain_points, chain_points_back
-from dsiprep.standalone.convert_warp import convert_warp, read_transform
 from helpers.grids import make_grid
 from helpers.smooth_warp import FIXED, LPS, MOVING, TILT, centres, displacement, image_at
 
