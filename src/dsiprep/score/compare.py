@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dsiprep.ops.image.affine import (
+    mean_rigid,
     nearest_rotation,
     point_displacement,
     rigid_matrix,
@@ -161,6 +162,10 @@ def _motion(case: Case) -> Iterator[Score]:
     yield Score("motion: translation RMSE", _rms(shifts[weighted]), "mm", "over volumes with b > 100 and three axes")
     yield Score("motion: displacement", float(displaced.mean()), "mm", "mean over brain and volumes")
     yield Score("motion: worst volume", float(displaced.max()), "mm", "mean over brain")
+    if weighted.any() and not weighted.all():
+        to_b0 = np.linalg.inv(mean_rigid(error[~weighted])) @ error[weighted]
+        apart = point_displacement(to_b0, identity[weighted], case.points).mean()
+        yield Score("motion: diffusion against b=0", float(apart), "mm", "mean over brain and volumes with b > 100")
     yield Score(
         "motion: uncorrected",
         float(uncorrected.mean()),

@@ -17,6 +17,7 @@ from dsiprep.errors import InputError
 from dsiprep.ops.image.affine import point_displacement
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.motion.b0_alignment import align_b0s, interpolate_from_b0s, mean_b0, nearest_b0
+from dsiprep.ops.motion.diffusion_to_b0 import align_diffusion_to_b0
 from dsiprep.ops.motion.eddy_model import (
     MIN_VOXEL_MM,
     EddyFit,
@@ -158,6 +159,7 @@ def estimate_motion(
     if pe is not None and choose_terms(settings.eddy, count) and settings.transform == "Rigid" and has_model:
         state = replace(state, eddy=zero_eddy_currents(len(dwi), dwi.grid, pe.axis))
     trace: list[dict[str, Any]] = []
+    largest_shift = 0.0
     for number, level in enumerate(levels):
         state = align_b0s(dwi, level, state)
         if not has_model:
@@ -170,7 +172,11 @@ def estimate_motion(
         done = int(trace[-1]["iter_num"]) if trace else 0
         state, rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
         trace += rows
-    return _finish(inputs, levels[-1], state, trace)
+        if number >= len(levels) - 2 and settings.transform == "Rigid":  # before the last rounds, and after them
+            state, shift = align_diffusion_to_b0(dwi, levels[-1], state)
+            largest_shift = max(largest_shift, shift)
+    notes = (f"Diffusion-weighted volumes were moved by {largest_shift:.2f} mm onto b=0.",) if largest_shift else ()
+    return _finish(inputs, levels[-1], state, trace, notes)
 
 
 def _check(dwi: DWI, mask: Volume) -> None:
@@ -306,7 +312,9 @@ def _trace_rows(transforms: np.ndarray, level: PyramidLevel, number: int) -> lis
     ]
 
 
-def _finish(inputs: _Inputs, level: PyramidLevel, state: MotionState, trace: list[dict[str, Any]]) -> Motion:
+def _finish(
+    inputs: _Inputs, level: PyramidLevel, state: MotionState, trace: list[dict[str, Any]], notes: tuple[str, ...] = ()
+) -> Motion:
     """Compute the b=0 reference, the agreement of each volume with its final prediction, and outlier slices."""
     dwi, weighted, has_model = inputs.dwi, inputs.weighted, inputs.model.name in SIGNAL_MODELS
     volumes = np.arange(len(dwi))
@@ -338,7 +346,7 @@ def _finish(inputs: _Inputs, level: PyramidLevel, state: MotionState, trace: lis
         eddy=state.eddy,
         outlier_slices=outliers,
         replacements=slice_replacements(dwi, level, state, predicted) if replaces else None,
-        notes=_notes(inputs, state),
+        notes=(*_notes(inputs, state), *notes),
     )
 
 

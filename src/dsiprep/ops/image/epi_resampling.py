@@ -57,8 +57,8 @@ def sample_displacement(field: DisplacementField, target: Grid, matrix: np.ndarr
     _, vectors = np.linalg.eigh(torch.einsum("aijk,bijk->ab", u, u).double().cpu().numpy())
     direction = vectors[:, -1]
     length = torch.einsum("a,aijk->ijk", torch.as_tensor(direction, device=u.device).float(), u)
-    to_world = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=u.device).float()
-    slope = torch.einsum("vijk,vw->wijk", gradient(length[None])[0], to_world)
+    world_to_voxel = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=u.device).float()
+    slope = torch.einsum("vijk,vw->wijk", gradient(length[None])[0], world_to_voxel)
     sampled = resample_onto(torch.cat([u, slope]), field.grid, target, matrix, cubic=True)
     return SampledDisplacement(sampled[:3].contiguous(), sampled[3:].contiguous(), direction)
 

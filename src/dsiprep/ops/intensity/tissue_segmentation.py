@@ -15,9 +15,7 @@ __all__ = ["segment_tissue"]
 SMOOTHNESS = 0.4  # weight of a neighbour at 1 mm; larger values close sulci
 # Fractions of CSF, GM and WM in each class: these three, deep grey matter, and partial volume of CSF and cortex
 TISSUE_FRACTIONS = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 0], [0.5, 0.5, 0]], np.float32)
-DEEP_LEVEL = (
-    0.5  # mean intensity of thalamus, putamen, caudate and pallidum, as a fraction of the way from cortex to WM
-)
+DEEP_LEVEL = 0.5  # of the way from cortex to WM: mean intensity of thalamus, putamen, caudate and pallidum
 DEEP_MM, DEEP_RAMP_MM = 22.0, 4.0  # depth below the brain surface from which grey matter may be deep; width of the ramp
 DEEP_FRACTION = 0.8  # of the grey matter there
 MIXED_FRACTION = 0.25  # of CSF and cortex where both are likely
