@@ -78,7 +78,7 @@ def gqi_peaks(signals: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray) -> np.n
     """Largest peaks (m, 3) of DIPY's generalised q-sampling of signals (m, n), in the frame of the b-vectors."""
     model = GeneralizedQSamplingModel(gradient_table(bvals, bvecs=bvecs, b0_threshold=100), sampling_length=1.2)
     sphere = get_sphere(name="repulsion724")
-    found = peaks_from_model(model, signals, sphere, relative_peak_threshold=0.5, min_separation_angle=25, npeaks=1)
+    found = peaks_from_model(model, signals, sphere, 0.5, 25, npeaks=1, return_sh=False)
     return found.peak_dirs[:, 0]
 
 
