@@ -61,6 +61,9 @@ def test_arrays_tensors_and_files_give_the_same_result(
     written = nib.load(out / "sub-1_desc-hmc_dwi.nii.gz")
     np.testing.assert_allclose(np.asarray(written.dataobj), aligned, atol=2e-3 * aligned.max())
     np.testing.assert_allclose(np.loadtxt(out / "sub-1_desc-hmc_dwi.bvec").T, turned, atol=1e-4)
+    (label,) = json.loads((out / "sub-1_desc-hmc_dwi.json").read_text())["GradientTables"].items()
+    assert label[0] == "sub-1_desc-hmc_dwi.bvec"
+    assert label[1]["Frame"].startswith("FSL:")
     inside = mask > 0
     b0 = aligned[inside][:, bvals < 50]
     raw = data[inside][:, bvals < 50]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 import torch
+from bids import BIDSLayout
 
 from dsiprep.data.results import UnitResults
 from dsiprep.data.transform import Affine
@@ -29,6 +30,7 @@ QUERIES = [
     r"dwi/.*_space-ACPC_desc-preproc_dwi\.bvec",
     r"dwi/.*_space-ACPC_desc-preproc_dwi\.b",
     r"dwi/.*_space-ACPC_desc-preproc_dwi\.b_table\.txt",
+    r"dwi/.*_space-ACPC_desc-preproc_fslbvecs\.txt",
     r"dwi/.*_space-ACPC_dwiref\.nii\.gz",
     r"dwi/.*_space-ACPC_desc-brain_mask\.nii\.gz",
     r"dwi/.*_desc-confounds_timeseries\.tsv",
@@ -50,6 +52,8 @@ QUERIES = [
     r"anat/sub-[^_]+_from-ACPC_to-anat_mode-image_xfm\.mat",
 ]
 
+SERIES = "sub-01_acq-dsi_space-ACPC_desc-preproc_dwi"
+
 
 @pytest.fixture(scope="module")
 def subject() -> UnitResults:
@@ -68,6 +72,31 @@ def written(subject: UnitResults, tmp_path_factory: pytest.TempPathFactory) -> P
 def test_every_query_matches_one_file(written: Path, query: str) -> None:
     names = [path.relative_to(written).as_posix() for path in written.rglob("*") if path.is_file()]
     assert len([name for name in names if re.search(f"{query}$", name)]) == 1
+
+
+@pytest.mark.parametrize("extension", [".nii.gz", ".bval", ".bvec", ".b", ".b_table.txt"])
+def test_pybids_finds_one_file_of_the_series(written: Path, extension: str) -> None:
+    """PyBIDS, with which QSIRecon queries; `.bvec`, `.b` and FSL's table differ, so a wrong match is a mirror image."""
+    layout = BIDSLayout(written, validate=False, is_derivative=True)
+    found = layout.get(suffix="dwi", space=["T1w", "ACPC"], extension=extension)
+    assert [Path(file.path).name for file in found] == [f"{SERIES}{extension}"]
+    assert len(layout.get(suffix="fslbvecs")) == 1
+
+
+def test_gradient_tables_hold_the_same_vectors_and_the_sidecar_describes_each(
+    written: Path, subject: UnitResults
+) -> None:
+    """The frames that the sidecar states, computed here from the world vectors for an LPS+ image."""
+    folder, world = next(written.rglob("dwi")), subject.preprocessed.dwi.bvecs
+    described = json.loads((folder / f"{SERIES}.json").read_text())["GradientTables"]
+    fsl = f"{SERIES.removesuffix('_dwi')}_fslbvecs.txt"
+    assert described.keys() == {f"{SERIES}.bvec", f"{SERIES}.b", f"{SERIES}.b_table.txt", fsl}
+    assert "DIPY" in described[f"{SERIES}.bvec"]["ReadBy"]
+    assert "-fslgrad" in described[fsl]["ReadBy"]
+    np.testing.assert_allclose(np.loadtxt(folder / f"{SERIES}.bvec").T, world * [-1, -1, 1], atol=1e-7)
+    np.testing.assert_allclose(np.loadtxt(folder / fsl).T, world * [1, -1, 1], atol=1e-7)
+    np.testing.assert_allclose(np.loadtxt(folder / f"{SERIES}.b")[:, :3], world, atol=1e-7)
+    np.testing.assert_allclose(np.loadtxt(folder / f"{SERIES}.b_table.txt")[:, 1:], world * [-1, -1, 1], atol=1e-6)
 
 
 def test_segmentation_labels_are_written_if_available(subject: UnitResults, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from dsiprep.io.gradients import (
     write_bvals,
     write_dsi_studio,
     write_fsl_bvecs,
+    write_image_bvecs,
     write_mrtrix_b,
 )
 from dsiprep.io.nifti import to_lps
@@ -65,15 +66,28 @@ def test_first_axis_is_reversed_for_positive_determinant() -> None:
 
 
 @pytest.mark.parametrize("codes", FRAMES)
-def test_fsl_bvecs_agree_with_dipy(codes: str, tmp_path: Path) -> None:
+def test_bvecs_agree_with_dipy(codes: str, tmp_path: Path) -> None:
+    """DIPY takes components along the axes of the image; FSL's are along those of FRAMES."""
     bvals, bvecs = table()
     write_bvals(tmp_path / "a.bval", bvals)
-    write_fsl_bvecs(tmp_path / "a.bvec", bvecs, grid_of(codes))
-    read_bvals, read_bvecs = read_bvals_bvecs(str(tmp_path / "a.bval"), str(tmp_path / "a.bvec"))
-    expected = reorient_vectors(bvecs, "RAS", FRAMES[codes], axis=1)
-    np.testing.assert_allclose(read_bvecs, expected, atol=1e-7)
-    np.testing.assert_array_equal(read_bvals, bvals)
-    assert gradient_table(read_bvals, bvecs=read_bvecs, b0_threshold=100).b0s_mask.sum() == 1
+    for write_table, axes in ((write_image_bvecs, codes), (write_fsl_bvecs, FRAMES[codes])):
+        write_table(tmp_path / "a.bvec", bvecs, grid_of(codes))
+        read_bvals, read_bvecs = read_bvals_bvecs(str(tmp_path / "a.bval"), str(tmp_path / "a.bvec"))
+        np.testing.assert_allclose(read_bvecs, reorient_vectors(bvecs, "RAS", axes, axis=1), atol=1e-7)
+        np.testing.assert_array_equal(read_bvals, bvals)
+        assert gradient_table(read_bvals, bvecs=read_bvecs, b0_threshold=100).b0s_mask.sum() == 1
+
+
+def test_qsirecon_turns_bvec_into_the_tables_of_mrtrix_and_dsi_studio(tmp_path: Path) -> None:
+    """QSIRecon multiplies `.bvec` by -1 -1 1 for MRtrix and copies it for DSI Studio; the image is LPS+."""
+    bvals, bvecs = table()
+    grid = grid_of("LPS")
+    write_image_bvecs(tmp_path / "a.bvec", bvecs, grid)
+    write_mrtrix_b(tmp_path / "a.b", bvals, bvecs)
+    write_dsi_studio(tmp_path / "a.txt", bvals, bvecs, grid)
+    rows = np.loadtxt(tmp_path / "a.bvec").T
+    np.testing.assert_allclose(np.c_[rows, bvals] * [-1, -1, 1, 1], np.loadtxt(tmp_path / "a.b"), atol=1e-7)
+    np.testing.assert_allclose(np.c_[bvals, rows], np.loadtxt(tmp_path / "a.txt"), atol=1e-6)
 
 
 @pytest.mark.parametrize("codes", FRAMES)

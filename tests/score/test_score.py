@@ -39,6 +39,7 @@ class Subject:
         self.head_to_dwiref = rigid_matrix(np.array([0.05, -0.08, 0.1, 3.0, -2, 4]), CENTRE)
         self.blip = rigid_matrix(np.array([0.01, 0.0, -0.02, 0.5, 0.3, -0.4]), CENTRE)
         self.acpc_to_head = rigid_matrix(np.array([-0.1, 0.06, 0.03, 5.0, 1, -6]), CENTRE)
+        self.bvec_sign = [1, 1, 1]  # of the components that the .bvec holds
         self.bvals = np.r_[0.0, np.linspace(500, 6000, N - 1)]
         self.bvecs = rng.normal(size=(N, 3)) * (self.bvals > 0)[:, None]
         self.bvecs[1:] /= np.linalg.norm(self.bvecs[1:], axis=1, keepdims=True)
@@ -128,7 +129,9 @@ class Subject:
         world = head @ self.acpc_to_head[:3, :3] @ rotation.T
         stem = f"{dwi}_space-ACPC_desc-preproc_dwi"
         _write(Path(f"{stem}.nii.gz"), np.zeros((70, 60, 60, 2)), LPS)
-        np.savetxt(f"{stem}.bvec", (world * [-1, -1, 1] * [-1, 1, 1]).T)
+        along_axes = world * [-1, -1, 1]
+        np.savetxt(f"{stem}.bvec", (along_axes * self.bvec_sign).T)
+        np.savetxt(f"{stem.removesuffix('_dwi')}_fslbvecs.txt", (along_axes * [-1, 1, 1]).T)
         np.savetxt(f"{stem}.b", np.c_[world, self.bvals])
 
     def _write_images(self, anat: Path, dwi: Path, offset: np.ndarray) -> None:
@@ -204,7 +207,8 @@ def test_error_free_derivatives_score_zero(subject: Subject) -> None:
     for name, limit in {
         "motion: rotation": 1e-4, "motion: translation RMSE": 1e-4, "motion: displacement": 1e-4,
         "motion: worst volume": 1e-4, "eddy currents: error": 1e-4,
-        "outlier slices: false positives": 1e-9, "b-vectors: .bvec": 1e-3, "b-vectors: .b": 1e-3, "field: error": 0.02,
+        "outlier slices: false positives": 1e-9, "field: error": 0.02,
+        "b-vectors: .bvec": 1e-3, "b-vectors: .b": 1e-3, "b-vectors: _fslbvecs.txt": 1e-3,
         "coregistration: error": 1e-4, "combined: error": 0.02, "template: error": 0.02,
     }.items():  # fmt: skip
         assert found[name] < limit, (name, found[name])
@@ -258,6 +262,14 @@ def test_bvector_errors(subject: Subject) -> None:
     off_axis = np.sqrt(1 - acpc[:, 2] ** 2)  # a vector at angle t to the axis rotates by 2 asin(sin t sin 2.5 deg)
     expected = np.rad2deg(2 * np.arcsin(off_axis * np.sin(np.deg2rad(2.5))))
     assert found["b-vectors: .b"] == pytest.approx(expected.mean(), rel=1e-4)
+
+
+def test_mirrored_bvec_is_an_error(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`.bvec` is read as DIPY reads it: FSL's convention in it counts as mirrored left-right."""
+    monkeypatch.setattr(subject, "bvec_sign", [-1, 1, 1])
+    found = _values(subject.write())
+    assert found["b-vectors: .bvec"] > 20
+    assert found["b-vectors: _fslbvecs.txt"] < 1e-3
 
 
 def test_eddy_current_and_outlier_slice_errors(subject: Subject) -> None:

@@ -26,6 +26,7 @@ from dsiprep.data.results import Motion
 from dsiprep.errors import InputError, OutputError
 from dsiprep.io import gradients, itk
 from dsiprep.io.nifti import read_series, read_volume, write_image
+from dsiprep.io.qc_tables import write_json
 from dsiprep.ops.image.epi_resampling import warp_volume
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
@@ -62,7 +63,9 @@ def estimate_motion(
     bvals : ndarray, (n,)
         s/mm².
     bvecs : ndarray, (n, 3) or (3, n)
-        As in the .bvec file: FSL's convention for this affine.
+        FSL's convention for this affine, as in the .bvec of BIDS raw data: components along the axes of the array, the
+        first negated if the determinant of the affine is positive. For a preprocessed series read
+        `_fslbvecs.txt`; its `.bvec` is not in FSL's convention.
     mask : ndarray or Tensor, (i, j, k), optional
         Rough brain mask; computed from the mean b=0 image by default.
     phase_encoding : str, optional
@@ -113,7 +116,8 @@ def align_series(data: Array, affine: np.ndarray, bvecs: np.ndarray, motion: Mot
     -------
     aligned : ndarray, (i, j, k, n), float32
     bvecs : ndarray, (n, 3)
-        FSL's convention for the same affine.
+        FSL's convention for the same affine, as the input. For DIPY negate the first component if the determinant of
+        the affine is positive.
 
     Raises
     ------
@@ -144,6 +148,8 @@ def run_on_files(
     device: str = "auto",
 ) -> list[Path]:
     """Run SHORELine on a NIfTI series and write aligned series, gradients, reference, transforms and tables.
+
+    The b-vectors read and written are in FSL's convention, as BIDS prescribes; the written sidecar states it.
 
     Parameters
     ----------
@@ -224,6 +230,7 @@ def _write(
             "series": "desc-hmc_dwi.nii.gz",
             "bval": "desc-hmc_dwi.bval",
             "bvec": "desc-hmc_dwi.bvec",
+            "sidecar": "desc-hmc_dwi.json",
             "reference": "dwiref.nii.gz",
             "poses": "from-orig_to-dwiref_mode-image_desc-hmc_xfm.txt",
             "eddy": "from-orig_to-dwiref_mode-image_desc-eddy_xfm.txt",
@@ -237,6 +244,7 @@ def _write(
         write_image(paths["reference"], motion.dwiref.data, grid)
         gradients.write_bvals(paths["bval"], bvals)
         gradients.write_fsl_bvecs(paths["bvec"], bvecs, grid)
+        write_json(paths["sidecar"], {"GradientTables": {paths["bvec"].name: gradients.FSL_FRAME}})
         itk.write_affine_series(paths["poses"], motion.transforms)
         if motion.eddy is None:
             del paths["eddy"]

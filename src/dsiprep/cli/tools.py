@@ -110,7 +110,10 @@ def _add_shoreline(tools: Subparsers) -> None:
     tool.add_argument("dwi", type=Path, help="4-D NIfTI series with a single phase encoding")
     tool.add_argument("--bval", type=Path, metavar="FILE", help="b-values (default: .bval file next to the series)")
     tool.add_argument(
-        "--bvec", type=Path, metavar="FILE", help="b-vectors, FSL convention (default: .bvec file next to the series)"
+        "--bvec",
+        type=Path,
+        metavar="FILE",
+        help="b-vectors in FSL's convention, as those written (default: .bvec file next to the series)",
     )
     tool.add_argument("--mask", type=Path, metavar="FILE", help="approximate brain mask (default: computed from b=0)")
     tool.add_argument("--pe", metavar="i|j|k[-]", choices=("i", "j", "k", "i-", "j-", "k-"),

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import Unit
+from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Joined, Preprocessed, Quality, UnitResults, eddy_currents
 from dsiprep.data.template import Template
@@ -41,6 +42,7 @@ sub-*/figures
 logs/
 *_dwi.bval
 *_dwi.bvec
+*_fslbvecs.txt
 *.b
 *.b_table.txt
 *_dseg.tsv
@@ -224,15 +226,11 @@ def _write_series(results: UnitResults, folder: Path) -> None:
 def _write_preprocessed(
     folder: Path, owner: str, preprocessed: Preprocessed, quality: Quality, sidecar: dict[str, object], model: str
 ) -> None:
-    """Write a series in ACPC space with its b-tables, mask and maps."""
+    """Write a series in ACPC space with its gradient tables, mask and maps."""
     name, dwi, reference = f"{owner}_space-ACPC", preprocessed.dwi, str(sidecar["SpatialReference"])
     stem = folder / f"{name}_desc-preproc_dwi"
     write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid)
-    write_json(_with(stem, ".json"), sidecar)
-    gradients.write_bvals(_with(stem, ".bval"), dwi.bvals)
-    gradients.write_fsl_bvecs(_with(stem, ".bvec"), dwi.bvecs, dwi.grid)
-    gradients.write_mrtrix_b(_with(stem, ".b"), dwi.bvals, dwi.bvecs)
-    gradients.write_dsi_studio(_with(stem, ".b_table.txt"), dwi.bvals, dwi.bvecs, dwi.grid)
+    write_json(_with(stem, ".json"), sidecar | {"GradientTables": _write_gradients(stem, dwi)})
     _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, reference=reference)
     _write_map(folder / f"{name}_desc-brain_mask", preprocessed.mask, True, reference)
     kind = "tensor" if "tensor" in model else "3dSHORE"  # the model that stages.quality uses for the CNR
@@ -240,6 +238,26 @@ def _write_preprocessed(
         _write_map(folder / f"{name}_model-{kind}_stat-cnr_dwimap", quality.cnr, reference=reference)
     if quality.tsnr is not None:
         _write_map(folder / f"{name}_stat-tsnr_dwimap", quality.tsnr, reference=reference)
+
+
+def _write_gradients(stem: Path, dwi: DWI) -> dict[str, dict[str, str]]:
+    """Write the gradient tables of a preprocessed series; their frames and readers by file name, for the sidecar.
+
+    FSL's table has a suffix of its own, so that no query for `.bvec`, or for the suffix `dwi`, matches two files.
+    """
+    gradients.write_bvals(_with(stem, ".bval"), dwi.bvals)
+    bvec, b, b_table = (_with(stem, extension) for extension in (".bvec", ".b", ".b_table.txt"))
+    fsl = stem.with_name(stem.name.removesuffix("_dwi") + "_fslbvecs.txt")
+    gradients.write_image_bvecs(bvec, dwi.bvecs, dwi.grid)
+    gradients.write_fsl_bvecs(fsl, dwi.bvecs, dwi.grid)
+    gradients.write_mrtrix_b(b, dwi.bvals, dwi.bvecs)
+    gradients.write_dsi_studio(b_table, dwi.bvals, dwi.bvecs, dwi.grid)
+    return {
+        bvec.name: gradients.IMAGE_AXES,
+        fsl.name: gradients.FSL_FRAME,
+        b.name: gradients.MRTRIX_FRAME,
+        b_table.name: gradients.DSI_STUDIO_FRAME,
+    }
 
 
 def _write_transforms(results: UnitResults, session: Path) -> None:

@@ -1,8 +1,14 @@
-"""Read and write b-values and b-vectors; FSL's frame is confined to this module.
+"""Read and write b-values and b-vectors; the frames of b-vectors in files are confined to this module.
 
-In memory, b-vectors are unit vectors in world RAS+. FSL stores them along the voxel axes of the image, with the first
-axis reversed if the affine has a positive determinant. MRtrix stores them in world RAS+, DSI Studio along the axes of
-the image reoriented to L, P, S.
+In memory, b-vectors are unit vectors in world RAS+. With A the orthonormal axes of the image in world RAS+, one per
+column, a b-vector g is written as
+
+- A' g: along the voxel axes, no sign changed. DIPY and AMICO take b-vectors so, and QSIPrep writes its `.bvec` so;
+- S A' g, S = diag(-1, 1, 1) if det A > 0, else the identity: FSL's convention, which BIDS prescribes for raw data;
+- g: MRtrix's `.b`;
+- L' g, L the axes of the image reoriented to L, P, S: DSI Studio.
+
+For LPS+ images det A > 0, so the first two differ by the sign of x: each read as the other is mirrored left-right.
 """
 
 from __future__ import annotations
@@ -17,6 +23,21 @@ from dsiprep.io.nifti import lps_axes, volume_list
 
 NORM_TOLERANCE = 0.1
 
+# Frames of written tables and the programs that read them, as sidecars state them
+IMAGE_AXES = {
+    "Frame": "axes i, j, k of the image, no sign changed, as in the .bvec of QSIPrep",
+    "ReadBy": "QSIRecon, DIPY, AMICO",
+}
+FSL_FRAME = {
+    "Frame": "FSL: axes i, j, k of the image, i negated if the determinant of its affine is positive",
+    "ReadBy": "FSL (dtifit -r, bvecs of bedpostx), MRtrix3 (-fslgrad)",
+}
+MRTRIX_FRAME = {"Frame": "world RAS+; one row of x y z b per volume", "ReadBy": "MRtrix3 (-grad)"}
+DSI_STUDIO_FRAME = {
+    "Frame": "axes of the image reoriented to L, P, S; one row of b x y z per volume",
+    "ReadBy": "DSI Studio (--b_table)",
+}
+
 
 def read_gradients(
     bval: Path, bvec: Path, grid: Grid, n_volumes: int, b0_threshold: float = 100.0, need_b0: bool = True
@@ -26,7 +47,8 @@ def read_gradients(
     Parameters
     ----------
     bval, bvec : Path
-        FSL's text files: one row of n values, and three rows of n (n rows of three are also accepted).
+        FSL's text files, as BIDS prescribes for raw data: one row of n values, and three rows of n (n rows of three
+        are also accepted) in FSL's convention. The `.bvec` of preprocessed series is along the image axes instead.
     grid : Grid
         Grid of the image.
     n_volumes : int
@@ -66,12 +88,12 @@ def read_gradients(
 
 
 def from_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
-    """Convert b-vectors (n, 3) from FSL's frame for images on `grid` to world RAS+."""
+    """Convert b-vectors (n, 3) from FSL's convention for images on `grid` to world RAS+."""
     return np.asarray(bvecs, float) @ _fsl_axes(grid).T
 
 
 def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
-    """Convert b-vectors (n, 3) from world RAS+ to FSL's frame, the inverse of `from_fsl`."""
+    """Convert b-vectors (n, 3) from world RAS+ to FSL's convention, the inverse of `from_fsl`."""
     return np.asarray(bvecs, float) @ _fsl_axes(grid)
 
 
@@ -107,8 +129,21 @@ def write_bvals(path: Path, bvals: np.ndarray) -> None:
 
 
 def write_fsl_bvecs(path: Path, bvecs: np.ndarray, grid: Grid) -> None:
-    """Write b-vectors (n, 3) in world RAS+ as FSL's `.bvec` for an image on `grid`."""
-    rows = to_fsl(bvecs, grid).T + 0.0  # + 0.0 turns -0 into 0
+    """Write b-vectors (n, 3) in world RAS+ for an image on `grid` in FSL's convention: three rows of n."""
+    _write_rows(path, to_fsl(bvecs, grid))
+
+
+def write_image_bvecs(path: Path, bvecs: np.ndarray, grid: Grid) -> None:
+    """Write b-vectors (n, 3) in world RAS+ as components along the axes of an image on `grid`: three rows of n.
+
+    This is the `.bvec` that QSIPrep writes and QSIRecon, DIPY and AMICO read. It differs from `write_fsl_bvecs` in the
+    sign of x if the affine has a positive determinant.
+    """
+    _write_rows(path, np.asarray(bvecs, float) @ _directions(grid))
+
+
+def _write_rows(path: Path, vectors: np.ndarray) -> None:
+    rows = vectors.T + 0.0  # + 0.0 turns -0 into 0
     Path(path).write_text("\n".join(" ".join(f"{x:.8f}" for x in row) for row in rows) + "\n")
 
 

@@ -221,10 +221,13 @@ def _bvectors(case: Case) -> Iterator[Score]:
     path = find(case.derivatives, "*_space-ACPC_desc-preproc_dwi.bvec")
     affine = read_image_affine(path.with_suffix(".nii.gz"))
     directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
-    fsl = np.loadtxt(path).T * ([-1, 1, 1] if np.linalg.det(directions) > 0 else [1, 1, 1])
-    tables = {".bvec": fsl @ directions.T}
+    tables = {".bvec": np.loadtxt(path).T @ directions.T}  # as DIPY and QSIRecon read it: along the image axes
     if path.with_suffix(".b").is_file():
         tables[".b"] = np.loadtxt(path.with_suffix(".b"))[:, :3]
+    fsl = path.with_name(path.name.replace("_dwi.bvec", "_fslbvecs.txt"))
+    if fsl.is_file():  # as FSL reads it
+        sign = [-1, 1, 1] if np.linalg.det(directions) > 0 else [1, 1, 1]
+        tables["_fslbvecs.txt"] = (np.loadtxt(fsl).T * sign) @ directions.T
     rotation = nearest_rotation(case.acpc_to_head[:3, :3])
     true = np.asarray(case.truth.table["bvecs_head"], float)
     weighted = case.truth.bvals > B0
