@@ -246,11 +246,14 @@ def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
     weighted, tensor = ~dwi.is_b0, "tensor" in model
     if weighted.sum() < 14:
         return None
-    projection, dof = tensor_projection(dwi.bvals, dwi.bvecs) if tensor else shore_projection(dwi.q)
-    projection = projection.astype(np.float32)
     inside = mask.numpy() > 0.5
     brain = np.flatnonzero(inside)
     data, cnr = dwi.data.numpy().reshape(len(dwi), -1), np.zeros(inside.size, np.float32)
+    if tensor:
+        projection, dof = tensor_projection(dwi.bvals, dwi.bvecs)
+    else:
+        projection, dof = shore_projection(dwi.q, data[:, brain[:: max(1, len(brain) // CHUNK)]])
+    projection = projection.astype(np.float32)
     for start in range(0, len(brain), CHUNK):
         part = brain[start : start + CHUNK]
         signals = data[:, part]
