@@ -14,6 +14,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from dsiprep.data.results import UnitResults
+from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine
 from dsiprep.errors import OutputError
 from dsiprep.io import derivatives, itk
@@ -87,6 +88,40 @@ def test_images_are_oriented_lps(written: Path) -> None:
     assert len(images) >= 4
     for path in images:
         assert nib.aff2axcodes(nib.load(path).affine) == ("L", "P", "S"), path.name
+
+
+def test_images_in_acpc_space_are_aligned_not_scanner_space(written: Path) -> None:
+    images = [*written.rglob("*space-ACPC*.nii.gz")]
+    assert len(images) > 8
+    for path in images:
+        header = nib.load(path).header
+        assert int(header["sform_code"]) == int(header["qform_code"]) == 2, path.name
+    fieldmap = nib.load(next(written.rglob("*_fieldmap.nii.gz"))).header
+    assert int(fieldmap["sform_code"]) == 1  # on the grid of the dwiref
+
+
+@pytest.mark.parametrize(("name", "code"), [("MNI152NLin2009cAsym", 4), ("Macaque", 2)])
+def test_images_in_template_space_have_the_code_of_the_template(
+    subject: UnitResults, tmp_path: Path, name: str, code: int
+) -> None:
+    warped = subject.anatomy.template_image
+    assert warped is not None
+    template = Template(name, warped, warped, None, "test")
+    anatomy = replace(subject.anatomy, template=name)
+    derivatives.write_anatomy_only(anatomy, subject.unit, tmp_path, template, AnatomySettings())
+    images = [*tmp_path.rglob(f"*space-{name}*.nii.gz")]
+    assert {int(nib.load(path).header["sform_code"]) for path in images} == {code}
+
+
+def test_repetition_time_is_in_header_and_sidecar(subject: UnitResults, tmp_path: Path) -> None:
+    runs = tuple(replace(run, metadata={"RepetitionTime": 3, "EchoTime": 0.09}) for run in subject.unit.runs)
+    derivatives.write_unit(replace(subject, unit=replace(subject.unit, runs=runs)), tmp_path, None)
+    header = nib.load(next(tmp_path.rglob("*_desc-preproc_dwi.nii.gz"))).header
+    assert header.get_zooms()[3] == 3
+    assert header.get_xyzt_units() == ("mm", "sec")
+    sidecar = json.loads(next(tmp_path.rglob("*_desc-preproc_dwi.json")).read_text())
+    assert (sidecar["RepetitionTime"], sidecar["EchoTime"], sidecar["TotalReadoutTime"]) == (3, 0.09, 0.05)
+    assert "PhaseEncodingDirection" not in sidecar  # AP and PA
 
 
 def test_motion_file_has_one_lps_transform_per_volume(written: Path, subject: UnitResults, tmp_path: Path) -> None:

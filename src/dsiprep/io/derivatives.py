@@ -22,8 +22,9 @@ from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
-from dsiprep.io.nifti import write_image
+from dsiprep.io.nifti import ALIGNED, MNI, write_image
 from dsiprep.io.qc_tables import outlier_slices, write_json, write_tables
+from dsiprep.io.series_sidecar import acquisition_fields
 from dsiprep.ops.image.displacement_field import chain_displacement
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import AnatomySettings
@@ -125,7 +126,7 @@ def write_joined(joined: Joined, results: list[UnitResults], out: Path) -> list[
         "Sources": sorted({f"bids:raw:{name}" for name in joined.files}),
         "ScanGrouping": {"output_name": joined.name, "merge_strategy": joined.merge, "runs": list(joined.members)},
         "Interpolation": joined.preprocessed.interpolation,
-    }
+    } | acquisition_fields(results, joined.preprocessed.dwi.grid)
     with _staged(out, joined.name) as stage:
         folder = stage / relative
         folder.mkdir(parents=True)
@@ -192,7 +193,8 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template:
         grid = template.brain.grid
         for suffix, (data, discrete) in images.items():
             warped = _warp(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
-            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space)
+            code = MNI if space.startswith("MNI") else ALIGNED
+            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space, code)
 
 
 def _source_names(images: tuple[Path, ...]) -> tuple[str, ...]:
@@ -214,7 +216,7 @@ def _write_series(results: UnitResults, folder: Path) -> None:
         "SlicesReplaced": len(outlier_slices(results.motions)) if results.settings.motion.outliers == "replace" else 0,
         "DistortionCorrection": results.distortion.method if results.distortion else "none",
         "Interpolation": results.preprocessed.interpolation,
-    }
+    } | acquisition_fields([results], results.preprocessed.dwi.grid)
     if results.preprocessed.sources:
         sidecar["VolumesMerged"] = results.settings.resample.merge
     model, quality = results.motions[0].model, results.quality
@@ -227,7 +229,9 @@ def _write_preprocessed(
     """Write a series in ACPC space with its b-tables, mask and maps."""
     name, dwi, reference = f"{owner}_space-ACPC", preprocessed.dwi, str(sidecar["SpatialReference"])
     stem = folder / f"{name}_desc-preproc_dwi"
-    write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid)
+    seconds = sidecar.get("RepetitionTime")
+    repetition_time = seconds if isinstance(seconds, float) else None
+    write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid, space=ALIGNED, repetition_time=repetition_time)
     write_json(_with(stem, ".json"), sidecar)
     gradients.write_bvals(_with(stem, ".bval"), dwi.bvals)
     gradients.write_fsl_bvecs(_with(stem, ".bvec"), dwi.bvecs, dwi.grid)
@@ -289,8 +293,10 @@ def _anatomical_reference(results: UnitResults) -> str:
     return f"{anatomy_stem(results.unit, results.settings.anatomy)}_space-ACPC_desc-preproc_{modality}.nii.gz"
 
 
-def _write_map(stem: Path, volume: Volume, discrete: bool = False, reference: str = "ACPC") -> None:
-    write_image(_with(stem, ".nii.gz"), volume.data, volume.grid, discrete=discrete)
+def _write_map(
+    stem: Path, volume: Volume, discrete: bool = False, reference: str = "ACPC", space: int = ALIGNED
+) -> None:
+    write_image(_with(stem, ".nii.gz"), volume.data, volume.grid, discrete=discrete, space=space)
     sidecar: dict[str, object] = {"SpatialReference": reference}
     if "mask" in stem.name:
         sidecar["Type"] = "Brain"

@@ -186,7 +186,16 @@ def run_on_files(
         device=device,
     )
     aligned, turned = align_series(data, grid.affine, fsl, motion)
-    return _write(out, stem, np.moveaxis(aligned, -1, 0), grid, bvals, gradients.from_fsl(turned, grid), motion)
+    series = DWI(
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(aligned, -1, 0))),
+        grid,
+        bvals,
+        gradients.from_fsl(turned, grid),
+        np.zeros(len(bvals), int),
+        np.zeros(len(bvals), int),
+        B0_THRESHOLD,
+    )
+    return _write(out, stem, series, motion, sidecar.get("RepetitionTime"))
 
 
 def _series(
@@ -213,9 +222,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a JSON sidecar ({error}); correct or remove it") from error
 
 
-def _write(
-    out: Path, stem: str, aligned: np.ndarray, grid: Grid, bvals: np.ndarray, bvecs: np.ndarray, motion: Motion
-) -> list[Path]:
+def _write(out: Path, stem: str, series: DWI, motion: Motion, repetition_time: float | None) -> list[Path]:
     """Write the outputs; their paths in the order they are listed."""
     name = stem.removesuffix("_dwi")
     paths = {
@@ -233,15 +240,15 @@ def _write(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_image(paths["series"], torch.from_numpy(np.ascontiguousarray(aligned)), grid)
-        write_image(paths["reference"], motion.dwiref.data, grid)
-        gradients.write_bvals(paths["bval"], bvals)
-        gradients.write_fsl_bvecs(paths["bvec"], bvecs, grid)
+        write_image(paths["series"], series.data, series.grid, repetition_time=repetition_time)
+        write_image(paths["reference"], motion.dwiref.data, series.grid)
+        gradients.write_bvals(paths["bval"], series.bvals)
+        gradients.write_fsl_bvecs(paths["bvec"], series.bvecs, series.grid)
         itk.write_affine_series(paths["poses"], motion.transforms)
         if motion.eddy is None:
             del paths["eddy"]
         else:
-            itk.write_eddy_series(paths["eddy"], motion.eddy, grid)
+            itk.write_eddy_series(paths["eddy"], motion.eddy, series.grid)
         lost = [] if motion.outlier_slices is None else np.argwhere(motion.outlier_slices).tolist()
         paths["slices"].write_text(json.dumps({"slice_z": np.round(motion.slice_z, 3).tolist(), "lost": lost}))
         with paths["rounds"].open("w", newline="") as stream:
