@@ -190,7 +190,7 @@ def test_sessionwise_anatomy_is_written_per_session(subject: UnitResults, tmp_pa
     image = Path("sub-01", "ses-b", "anat", f"sub-01_ses-b_space-ACPC_desc-preproc_{modality}.nii.gz")
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*_desc-preproc_T?w.nii.gz")] == [image]
     sidecar = json.loads(next(tmp_path.rglob("*_desc-preproc_dwi.json")).read_text())
-    assert sidecar["SpatialReference"] == image.as_posix()
+    assert sidecar["SpatialReference"] == f"bids::{image.as_posix()}"
     assert (tmp_path / image).with_name("sub-01_ses-b_from-orig_to-anat_mode-image_xfm.txt").exists()
 
 

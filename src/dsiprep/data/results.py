@@ -266,7 +266,7 @@ class Coregistration(Summarised):
     metric : str
         "mi" (normalised mutual information), "cc" (correlation) or "none" (nothing to register to).
     target_unit : str
-        Name of the unit whose b=0 reference image was the registration target; empty if the target was a structural
+        Name of the output whose b=0 reference image was the registration target; empty if the target was a structural
         image or the unit's own reference.
     notes : tuple of str
         Remarks for the report.

@@ -12,7 +12,7 @@ import torch
 
 from dsiprep import device as devices
 from dsiprep.data.dwi import DWI
-from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.grid import Volume
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError, OutputError
 from dsiprep.io import gradients, itk
