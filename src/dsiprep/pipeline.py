@@ -245,7 +245,7 @@ def _motion(device: torch.device, acquired: Acquired, blip: int, settings: Motio
     """Motion is estimated on the series as acquired: denoised volumes would carry anatomy into each other."""
     chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
     moved = with_cpu_fallback(
-        lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband),
+        lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband, acquired.slice_axis),
         device,
         (acquired.dwi.select(chosen), acquired.mask),
     )

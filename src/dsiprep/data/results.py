@@ -52,6 +52,8 @@ class Acquired(Summarised):
         Factor applied to each run so that b=0 intensities agree.
     multiband : tuple of tuple of int
         Simultaneously excited slices, from SliceTiming; empty where unknown.
+    slice_axis : int or None
+        Voxel axis across slices, from the sidecars; None where they do not give it or differ.
     """
 
     dwi: DWI
@@ -60,6 +62,7 @@ class Acquired(Summarised):
     mask: Volume
     scales: np.ndarray
     multiband: tuple[tuple[int, ...], ...] = ()
+    slice_axis: int | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,7 +15,7 @@ from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError, OutputError
-from dsiprep.io import gradients, itk
+from dsiprep.io import gradients, itk, sidecars
 from dsiprep.io.nifti import read_series, read_volume, write_image
 from dsiprep.ops.image.affine import rotate_bvecs
 from dsiprep.ops.image.epi_resampling import warp_volume
@@ -47,6 +47,7 @@ def estimate_motion(
     *,
     phase_encoding: str | None = None,
     multiband: tuple[tuple[int, ...], ...] = (),
+    slice_axis: int | None = None,
     settings: MotionSettings | None = None,
     b0_threshold: float = B0_THRESHOLD,
     device: str = "cpu",
@@ -69,6 +70,8 @@ def estimate_motion(
         "i", "j-" and so on, as in BIDS. Eddy currents are modelled along this axis, and not at all without it.
     multiband : tuple of tuple of int
         Groups of slices that are excited together.
+    slice_axis : int, optional
+        Voxel axis across slices, 0 to 2; by default the last, unless voxels are clearly longest along another axis.
     settings : MotionSettings, optional
     b0_threshold : float
         b-values at or below this count as b=0.
@@ -91,9 +94,13 @@ def estimate_motion(
     """
     chosen = MotionSettings() if settings is None else check_type(settings, MotionSettings, "settings")
     pe, on = check_phase_encoding(phase_encoding), devices.choose(device)
+    if slice_axis not in (None, 0, 1, 2):
+        raise InputError(f"slice_axis is {slice_axis!r}; give 0, 1 or 2, the voxel axis across slices, or None")
     dwi, brain = _series(data, affine, bvals, bvecs, mask, b0_threshold)
     return devices.with_cpu_fallback(
-        lambda series, inside: stage.estimate_motion(series, inside, chosen, pe, multiband), on, (dwi, brain)
+        lambda series, inside: stage.estimate_motion(series, inside, chosen, pe, multiband, slice_axis),
+        on,
+        (dwi, brain),
     )
 
 
@@ -181,7 +188,8 @@ def run_on_files(
         fsl,
         None if mask is None else read_volume(mask).numpy(),
         phase_encoding=phase_encoding or sidecar.get("PhaseEncodingDirection"),
-        multiband=multiband_groups([tuple(sidecar.get("SliceTiming", ()))]),
+        multiband=multiband_groups([sidecars.slice_times(sidecar, grid.shape)]),
+        slice_axis=sidecars.slice_axis(sidecar, grid.shape),
         settings=settings,
         device=device,
     )
