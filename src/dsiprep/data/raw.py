@@ -68,12 +68,15 @@ class RawFieldmap(Summarised):
         Magnitude image on the same grid.
     echo_difference : float or None
         Difference of the echo times in s; None for a field in Hz.
+    notes : tuple of str
+        How stored values were read, for the report.
     """
 
     name: str
     field: Volume
     magnitude: Volume
     echo_difference: float | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
