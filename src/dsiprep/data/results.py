@@ -15,6 +15,8 @@ from dsiprep.data.summary import Summarised
 from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.settings import Settings
 
+RIGID = 1e-9  # rounding of the determinant of a rotation
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blip(Summarised):
@@ -136,6 +138,14 @@ class Motion(Summarised):
     outlier_slices: np.ndarray | None = None
     replacements: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
+
+    def density(self, row: int) -> float:
+        """Determinant of an affine pose, by which intensities sampled at x_v are multiplied; exactly 1 if rigid.
+
+        Affine poses stand for eddy currents, which spread the signal of a voxel over a larger or smaller area.
+        """
+        determinant = float(np.linalg.det(self.transforms[row][:3, :3]))
+        return determinant if abs(determinant - 1) > RIGID else 1.0
 
     def with_replaced_slices(self, row: int, volume: torch.Tensor) -> torch.Tensor:
         """Replace the outlier slices of volume `row` of `transforms`, (i, j, k), if replacements exist."""

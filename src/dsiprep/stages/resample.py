@@ -26,7 +26,7 @@ METHODS = {
     "resample": (
         "Head motion, eddy currents, distortion, coregistration and the rotation to ACPC space were composed, and each "
         "volume was resampled once with cubic B-splines [@unser1999]. Intensities were multiplied by the Jacobian "
-        "determinant of the distortion, and b-vectors were rotated with their volumes [@leemans2009]. The brain in the "
+        "determinant of eddy currents (of the affine, if poses are affine) and distortion, and b-vectors were rotated with their volumes [@leemans2009]. The brain in the "
         "mean b=0 image was extracted with the deepbet network [@fisch2024], applied to the image as it is and with "
         "its intensities remapped to those of a T1w image; the surface of the mask was then moved to the nearby edge "
         "of the bright tissue."
@@ -140,7 +140,9 @@ def resample(
         for row, v in enumerate(blip.volumes):
             volume = blip.motion.with_replaced_slices(row, dwi.data[int(v)])
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
-            data[int(v)] = warp_volume(volume, dwi.grid, grid, blip.matrices[row], sampled, blip.linear[row], eddy)
+            warped = warp_volume(volume, dwi.grid, grid, blip.matrices[row], sampled, blip.linear[row], eddy)
+            density = blip.motion.density(row)
+            data[int(v)] = warped if density == 1 else warped * density
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold)
     if groups:
         series = _merge(series, groups, weights if len(weights) > 1 else None, dwi.blip)

@@ -136,7 +136,7 @@ def align_series(data: Array, affine: np.ndarray, bvecs: np.ndarray, motion: Mot
     for row, matrix in enumerate(motion.transforms):
         volume = motion.with_replaced_slices(row, torch.as_tensor(data[..., row], dtype=torch.float32).contiguous())
         eddy = None if motion.eddy is None else motion.eddy.take(np.array([row]))
-        out[..., row] = warp_volume(volume, grid, grid, matrix, eddy=eddy).numpy()
+        out[..., row] = warp_volume(volume, grid, grid, matrix, eddy=eddy).numpy() * np.float32(motion.density(row))
     return out, gradients.to_fsl(rotate_bvecs(world, motion.transforms), grid)
 
 
