@@ -201,6 +201,9 @@ def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> 
     assert len({line.count("\t") for line in lines}) == 1
     quality = next(written.rglob("*image_qc.tsv")).read_text().splitlines()
     assert len(quality) == 2
+    described = json.loads(next(written.rglob("*image_qc.json")).read_text())
+    assert list(described) == quality[0].split("\t")
+    assert all(column["Description"] for column in described.values())
     slices = json.loads(next(written.rglob("*slice_qc.json")).read_text())["slice_z"]
     assert len(slices) == len(subject.acquired.dwi)
 

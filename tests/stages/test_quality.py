@@ -23,10 +23,11 @@ from dsiprep.data.results import (
     Quality,
 )
 from dsiprep.data.transform import Affine, DisplacementField
+from dsiprep.io.quality_columns import column_meaning
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.motion.series_qc import discontinuous_slices, shore_projection
 from dsiprep.ops.qspace.tensor import tensor_projection
-from dsiprep.stages.quality import _cnr, _coherence, framewise_displacement, measure_quality
+from dsiprep.stages.quality import _cnr, _coherence, _missing_maps, _tsnr, framewise_displacement, measure_quality
 from helpers.grids import make_grid
 
 
@@ -201,7 +202,21 @@ def test_quality_table_and_confounds(orientation: str) -> None:
     assert result.cnr is not None
     assert float(result.tsnr.data.max()) > 20
     assert all(len(column) == 126 for column in confounds.values())
+    assert [name for name in table if not column_meaning(name)] == []
     assert all(isinstance(value, float | int | str | None) for value in table.values())
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(1, "1 b=0 volume is too few"), (2, "2 b=0 volumes are too few"), (3, "")]
+)
+def test_temporal_snr_needs_three_b0_volumes(count: int, words: str) -> None:
+    dwi, _, inside = phantom(make_grid("LAS", (14, 14, 10), (2, 2, 2)), 40.0)
+    keep = np.concatenate([np.flatnonzero(dwi.is_b0)[:count], np.flatnonzero(~dwi.is_b0)])
+    dwi, mask = dwi.select(keep), Volume(torch.from_numpy(inside.astype(np.float32)), dwi.grid)
+    notes = " ".join(_missing_maps(dwi, mask))
+    assert (_tsnr(dwi, mask) is None) == bool(words)
+    assert words in notes
+    assert bool(notes) == bool(words)
 
 
 def test_unavailable_metrics_are_omitted() -> None:

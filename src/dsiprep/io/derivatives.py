@@ -36,7 +36,7 @@ BIDSIGNORE = """\
 *_dwiref.*
 *_dwimap.*
 *_hmcOptimization.csv
-*image_qc.tsv
+*image_qc.*
 *slice_qc.json
 *.html
 sub-*/figures

@@ -38,6 +38,7 @@ SPHERE_MM = 50.0  # radius on which rotations are converted to mm
 CHUNK = 20_000  # voxels per batch
 SUMMARY = ("median", "minimum", "maximum", "mean", "standard_deviation")
 CNR_SUMMARY = ("mean", "median", "standard_deviation")
+LEAST_B0S = 3  # for temporal SNR; the standard deviation of two values is as uncertain as it is large
 MAX_TENSOR_B = 3000.0  # s/mm²; above it, the signal is too non-Gaussian for fibre directions from a tensor
 
 Row = dict[str, float | str | None]
@@ -84,7 +85,8 @@ def measure_quality(
     table["coregistration_score"] = float(coregistration.score_after)
     table |= _file_entities(unit_name)
     slices = _all_slice_z(motions, len(raw))
-    return Quality(table, confounds, slices, cnr, tsnr, _notes(motions, raw, distortion, cnr))
+    notes = (*_notes(motions, distortion), *_missing_maps(dwi, cnr))
+    return Quality(table, confounds, slices, cnr, tsnr, notes)
 
 
 def measure_joined(
@@ -131,7 +133,7 @@ def measure_joined(
     table |= _file_entities(name)
     width = max(part.slice_z.shape[1] for part in parts)
     padded = [np.pad(p.slice_z, ((0, 0), (0, width - p.slice_z.shape[1])), constant_values=np.nan) for p in parts]
-    return Quality(table, confounds, np.concatenate(padded), cnr, tsnr)
+    return Quality(table, confounds, np.concatenate(padded), cnr, tsnr, _missing_maps(dwi, cnr))
 
 
 def _combine_raw(parts: tuple[Quality, ...]) -> Row:
@@ -267,9 +269,9 @@ def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
 
 
 def _tsnr(dwi: DWI, mask: Volume) -> Volume | None:
-    """Temporal SNR: mean over standard deviation of the b=0 volumes in the brain; None with fewer than two."""
+    """Temporal SNR: mean over standard deviation of the b=0 volumes in the brain; None with too few of them."""
     b0 = dwi.data[torch.as_tensor(np.flatnonzero(dwi.is_b0))]
-    if len(b0) < 2:
+    if len(b0) < LEAST_B0S:
         return None
     deviation = b0.std(0)
     ratio = torch.where(deviation > 0, b0.mean(0) / deviation.clamp(min=1e-12), 0.0)
@@ -344,17 +346,26 @@ def _file_entities(unit_name: str) -> Row:
     return row | {"space_id": "ACPC", "rec_id": entities.get("rec"), "run_id": entities.get("run")}
 
 
-def _notes(motions: tuple[Motion, ...], raw: DWI, distortion: Distortion | None, cnr: Volume | None) -> tuple[str, ...]:
+def _missing_maps(dwi: DWI, cnr: Volume | None) -> tuple[str, ...]:
+    """Why a series has no map of temporal SNR or of the contrast-to-noise ratio."""
+    notes, count = [], int(dwi.is_b0.sum())
+    if count < LEAST_B0S:
+        notes.append(
+            f"Temporal SNR is not available: {count} b=0 volume{' is' if count == 1 else 's are'} too few for a "
+            f"standard deviation over time; {LEAST_B0S} are the least."
+        )
+    if cnr is None:
+        notes.append("The contrast-to-noise map is not available: there are too few diffusion-weighted volumes.")
+    return tuple(notes)
+
+
+def _notes(motions: tuple[Motion, ...], distortion: Distortion | None) -> tuple[str, ...]:
     notes = []
     if len(motions) > 1:
         notes.append(
             "Motion is relative to the b=0 reference of each phase encoding; framewise displacement (FD) restarts with "
             "every run."
         )
-    if raw.is_b0.sum() < 2:
-        notes.append("Temporal SNR is not available: there are fewer than two b=0 volumes.")
-    if cnr is None:
-        notes.append("The contrast-to-noise map is not available: there are too few diffusion-weighted volumes.")
     if distortion is not None and distortion.fieldmap_hz is None:
         notes.append("The off-resonance field in Hz is not available: the readout time is unknown.")
     return tuple(notes)

@@ -26,10 +26,10 @@ METHODS = {
     "resample": (
         "Head motion, eddy currents, distortion, coregistration and the rotation to ACPC space were composed, and each "
         "volume was resampled once with cubic B-splines [@unser1999]. Intensities were multiplied by the Jacobian "
-        "determinant of eddy currents (of the affine, if poses are affine) and distortion, and b-vectors were rotated with their volumes [@leemans2009]. The brain in the "
-        "mean b=0 image was extracted with the deepbet network [@fisch2024], applied to the image as it is and with "
-        "its intensities remapped to those of a T1w image; the surface of the mask was then moved to the nearby edge "
-        "of the bright tissue."
+        "determinant of eddy currents (of the affine, if poses are affine) and distortion, and b-vectors were rotated "
+        "with their volumes [@leemans2009]. The brain in the mean b=0 image was extracted with the deepbet network "
+        "[@fisch2024], applied to the image as it is and with its intensities remapped to those of a T1w image; the "
+        "surface of the mask was then moved to the nearby edge of the bright tissue."
     ),
     "n4": (
         "The receive bias field was estimated with N4 [@tustison2010] on the mean b=0 image, and all volumes were "
