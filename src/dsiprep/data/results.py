@@ -297,7 +297,8 @@ class Coregistration(Summarised):
 class Preprocessed(Summarised):
     """The series resampled to ACPC space in a single step.
 
-    `sources` lists the acquired volumes averaged into each volume of `dwi`; empty if none were averaged.
+    `sources` lists the acquired volumes averaged into each volume of `dwi`; empty if none were averaged. `coverage` is
+    the fraction of the acquired volumes whose field of view contains each voxel; None if it was not computed.
     """
 
     dwi: DWI
@@ -305,6 +306,7 @@ class Preprocessed(Summarised):
     mask: Volume
     interpolation: str
     sources: tuple[tuple[int, ...], ...] = ()
+    coverage: Volume | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

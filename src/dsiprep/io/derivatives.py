@@ -229,6 +229,8 @@ def _write_preprocessed(
     gradients.write_dsi_studio(_with(stem, ".b_table.txt"), dwi.bvals, dwi.bvecs, dwi.grid)
     _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, False, reference)
     _write_map(folder / f"{name}_desc-brain_mask", preprocessed.mask, True, reference)
+    if preprocessed.coverage is not None:
+        _write_map(folder / f"{name}_desc-coverage_dwimap", preprocessed.coverage, False, reference)
     kind = "tensor" if "tensor" in model else "3dSHORE"  # the model that stages.quality uses for the CNR
     if quality.cnr is not None:
         _write_map(folder / f"{name}_model-{kind}_stat-cnr_dwimap", quality.cnr, False, reference)

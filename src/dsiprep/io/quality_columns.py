@@ -30,6 +30,8 @@ MEANINGS = {
     "max_rel_translation": "Maximum translation along any axis between successive volumes (mm)",
     "t1_dice_distance": "Dice coefficient of the diffusion and structural brain masks",
     "mni_dice_distance": "Dice coefficient of the normalised and template brain masks",
+    "uncovered_brain_ml": "Structural brain where fewer than half of the volumes have data (ml)",
+    "uncovered_brain_fraction": "Fraction of the structural brain where fewer than half of the volumes have data",
     "coregistration_score": "Similarity of the b=0 reference and the image it was coregistered to",
     "CNR0_mean": "Contrast-to-noise ratio of all b-values together, in the brain: mean",
     "CNR0_median": "Contrast-to-noise ratio of all b-values together, in the brain: median",

@@ -85,7 +85,7 @@ def measure_quality(
     table["coregistration_score"] = float(coregistration.score_after)
     table |= _file_entities(unit_name)
     slices = _all_slice_z(motions, len(raw))
-    notes = (*_notes(motions, distortion), *_missing_maps(dwi, cnr))
+    notes = (*_notes(motions, distortion), *_missing_maps(dwi, cnr), *_coverage_note(table))
     return Quality(table, confounds, slices, cnr, tsnr, notes)
 
 
@@ -133,7 +133,9 @@ def measure_joined(
     table |= _file_entities(name)
     width = max(part.slice_z.shape[1] for part in parts)
     padded = [np.pad(p.slice_z, ((0, 0), (0, width - p.slice_z.shape[1])), constant_values=np.nan) for p in parts]
-    return Quality(table, confounds, np.concatenate(padded), cnr, tsnr, _missing_maps(dwi, cnr))
+    return Quality(
+        table, confounds, np.concatenate(padded), cnr, tsnr, (*_missing_maps(dwi, cnr), *_coverage_note(table))
+    )
 
 
 def _combine_raw(parts: tuple[Quality, ...]) -> Row:
@@ -296,6 +298,7 @@ def _motion_summary(confounds: dict[str, np.ndarray], run: np.ndarray) -> Row:
 def _dice_overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
     """Dice overlaps under QSIPrep's column names; despite their names, 1 is perfect overlap."""
     row: Row = {"t1_dice_distance": None, "mni_dice_distance": None}
+    row |= _uncovered_brain(anatomy, preprocessed)
     if anatomy.modality != "none":
         structural = resample_onto(anatomy.mask.data[None].float().cpu(), anatomy.mask.grid, preprocessed.mask.grid)[0]
         row["t1_dice_distance"] = _dice(structural.numpy() > 0.5, preprocessed.mask.numpy() > 0.5)
@@ -303,6 +306,19 @@ def _dice_overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
     if template is not None and warped is not None and template.grid.matches(warped.grid):
         row["mni_dice_distance"] = _dice(template.numpy() > 0, warped.numpy() > 0)
     return row
+
+
+def _uncovered_brain(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
+    """Volume (ml) and fraction of the structural brain where fewer than half of the volumes have data."""
+    row: Row = {"uncovered_brain_ml": None, "uncovered_brain_fraction": None}
+    if anatomy.modality == "none" or preprocessed.coverage is None:
+        return row
+    grid, brain = anatomy.mask.grid, np.argwhere(anatomy.mask.numpy() > 0.5)
+    covered, points = preprocessed.coverage, grid.to_world(brain)
+    nearest = np.clip(np.rint(covered.grid.to_voxels(points)).astype(int), 0, np.asarray(covered.grid.shape) - 1)
+    uncovered = (covered.numpy()[tuple(nearest.T)] < 0.5) | ~covered.grid.contains(points)
+    ml = float(uncovered.sum() * np.prod(grid.voxel_sizes) / 1000)
+    return {"uncovered_brain_ml": ml, "uncovered_brain_fraction": float(uncovered.mean()) if len(brain) else 0.0}
 
 
 def _dice(first: np.ndarray, second: np.ndarray) -> float:
@@ -344,6 +360,13 @@ def _file_entities(unit_name: str) -> Row:
     row: Row = {"file_name": f"{unit_name}_space-ACPC_desc-preproc_dwi.nii.gz"}
     row |= {column: entities.get(entity) for column, entity in columns.items()}
     return row | {"space_id": "ACPC", "rec_id": entities.get("rec"), "run_id": entities.get("run")}
+
+
+def _coverage_note(table: Row) -> tuple[str, ...]:
+    ml, fraction = table["uncovered_brain_ml"], table["uncovered_brain_fraction"]
+    if not isinstance(ml, float) or not isinstance(fraction, float) or ml == 0:
+        return ()
+    return (f"The series does not cover {ml:.1f} ml ({fraction:.1%}) of the structural brain.",)
 
 
 def _missing_maps(dwi: DWI, cnr: Volume | None) -> tuple[str, ...]:
