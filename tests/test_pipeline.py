@@ -122,6 +122,21 @@ def test_derivatives_are_valid_bids(finished: Path) -> None:
     assert not errors
 
 
+def test_bids_uris_in_sidecars_resolve(finished: Path, phantom: Path) -> None:
+    description = json.loads((finished / "dataset_description.json").read_text())
+    roots = {"": finished, "raw": finished / description["DatasetLinks"]["raw"]}
+    assert roots["raw"].resolve() == (phantom / "bids").resolve()
+    found = []
+    for path in finished.rglob("*.json"):
+        sidecar = json.loads(path.read_text())
+        found += [sidecar["SpatialReference"]] if "SpatialReference" in sidecar else []
+        found += sidecar.get("Sources", [])
+    assert len(found) > 10
+    for uri in {uri for uri in found if not uri.startswith("MNI")}:  # a template is named by its BIDS identifier
+        _, dataset, relative = uri.split(":", 2)
+        assert (roots[dataset] / relative).is_file(), uri
+
+
 def test_interrupted_run_resumes_with_identical_outputs(finished: Path, phantom: Path, tmp_path: Path) -> None:
     """The cached results after the motion stage are deleted, as if the run had been interrupted there."""
     work, out = tmp_path / "work", tmp_path / "out"

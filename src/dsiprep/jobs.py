@@ -230,6 +230,7 @@ def _leads_first(job: Job) -> list[Unit]:
 def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None:
     from dsiprep.device import choose
     from dsiprep.io.derivatives import write_anatomy_only, write_root
+    from dsiprep.io.provenance import raw_root
     from dsiprep.outputs import template_of, write_derivatives
     from dsiprep.pipeline import prepare_anatomy, preprocess
     from dsiprep.plan import choose_lead
@@ -242,7 +243,7 @@ def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None
         if not unit.structural(modality):
             raise DsiprepError(f"{unit.name}: --anat-only, but there is no {modality} image; remove the option")
         anatomy = prepare_anatomy(unit, job.settings, cache, device)
-        write_root(job.out, __version__)
+        write_root(job.out, __version__, raw_root(unit))
         write_anatomy_only(anatomy.value, unit, job.out, template_of(job.settings.anatomy), job.settings.anatomy)
         return None
     results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))

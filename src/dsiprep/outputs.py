@@ -9,6 +9,7 @@ from dsiprep import __version__
 from dsiprep.data.results import UnitResults
 from dsiprep.data.template import Template
 from dsiprep.io.derivatives import write_root, write_unit
+from dsiprep.io.provenance import raw_root
 from dsiprep.io.templates import load_template
 from dsiprep.report.boilerplate import write_boilerplate
 from dsiprep.report.html import render_report
@@ -37,7 +38,7 @@ def write_derivatives(results: UnitResults, out: Path | str) -> list[Path]:
     OutputError
         If the folder cannot be written.
     """
-    write_root(Path(out), __version__)
+    write_root(Path(out), __version__, raw_root(results.unit))
     return write_unit(results, Path(out), template_of(results.settings.anatomy))
 
 
@@ -71,7 +72,7 @@ def write_report(
 
 def write_methods(results: Sequence[UnitResults], out: Path | str) -> None:
     """Write the methods text and its references of one subject into its derivatives folder; see `write_report`."""
-    write_root(Path(out), __version__)
+    write_root(Path(out), __version__, raw_root(results[0].unit) if results else None)
     if results:
         write_boilerplate(list(results), Path(out))
 

@@ -106,7 +106,8 @@ def preprocess(
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
     motions, corrected, reason = _undistort(unit, settings, cache, on, acquired)
     modality = settings.anatomy.modality
-    target_unit = "" if lead is None or lead.name == unit.name or unit.structural(modality) else lead.name
+    follows = lead is not None and lead.name != unit.name and not unit.structural(modality)
+    target_unit = (lead.output or lead.name) if lead is not None and follows else ""
     reference = leading = _reference(cache, motions[0], corrected)
     if lead is not None and target_unit:
         other = cache.for_other_unit()
@@ -244,7 +245,7 @@ def _motion(device: torch.device, acquired: Acquired, blip: int, settings: Motio
     """Motion is estimated on the series as acquired: denoised volumes would carry anatomy into each other."""
     chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
     moved = with_cpu_fallback(
-        lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband),
+        lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband, acquired.slice_axis),
         device,
         (acquired.dwi.select(chosen), acquired.mask),
     )

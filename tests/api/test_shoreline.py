@@ -98,6 +98,32 @@ def test_outlier_slice_is_replaced_by_its_prediction(subject: Subject) -> None:
     ).all()
 
 
+def test_slices_are_those_of_the_sidecar(subject: Subject, tmp_path: Path) -> None:
+    """Slices along j in pairs, although voxels are isotropic; the lost slice of a pair takes the other along."""
+    data, affine, bvals, bvecs = _arrays(subject)
+    data = data[:, : data.shape[1] // 2 * 2]
+    count, weak = data.shape[1], int(np.flatnonzero(bvals < 1500)[3])
+    first = count // 4
+    broken = data.copy()
+    broken[:, [first, first + count // 2], :, weak] *= 0.3
+    nib.save(nib.Nifti1Image(broken, affine), tmp_path / "a_dwi.nii.gz")
+    nib.save(nib.Nifti1Image(subject.mask.numpy()[:, :count], affine), tmp_path / "mask.nii.gz")
+    write_bvals(tmp_path / "a_dwi.bval", bvals)
+    write_fsl_bvecs(tmp_path / "a_dwi.bvec", subject.dwi.bvecs, subject.dwi.grid)
+    times = [0.1 * (k % (count // 2)) for k in range(count)][::-1]
+    sidecar = {"SliceTiming": times, "SliceEncodingDirection": "j-", "RepetitionTime": 2.5}
+    (tmp_path / "a_dwi.json").write_text(json.dumps(sidecar))
+    arguments = ["shoreline", str(tmp_path / "a_dwi.nii.gz"), "--mask", str(tmp_path / "mask.nii.gz")]
+    assert main([*arguments, "-o", str(tmp_path), "--shoreline-iters", "1", "--device", "cpu"]) == 0
+    table = json.loads((tmp_path / "a_desc-slice_qc.json").read_text())
+    assert np.shape(table["slice_z"]) == (len(bvals), count)
+    assert [weak, first] in table["lost"]
+    assert [weak, first + count // 2] in table["lost"]
+    assert nib.load(tmp_path / "a_desc-hmc_dwi.nii.gz").header.get_zooms()[3] == 2.5
+    with pytest.raises(InputError, match="slice_axis is 3"):
+        estimate_motion(data, affine, bvals, bvecs, slice_axis=3)
+
+
 def test_unusable_input_is_refused_with_the_reason(
     subject: Subject, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ import torch
 from bids import BIDSLayout
 
 from dsiprep.data.results import UnitResults
+from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine
 from dsiprep.errors import OutputError
 from dsiprep.io import derivatives, itk
@@ -118,6 +119,40 @@ def test_images_are_oriented_lps(written: Path) -> None:
         assert nib.aff2axcodes(nib.load(path).affine) == ("L", "P", "S"), path.name
 
 
+def test_images_in_acpc_space_are_aligned_not_scanner_space(written: Path) -> None:
+    images = [*written.rglob("*space-ACPC*.nii.gz")]
+    assert len(images) > 8
+    for path in images:
+        header = nib.load(path).header
+        assert int(header["sform_code"]) == int(header["qform_code"]) == 2, path.name
+    fieldmap = nib.load(next(written.rglob("*_fieldmap.nii.gz"))).header
+    assert int(fieldmap["sform_code"]) == 1  # on the grid of the dwiref
+
+
+@pytest.mark.parametrize(("name", "code"), [("MNI152NLin2009cAsym", 4), ("Macaque", 2)])
+def test_images_in_template_space_have_the_code_of_the_template(
+    subject: UnitResults, tmp_path: Path, name: str, code: int
+) -> None:
+    warped = subject.anatomy.template_image
+    assert warped is not None
+    template = Template(name, warped, warped, None, "test")
+    anatomy = replace(subject.anatomy, template=name)
+    derivatives.write_anatomy_only(anatomy, subject.unit, tmp_path, template, AnatomySettings())
+    images = [*tmp_path.rglob(f"*space-{name}*.nii.gz")]
+    assert {int(nib.load(path).header["sform_code"]) for path in images} == {code}
+
+
+def test_repetition_time_is_in_header_and_sidecar(subject: UnitResults, tmp_path: Path) -> None:
+    runs = tuple(replace(run, metadata={"RepetitionTime": 3, "EchoTime": 0.09}) for run in subject.unit.runs)
+    derivatives.write_unit(replace(subject, unit=replace(subject.unit, runs=runs)), tmp_path, None)
+    header = nib.load(next(tmp_path.rglob("*_desc-preproc_dwi.nii.gz"))).header
+    assert header.get_zooms()[3] == 3
+    assert header.get_xyzt_units() == ("mm", "sec")
+    sidecar = json.loads(next(tmp_path.rglob("*_desc-preproc_dwi.json")).read_text())
+    assert (sidecar["RepetitionTime"], sidecar["EchoTime"], sidecar["TotalReadoutTime"]) == (3, 0.09, 0.05)
+    assert "PhaseEncodingDirection" not in sidecar  # AP and PA
+
+
 def test_motion_file_has_one_lps_transform_per_volume(written: Path, subject: UnitResults, tmp_path: Path) -> None:
     text = next(written.rglob("*desc-hmc_xfm.txt")).read_text()
     head, *blocks = re.split(r"^#Transform \d+\n", text, flags=re.MULTILINE)
@@ -184,7 +219,7 @@ def test_sessionwise_anatomy_is_written_per_session(subject: UnitResults, tmp_pa
     image = Path("sub-01", "ses-b", "anat", f"sub-01_ses-b_space-ACPC_desc-preproc_{modality}.nii.gz")
     assert [path.relative_to(tmp_path) for path in tmp_path.rglob("*_desc-preproc_T?w.nii.gz")] == [image]
     sidecar = json.loads(next(tmp_path.rglob("*_desc-preproc_dwi.json")).read_text())
-    assert sidecar["SpatialReference"] == image.as_posix()
+    assert sidecar["SpatialReference"] == f"bids::{image.as_posix()}"
     assert (tmp_path / image).with_name("sub-01_ses-b_from-orig_to-anat_mode-image_xfm.txt").exists()
 
 
@@ -195,6 +230,9 @@ def test_tables_have_one_row_per_volume(written: Path, subject: UnitResults) -> 
     assert len({line.count("\t") for line in lines}) == 1
     quality = next(written.rglob("*image_qc.tsv")).read_text().splitlines()
     assert len(quality) == 2
+    described = json.loads(next(written.rglob("*image_qc.json")).read_text())
+    assert list(described) == quality[0].split("\t")
+    assert all(column["Description"] for column in described.values())
     slices = json.loads(next(written.rglob("*slice_qc.json")).read_text())["slice_z"]
     assert len(slices) == len(subject.acquired.dwi)
 

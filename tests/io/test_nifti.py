@@ -12,7 +12,17 @@ import torch
 
 from dsiprep.data.grid import Grid
 from dsiprep.errors import InputError
-from dsiprep.io.nifti import read_image, read_series, read_shape, read_volume, to_lps, write_image
+from dsiprep.io.nifti import (
+    ALIGNED,
+    MNI,
+    SCANNER,
+    read_image,
+    read_series,
+    read_shape,
+    read_volume,
+    to_lps,
+    write_image,
+)
 from helpers.bids_dataset import LAS
 
 
@@ -30,7 +40,6 @@ def test_images_round_trip(name: str, tmp_path: Path) -> None:
     assert read_grid.matches(grid)
     by_nibabel = nib.load(tmp_path / name)
     np.testing.assert_array_equal(by_nibabel.get_fdata(), np.moveaxis(data, 0, 3))
-    assert by_nibabel.header.get_xyzt_units() == ("mm", "sec")
     assert by_nibabel.get_data_dtype() == np.float32
     np.testing.assert_allclose(by_nibabel.header.get_qform(), LAS, atol=1e-6)
     assert read_shape(tmp_path / name) == (4, 5, 3, 6)
@@ -133,3 +142,15 @@ def test_images_without_orientation_raise(tmp_path: Path) -> None:
     image.to_filename(tmp_path / "a.nii")
     with pytest.raises(InputError, match=r"sform and qform codes are 0"):
         read_image(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize(("space", "code"), [(SCANNER, 1), (ALIGNED, 2), (MNI, 4)])
+def test_header_names_the_space_and_the_repetition_time(tmp_path: Path, space: int, code: int) -> None:
+    series, grid = np.zeros((2, 4, 5, 3), np.float32), Grid((4, 5, 3), LAS)
+    write_image(tmp_path / "a.nii", series, grid, space=space, repetition_time=3.3)
+    header = nib.load(tmp_path / "a.nii").header
+    assert int(header["sform_code"]) == int(header["qform_code"]) == code
+    assert header.get_zooms()[3] == pytest.approx(3.3)
+    assert header.get_xyzt_units() == ("mm", "sec")
+    write_image(tmp_path / "b.nii", series, grid)
+    assert nib.load(tmp_path / "b.nii").header.get_xyzt_units() == ("mm", "unknown")

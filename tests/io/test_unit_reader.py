@@ -11,6 +11,7 @@ import torch
 
 from dsiprep.errors import GradientError, InputError
 from dsiprep.io.bids import read_unit, require_files
+from dsiprep.io.sidecars import slice_axis, slice_times
 from helpers.bids_dataset import LAS, SETTINGS, Dataset
 
 AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
@@ -46,6 +47,7 @@ def test_read_unit_returns_data_gradients_and_slice_times(dataset: Dataset) -> N
     np.testing.assert_array_equal(run.data.numpy(), np.moveaxis(image.get_fdata(), 3, 0))
     np.testing.assert_array_equal(run.grid.affine, LAS)
     assert run.slice_times == (1, 0.5, 0)
+    assert run.slice_axis == 2
     assert run.name == "sub-01_dwi.nii.gz"
     # for LAS, FSL's frame is that of the voxel axes
     fsl = np.loadtxt(dataset.root / "sub-01/dwi/sub-01_dwi.bvec").T
@@ -80,3 +82,20 @@ def test_phase_encoding_direction_without_b0_raises(dataset: Dataset) -> None:
     np.savetxt(path.parent / "sub-01_dwi.bvec", np.tile([[1.0], [0], [0]], 20))
     with pytest.raises(GradientError, match=r"sub-01_dwi.*lowest b-value is 150.*--b0-threshold 150"):
         read_unit(dataset.unit(), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("sidecar", "axis", "times"),
+    [
+        ({"SliceTiming": [0, 1, 2], "SliceEncodingDirection": "k"}, 2, (0, 1, 2)),
+        ({"SliceTiming": [0, 1, 2]}, 2, (0, 1, 2)),
+        ({"SliceTiming": [0, 1, 2, 3], "SliceEncodingDirection": "i-"}, 0, (3, 2, 1, 0)),
+        ({"SliceEncodingDirection": "j"}, 1, ()),
+        ({"SliceTiming": [0, 1, 2], "SliceEncodingDirection": "j"}, 1, ()),  # five slices
+        ({"SliceTiming": [0, 1]}, None, ()),
+        ({}, None, ()),
+    ],
+)
+def test_slice_axis_and_times(sidecar: dict, axis: int | None, times: tuple[float, ...]) -> None:
+    assert slice_axis(sidecar, (4, 5, 3)) == axis
+    assert slice_times(sidecar, (4, 5, 3)) == times

@@ -91,10 +91,18 @@ def test_steep_shifts_are_smoothed_until_nothing_folds() -> None:
     shift = np.zeros((12, 30, 12))
     shift[4:8, 10:14, 4:8] = 6.0
     out = without_folds(shift, 1)
-    assert np.abs(np.diff(out, axis=1)).max() < 1
+    assert (1 + np.diff(out, axis=1)).min() > 0.1
     assert np.allclose(out[:, 25:], 0, atol=0.05)
     gentle = 0.3 * np.arange(30.0)[None, :, None] * np.ones((4, 1, 4))
     assert np.array_equal(without_folds(gentle, 1), gentle)
+
+
+def test_steep_stretch_is_not_smoothed() -> None:
+    """A shift that rises by 1.5 voxels per voxel stretches the image; falling as steeply it folds it."""
+    rising = np.clip(1.5 * (np.arange(30.0) - 12), 0, 6)[None, :, None] * np.ones((6, 1, 6))
+    assert np.array_equal(without_folds(rising, 1), rising)
+    falling = without_folds(-rising, 1)
+    assert (1 + np.diff(falling, axis=1)).min() > 0.1
 
 
 def test_unusable_fieldmaps_are_rejected() -> None:

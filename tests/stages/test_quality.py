@@ -23,11 +23,12 @@ from dsiprep.data.results import (
     Quality,
 )
 from dsiprep.data.transform import Affine, DisplacementField
+from dsiprep.io.quality_columns import column_meaning
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.motion.framewise_displacement import framewise_displacement
 from dsiprep.ops.motion.series_qc import discontinuous_slices, shore_projection
 from dsiprep.ops.qspace.tensor import tensor_projection
-from dsiprep.stages.quality import _cnr, _coherence, measure_quality
+from dsiprep.stages.quality import _cnr, _coherence, _missing_maps, _tsnr, measure_quality
 from helpers.grids import make_grid
 
 
@@ -119,12 +120,21 @@ def test_cnr_matches_known_signal_and_noise(model: str) -> None:
 def test_model_projections() -> None:
     bvals, bvecs = lattice()
     q = np.sqrt(bvals)[:, None] * bvecs
-    for matrix, dof in (shore_projection(q), tensor_projection(bvals, bvecs)):
+    for matrix, dof in (shore_projection(q, np.ones((len(q), 1))), tensor_projection(bvals, bvecs)):
         noise = np.random.default_rng(0).normal(size=(len(q), 4000))
         assert ((noise - matrix @ noise) ** 2).sum(0).mean() == pytest.approx(dof, rel=0.02)
         assert dof >= len(q) - 50
     logs = -bvals * (3e-4 + 1e-3 * bvecs[:, 0] ** 2)
     np.testing.assert_allclose(tensor_projection(bvals, bvecs)[0] @ logs, logs, atol=1e-9)
+
+
+def test_contrast_to_noise_at_high_b_uses_a_wider_basis() -> None:
+    """Signal of slow diffusion is still strong at b 40,000, where functions of the scale 700 have vanished."""
+    bvals, bvecs = lattice()
+    q = np.sqrt(bvals * 40000 / bvals.max())[:, None] * bvecs
+    signals = 100 * np.exp(-(q**2 @ [1, 0.8, 0.5]) * 1e-4)[:, None]
+    matrix, _ = shore_projection(q, signals)
+    assert np.abs(matrix @ signals - signals).max() < 2
 
 
 def measure_phantom(grid: Grid, moved: np.ndarray, denoise: bool = True, field: bool = True) -> Quality:
@@ -193,7 +203,21 @@ def test_quality_table_and_confounds(orientation: str) -> None:
     assert result.cnr is not None
     assert float(result.tsnr.data.max()) > 20
     assert all(len(column) == 126 for column in confounds.values())
+    assert [name for name in table if not column_meaning(name)] == []
     assert all(isinstance(value, float | int | str | None) for value in table.values())
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(1, "1 b=0 volume is too few"), (2, "2 b=0 volumes are too few"), (3, "")]
+)
+def test_temporal_snr_needs_three_b0_volumes(count: int, words: str) -> None:
+    dwi, _, inside = phantom(make_grid("LAS", (14, 14, 10), (2, 2, 2)), 40.0)
+    keep = np.concatenate([np.flatnonzero(dwi.is_b0)[:count], np.flatnonzero(~dwi.is_b0)])
+    dwi, mask = dwi.select(keep), Volume(torch.from_numpy(inside.astype(np.float32)), dwi.grid)
+    notes = " ".join(_missing_maps(dwi, mask))
+    assert (_tsnr(dwi, mask) is None) == bool(words)
+    assert words in notes
+    assert bool(notes) == bool(words)
 
 
 def test_unavailable_metrics_are_omitted() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
@@ -9,6 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter, map_coordinates, spline_filter
 from scipy.spatial.transform import Rotation
 
+from dsiprep import align_series
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Distortion
@@ -21,6 +24,7 @@ from dsiprep.ops.image.interpolation import _spline_coefficients_tensors, spline
 from dsiprep.ops.qspace.tensor import main_directions
 from dsiprep.settings import ResampleSettings
 from dsiprep.stages import resample as stage
+from dsiprep.stages.quality import _uncovered_brain
 from dsiprep.stages.resample import resample
 from helpers.grids import make_grid
 from helpers.identity_results import head_intensity, make_anatomy, make_coregistration, make_motion, voxel_points
@@ -172,6 +176,58 @@ def test_b_vectors_follow_only_the_rotation_of_affine_motion() -> None:
     expected = dwi.bvecs @ scaled[:3, :3] @ np.diag([1 / 1.04, 1, 1 / 0.97])
     np.testing.assert_allclose(out.dwi.bvecs, expected, atol=0.02)
     np.testing.assert_allclose(np.linalg.norm(out.dwi.bvecs[1:8], axis=1), 1)
+
+
+def test_brain_ends_where_data_end() -> None:
+    """A slab, of which ten volumes move up by 6 mm: coverage is the fraction of volumes that reach a voxel."""
+    full = make_grid("LAS", (30, 36, 30), (2.0, 2.0, 2.0))
+    affine = full.affine.copy()
+    affine[2, 3] += 2.0 * 8
+    grid = Grid((30, 36, 14), affine)
+    up = rigid_matrix(np.array([0, 0, 0, 0, 0, 6.0]))
+    transforms = np.stack([np.eye(4)] * 10 + [up] * 10)
+    data = torch.from_numpy(np.stack([head_intensity(voxel_points(grid))] * 20).astype(np.float32))
+    dwi = DWI(data, grid, np.zeros(20), np.zeros((20, 3)), np.zeros(20, int), np.zeros(20, int))
+    motion = make_motion(grid, transforms, np.arange(20))
+    args = (make_coregistration(np.eye(4)), make_anatomy("T1w"), ResampleSettings(resolution=2), "none")
+    out = resample(dwi, (motion,), None, *args)
+    assert out.coverage is not None
+    z = voxel_points(out.dwi.grid)[..., 2]
+    low, high = affine[2, 3] - 1, affine[2, 3] + 2 * 14 - 1  # outer faces of the slab
+    in_plane = grid.contains(voxel_points(out.dwi.grid) * [1, 1, 0] + [0, 0, (low + high) / 2])
+    still, moved = ((low <= z + s) & (z + s <= high) & in_plane for s in (0, 6))
+    np.testing.assert_allclose(out.coverage.numpy(), (still + 1.0 * moved) / 2, atol=1e-6)
+    inside = out.mask.numpy() > 0.5
+    assert inside.sum() > 500
+    assert (out.coverage.numpy()[inside] == 1).all()
+    half = Volume((torch.from_numpy(voxel_points(args[1].mask.grid)[..., 2]) > 4).float(), args[1].mask.grid)
+    brain = args[1].mask.numpy() > 0.5
+    uncovered, missing = _uncovered_brain(args[1], replace(out, coverage=half)), brain & (half.numpy() == 0)
+    assert uncovered["uncovered_brain_ml"] == pytest.approx(missing.sum() * 0.008)
+    assert uncovered["uncovered_brain_fraction"] == pytest.approx(missing.sum() / brain.sum())
+    again = stage.join((out, out), (dwi, dwi), args[1], "concat")
+    assert again.coverage is not None
+    torch.testing.assert_close(again.coverage.data, out.coverage.data)
+
+
+def test_affine_motion_restores_intensities() -> None:
+    """An eddy current that stretches the image by 12 % spreads the same signal over more voxels."""
+    grid = make_grid("LAS", (30, 36, 30), (2.0, 2.0, 2.0))
+    stretched = np.diag([1.0, 1.12, 1.0, 1.0])
+    points = voxel_points(grid)
+    volumes = [head_intensity(points), head_intensity(points / [1, 1.12, 1]) / 1.12]
+    data, none = torch.from_numpy(np.stack(volumes).astype(np.float32)), np.zeros(2, int)
+    dwi = DWI(data, grid, np.array([0.0, 1000]), np.array([[0, 0, 0], [1.0, 0, 0]]), none, none)
+    motion = make_motion(grid, np.stack([np.eye(4), stretched]), np.arange(2))
+    settings = ResampleSettings(resolution=2)
+    out = resample(dwi, (motion,), None, make_coregistration(np.eye(4)), make_anatomy(), settings, "none")
+    core = np.linalg.norm(voxel_points(out.dwi.grid) / np.array([22.0, 27, 20]), axis=-1) < 0.75
+    first, second = out.dwi.data.numpy()[:, core]
+    assert np.abs(second / first - 1).max() < 0.02
+    volumes_last = data.permute(1, 2, 3, 0).numpy()
+    aligned, _ = align_series(volumes_last, grid.affine, np.array([[0, 0, 0], [1.0, 0, 0]]), motion)
+    core = np.linalg.norm(points / np.array([22.0, 27, 20]), axis=-1) < 0.75
+    assert np.abs(aligned[core][:, 1] / aligned[core][:, 0] - 1).max() < 0.02
 
 
 def test_two_blips_with_distortion_and_motion_restore_the_truth() -> None:

@@ -21,10 +21,10 @@ from dsiprep.api.arguments import (
     check_type,
 )
 from dsiprep.data.dwi import DWI
-from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.grid import Volume
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError, OutputError
-from dsiprep.io import gradients, itk
+from dsiprep.io import gradients, itk, sidecars
 from dsiprep.io.nifti import read_series, read_volume, write_image
 from dsiprep.io.qc_tables import write_json
 from dsiprep.ops.image.epi_resampling import warp_volume
@@ -48,6 +48,7 @@ def estimate_motion(
     *,
     phase_encoding: str | None = None,
     multiband: tuple[tuple[int, ...], ...] = (),
+    slice_axis: int | None = None,
     settings: MotionSettings | None = None,
     b0_threshold: float = B0_THRESHOLD,
     device: str = "cpu",
@@ -72,6 +73,8 @@ def estimate_motion(
         "i", "j-" and so on, as in BIDS. Eddy currents are modelled along this axis, and not at all without it.
     multiband : tuple of tuple of int
         Groups of slices that are excited together.
+    slice_axis : int, optional
+        Voxel axis across slices, 0 to 2; by default the last, unless voxels are clearly longest along another axis.
     settings : MotionSettings, optional
     b0_threshold : float
         b-values at or below this count as b=0.
@@ -94,9 +97,13 @@ def estimate_motion(
     """
     chosen = MotionSettings() if settings is None else check_type(settings, MotionSettings, "settings")
     pe, on = check_phase_encoding(phase_encoding), devices.choose(device)
+    if slice_axis not in (None, 0, 1, 2):
+        raise InputError(f"slice_axis is {slice_axis!r}; give 0, 1 or 2, the voxel axis across slices, or None")
     dwi, brain = _series(data, affine, bvals, bvecs, mask, b0_threshold)
     return devices.with_cpu_fallback(
-        lambda series, inside: stage.estimate_motion(series, inside, chosen, pe, multiband), on, (dwi, brain)
+        lambda series, inside: stage.estimate_motion(series, inside, chosen, pe, multiband, slice_axis),
+        on,
+        (dwi, brain),
     )
 
 
@@ -133,7 +140,7 @@ def align_series(data: Array, affine: np.ndarray, bvecs: np.ndarray, motion: Mot
     for row, matrix in enumerate(motion.transforms):
         volume = motion.with_replaced_slices(row, torch.as_tensor(data[..., row], dtype=torch.float32).contiguous())
         eddy = None if motion.eddy is None else motion.eddy.take(np.array([row]))
-        out[..., row] = warp_volume(volume, grid, grid, matrix, eddy=eddy).numpy()
+        out[..., row] = warp_volume(volume, grid, grid, matrix, eddy=eddy).numpy() * np.float32(motion.density(row))
     return out, gradients.to_fsl(rotate_bvecs(world, motion.transforms), grid)
 
 
@@ -187,12 +194,22 @@ def run_on_files(
         fsl,
         None if mask is None else read_volume(mask).numpy(),
         phase_encoding=phase_encoding or sidecar.get("PhaseEncodingDirection"),
-        multiband=multiband_groups([tuple(sidecar.get("SliceTiming", ()))]),
+        multiband=multiband_groups([sidecars.slice_times(sidecar, grid.shape)]),
+        slice_axis=sidecars.slice_axis(sidecar, grid.shape),
         settings=settings,
         device=device,
     )
     aligned, turned = align_series(data, grid.affine, fsl, motion)
-    return _write(out, stem, np.moveaxis(aligned, -1, 0), grid, bvals, gradients.from_fsl(turned, grid), motion)
+    series = DWI(
+        torch.from_numpy(np.ascontiguousarray(np.moveaxis(aligned, -1, 0))),
+        grid,
+        bvals,
+        gradients.from_fsl(turned, grid),
+        np.zeros(len(bvals), int),
+        np.zeros(len(bvals), int),
+        B0_THRESHOLD,
+    )
+    return _write(out, stem, series, motion, sidecar.get("RepetitionTime"))
 
 
 def _series(
@@ -219,9 +236,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: not a JSON sidecar ({error}); correct or remove it") from error
 
 
-def _write(
-    out: Path, stem: str, aligned: np.ndarray, grid: Grid, bvals: np.ndarray, bvecs: np.ndarray, motion: Motion
-) -> list[Path]:
+def _write(out: Path, stem: str, series: DWI, motion: Motion, repetition_time: float | None) -> list[Path]:
     """Write the outputs; their paths in the order they are listed."""
     name = stem.removesuffix("_dwi")
     paths = {
@@ -240,16 +255,16 @@ def _write(
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_image(paths["series"], torch.from_numpy(np.ascontiguousarray(aligned)), grid)
-        write_image(paths["reference"], motion.dwiref.data, grid)
-        gradients.write_bvals(paths["bval"], bvals)
-        gradients.write_fsl_bvecs(paths["bvec"], bvecs, grid)
+        write_image(paths["series"], series.data, series.grid, repetition_time=repetition_time)
+        write_image(paths["reference"], motion.dwiref.data, series.grid)
+        gradients.write_bvals(paths["bval"], series.bvals)
+        gradients.write_fsl_bvecs(paths["bvec"], series.bvecs, series.grid)
         write_json(paths["sidecar"], {"GradientTables": {paths["bvec"].name: gradients.FSL_FRAME}})
         itk.write_affine_series(paths["poses"], motion.transforms)
         if motion.eddy is None:
             del paths["eddy"]
         else:
-            itk.write_eddy_series(paths["eddy"], motion.eddy, grid)
+            itk.write_eddy_series(paths["eddy"], motion.eddy, series.grid)
         lost = [] if motion.outlier_slices is None else np.argwhere(motion.outlier_slices).tolist()
         paths["slices"].write_text(json.dumps({"slice_z": np.round(motion.slice_z, 3).tolist(), "lost": lost}))
         with paths["rounds"].open("w", newline="") as stream:

@@ -29,7 +29,9 @@ class RawRun(Summarised):
     pe : PhaseEncoding or None
         In the voxel axes of the file; None where unknown.
     slice_times : tuple of float
-        Excitation time of each slice along k in s; empty where unknown.
+        Excitation time of each slice along `slice_axis` in s; empty where unknown.
+    slice_axis : int or None
+        Voxel axis across slices; None where the sidecar does not give it.
     """
 
     name: str
@@ -39,6 +41,7 @@ class RawRun(Summarised):
     bvecs: np.ndarray
     pe: PhaseEncoding | None
     slice_times: tuple[float, ...] = ()
+    slice_axis: int | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -65,12 +68,15 @@ class RawFieldmap(Summarised):
         Magnitude image on the same grid.
     echo_difference : float or None
         Difference of the echo times in s; None for a field in Hz.
+    notes : tuple of str
+        How stored values were read, for the report.
     """
 
     name: str
     field: Volume
     magnitude: Volume
     echo_difference: float | None
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -15,6 +15,8 @@ from dsiprep.data.summary import Summarised
 from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.settings import Settings
 
+RIGID = 1e-9  # rounding of the determinant of a rotation
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blip(Summarised):
@@ -52,6 +54,8 @@ class Acquired(Summarised):
         Factor applied to each run so that b=0 intensities agree.
     multiband : tuple of tuple of int
         Simultaneously excited slices, from SliceTiming; empty where unknown.
+    slice_axis : int or None
+        Voxel axis across slices, from the sidecars; None where they do not give it or differ.
     """
 
     dwi: DWI
@@ -60,6 +64,7 @@ class Acquired(Summarised):
     mask: Volume
     scales: np.ndarray
     multiband: tuple[tuple[int, ...], ...] = ()
+    slice_axis: int | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -133,6 +138,14 @@ class Motion(Summarised):
     outlier_slices: np.ndarray | None = None
     replacements: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
+
+    def density(self, row: int) -> float:
+        """Determinant of an affine pose, by which intensities sampled at x_v are multiplied; exactly 1 if rigid.
+
+        Affine poses stand for eddy currents, which spread the signal of a voxel over a larger or smaller area.
+        """
+        determinant = float(np.linalg.det(self.transforms[row][:3, :3]))
+        return determinant if abs(determinant - 1) > RIGID else 1.0
 
     def with_replaced_slices(self, row: int, volume: torch.Tensor) -> torch.Tensor:
         """Replace the outlier slices of volume `row` of `transforms`, (i, j, k), if replacements exist."""
@@ -266,7 +279,7 @@ class Coregistration(Summarised):
     metric : str
         "mi" (normalised mutual information), "cc" (correlation) or "none" (nothing to register to).
     target_unit : str
-        Name of the unit whose b=0 reference image was the registration target; empty if the target was a structural
+        Name of the output whose b=0 reference image was the registration target; empty if the target was a structural
         image or the unit's own reference.
     notes : tuple of str
         Remarks for the report.
@@ -284,7 +297,8 @@ class Coregistration(Summarised):
 class Preprocessed(Summarised):
     """The series resampled to ACPC space in a single step.
 
-    `sources` lists the acquired volumes averaged into each volume of `dwi`; empty if none were averaged.
+    `sources` lists the acquired volumes averaged into each volume of `dwi`; empty if none were averaged. `coverage` is
+    the fraction of the acquired volumes whose field of view contains each voxel; None if it was not computed.
     """
 
     dwi: DWI
@@ -292,6 +306,7 @@ class Preprocessed(Summarised):
     mask: Volume
     interpolation: str
     sources: tuple[tuple[int, ...], ...] = ()
+    coverage: Volume | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

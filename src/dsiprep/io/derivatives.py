@@ -23,8 +23,10 @@ from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
-from dsiprep.io.nifti import write_image
+from dsiprep.io.nifti import ALIGNED, MNI, write_image
+from dsiprep.io.provenance import anatomical_uri, anatomy_stem, dataset_description, raw_uris, space_uri
 from dsiprep.io.qc_tables import outlier_slices, write_json, write_tables
+from dsiprep.io.series_sidecar import acquisition_fields
 from dsiprep.ops.image.displacement_field import chain_displacement
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import AnatomySettings
@@ -35,7 +37,7 @@ BIDSIGNORE = """\
 *_dwiref.*
 *_dwimap.*
 *_hmcOptimization.csv
-*image_qc.tsv
+*image_qc.*
 *slice_qc.json
 *.html
 sub-*/figures
@@ -50,15 +52,9 @@ logs/
 """
 
 
-def write_root(out: Path, version: str) -> None:
-    """Write dataset_description.json and .bidsignore to the output folder."""
-    description = {
-        "Name": "dsiprep - preprocessed diffusion MRI",
-        "BIDSVersion": "1.10.0",
-        "DatasetType": "derivative",
-        "GeneratedBy": [{"Name": "dsiprep", "Version": version}],
-        "HowToAcknowledge": "Please cite the methods listed in logs/CITATION.md.",
-    }
+def write_root(out: Path, version: str, raw: Path | None = None) -> None:
+    """Write dataset_description.json and .bidsignore to the output folder; `raw` is the root of the raw dataset."""
+    description = dataset_description(out, version, raw)
     with _staged(out) as stage:
         write_json(stage / "dataset_description.json", description)
         (stage / ".bidsignore").write_text(BIDSIGNORE)
@@ -90,7 +86,7 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
         subject = stage / f"sub-{results.unit.subject}"
         session = subject / f"ses-{results.unit.session}" if results.unit.session else subject
         if results.anatomy.modality != "none":
-            write_anatomy(results.anatomy, results.unit, stage, anatomy_stem(results.unit, settings), template)
+            write_anatomy(results.anatomy, results.unit, stage, settings, template)
         (session / "dwi").mkdir(parents=True, exist_ok=True)
         _write_transforms(results, session)
         if not results.unit.output:  # otherwise the joined output contains series and tables
@@ -122,12 +118,12 @@ def write_joined(joined: Joined, results: list[UnitResults], out: Path) -> list[
     first = results[0]
     relative = Path(f"sub-{first.unit.subject}") / (f"ses-{first.unit.session}" if first.unit.session else "") / "dwi"
     sidecar = {
-        "SpatialReference": _anatomical_reference(first),
+        "SpatialReference": space_uri(first),
         "SkullStripped": False,
-        "Sources": sorted({f"bids:raw:{name}" for name in joined.files}),
+        "Sources": [uri for each in results for uri in raw_uris(each.unit, (run.image for run in each.unit.runs))],
         "ScanGrouping": {"output_name": joined.name, "merge_strategy": joined.merge, "runs": list(joined.members)},
         "Interpolation": joined.preprocessed.interpolation,
-    }
+    } | acquisition_fields(results, joined.preprocessed.dwi.grid)
     with _staged(out, joined.name) as stage:
         folder = stage / relative
         folder.mkdir(parents=True)
@@ -151,19 +147,14 @@ def write_anatomy_only(
 ) -> None:
     """Write only the structural files of a unit to the derivatives (`--anat-only`)."""
     with _staged(out, f"{unit.name}-anat") as stage:
-        write_anatomy(anatomy, unit, stage, anatomy_stem(unit, settings), template)
+        write_anatomy(anatomy, unit, stage, settings, template)
 
 
-def anatomy_stem(unit: Unit, settings: AnatomySettings) -> str:
-    """Folder and file name prefix of the structural files of a unit, per subject or, sessionwise, per session."""
-    subject = f"sub-{unit.subject}"
-    if unit.session is None or settings.reference != "sessionwise":
-        return f"{subject}/anat/{subject}"
-    return f"{subject}/ses-{unit.session}/anat/{subject}_ses-{unit.session}"
-
-
-def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template: Template | None) -> None:
+def write_anatomy(
+    anatomy: Anatomy, unit: Unit, root: Path, settings: AnatomySettings, template: Template | None
+) -> None:
     """Write the structural image with its tissues and transforms, in ACPC space and in template space."""
+    stem, reference = anatomy_stem(unit, settings), anatomical_uri(unit, settings, anatomy.modality)
     folder, name = (root / stem).parent, Path(stem).name
     folder.mkdir(parents=True, exist_ok=True)
     images: dict[str, tuple[torch.Tensor, bool]] = {
@@ -176,9 +167,9 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template:
             images[f"label-{label}_probseg"] = (probability, False)
         (folder / f"{name}_dseg.tsv").write_text("index\tname\n1\tGM\n2\tWM\n3\tCSF\n")
     for suffix, (data, discrete) in images.items():
-        _write_map(folder / f"{name}_space-ACPC_{suffix}", Volume(data, anatomy.image.grid), discrete)
+        _write_map(folder / f"{name}_space-ACPC_{suffix}", Volume(data, anatomy.image.grid), discrete, reference)
     if anatomy.labels is not None:
-        _write_map(folder / f"{name}_space-ACPC_desc-aseg_dseg", anatomy.labels, True)
+        _write_map(folder / f"{name}_space-ACPC_desc-aseg_dseg", anatomy.labels, True, reference)
     anat_to_acpc = anatomy.anat_to_acpc
     itk.write_affine(folder / f"{name}_from-anat_to-ACPC_mode-image_xfm.mat", anat_to_acpc)
     itk.write_affine(folder / f"{name}_from-ACPC_to-anat_mode-image_xfm.mat", anat_to_acpc.inverse())
@@ -194,7 +185,8 @@ def write_anatomy(anatomy: Anatomy, unit: Unit, root: Path, stem: str, template:
         grid = template.brain.grid
         for suffix, (data, discrete) in images.items():
             warped = _warp(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
-            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space)
+            code = MNI if space.startswith("MNI") else ALIGNED
+            _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space, code)
 
 
 def _source_names(images: tuple[Path, ...]) -> tuple[str, ...]:
@@ -207,16 +199,16 @@ def _source_names(images: tuple[Path, ...]) -> tuple[str, ...]:
 
 def _write_series(results: UnitResults, folder: Path) -> None:
     sidecar = {
-        "SpatialReference": _anatomical_reference(results),
+        "SpatialReference": space_uri(results),
         "SkullStripped": False,
-        "Sources": [f"bids:raw:{run.image.name}" for run in results.unit.runs],
+        "Sources": raw_uris(results.unit, (run.image for run in results.unit.runs)),
         "SamplingScheme": results.acquired.scheme.description,
         "MotionModel": results.motions[0].model,
         "EddyCurrents": "none" if results.motions[0].eddy is None else results.settings.motion.eddy,
         "SlicesReplaced": len(outlier_slices(results.motions)) if results.settings.motion.outliers == "replace" else 0,
         "DistortionCorrection": results.distortion.method if results.distortion else "none",
         "Interpolation": results.preprocessed.interpolation,
-    }
+    } | acquisition_fields([results], results.preprocessed.dwi.grid)
     if results.preprocessed.sources:
         sidecar["VolumesMerged"] = results.settings.resample.merge
     model, quality = results.motions[0].model, results.quality
@@ -229,15 +221,19 @@ def _write_preprocessed(
     """Write a series in ACPC space with its gradient tables, mask and maps."""
     name, dwi, reference = f"{owner}_space-ACPC", preprocessed.dwi, str(sidecar["SpatialReference"])
     stem = folder / f"{name}_desc-preproc_dwi"
-    write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid)
+    seconds = sidecar.get("RepetitionTime")
+    repetition_time = seconds if isinstance(seconds, float) else None
+    write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid, space=ALIGNED, repetition_time=repetition_time)
     write_json(_with(stem, ".json"), sidecar | {"GradientTables": _write_gradients(stem, dwi)})
-    _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, reference=reference)
+    _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, False, reference)
     _write_map(folder / f"{name}_desc-brain_mask", preprocessed.mask, True, reference)
+    if preprocessed.coverage is not None:
+        _write_map(folder / f"{name}_desc-coverage_dwimap", preprocessed.coverage, False, reference)
     kind = "tensor" if "tensor" in model else "3dSHORE"  # the model that stages.quality uses for the CNR
     if quality.cnr is not None:
-        _write_map(folder / f"{name}_model-{kind}_stat-cnr_dwimap", quality.cnr, reference=reference)
+        _write_map(folder / f"{name}_model-{kind}_stat-cnr_dwimap", quality.cnr, False, reference)
     if quality.tsnr is not None:
-        _write_map(folder / f"{name}_stat-tsnr_dwimap", quality.tsnr, reference=reference)
+        _write_map(folder / f"{name}_stat-tsnr_dwimap", quality.tsnr, False, reference)
 
 
 def _write_gradients(stem: Path, dwi: DWI) -> dict[str, dict[str, str]]:
@@ -287,7 +283,15 @@ def _write_transforms(results: UnitResults, session: Path) -> None:
         (session / "fmap").mkdir(exist_ok=True)
         stem = session / "fmap" / f"{name}_desc-preproc_fieldmap"
         write_image(_with(stem, ".nii.gz"), distortion.fieldmap_hz.data, distortion.fieldmap_hz.grid)
-        write_json(_with(stem, ".json"), {"Units": "Hz", "Sources": [], "EstimationMethod": distortion.method})
+        sources = raw_uris(results.unit, _fieldmap_sources(results.unit, distortion.method))
+        write_json(_with(stem, ".json"), {"Units": "Hz", "Sources": sources, "EstimationMethod": distortion.method})
+
+
+def _fieldmap_sources(unit: Unit, method: str) -> list[Path]:
+    """Files from which a unit's fieldmap was estimated."""
+    if method == "gre" and unit.gre:
+        return list(unit.gre.files())
+    return [*(run.image for run in unit.runs), *(epi.image for epi in unit.epis)]
 
 
 def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
@@ -299,16 +303,8 @@ def sdc_chain(pose: np.ndarray, field: DisplacementField, blip: str) -> Chain:
     return Chain((DisplacementField(rotated, field.grid), Affine(pose, space, "dwiref")), space, "dwiref")
 
 
-def _anatomical_reference(results: UnitResults) -> str:
-    modality = results.anatomy.modality
-    if modality == "none":
-        unit = f" of {results.coregistration.target_unit}" if results.coregistration.target_unit else ""
-        return f"The b=0 reference{unit}, rotated to the axes of the template"
-    return f"{anatomy_stem(results.unit, results.settings.anatomy)}_space-ACPC_desc-preproc_{modality}.nii.gz"
-
-
-def _write_map(stem: Path, volume: Volume, discrete: bool = False, reference: str = "ACPC") -> None:
-    write_image(_with(stem, ".nii.gz"), volume.data, volume.grid, discrete=discrete)
+def _write_map(stem: Path, volume: Volume, discrete: bool, reference: str, space: int = ALIGNED) -> None:
+    write_image(_with(stem, ".nii.gz"), volume.data, volume.grid, discrete=discrete, space=space)
     sidecar: dict[str, object] = {"SpatialReference": reference}
     if "mask" in stem.name:
         sidecar["Type"] = "Brain"

@@ -22,6 +22,7 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.errors import InputError, OutputError
 
 T = TypeVar("T")
+SCANNER, ALIGNED, MNI = 1, 2, 4  # NIfTI's codes for the space of an affine
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff"  # no file name or time stamp: equal data, identical files
 
 
@@ -103,7 +104,13 @@ def count_volumes(path: Path, unreadable: int) -> int:
 
 
 def write_image(
-    path: Path, data: np.ndarray | torch.Tensor, grid: Grid, discrete: bool = False, level: int = 1
+    path: Path,
+    data: np.ndarray | torch.Tensor,
+    grid: Grid,
+    discrete: bool = False,
+    level: int = 1,
+    space: int = SCANNER,
+    repetition_time: float | None = None,
 ) -> None:
     """Write an image under a temporary name, then rename it, so that the file is never incomplete.
 
@@ -118,6 +125,10 @@ def write_image(
         Store labels and masks as uint8, or int16 if a label requires it; otherwise float32.
     level : int
         gzip compression level.
+    space : int
+        `SCANNER`, `ALIGNED` (to another image, such as ACPC space) or `MNI`: the code of qform and sform.
+    repetition_time : float, optional
+        Of a series, s. Without it the header names no unit of time, as it then holds no time.
 
     Raises
     ------
@@ -128,7 +139,7 @@ def write_image(
     array = data.detach().cpu().numpy() if isinstance(data, torch.Tensor) else np.asarray(data)
     volumes = array[None] if array.ndim == 3 else array
     kind = _label_type(array) if discrete else np.dtype(np.float32)
-    header = _file_header(array, grid, kind)
+    header = _file_header(array, grid, kind, space, repetition_time)
     if path.suffix == ".gz":
         parts = _compressed(header, volumes, kind, level)
     else:
@@ -299,16 +310,19 @@ def volume_list(volumes: list[int]) -> str:
     return f"volume{'s' if len(volumes) > 1 else ''} {shown}{more} (counted from 0)"
 
 
-def _file_header(array: np.ndarray, grid: Grid, kind: np.dtype) -> bytes:
+def _file_header(array: np.ndarray, grid: Grid, kind: np.dtype, space: int, repetition_time: float | None) -> bytes:
     shape = grid.shape if array.ndim == 3 else (*grid.shape, len(array))
     if array.shape[-3:] != grid.shape:
         raise ValueError(f"data of {_shape_text(array.shape[-3:])} voxels on a grid of {_shape_text(grid.shape)}")
     header = nib.Nifti1Header() if max(shape) < 2**15 else nib.Nifti2Header()
     header.set_data_dtype(kind)
     header.set_data_shape(shape)
-    header.set_xyzt_units("mm", "sec" if len(shape) == 4 else None)
-    header.set_qform(grid.affine, 1)  # also sets the voxel sizes
-    header.set_sform(grid.affine, 1)
+    header.set_qform(grid.affine, space)  # also sets the voxel sizes
+    header.set_sform(grid.affine, space)
+    timed = len(shape) == 4 and repetition_time is not None
+    header.set_xyzt_units("mm", "sec" if timed else None)
+    if timed:
+        header["pixdim"][4] = repetition_time
     header.set_slope_inter(1, 0)
     header["vox_offset"] = int(header.sizeof_hdr) + 4
     return header.binaryblock + b"\x00\x00\x00\x00"

@@ -11,6 +11,7 @@ import numpy as np
 
 from dsiprep.data.results import Motion, Quality, UnitResults
 from dsiprep.data.transform import EDDY_TERMS
+from dsiprep.io.quality_columns import column_descriptions
 
 __all__ = ["outlier_slices", "write_json", "write_tables"]
 
@@ -46,6 +47,7 @@ def write_tables(
     _write_confounds(stem, columns, sources)
     image_quality = {k: np.array([v]) for k, v in quality.table.items()}
     _write_tsv(_with_ending(stem, "_space-ACPC_desc-image_qc.tsv"), image_quality)
+    write_json(_with_ending(stem, "_space-ACPC_desc-image_qc.json"), column_descriptions(image_quality))
     offsets = np.cumsum([0, *(len(unit.acquired.dwi) for unit in members)])
     outliers = [
         (v + offset, k) for unit, offset in zip(members, offsets, strict=False) for v, k in outlier_slices(unit.motions)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.acquisition import AXES, PhaseEncoding
 from dsiprep.errors import MetadataError
 
 DIRECTION = re.compile(r"[ijk]-?")
@@ -159,13 +159,24 @@ def relevant_fields(metadata: Mapping[str, Any]) -> dict[str, object]:
     return {key: metadata[key] for key in RELEVANT_FIELDS if key in metadata}
 
 
-def slice_times(metadata: Mapping[str, Any], n_slices: int) -> tuple[float, ...]:
-    """Excitation time of each slice along k in s; empty if unknown, along another axis, or if the count differs."""
+def slice_axis(metadata: Mapping[str, Any], shape: tuple[int, int, int]) -> int | None:
+    """Voxel axis across slices; None if the sidecar does not give it.
+
+    Without SliceEncodingDirection it is k if there is one slice time for each slice along k, as BIDS defines.
+    """
+    direction = metadata.get("SliceEncodingDirection")
+    if isinstance(direction, str) and DIRECTION.fullmatch(direction):
+        return AXES.index(direction[0])
     times = metadata.get("SliceTiming")
-    direction = str(metadata.get("SliceEncodingDirection", "k"))
-    if not isinstance(times, list) or len(times) != n_slices or not direction.startswith("k"):
+    return 2 if direction is None and isinstance(times, list) and len(times) == shape[2] else None
+
+
+def slice_times(metadata: Mapping[str, Any], shape: tuple[int, int, int]) -> tuple[float, ...]:
+    """Excitation time of each slice along `slice_axis` in s, by voxel index; empty if unknown or the count differs."""
+    times, axis = metadata.get("SliceTiming"), slice_axis(metadata, shape)
+    if axis is None or not isinstance(times, list) or len(times) != shape[axis]:
         return ()
     if not all(isinstance(t, int | float) for t in times):
         return ()
-    ordered = times[::-1] if direction.endswith("-") else times
+    ordered = times[::-1] if str(metadata.get("SliceEncodingDirection")).endswith("-") else times
     return tuple(float(t) for t in ordered)

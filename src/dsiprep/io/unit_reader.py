@@ -11,7 +11,7 @@ from dsiprep.errors import GradientError, InputError
 from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.gradients import read_bvals, read_gradients, require_b0
 from dsiprep.io.nifti import read_image, read_series, read_volume
-from dsiprep.io.sidecars import slice_times
+from dsiprep.io.sidecars import slice_axis, slice_times
 from dsiprep.settings import Settings
 
 
@@ -75,8 +75,8 @@ def _direction(run: RawRun) -> str:
 def _read_run(run: Run, b0_threshold: float) -> RawRun:
     data, grid = read_series(run.image)
     bvals, bvecs = read_gradients(run.bval, run.bvec, grid, len(data), b0_threshold, need_b0=False)
-    times = slice_times(run.metadata, grid.shape[2])
-    return RawRun(run.image.name, torch.from_numpy(data), grid, bvals, bvecs, run.pe, times)
+    times, axis = slice_times(run.metadata, grid.shape), slice_axis(run.metadata, grid.shape)
+    return RawRun(run.image.name, torch.from_numpy(data), grid, bvals, bvecs, run.pe, times, axis)
 
 
 def _read_epi(epi: EpiReference, b0_threshold: float) -> RawEpi:

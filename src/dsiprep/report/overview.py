@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsiprep.data.results import Blip, UnitResults
+from dsiprep.io.quality_columns import column_meaning
 from dsiprep.report import plots
 from dsiprep.report.page_parts import Fact, FigureWriter, Section
 from dsiprep.report.wording import (
@@ -167,47 +168,13 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
     )
 
 
-COLUMN_MEANINGS = {
-    "neighbor_corr": "Neighbouring DWI correlation (NDC)",
-    "masked_neighbor_corr": "NDC within the brain mask",
-    "dwi_contrast": "NDC divided by the mean correlation of nearly perpendicular volumes, within the brain mask",
-    "num_bad_slices": "Number of slices that deviate from the mean of their adjacent slices",
-    "coherence_index": "Coherence of fibre directions between adjacent voxels (reduced by incorrect b-vectors)",
-    "num_directions": "Number of diffusion-weighted volumes",
-    "max_b": "Maximum b-value (s/mm²)",
-    "dimension_x": "Number of voxels along the first voxel axis",
-    "dimension_y": "Number of voxels along the second voxel axis",
-    "dimension_z": "Number of voxels along the third voxel axis",
-    "voxel_size_x": "Voxel size along the first voxel axis (mm)",
-    "voxel_size_y": "Voxel size along the second voxel axis (mm)",
-    "voxel_size_z": "Voxel size along the third voxel axis (mm)",
-    "mean_fd": "Mean framewise displacement (mm)",
-    "max_fd": "Maximum framewise displacement (mm)",
-    "max_rotation": "Maximum rotation about any axis relative to the reference (rad)",
-    "max_translation": "Maximum translation along any axis relative to the reference (mm)",
-    "max_rel_rotation": "Maximum rotation about any axis between successive volumes (rad)",
-    "max_rel_translation": "Maximum translation along any axis between successive volumes (mm)",
-    "t1_dice_distance": "Dice coefficient of the diffusion and structural brain masks",
-    "mni_dice_distance": "Dice coefficient of the normalised and template brain masks",
-    "coregistration_score": "Similarity of the b=0 reference and the image it was coregistered to",
-    "CNR0_mean": "Contrast-to-noise ratio in the brain: mean",
-    "CNR0_median": "Contrast-to-noise ratio in the brain: median",
-    "CNR0_standard_deviation": "Contrast-to-noise ratio in the brain: standard deviation",
-    "fieldmap_hz_median": "Off-resonance field in the brain (Hz): median",
-    "fieldmap_hz_minimum": "Off-resonance field in the brain (Hz): minimum",
-    "fieldmap_hz_maximum": "Off-resonance field in the brain (Hz): maximum",
-    "fieldmap_hz_mean": "Off-resonance field in the brain (Hz): mean",
-    "fieldmap_hz_standard_deviation": "Off-resonance field in the brain (Hz): standard deviation",
-}
-
-
 def quality(results: UnitResults, figures: FigureWriter) -> Section:
     """The row of image_qc.tsv, with the meaning of each column."""
     rows = []
     for name, value in results.quality.table.items():
         if value is None or name.endswith("_id") or name == "file_name":
             continue
-        rows.append((name, number(value), _column_meaning(name)))
+        rows.append((name, number(value), column_meaning(name)))
     return Section(
         "quality",
         "Quality metrics",
@@ -216,13 +183,3 @@ def quality(results: UnitResults, figures: FigureWriter) -> Section:
         notes=results.quality.notes,
         tables=(("image_qc.tsv", ("Column", "Value", "Meaning"), tuple(rows)),),
     )
-
-
-def _column_meaning(name: str) -> str:
-    """Meaning of a column of image_qc.tsv; an empty string where it is not described."""
-    if name in COLUMN_MEANINGS:
-        return COLUMN_MEANINGS[name]
-    stem = name.removeprefix("raw_").removeprefix("t1_")
-    meaning = COLUMN_MEANINGS.get(stem, "")
-    series = {"raw": "as acquired", "t1": "preprocessed"}.get(name.split("_")[0], "")
-    return f"{meaning}, {series}" if meaning and series else meaning

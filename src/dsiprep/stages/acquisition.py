@@ -64,14 +64,23 @@ def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
     if settings.harmonize_b0 and (len(runs) > 1 or epis):
         dwi, blips, scales = _harmonise_b0(dwi, blips, mask.data > 0)
     scheme = recognise(dwi.bvals, dwi.bvecs, settings.b0_threshold)
-    return Acquired(dwi, blips, scheme, mask, scales, multiband_groups([run.slice_times for run in runs]))
+    axes = {run.slice_axis for run in runs}
+    groups = multiband_groups([run.slice_times for run in runs])
+    return Acquired(dwi, blips, scheme, mask, scales, groups, axes.pop() if len(axes) == 1 else None)
 
 
 def _resample_run(run: RawRun, grid: Grid) -> RawRun:
     if run.grid.matches(grid):
         return run
     pe = _convert_phase_encoding(run.pe, run.grid, grid) if run.pe else None
-    return replace(run, data=_resample(run.data, run.grid, grid), grid=grid, pe=pe)
+    axis = None if run.slice_axis is None else _convert_axis(run.slice_axis, run.grid, grid)
+    # slices of the first run's grid are not those that were excited, so their times are unknown
+    return replace(run, data=_resample(run.data, run.grid, grid), grid=grid, pe=pe, slice_times=(), slice_axis=axis)
+
+
+def _convert_axis(axis: int, source: Grid, target: Grid) -> int:
+    """The axis of another grid that is closest to this one."""
+    return int(np.argmax(np.abs(target.directions.T @ source.directions[:, axis])))
 
 
 def _resample_epi(epi: RawEpi, grid: Grid) -> RawEpi:

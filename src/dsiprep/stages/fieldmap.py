@@ -87,7 +87,7 @@ def correct_with_fieldmap(blip: Blip, b0: torch.Tensor, grid: Grid, mask: Volume
         matrix = fit.matrix
     if not _covers_brain(smooth.grid, matrix, mask):
         raise InputError(f"{fieldmap.name}: it covers less than half of the brain; run with --ignore fieldmaps")
-    return apply_shift(image, _shift(smooth, grid, matrix, pe), grid, pe, trace, "gre")
+    return apply_shift(image, _shift(smooth, grid, matrix, pe), grid, pe, trace, "gre", fieldmap.notes)
 
 
 def apply_shift(

@@ -115,6 +115,7 @@ def estimate_motion(
     settings: MotionSettings,
     pe: PhaseEncoding | None = None,
     multiband: tuple[tuple[int, ...], ...] = (),
+    slice_axis: int | None = None,
 ) -> Motion:
     """Estimate the pose of the head in every volume, eddy-current displacements and slices with signal dropout.
 
@@ -130,6 +131,8 @@ def estimate_motion(
         Eddy currents displace along its axis; they are not estimated without it.
     multiband : tuple of tuple of int
         Groups of simultaneously excited slices, which are judged together; by default each slice on its own.
+    slice_axis : int, optional
+        Voxel axis across slices; by default k, unless voxels are clearly longest along another axis.
 
     Returns
     -------
@@ -149,7 +152,8 @@ def estimate_motion(
     _check(dwi, mask)
     levels = build_pyramid(dwi, mask, COARSE_MM)
     identity = np.tile(np.eye(4), (len(dwi), 1, 1))
-    state = MotionState(identity, None, np.zeros((10, 3)), None, _slice_axis(dwi.grid), dwi.grid)
+    axis = _slice_axis(dwi.grid) if slice_axis is None else slice_axis
+    state = MotionState(identity, None, np.zeros((10, 3)), None, axis, dwi.grid)
     if settings.method == "none":
         return _finish(_Inputs(dwi, Model("off", "switched off"), settings, multiband), levels[-1], state, [])
     count = int((~dwi.is_b0).sum())
@@ -173,7 +177,7 @@ def estimate_motion(
         state, rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
         trace += rows
         if number >= len(levels) - 2 and settings.transform == "Rigid":  # before the last rounds, and after them
-            state, shift = align_diffusion_to_b0(dwi, levels[-1], state)
+            state, shift = align_diffusion_to_b0(dwi, levels[-1], state, largest_shift > 0)
             largest_shift = max(largest_shift, shift)
     notes = (f"Diffusion-weighted volumes were moved by {largest_shift:.2f} mm onto b=0.",) if largest_shift else ()
     return _finish(inputs, levels[-1], state, trace, notes)

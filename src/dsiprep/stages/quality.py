@@ -38,6 +38,7 @@ METHODS = {
 CHUNK = 20_000  # voxels per batch
 SUMMARY = ("median", "minimum", "maximum", "mean", "standard_deviation")
 CNR_SUMMARY = ("mean", "median", "standard_deviation")
+LEAST_B0S = 3  # for temporal SNR; the standard deviation of two values is as uncertain as it is large
 MAX_TENSOR_B = 3000.0  # s/mm²; above it, the signal is too non-Gaussian for fibre directions from a tensor
 
 Row = dict[str, float | str | None]
@@ -84,7 +85,8 @@ def measure_quality(
     table["coregistration_score"] = float(coregistration.score_after)
     table |= _file_entities(unit_name)
     slices = _all_slice_z(motions, len(raw))
-    return Quality(table, confounds, slices, cnr, tsnr, _notes(motions, raw, distortion, cnr))
+    notes = (*_notes(motions, distortion), *_missing_maps(dwi, cnr), *_coverage_note(table))
+    return Quality(table, confounds, slices, cnr, tsnr, notes)
 
 
 def measure_joined(
@@ -131,7 +133,9 @@ def measure_joined(
     table |= _file_entities(name)
     width = max(part.slice_z.shape[1] for part in parts)
     padded = [np.pad(p.slice_z, ((0, 0), (0, width - p.slice_z.shape[1])), constant_values=np.nan) for p in parts]
-    return Quality(table, confounds, np.concatenate(padded), cnr, tsnr)
+    return Quality(
+        table, confounds, np.concatenate(padded), cnr, tsnr, (*_missing_maps(dwi, cnr), *_coverage_note(table))
+    )
 
 
 def _combine_raw(parts: tuple[Quality, ...]) -> Row:
@@ -223,11 +227,14 @@ def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
     weighted, tensor = ~dwi.is_b0, "tensor" in model
     if weighted.sum() < 14:
         return None
-    projection, dof = tensor_projection(dwi.bvals, dwi.bvecs) if tensor else shore_projection(dwi.q)
-    projection = projection.astype(np.float32)
     inside = mask.numpy() > 0.5
     brain = np.flatnonzero(inside)
     data, cnr = dwi.data.numpy().reshape(len(dwi), -1), np.zeros(inside.size, np.float32)
+    if tensor:
+        projection, dof = tensor_projection(dwi.bvals, dwi.bvecs)
+    else:
+        projection, dof = shore_projection(dwi.q, data[:, brain[:: max(1, len(brain) // CHUNK)]])
+    projection = projection.astype(np.float32)
     for start in range(0, len(brain), CHUNK):
         part = brain[start : start + CHUNK]
         signals = data[:, part]
@@ -241,9 +248,9 @@ def _cnr(dwi: DWI, mask: Volume, model: str) -> Volume | None:
 
 
 def _tsnr(dwi: DWI, mask: Volume) -> Volume | None:
-    """Temporal SNR: mean over standard deviation of the b=0 volumes in the brain; None with fewer than two."""
+    """Temporal SNR: mean over standard deviation of the b=0 volumes in the brain; None with too few of them."""
     b0 = dwi.data[torch.as_tensor(np.flatnonzero(dwi.is_b0))]
-    if len(b0) < 2:
+    if len(b0) < LEAST_B0S:
         return None
     deviation = b0.std(0)
     ratio = torch.where(deviation > 0, b0.mean(0) / deviation.clamp(min=1e-12), 0.0)
@@ -268,6 +275,7 @@ def _motion_summary(confounds: dict[str, np.ndarray], run: np.ndarray) -> Row:
 def _dice_overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
     """Dice overlaps under QSIPrep's column names; despite their names, 1 is perfect overlap."""
     row: Row = {"t1_dice_distance": None, "mni_dice_distance": None}
+    row |= _uncovered_brain(anatomy, preprocessed)
     if anatomy.modality != "none":
         structural = resample_onto(anatomy.mask.data[None].float().cpu(), anatomy.mask.grid, preprocessed.mask.grid)[0]
         row["t1_dice_distance"] = _dice(structural.numpy() > 0.5, preprocessed.mask.numpy() > 0.5)
@@ -275,6 +283,19 @@ def _dice_overlaps(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
     if template is not None and warped is not None and template.grid.matches(warped.grid):
         row["mni_dice_distance"] = _dice(template.numpy() > 0, warped.numpy() > 0)
     return row
+
+
+def _uncovered_brain(anatomy: Anatomy, preprocessed: Preprocessed) -> Row:
+    """Volume (ml) and fraction of the structural brain where fewer than half of the volumes have data."""
+    row: Row = {"uncovered_brain_ml": None, "uncovered_brain_fraction": None}
+    if anatomy.modality == "none" or preprocessed.coverage is None:
+        return row
+    grid, brain = anatomy.mask.grid, np.argwhere(anatomy.mask.numpy() > 0.5)
+    covered, points = preprocessed.coverage, grid.to_world(brain)
+    nearest = np.clip(np.rint(covered.grid.to_voxels(points)).astype(int), 0, np.asarray(covered.grid.shape) - 1)
+    uncovered = (covered.numpy()[tuple(nearest.T)] < 0.5) | ~covered.grid.contains(points)
+    ml = float(uncovered.sum() * np.prod(grid.voxel_sizes) / 1000)
+    return {"uncovered_brain_ml": ml, "uncovered_brain_fraction": float(uncovered.mean()) if len(brain) else 0.0}
 
 
 def _dice(first: np.ndarray, second: np.ndarray) -> float:
@@ -318,17 +339,33 @@ def _file_entities(unit_name: str) -> Row:
     return row | {"space_id": "ACPC", "rec_id": entities.get("rec"), "run_id": entities.get("run")}
 
 
-def _notes(motions: tuple[Motion, ...], raw: DWI, distortion: Distortion | None, cnr: Volume | None) -> tuple[str, ...]:
+def _coverage_note(table: Row) -> tuple[str, ...]:
+    ml, fraction = table["uncovered_brain_ml"], table["uncovered_brain_fraction"]
+    if not isinstance(ml, float) or not isinstance(fraction, float) or ml == 0:
+        return ()
+    return (f"The series does not cover {ml:.1f} ml ({fraction:.1%}) of the structural brain.",)
+
+
+def _missing_maps(dwi: DWI, cnr: Volume | None) -> tuple[str, ...]:
+    """Why a series has no map of temporal SNR or of the contrast-to-noise ratio."""
+    notes, count = [], int(dwi.is_b0.sum())
+    if count < LEAST_B0S:
+        notes.append(
+            f"Temporal SNR is not available: {count} b=0 volume{' is' if count == 1 else 's are'} too few for a "
+            f"standard deviation over time; {LEAST_B0S} are the least."
+        )
+    if cnr is None:
+        notes.append("The contrast-to-noise map is not available: there are too few diffusion-weighted volumes.")
+    return tuple(notes)
+
+
+def _notes(motions: tuple[Motion, ...], distortion: Distortion | None) -> tuple[str, ...]:
     notes = []
     if len(motions) > 1:
         notes.append(
             "Motion is relative to the b=0 reference of each phase encoding; framewise displacement (FD) restarts with "
             "every run."
         )
-    if raw.is_b0.sum() < 2:
-        notes.append("Temporal SNR is not available: there are fewer than two b=0 volumes.")
-    if cnr is None:
-        notes.append("The contrast-to-noise map is not available: there are too few diffusion-weighted volumes.")
     if distortion is not None and distortion.fieldmap_hz is None:
         notes.append("The off-resonance field in Hz is not available: the readout time is unknown.")
     return tuple(notes)

@@ -14,7 +14,7 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
-from dsiprep.ops.image.epi_resampling import SampledDisplacement, sample_displacement, warp_volume
+from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view, sample_displacement, warp_volume
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.bias_field import n4_bias
 from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
@@ -26,10 +26,10 @@ METHODS = {
     "resample": (
         "Head motion, eddy currents, distortion, coregistration and the rotation to ACPC space were composed, and each "
         "volume was resampled once with cubic B-splines [@unser1999]. Intensities were multiplied by the Jacobian "
-        "determinant of the distortion, and b-vectors were rotated with their volumes [@leemans2009]. The brain in the "
-        "mean b=0 image was extracted with the deepbet network [@fisch2024], applied to the image as it is and with "
-        "its intensities remapped to those of a T1w image; the surface of the mask was then moved to the nearby edge "
-        "of the bright tissue."
+        "determinant of eddy currents (of the affine, if poses are affine) and distortion, and b-vectors were rotated "
+        "with their volumes [@leemans2009]. The brain in the mean b=0 image was extracted with the deepbet network "
+        "[@fisch2024], applied to the image as it is and with its intensities remapped to those of a T1w image; the "
+        "surface of the mask was then moved to the nearby edge of the bright tissue."
     ),
     "n4": (
         "The receive bias field was estimated with N4 [@tustison2010] on the mean b=0 image, and all volumes were "
@@ -51,6 +51,7 @@ METHODS = {
 MARGIN_MM = 10.0  # around the brain, on each side
 DILATION_MM = 6.0  # largest distance of the DWI brain mask from the structural brain
 N4_SHRINK = 3
+LEAST_COVERED = 0.9  # of the volumes; where fewer have data, and where no b=0 has, there is no brain
 MIN_JACOBIAN = 0.1  # limits the weight of strongly compressed voxels in the least-squares combination
 
 log = logging.getLogger("dsiprep")
@@ -132,6 +133,7 @@ def resample(
     data = torch.zeros(len(dwi), *grid.shape, device=dwi.data.device)
     bvecs, groups = np.array(dwi.bvecs, float), _groups_to_merge(dwi, settings)
     weights: dict[int, torch.Tensor] = {}
+    covered, b0_covered = torch.zeros(grid.shape), torch.zeros(grid.shape, dtype=torch.bool)
     for blip in per_blip:
         bvecs[blip.volumes] = rotate_bvecs(dwi.bvecs[blip.volumes], blip.matrices)
         sampled = None if blip.distortion is None else sample_displacement(blip.distortion, grid, to_dwiref)
@@ -140,11 +142,22 @@ def resample(
         for row, v in enumerate(blip.volumes):
             volume = blip.motion.with_replaced_slices(row, dwi.data[int(v)])
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
-            data[int(v)] = warp_volume(volume, dwi.grid, grid, blip.matrices[row], sampled, blip.linear[row], eddy)
+            warped = warp_volume(volume, dwi.grid, grid, blip.matrices[row], sampled, blip.linear[row], eddy)
+            density = blip.motion.density(row)
+            data[int(v)] = warped if density == 1 else warped * density
+            reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy).cpu()
+            covered += reached
+            b0_covered |= reached & bool(dwi.is_b0[int(v)])
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold)
     if groups:
         series = _merge(series, groups, weights if len(weights) > 1 else None, dwi.blip)
-    return _finish(series, anatomy, bias, groups)
+    coverage = Volume(covered / len(dwi), grid)
+    return _finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
+
+
+def _enough(coverage: Volume, b0_covered: torch.Tensor) -> torch.Tensor:
+    """Where nearly all volumes and a b=0 have data, (i, j, k) bool; a series without b=0 needs none."""
+    return (coverage.data >= LEAST_COVERED) & (b0_covered if bool(b0_covered.any()) else True)
 
 
 def _inverse_jacobian(blip: _BlipTransforms, sampled: SampledDisplacement, device: torch.device) -> torch.Tensor:
@@ -229,7 +242,18 @@ def join(
         groups = same_gradients(nominal_bvals[firsts], nominal_bvecs[firsts], owner, series.is_b0)
         sources = tuple(tuple(v for row in group for v in sources[row]) for group in groups)
         series = _merge(series, tuple(groups), None, owner)
-    return _finish(series, anatomy, "none", sources)
+    return _finish(series, anatomy, "none", *_joined_coverage(parts, counts, grid), sources)
+
+
+def _joined_coverage(
+    parts: tuple[Preprocessed, ...], counts: list[int], grid: Grid
+) -> tuple[Volume | None, torch.Tensor | None]:
+    """Coverage of all volumes together, and where every part has enough data; None if it is unknown for a part."""
+    maps = [_embed(part.coverage.data[None], part.dwi.grid, grid)[0] for part in parts if part.coverage]
+    if len(maps) < len(parts):
+        return None, None
+    total = sum((each * count for each, count in zip(maps, counts, strict=True)), torch.zeros(grid.shape))
+    return Volume(total / sum(counts), grid), torch.stack(maps).amin(0) >= LEAST_COVERED
 
 
 def _common_grid(grids: list[Grid]) -> Grid:
@@ -300,17 +324,26 @@ def _output_grid(points: np.ndarray, resolution: float) -> Grid:
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
 
 
-def _finish(series: DWI, anatomy: Anatomy, bias: str, sources: tuple[tuple[int, ...], ...] = ()) -> Preprocessed:
-    """Compute the mean b=0 and its brain mask, and correct the receive bias field in place."""
+def _finish(
+    series: DWI,
+    anatomy: Anatomy,
+    bias: str,
+    coverage: Volume | None,
+    enough: torch.Tensor | None,
+    sources: tuple[tuple[int, ...], ...] = (),
+) -> Preprocessed:
+    """Compute the mean b=0 and its brain mask where there is `enough` data, and correct the bias field in place."""
     lowest = series.is_b0 if series.is_b0.any() else series.bvals == series.bvals.min()
     index = torch.as_tensor(np.flatnonzero(lowest), device=series.data.device)
     reference = Volume(series.data[index].mean(0), series.grid)
     mask = _brain_mask(reference, anatomy)
+    if enough is not None:
+        mask = Volume(mask.data * enough.to(mask.data.device), mask.grid)
     if bias == "n4":
         field = n4_bias(reference, mask, N4_SHRINK)
         series.data.div_(field.data)
         reference = Volume(reference.data / field.data, series.grid)
-    return Preprocessed(series, reference, mask, "cubic B-spline, once, with Jacobian modulation", sources)
+    return Preprocessed(series, reference, mask, "cubic B-spline, once, with Jacobian modulation", sources, coverage)
 
 
 def _brain_mask(reference: Volume, anatomy: Anatomy) -> Volume:

@@ -9,6 +9,8 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 from dsiprep.ops.qspace.shore import (
+    ZETA,
+    choose_zeta,
     leave_one_out,
     near_neighbours,
     shore_basis,
@@ -87,14 +89,14 @@ def test_volume_of_zero_weight_does_not_affect_the_others() -> None:
     assert np.abs(matrix[7]).sum() > 0  # but it is predicted itself
 
 
-def crossing_signals(q: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Signals (n, count) of two randomly crossing fibres and an isotropic compartment."""
+def crossing_signals(q: np.ndarray, count: int, rng: np.random.Generator, slower: float = 1.0) -> np.ndarray:
+    """Signals (n, count) of two randomly crossing fibres and an isotropic compartment; diffusivities times `slower`."""
     out = np.zeros((len(q), count))
     for voxel in range(count):
         fractions = rng.dirichlet((2, 1, 1))
         for fraction, along, across in zip(fractions, (1.7e-3, 1.7e-3, 0.9e-3), (2e-4, 2e-4, 0.9e-3), strict=True):
             rotation = Rotation.random(random_state=rng).as_matrix()
-            tensor = rotation @ np.diag([along, across, across]) @ rotation.T
+            tensor = slower * rotation @ np.diag([along, across, across]) @ rotation.T
             out[:, voxel] += fraction * np.exp(-np.einsum("na,ab,nb->n", q, tensor, q))
     return out
 
@@ -115,6 +117,35 @@ def test_estimated_prior_predicts_better_than_fixed_lambdas() -> None:
     fixed = error(leave_one_out(basis, shore_regulariser(6), left_out))
     estimated = error(leave_one_out(basis, penalty, left_out))
     assert estimated < 0.75 * fixed
+
+
+@pytest.mark.parametrize(
+    ("b_max", "slower", "largest"),
+    [(15000.0, 1.0, 0.5), (20000.0, 1.0, 0.7), (20000.0, 0.25, 0.15), (40000.0, 0.25, 0.4)],
+)
+def test_outer_volumes_are_predicted_at_high_b(b_max: float, slower: float, largest: float) -> None:
+    """Error over contrast of volumes beyond two thirds of the largest b; above 0.65 with the scale of 700."""
+    q = lattice(4.2, b_max)
+    clean = crossing_signals(q, 200, np.random.default_rng(5), slower)
+    moment, weights = clean @ clean.T / clean.shape[1], np.ones(len(q))
+    outer = (q**2).sum(1) > b_max * 2 / 3
+
+    def error(zeta: float) -> float:
+        basis = shore_basis(q, 6, zeta)
+        matrix = leave_one_out(basis, shore_prior(moment, basis, 6, weights), near_neighbours(q), weights)
+        return float(
+            np.sqrt(((matrix @ clean - clean)[outer] ** 2).mean()) / (clean[outer] - clean[outer].mean(0)).std()
+        )
+
+    assert error(ZETA) > 0.65
+    assert error(choose_zeta(moment, q, 6, weights)) < largest
+
+
+def test_scale_is_700_up_to_b_7000() -> None:
+    for b_max in (1000.0, 5000.0, 7000.0):
+        q = lattice(3.2, b_max)
+        signals = crossing_signals(q, 20, np.random.default_rng(6), 0.25)
+        assert choose_zeta(signals @ signals.T / 20, q, 6, np.ones(len(q))) == ZETA == 700
 
 
 def test_prior_is_rotation_invariant() -> None:

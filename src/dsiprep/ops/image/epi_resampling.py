@@ -20,7 +20,7 @@ from dsiprep.ops.image.eddy_displacement import EddyDisplacement, displace_point
 from dsiprep.ops.image.filters import gradient
 from dsiprep.ops.image.interpolation import resample_onto, sample_cubic, spline_coefficients, voxel_points
 
-__all__ = ["SampledDisplacement", "sample_displacement", "warp_volume"]
+__all__ = ["SampledDisplacement", "field_of_view", "sample_displacement", "warp_volume"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +117,25 @@ def warp_volume(
         out,
     )
     return torch.from_numpy(out)
+
+
+def field_of_view(
+    source: Grid,
+    target: Grid,
+    matrix: np.ndarray,
+    susceptibility: SampledDisplacement | None = None,
+    eddy: EddyCurrents | None = None,
+) -> torch.Tensor:
+    """Whether `warp_volume` with the same arguments samples each target voxel within `source`, (i, j, k) bool."""
+    displacement = None if susceptibility is None else susceptibility.displacement
+    points = voxel_points(target, source, matrix, displacement)
+    eddy_voxels = eddy_on_grid(eddy, source)
+    if len(eddy_voxels.coefficients):
+        flat = points.reshape(1, 3, -1).clone()
+        displace_points(eddy_voxels, flat)
+        points = flat.reshape(points.shape)
+    limit = torch.tensor(source.shape, device=points.device).reshape(3, 1, 1, 1) - 0.5
+    return ((points >= -0.5) & (points <= limit)).all(0)
 
 
 def _warp_tensors(

@@ -33,7 +33,9 @@ MIN_VOLUMES = 6  # in a range of b-values: the mean of fewer depends on their di
 LATTICE_RANGES = 3
 
 
-def align_diffusion_to_b0(dwi: DWI, level: PyramidLevel, state: MotionState) -> tuple[MotionState, float]:
+def align_diffusion_to_b0(
+    dwi: DWI, level: PyramidLevel, state: MotionState, step_found: bool = False
+) -> tuple[MotionState, float]:
     """Move the diffusion-weighted volumes of each range of b-values onto the b=0 reference.
 
     Parameters
@@ -43,6 +45,8 @@ def align_diffusion_to_b0(dwi: DWI, level: PyramidLevel, state: MotionState) -> 
         Full resolution.
     state : MotionState
         With poses in which the volumes of each range are aligned with each other.
+    step_found : bool
+        Whether a significant shift was found before: then every measurement is the best estimate, and is applied.
 
     Returns
     -------
@@ -63,7 +67,7 @@ def align_diffusion_to_b0(dwi: DWI, level: PyramidLevel, state: MotionState) -> 
             fit = register_linear(image, target, fixed_mask=mask, search=False)
             shift = float(point_displacement(fit.matrix[None], identity, probes).mean())
             gain = (fit.score_after - fit.score_before) / max(fit.score_before - 1, 1e-9)
-            if shift > SIGNIFICANT_MM and gain > SIGNIFICANT_GAIN:
+            if step_found or (shift > SIGNIFICANT_MM and gain > SIGNIFICANT_GAIN):
                 correction, largest = correction @ fit.matrix, max(largest, shift)
                 log.info("motion: volumes of b %.0f and above moved by %.2f mm", dwi.bvals[volumes].min(), shift)
         transforms[volumes] = transforms[volumes] @ correction

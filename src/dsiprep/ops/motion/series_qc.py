@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
-from dsiprep.ops.qspace.shore import shore_basis, shore_regulariser, shore_size
+from dsiprep.ops.qspace.shore import ZETA, choose_zeta, shore_basis, shore_regulariser, shore_size
 
 __all__ = ["contrast_to_noise", "discontinuous_slices", "shore_projection"]
 
@@ -48,7 +48,7 @@ def discontinuous_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, thre
     return discontinuous
 
 
-def shore_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
+def shore_projection(q: np.ndarray, signals: np.ndarray) -> tuple[np.ndarray, float]:
     """Matrix that replaces signals by their 3dSHORE fit.
 
     Uses the highest radial order of 6, 4 and 2 with at least twice as many samples as basis functions, or 0.
@@ -57,6 +57,8 @@ def shore_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
     ----------
     q : ndarray, (n, 3)
         Square root of the b-value (s/mm²) times the b-vector.
+    signals : ndarray, (n, voxels)
+        Of the brain, from which the scale of the basis is chosen above b 7000.
 
     Returns
     -------
@@ -65,8 +67,10 @@ def shore_projection(q: np.ndarray) -> tuple[np.ndarray, float]:
         Degrees of freedom of the residual: its expected sum of squares for noise of variance 1.
     """
     order = next((order for order in (6, 4, 2) if 2 * shore_size(order) <= len(q)), 0)
-    basis = shore_basis(q, order)
-    normal = basis.T @ basis + np.diag(shore_regulariser(order))
+    zeta = choose_zeta(signals @ signals.T / max(signals.shape[1], 1), q, order, np.ones(len(q)))
+    basis = shore_basis(q, order, zeta)
+    # functions of a wider basis are lower by (ZETA / zeta)^0.75, so the same penalty would weigh more
+    normal = basis.T @ basis + np.diag(shore_regulariser(order)) * (ZETA / zeta) ** 1.5
     matrix = basis @ np.linalg.solve(normal, basis.T)
     return matrix, float(((np.eye(len(q)) - matrix) ** 2).sum())
 

@@ -77,20 +77,21 @@ def smooth_field(hertz: Volume, magnitude: Volume, mask: Volume) -> Volume:
 def without_folds(shift: np.ndarray, axis: int) -> np.ndarray:
     """Smooth a shift, in voxels along `axis`, where lines would fold and only as much as needed.
 
-    Differences between neighbours of either sign stay below 1 - `MIN_JACOBIAN`. If smoothing does not suffice, the
-    whole shift is scaled down.
+    Tissue at x is found at x + shift(x), so a line folds where the shift falls by a voxel or more from one voxel to the
+    next: 1 + d shift / dx stays above `MIN_JACOBIAN`. Where the shift rises, the image is stretched and never folds,
+    however steep. If smoothing does not suffice, the whole shift is scaled down.
     """
     bound = 1 - MIN_JACOBIAN
     out, smooth = shift, shift
     for _ in range(50):
-        steep = np.abs(np.diff(out, axis=axis, append=np.take(out, [-1], axis))) >= bound
+        steep = -np.diff(out, axis=axis, append=np.take(out, [-1], axis)) >= bound
         if not steep.any():
             return out
         smooth = ndimage.gaussian_filter(smooth, 1.5)
         share = ndimage.gaussian_filter(ndimage.binary_dilation(steep, iterations=4).astype(np.float32), 2.0)
         share = np.clip(3 * share, 0, 1)
         out = share * smooth + (1 - share) * out
-    return out * (0.99 * bound / max(float(np.abs(np.diff(out, axis=axis)).max()), bound))
+    return out * (0.99 * bound / max(float(-np.diff(out, axis=axis).min()), bound))
 
 
 def _weighted_gaussian(data: np.ndarray, weight: np.ndarray, sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,15 @@ import numpy as np
 import torch
 
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
-from dsiprep.ops.qspace.shore import leave_one_out, near_neighbours, shell_size, shore_basis, shore_prior, shore_size
+from dsiprep.ops.qspace.shore import (
+    choose_zeta,
+    leave_one_out,
+    near_neighbours,
+    shell_size,
+    shore_basis,
+    shore_prior,
+    shore_size,
+)
 from dsiprep.ops.qspace.tensor import tensor_basis, tensor_prediction
 
 __all__ = ["Model", "Prediction", "choose_model", "predict"]
@@ -138,8 +146,8 @@ def predict(
         matrix = leave_one_out(tensor_basis(bvals, bvecs), np.full(7, 1e-6), left_out, weights)
         values = tensor_prediction(samples, matrix)[:-1].contiguous()
     else:
-        basis = shore_basis(q, model.order)
         moment = (samples @ samples.T / samples.shape[1]).cpu().numpy().astype(float)
+        basis = shore_basis(q, model.order, choose_zeta(moment, q, model.order, weights))
         matrix = leave_one_out(basis, shore_prior(moment, basis, model.order, weights), left_out, weights)
         values = torch.as_tensor(matrix[:-1], dtype=torch.float32, device=observed.device) @ samples
     between_volumes = torch.as_tensor(matrix[:-1, :-1], dtype=torch.float32, device=observed.device)

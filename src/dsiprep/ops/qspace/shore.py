@@ -12,6 +12,7 @@ import numpy as np
 from scipy.special import eval_genlaguerre, gamma, lpmv
 
 __all__ = [
+    "choose_zeta",
     "leave_one_out",
     "near_neighbours",
     "shell_size",
@@ -22,6 +23,10 @@ __all__ = [
 ]
 
 ZETA = 700.0  # scale of the basis in s/mm², for tau = 1 / (4 pi²), where q is the square root of b
+ZETA_B = 7000.0  # s/mm²; a basis of that scale and radial order 6 covers b-values up to here
+COVERED = 5000.0 / ZETA  # b-value in units of zeta at which the widest basis tried ends
+CANDIDATES = 5  # scales tried
+SELECTION_ITERATIONS = 10  # of `shore_prior` for each of them
 
 
 def shore_size(radial_order: int) -> int:
@@ -119,6 +124,47 @@ def shore_prior(
         noise = max(float(np.sum(weights * residual)) / n, 1e-12)
         prior = _isotropic_covariance(moment, blocks)
     return noise * np.linalg.inv(prior)
+
+
+def choose_zeta(second_moment: np.ndarray, q: np.ndarray, radial_order: int, weights: np.ndarray) -> float:
+    """Scale of the basis: 700 s/mm² up to b 7000, beyond it the scale that predicts samples best from the others.
+
+    A function of radial order N decays as exp(-b / (2 zeta)) and reaches to about b = 2 (N + 1) zeta; with a fixed
+    scale, samples further out would be predicted as zero. How far the signal itself reaches depends on the tissue: in
+    fixed tissue diffusion is several times slower. So `CANDIDATES` scales from 700 to max(b) / 7.14, in
+    geometric progression, are compared by the leave-one-out residual r_i / (1 - h_ii) of the fit with hat matrix h.
+
+    Parameters
+    ----------
+    second_moment : ndarray, (n, n)
+        Mean over voxels of the outer product of the samples.
+    q : ndarray, (n, 3)
+        As for `shore_basis`.
+    radial_order : int
+    weights : ndarray, (n,)
+        As for `shore_prior`.
+
+    References
+    ----------
+    Allen 1974, doi 10.1080/00401706.1974.10489157 (the leave-one-out residual in closed form).
+    """
+    largest = float((np.asarray(q, float) ** 2).sum(1).max(initial=0))
+    if largest <= ZETA_B * (1 + 1e-9):
+        return ZETA
+    candidates = np.geomspace(ZETA, largest / COVERED, CANDIDATES)
+    errors = [
+        _left_out_error(second_moment, shore_basis(q, radial_order, z), radial_order, weights) for z in candidates
+    ]
+    return float(candidates[int(np.argmin(errors))])
+
+
+def _left_out_error(second_moment: np.ndarray, basis: np.ndarray, radial_order: int, weights: np.ndarray) -> float:
+    """Weighted sum of the mean squared leave-one-out residuals."""
+    penalty = shore_prior(second_moment, basis, radial_order, weights, SELECTION_ITERATIONS)
+    weighted = (basis * weights[:, None]).T
+    hat = basis @ np.linalg.solve(weighted @ basis + penalty, weighted)
+    left = (np.eye(len(basis)) - hat) / np.maximum(1 - np.diag(hat), 1e-6)[:, None]
+    return float(np.sum(weights * np.einsum("ij,ij->i", left @ second_moment, left)))
 
 
 def near_neighbours(q: np.ndarray, fraction: float = 0.02) -> np.ndarray:
