@@ -4,11 +4,14 @@ For every series of one phase encoding, in the brain: neighbouring-DWI correlati
 sharpness, the root mean square gradient of the mean diffusion-weighted volume over its mean intensity. Interpolation
 alone smooths, which raises the first and lowers the second, so besides the raw series there is one that was only
 interpolated, and as much as can be: all volumes moved by the same half voxel along each axis. Then, for each
-person, how eddy currents found in one series go with those found in the first, less what volumes share.
+person, how eddy currents found in one series go with those found in the first, less what volumes share, and for each
+two series of the same directions how far poses repeat: a head does not move by the gradient, or by the clock beyond
+a slow path, which is taken out of each (a cubic in volume number) for the second of the two correlations.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.results import Motion
 from dsiprep.io.bids import find_units, read_unit
+from dsiprep.ops.image.affine import rigid_parameters
 from dsiprep.ops.image.epi_resampling import warp_volume
 from dsiprep.ops.image.filters import gradient
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
@@ -61,6 +65,41 @@ def compare(series: dict[str, tuple[Motion, DWI]]) -> None:
         print(f"{name}: eddy currents of {np.sqrt((moved**2).mean()):.2f} mm, correlation {alike:.2f}")
 
 
+def parameters(found: Motion, dwi: DWI, axes: np.ndarray) -> np.ndarray:
+    """Rotations (degrees) and translations (mm) along `axes` about the brain's centre, weighted volumes, (n, 6)."""
+    centre = found.mask.grid.to_world(np.argwhere(found.mask.numpy() > 0.5)).mean(axis=0)
+    poses = rigid_parameters(found.transforms[~dwi.is_b0], centre)
+    return np.hstack([np.rad2deg(poses[:, :3] @ axes), poses[:, 3:] @ axes])
+
+
+def without_path(poses: np.ndarray) -> np.ndarray:
+    """Poses (n, 6) less a cubic in volume number."""
+    powers = np.vander(np.linspace(-1, 1, len(poses)), 4)
+    return poses - powers @ np.linalg.lstsq(powers, poses, rcond=None)[0]
+
+
+def repeats(series: dict[str, tuple[Motion, DWI]]) -> None:
+    """How far poses of two series of the same directions (up to sign) and phase-encoding axis go together."""
+    for (name, (found, dwi)), (other, (again, twin)) in itertools.combinations(series.items(), 2):
+        assert found.eddy is not None
+        assert again.eddy is not None
+        alike = len(dwi) == len(twin) and np.abs(np.abs((dwi.bvecs * twin.bvecs).sum(1)) - ~dwi.is_b0).max() < 0.01
+        if not alike or abs(dwi.grid.directions[:, found.eddy.along] @ twin.grid.directions[:, again.eddy.along]) < 0.9:
+            continue
+        print(f"{name} and {other}, along i j k (phase encoding is {'ijk'[found.eddy.along]}):")
+        first, second = parameters(found, dwi, dwi.grid.directions), parameters(again, twin, dwi.grid.directions)
+        for kind, columns in (("rotation, degrees", slice(0, 3)), ("translation, mm", slice(3, 6))):
+            a, b = first[:, columns], second[:, columns]
+            rows = {"SD": a.std(0), "of the other": b.std(0), "half the difference": (a - b).std(0) / 2}
+            rows |= {"r": correlations(a, b), "r less the path": correlations(without_path(a), without_path(b))}
+            print(f"  {kind}: " + "; ".join(f"{n} " + " ".join(f"{x:.2f}" for x in row) for n, row in rows.items()))
+
+
+def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Correlation of each column of two arrays (n, c), (c,)."""
+    return np.array([np.corrcoef(x, y)[0, 1] for x, y in zip(a.T, b.T, strict=True)])
+
+
 def main(bids: Path, participants: list[str]) -> None:
     """One row per series."""
     settings = Settings()
@@ -92,6 +131,7 @@ def main(bids: Path, participants: list[str]) -> None:
             print(f"| {unit.name} {blip.name} | {len(dwi)} | " + " | ".join(cells) + " |", flush=True)
     for series in people.values():
         compare(series)
+        repeats(series)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,8 @@ class Dataset:
         folder = self.root.joinpath(*[p for p in parts if p.startswith(("sub-", "ses-"))], kind)
         folder.mkdir(parents=True, exist_ok=True)
         shape = (4, 5, 3, volumes) if volumes > 1 else (4, 5, 3)
-        data = np.random.default_rng(0).integers(1, 100, shape).astype(np.int16)
+        largest = 4095 if "phase" in parts[-1] else 99  # phases as Siemens stores them
+        data = np.random.default_rng(0).integers(1, largest, shape, endpoint=True).astype(np.int16)
         path = folder / f"{name}.nii.gz"
         nib.Nifti1Image(data, affine).to_filename(path)
         if sidecar is not None:

@@ -81,7 +81,7 @@ class Written:
     template: Template
 
     def file(self, ending: str) -> str:
-        return str(next(self.folder.glob(f"*{ending}")))
+        return str(next(self.folder.rglob(f"*{ending}")))
 
 
 @pytest.fixture(scope="module", params=GRIDS, ids="-".join)
@@ -109,7 +109,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )
     folder = tmp_path_factory.mktemp("anat")
     unit: Unit = replace(subject.unit, t1w=(Path("sub-01_T1w.nii.gz"),))
-    write_anatomy(anatomy, unit, folder, f"sub-{unit.subject}", template)
+    write_anatomy(anatomy, unit, folder, AnatomySettings(), template)
     native = volume(head(transformed(np.linalg.inv(POSE), points_of(scan))), scan)
     write_image(folder / "native.nii.gz", native.data, scan)
     write_image(folder / "template.nii.gz", brain.data, target)

@@ -131,6 +131,31 @@ def test_signal_is_conserved_under_distortion(polarity: int) -> None:
     np.testing.assert_allclose(distorted.sum(1), still.sum(1), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("shift", ["eddy_constant", "drift"])
+def test_shifts_of_the_whole_image(shift: str, tmp_path: Path) -> None:
+    """Everything else is drawn as without them; eddy currents follow the gradient, and the drift the time."""
+    settings = replace(TINY, scheme="hasc55", resolution=10.0, ideal=False)
+    tables = []
+    for number, options in enumerate((settings, replace(settings, **{shift: 2.0}))):
+        make_phantom(tmp_path / str(number), options)
+        tables.append(json.loads((tmp_path / str(number) / "truth" / "truth.json").read_text()))
+    without, with_shift = (np.array(table["eddy_mm"]) for table in tables)
+    assert (without == 0).all()
+    assert shift not in tables[0]["settings"]
+    assert tables[1]["settings"][shift] == 2.0
+    assert tables[0]["head_to_scanner"] == tables[1]["head_to_scanner"]
+    assert (with_shift[:, 1:] == 0).all()
+    assert np.abs(with_shift).max() == pytest.approx(2.0)
+    b = np.array(tables[1]["bvals"])
+    if shift == "drift":
+        assert (np.diff(with_shift[:, 0]) > 0).all()
+        assert with_shift[0, 0] == 0
+    else:
+        gradients = np.sqrt(b)[:, None] * np.array(tables[1]["bvecs_scanner"])
+        fitted = gradients @ np.linalg.lstsq(gradients, with_shift[:, 0], rcond=None)[0]
+        np.testing.assert_allclose(fitted, with_shift[:, 0], atol=1e-9)
+
+
 def test_field_moves_with_the_head_but_eddy_currents_do_not() -> None:
     grid = make_grid("LAS", (32, 34, 30), (2.5, 2.5, 2.5))
     pe = PhaseEncoding(1, 1, 0.05)

@@ -274,4 +274,4 @@ def test_tool_uses_mean_diffusion_on_request(
         errors.append(np.abs(error - np.median(error)).mean())
     assert errors[1] < 0.75 * errors[0]
     assert main([*write_series(tmp_path, case, means, 11), "--diffusion"]) == 1
-    assert "leave --diffusion out" in capsys.readouterr().err
+    assert "omit --diffusion" in capsys.readouterr().err

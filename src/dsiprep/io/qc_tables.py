@@ -103,8 +103,8 @@ CONFOUNDS = {
     "rot_z": {"Description": "Rotation vector about the image centre, S component", "Units": "rad"},
     **{
         f"eddy_{name}": {
-            "Description": f"Eddy-current displacement along the phase-encoding axis: coefficient of {term}, with "
-            "i, j, k from the image centre along the voxel axes in units of 100 mm",
+            "Description": f"Displacement along the phase-encoding axis by eddy currents and drift of the field: "
+            f"coefficient of {term}, with i, j, k from the image centre along the voxel axes in units of 100 mm",
             "Units": "mm",
         }
         for name, term in EDDY_TERMS.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 
 import nibabel as nib
@@ -187,7 +186,7 @@ def _truth_table(head: Head, session: Session, settings: PhantomSettings) -> dic
     outliers = [[int(v), int(s), float(fraction[v, s])] for v, s in np.argwhere(fraction < 1)]
     return {
         "template": TEMPLATE,
-        "settings": asdict(settings),
+        "settings": settings.described(),
         "brain_centre": head.centre.tolist(),
         "bvals": session.bvals.tolist(),
         "bvecs_scanner": session.bvecs.tolist(),
@@ -223,7 +222,7 @@ def _write_descriptions(bids: Path, settings: PhantomSettings) -> None:
         "A simulated subject\n===================\n\n"
         "A simulated head with known motion, distortion and noise, written by `dsiprep-tools phantom`\n"
         "to test diffusion preprocessing. The dataset contains no human data.\n\nSettings: "
-        + ", ".join(f"{name} {value}" for name, value in asdict(settings).items())
+        + ", ".join(f"{name} {value}" for name, value in settings.described().items())
         + ".\n"
     )
     (bids / "participants.tsv").write_text("participant_id\tspecies\nsub-01\tn/a\n")

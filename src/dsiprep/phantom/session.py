@@ -28,6 +28,7 @@ from dsiprep.phantom.slice_acquisition import remaining_signal
 
 N_EPIS = 3
 DRIFT = 0.1  # fraction of the largest motion
+WARM_UP = 0.5  # time constant of the drift of the centre frequency as gradients heat, relative to the session
 # Gaussian sources of the off-resonance field: centre (template mm), width (mm), weight. The first three are above the
 # sinuses and the ear canals
 FIELD_SOURCES = (
@@ -136,7 +137,7 @@ def plan_session(
         poses=rigid_matrix(_rigid_vectors(motion), head.centre) @ start_pose,
         epi_poses=rigid_matrix(_rigid_vectors(epi_motion), head.centre) @ start_pose,
         moved=moved,
-        eddy=_eddy_currents(bvals, bvecs, points, settings.eddy, rng),
+        eddy=_eddy_currents(bvals, bvecs, points, settings, rng),
         signal_fraction=remaining_signal(bvals, grid.shape[2], settings.dropout, rng),
         field=field,
         field_grid=field_grid,
@@ -208,11 +209,18 @@ def _motion(count: int, settings: PhantomSettings, rng: np.random.Generator) -> 
 
 
 def _eddy_currents(
-    bvals: np.ndarray, bvecs: np.ndarray, points: np.ndarray, largest_mm: float, rng: np.random.Generator
+    bvals: np.ndarray, bvecs: np.ndarray, points: np.ndarray, settings: PhantomSettings, rng: np.random.Generator
 ) -> np.ndarray:
-    """Coefficients (n, 9), linear in the gradient, with a largest displacement of `largest_mm` at the given points."""
+    """Coefficients (n, 9): eddy currents, linear in the gradient and largest at the given points, shifts and drift."""
     response = rng.normal(size=(9, 3)) * np.array([0.3, 1, 1, 1, 0.4, 0.4, 0.4, 0.4, 0.2])[:, None]
     strength = np.sqrt(bvals / max(float(bvals.max()), 1.0))
     coefficients = (strength[:, None] * bvecs) @ response.T
     largest = np.abs(eddy_basis(points) @ coefficients.T).max()
-    return coefficients * (largest_mm / max(float(largest), 1e-9))
+    coefficients = coefficients * (settings.eddy / max(float(largest), 1e-9))
+    if settings.eddy_constant:
+        shift = strength * (bvecs @ rng.spawn(1)[0].normal(size=3))
+        coefficients[:, 0] += settings.eddy_constant * shift / np.abs(shift).max()
+    if settings.drift:
+        warmth = 1 - np.exp(-np.linspace(0, 1, len(bvals)) / WARM_UP)
+        coefficients[:, 0] += settings.drift * warmth / warmth[-1]
+    return coefficients

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from dsiprep.errors import SettingsError
 from dsiprep.settings import option
@@ -55,6 +55,18 @@ class PhantomSettings:
         metavar="MM",
     )
     eddy: float = option(0.0, "largest displacement of brain signal by eddy currents, in mm", "--eddy", metavar="MM")
+    eddy_constant: float = option(
+        0.0,
+        "largest shift of the whole image by eddy currents, in mm, in addition to --eddy",
+        "--eddy-constant",
+        metavar="MM",
+    )
+    drift: float = option(
+        0.0,
+        "shift of the image over the series as the centre frequency drifts, in mm",
+        "--drift",
+        metavar="MM",
+    )
     dropout: float = option(
         0.0,
         "fraction of slices of diffusion-weighted volumes with signal dropout",
@@ -67,6 +79,11 @@ class PhantomSettings:
     ideal: bool = option(True, "do not write the ideal DWI (halves the run time)", "--no-ideal")
     seed: int = option(1, "seed of the random anatomy, motion and noise", "--seed", metavar="N")
 
+    def described(self) -> dict[str, object]:
+        """Settings by name, without shifts of the whole image where there are none."""
+        shifts = ("eddy_constant", "drift")
+        return {name: value for name, value in asdict(self).items() if value or name not in shifts}
+
     def check(self) -> None:
         """Raise a SettingsError for values out of range."""
         if not 0.5 <= self.resolution <= 10 or not 0.5 <= self.t1w_resolution <= 4:
@@ -74,7 +91,7 @@ class PhantomSettings:
         for name in ("moved", "dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(f"--{name} {getattr(self, name)}: expected a fraction between 0 and 1")
-        for name in ("snr", "max_motion", "jitter", "distortion", "eddy"):
+        for name in ("snr", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.orientation not in ORIENTATIONS:

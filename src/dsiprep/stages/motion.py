@@ -18,6 +18,7 @@ from dsiprep.ops.image.affine import point_displacement
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.motion.b0_alignment import align_b0s, interpolate_from_b0s, mean_b0, nearest_b0
 from dsiprep.ops.motion.diffusion_to_b0 import align_diffusion_to_b0
+from dsiprep.ops.motion.eddy_deviation import deviation_step
 from dsiprep.ops.motion.eddy_model import (
     MIN_VOXEL_MM,
     EddyFit,
@@ -26,6 +27,7 @@ from dsiprep.ops.motion.eddy_model import (
     shrink_to_significant,
     zero_eddy_currents,
 )
+from dsiprep.ops.motion.field_shift import attribute_shifts
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.outlier_slices import SliceGeometry, find_outlier_slices, slice_scores, slice_signal_loss
 from dsiprep.ops.motion.pose_prior import estimate_pose_prior
@@ -65,7 +67,11 @@ METHODS = {
         "Eddy currents were modelled as displacements along the phase-encoding axis: a polynomial in scanner "
         "coordinates whose coefficients are linear in the gradient, with the same linear map for all volumes "
         "[@andersson2016]. The map was estimated jointly with the poses by Gauss-Newton steps and shrunk by the "
-        "amount that the same fit found along the two axes without eddy currents."
+        "amount that the same fit found along the two axes without eddy currents. Linear terms of single volumes "
+        "beyond that were taken from affine fits and shrunk likewise. Shifts of the whole image by the field (eddy "
+        "currents of this and earlier gradients, drift and fluctuations of the centre frequency) were told from "
+        "translations of the head by a variance-component model, in which the head moves along the phase-encoding axis "
+        "as much as along the others."
     ),
     "replace": (
         "Slices with signal dropout relative to their prediction were replaced by the prediction; slices excited "
@@ -153,7 +159,7 @@ def estimate_motion(
     levels = build_pyramid(dwi, mask, COARSE_MM)
     identity = np.tile(np.eye(4), (len(dwi), 1, 1))
     axis = _slice_axis(dwi.grid) if slice_axis is None else slice_axis
-    state = MotionState(identity, None, np.zeros((10, 3)), None, axis, dwi.grid)
+    state = MotionState(identity, None, np.zeros((10, 3)), np.zeros((len(dwi), 4)), None, axis, dwi.grid)
     if settings.method == "none":
         return _finish(_Inputs(dwi, Model("off", "switched off"), settings, multiband), levels[-1], state, [])
     count = int((~dwi.is_b0).sum())
@@ -179,6 +185,8 @@ def estimate_motion(
         if number >= len(levels) - 2 and settings.transform == "Rigid":  # before the last rounds, and after them
             state, shift = align_diffusion_to_b0(dwi, levels[-1], state, largest_shift > 0)
             largest_shift = max(largest_shift, shift)
+    if state.eddy is not None:
+        state = attribute_shifts(dwi, state, levels[-1].points.centre, even=True)
     notes = (f"Diffusion-weighted volumes were moved by {largest_shift:.2f} mm onto b=0.",) if largest_shift else ()
     return _finish(inputs, levels[-1], state, trace, notes)
 
@@ -242,7 +250,11 @@ def _shoreline_rounds(
         if prior is not None and _estimates_eddy(level, state):
             eddy_fit = EddyFit(dwi, level, observed, predicted, prior, choose_terms(settings.eddy, len(weighted)))
             state = eddy_step(eddy_fit, state)
+        if prior is not None and state.eddy is not None:
+            state = deviation_step(level, weighted, state, predicted)
         state = register_to_predictions(level, weighted, state, predicted, settings.transform == "Affine", prior)
+        if prior is not None and state.eddy is not None:
+            state = attribute_shifts(dwi, state, level.points.centre, even=False)
         if number > rounds[0]:
             state = _without_gradient_trend(dwi, level, state)
         fill = predicted.values
@@ -334,7 +346,7 @@ def _finish(
     else:  # without predictions there is no agreement to report
         r2[weighted] = xcorr[weighted] = slice_z[weighted] = np.nan
     state = replace(state, outlier_slices=outliers)
-    dwiref = mean_b0(dwi, state.transforms)
+    dwiref = mean_b0(dwi, state.shifted_transforms())
     replaces = inputs.settings.outliers == "replace"
     return Motion(
         transforms=state.transforms,

@@ -23,18 +23,6 @@ def test_rotation_is_about_the_centre() -> None:
     np.testing.assert_allclose(matrix @ [11, -20, 30, 1], [10, -19, 30, 1], atol=1e-12)
 
 
-def test_bvec_is_rotated_opposite_to_the_head() -> None:
-    """Rotation by +90 degrees about S moves the head's R axis to A, so a gradient along A is along its R axis."""
-    rotated = affine.rigid_matrix(np.array([0, 0, np.pi / 2, 5, 6, 7]))
-    np.testing.assert_allclose(affine.rotate_bvecs(np.array([[0.0, 1, 0]]), rotated[None]), [[1, 0, 0]], atol=1e-12)
-
-
-def test_scaling_does_not_rotate_bvecs() -> None:
-    scaled = np.diag([1.1, 0.9, 1.05, 1])
-    bvec = np.array([[0.6, 0.8, 0]])
-    np.testing.assert_allclose(affine.rotate_bvecs(bvec, scaled[None]), bvec, atol=1e-12)
-
-
 def test_mean_rigid_matches_scipy_mean_rotation() -> None:
     rng = np.random.default_rng(1)
     matrices = affine.rigid_matrix(rng.normal(size=(7, 6)) * 0.2)

@@ -53,7 +53,7 @@ def test_step_between_b0_and_diffusion_is_measured(series: tuple[DWI, PyramidLev
     true = np.tile(np.eye(4), (COUNT, 1, 1))
     step = rigid_matrix(size * STEP, level.points.centre)
     start = np.where(dwi.is_b0[:, None, None], true, true @ step)
-    state = MotionState(start, None, np.zeros((10, 3)), None, 2, dwi.grid)
+    state = MotionState(start, None, np.zeros((10, 3)), np.zeros((COUNT, 4)), None, 2, dwi.grid)
     found, shift = align_diffusion_to_b0(dwi, level, state)
     error = point_displacement(found.transforms, true, level.probe_points())[~dwi.is_b0].mean()
     if size:

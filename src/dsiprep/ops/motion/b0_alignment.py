@@ -41,7 +41,7 @@ def align_b0s(dwi: DWI, level: PyramidLevel, state: MotionState) -> MotionState:
     if len(b0) < 2:
         return state
     transforms = state.transforms.copy()
-    moving = level.take(b0)
+    moving = level.take(b0, state.eddy_of(b0))
     for _ in range(MAX_ROUNDS):
         observed = level.sample(b0, state.with_transforms(transforms))
         targets = (observed.sum(0, keepdim=True) - observed) / (len(b0) - 1)

@@ -16,7 +16,7 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.ops.image.affine import point_displacement
-from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.image.epi_resampling import warp_volume
 from dsiprep.ops.motion.b0_alignment import mean_b0
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.pyramid import PyramidLevel
@@ -57,13 +57,13 @@ def align_diffusion_to_b0(
     brain = np.zeros(level.grid.shape, np.float32)
     brain[tuple(level.points.voxels.astype(int).T)] = 1
     mask, probes = Volume(torch.from_numpy(brain), level.grid), level.probe_points()
-    target = _on_cpu(mean_b0(dwi, state.transforms))
+    target = _on_cpu(mean_b0(dwi, state.shifted_transforms()))
     correction, identity, largest = np.eye(4), np.eye(4)[None], 0.0
     transforms = state.transforms.copy()
     lower = np.zeros(0, int)
     for volumes in b_ranges(dwi.bvals, dwi.is_b0):
         if not len(lower) or _in_blocks(volumes, lower):
-            image = _mean_image(dwi, volumes, transforms @ correction)
+            image = _mean_image(dwi, volumes, state.with_transforms(transforms @ correction))
             fit = register_linear(image, target, fixed_mask=mask, search=False)
             shift = float(point_displacement(fit.matrix[None], identity, probes).mean())
             gain = (fit.score_after - fit.score_before) / max(fit.score_before - 1, 1e-9)
@@ -71,7 +71,7 @@ def align_diffusion_to_b0(
                 correction, largest = correction @ fit.matrix, max(largest, shift)
                 log.info("motion: volumes of b %.0f and above moved by %.2f mm", dwi.bvals[volumes].min(), shift)
         transforms[volumes] = transforms[volumes] @ correction
-        target, lower = _mean_image(dwi, volumes, transforms), np.append(lower, volumes)
+        target, lower = _mean_image(dwi, volumes, state.with_transforms(transforms)), np.append(lower, volumes)
     return state.with_transforms(transforms), largest
 
 
@@ -96,11 +96,12 @@ def b_ranges(bvals: np.ndarray, is_b0: np.ndarray) -> list[np.ndarray]:
     return ranges
 
 
-def _mean_image(dwi: DWI, volumes: np.ndarray, transforms: np.ndarray) -> Volume:
-    """Mean of some aligned volumes on the grid of `dwi`."""
+def _mean_image(dwi: DWI, volumes: np.ndarray, state: MotionState) -> Volume:
+    """Mean of some aligned volumes on the grid of `dwi`, their eddy currents corrected."""
     total = torch.zeros(dwi.grid.shape, device=dwi.data.device)
-    for volume in volumes.tolist():
-        total += resample_onto(dwi.data[volume : volume + 1], dwi.grid, dwi.grid, transforms[volume], cubic=True)[0]
+    for volume in volumes:
+        eddy, matrix = state.eddy_of(np.array([volume])), state.transforms[volume]
+        total += warp_volume(dwi.data[int(volume)], dwi.grid, dwi.grid, matrix, eddy=eddy)
     return _on_cpu(Volume((total / len(volumes)).clamp(min=0), dwi.grid))
 
 

@@ -131,9 +131,17 @@ def zero_eddy_currents(count: int, grid: Grid, along: int) -> EddyCurrents:
     return EddyCurrents(np.zeros((count, 10)), grid.directions, grid.centre, along)
 
 
-def _with_response(eddy: EddyCurrents, response: np.ndarray, gradients: np.ndarray) -> EddyCurrents:
-    """Set the coefficients to R g_v, for R (10, 3) in mm and gradients (n, 3) relative to the strongest."""
-    return replace(eddy, coefficients=gradients @ response.T)
+def _with_response(
+    eddy: EddyCurrents, response: np.ndarray, gradients: np.ndarray, deviation: np.ndarray | None = None
+) -> EddyCurrents:
+    """Set the coefficients to R g_v, for R (10, 3) in mm and gradients (n, 3) relative to the strongest.
+
+    `deviation` (n, 4), in mm, adds to the constant and linear terms.
+    """
+    coefficients = gradients @ response.T
+    if deviation is not None:
+        coefficients[:, :4] += deviation
+    return replace(eddy, coefficients=coefficients)
 
 
 def rms_displacement(eddy: EddyCurrents, points: np.ndarray) -> float:
@@ -149,7 +157,7 @@ def eddy_step(fit: EddyFit, state: MotionState) -> MotionState:
     change, moves = _sampled_step(fit, state.transforms[weighted], state.eddy, state.response)
     response, transforms = state.response - change, state.transforms.copy()
     transforms[weighted], _ = apply_steps(transforms[weighted], moves, fit.level.points)
-    eddy = _with_response(state.eddy, response, _gradients(fit.dwi))
+    eddy = _with_response(state.eddy, response, _gradients(fit.dwi), state.deviation)
     return replace(state, transforms=transforms, response=response, eddy=eddy)
 
 
@@ -163,7 +171,7 @@ def shrink_to_significant(fit: EddyFit, state: MotionState) -> MotionState:
     assert state.eddy is not None
     weighted = np.flatnonzero(~fit.dwi.is_b0)
     gradients, probe_points = _gradients(fit.dwi), fit.level.probe_points()
-    size = rms_displacement(state.eddy, probe_points)
+    size = rms_displacement(_with_response(state.eddy, state.response, gradients), probe_points)
     null = 0.0
     for axis in {0, 1, 2} - {state.eddy.along}:
         other = replace(state.eddy, along=axis)
@@ -171,7 +179,7 @@ def shrink_to_significant(fit: EddyFit, state: MotionState) -> MotionState:
         null += 0.5 * rms_displacement(_with_response(other, change, gradients), probe_points) ** 2
     log.info("motion: eddy currents of %.3f mm rms, %.3f mm along the other axes", size, null**0.5)
     response = kept_fraction(size, null, len(fit.observed)) * state.response
-    return replace(state, response=response, eddy=_with_response(state.eddy, response, gradients))
+    return replace(state, response=response, eddy=_with_response(state.eddy, response, gradients, state.deviation))
 
 
 def kept_fraction(size: float, null: float, count: int) -> float:
@@ -202,7 +210,8 @@ def _sampled_step(
     values = predicted.values[:, ::step].contiguous()
     residual = fit.observed[:, ::step] - values
     sample = ResidualSample(points.subsampled(step), residual, values, torch.stack(slopes), predicted)
-    size = max(MIN_SIZE_MM, rms_displacement(eddy, fit.level.probe_points())) if response.any() else INITIAL_SIZE_MM
+    expected = rms_displacement(_with_response(eddy, response, _gradients(fit.dwi)), fit.level.probe_points())
+    size = max(MIN_SIZE_MM, expected) if response.any() else INITIAL_SIZE_MM
     return joint_step(
         sample,
         transforms,

@@ -25,6 +25,9 @@ class MotionState:
         Of all volumes; None if eddy currents are not estimated.
     response : ndarray, (10, 3)
         Linear map from gradients to the coefficients of `eddy`, in mm; see `ops.motion.eddy_model`.
+    deviation : ndarray, (n, 4)
+        What the constant and linear coefficients of `eddy` have besides, in mm; see `ops.motion.field_shift` and
+        `ops.motion.eddy_deviation`. Only the constant at b=0.
     outlier_slices : ndarray, (n, slices) bool, or None
         Slices with signal dropout, across voxel axis `slice_axis` of `grid`; None before they are detected.
     slice_axis : int
@@ -35,6 +38,7 @@ class MotionState:
     transforms: np.ndarray
     eddy: EddyCurrents | None
     response: np.ndarray
+    deviation: np.ndarray
     outlier_slices: np.ndarray | None
     slice_axis: int
     grid: Grid
@@ -42,6 +46,14 @@ class MotionState:
     def with_transforms(self, transforms: np.ndarray) -> MotionState:
         """Copy with other poses."""
         return replace(self, transforms=transforms)
+
+    def shifted_transforms(self) -> np.ndarray:
+        """Transforms with the field shift added as a translation: for b=0 all there is of `eddy`, (n, 4, 4)."""
+        if self.eddy is None:
+            return self.transforms
+        transforms = self.transforms.copy()
+        transforms[:, :3, 3] += self.deviation[:, :1] * self.eddy.axes[:, self.eddy.along]
+        return transforms
 
     def eddy_of(self, volumes: np.ndarray) -> EddyCurrents | None:
         """Eddy currents of the given volumes."""

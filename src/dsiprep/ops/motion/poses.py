@@ -9,6 +9,8 @@ from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
 __all__ = [
     "MIN_JITTER_MM",
     "decompose",
+    "drift_basis",
+    "even_gradient_basis",
     "geometric_median",
     "interpolate_poses",
     "median_pose",
@@ -77,7 +79,7 @@ def remove_gradient_trend(
     doi 10.1111/j.2517-6161.1977.tb01600.x.
     """
     poses = rigid_parameters(matrices, centre) * pose_scales(radius)
-    drift, trend = _drift_basis(run), _even_gradient_basis(q)
+    drift, trend = drift_basis(run), even_gradient_basis(q)
     design, first = np.hstack([drift, trend]), drift.shape[1]
     coefficients, prior_sd, scale = np.zeros((design.shape[1], 6)), np.full(6, 0.1), 0.0
     distance = np.linalg.norm(poses - np.median(poses, axis=0), axis=1)
@@ -102,7 +104,7 @@ def remove_gradient_trend(
     return matrices @ np.linalg.inv(rigid_matrix(trend_parameters, centre))
 
 
-def _drift_basis(run: np.ndarray) -> np.ndarray:
+def drift_basis(run: np.ndarray) -> np.ndarray:
     """Piecewise linear functions of volume number with knots about `KNOT_SPACING` apart, run by run, (n, c)."""
     columns = []
     for name in np.unique(run):
@@ -116,7 +118,7 @@ def _drift_basis(run: np.ndarray) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
-def _even_gradient_basis(q: np.ndarray) -> np.ndarray:
+def even_gradient_basis(q: np.ndarray) -> np.ndarray:
     """Columns (n, c) whose outer product is the kernel of `remove_gradient_trend`.
 
     The length l is 0.35 of the largest |q|, or longer until there are at most 0.3 as many columns as volumes: with
