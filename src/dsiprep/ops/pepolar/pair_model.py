@@ -365,10 +365,7 @@ def _data_terms(pair: Pair, state: State, compared: Comparison, noise: float, li
 
 
 def _combined(terms: list[_DataTerms]) -> _DataTerms:
-    """Sum of the contributions of all comparisons.
-
-    It is exact: a sum of squares of by_field + by_slope D equals one such square plus a diagonal.
-    """
+    """Exact sum of the contributions of comparisons: squares of by_field + by_slope D add to one and a diagonal."""
     if len(terms) == 1:
         return terms[0]
     squares = _sum(t.weight * t.by_field**2 for t in terms)
