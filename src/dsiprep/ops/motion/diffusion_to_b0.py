@@ -26,7 +26,8 @@ __all__ = ["align_diffusion_to_b0", "b_ranges"]
 
 log = logging.getLogger("dsiprep")
 SIGNIFICANT_MM = 0.2  # mean displacement of the brain; registrations of still phantoms gave 0.03 to 0.11 mm
-SIGNIFICANT_GAIN = 0.06  # of the mutual information: still phantoms gain 0.02, a subject at b 2500 0.04, 0.8 mm gains 0.06
+SIGNIFICANT_GAIN = 0.03  # of the mutual information; still phantoms gained up to 0.02
+HIGH_B, HIGH_B_GAIN = 1500.0, 0.06  # s/mm²: beyond, contrast differs more; a subject at b 2500 gained 0.04
 BLOCK_GAP = 6  # volumes between those of a range and the nearest of lower b, above which ranges form blocks
 MAX_SHELLS = 6
 MIN_VOLUMES = 6  # in a range of b-values: the mean of fewer depends on their directions
@@ -67,7 +68,8 @@ def align_diffusion_to_b0(
             fit = register_linear(image, target, fixed_mask=mask, search=False)
             shift = float(point_displacement(fit.matrix[None], identity, probes).mean())
             gain = (fit.score_after - fit.score_before) / max(fit.score_before - 1, 1e-9)
-            if step_found or (shift > SIGNIFICANT_MM and gain > SIGNIFICANT_GAIN):
+            least = SIGNIFICANT_GAIN if dwi.bvals[volumes].mean() <= HIGH_B else HIGH_B_GAIN
+            if step_found or (shift > SIGNIFICANT_MM and gain > least):
                 correction, largest = correction @ fit.matrix, max(largest, shift)
                 log.info("motion: volumes of b %.0f and above moved by %.2f mm", dwi.bvals[volumes].min(), shift)
         transforms[volumes] = transforms[volumes] @ correction
