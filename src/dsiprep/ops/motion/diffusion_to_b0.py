@@ -58,12 +58,15 @@ def align_diffusion_to_b0(
     brain = np.zeros(level.grid.shape, np.float32)
     brain[tuple(level.points.voxels.astype(int).T)] = 1
     mask, probes = Volume(torch.from_numpy(brain), level.grid), level.probe_points()
-    target = _on_cpu(mean_b0(dwi, state.shifted_transforms()))
     correction, identity, largest = np.eye(4), np.eye(4)[None], 0.0
     transforms = state.transforms.copy()
-    lower = np.zeros(0, int)
+    lower: list[np.ndarray] = []
     for volumes in b_ranges(dwi.bvals, dwi.is_b0):
-        if not len(lower) or _in_blocks(volumes, lower):
+        if not lower or _in_blocks(volumes, np.concatenate(lower)):
+            if lower:
+                target = _mean_image(dwi, lower[-1], state.with_transforms(transforms))
+            else:
+                target = mean_b0(dwi, state.shifted_transforms()).to("cpu")
             image = _mean_image(dwi, volumes, state.with_transforms(transforms @ correction))
             fit = register_linear(image, target, fixed_mask=mask, search=False)
             shift = float(point_displacement(fit.matrix[None], identity, probes).mean())
@@ -73,7 +76,7 @@ def align_diffusion_to_b0(
                 correction, largest = correction @ fit.matrix, max(largest, shift)
                 log.info("motion: volumes of b %.0f and above moved by %.2f mm", dwi.bvals[volumes].min(), shift)
         transforms[volumes] = transforms[volumes] @ correction
-        target, lower = _mean_image(dwi, volumes, state.with_transforms(transforms)), np.append(lower, volumes)
+        lower.append(volumes)
     return state.with_transforms(transforms), largest
 
 
@@ -104,11 +107,7 @@ def _mean_image(dwi: DWI, volumes: np.ndarray, state: MotionState) -> Volume:
     for volume in volumes:
         eddy, matrix = state.eddy_of(np.array([volume])), state.transforms[volume]
         total += warp_volume(dwi.data[int(volume)], dwi.grid, dwi.grid, matrix, eddy=eddy)
-    return _on_cpu(Volume((total / len(volumes)).clamp(min=0), dwi.grid))
-
-
-def _on_cpu(volume: Volume) -> Volume:
-    return volume.to("cpu")
+    return Volume((total / len(volumes)).clamp(min=0), dwi.grid).to("cpu")
 
 
 def _in_blocks(volumes: np.ndarray, lower: np.ndarray) -> bool:
