@@ -1,12 +1,14 @@
-"""Checks of what a caller hands to the library: arrays, affines, gradient tables, phase encodings, settings.
+"""Checks of what a caller hands to the library: arrays, affines, gradient tables, encodings, settings, sidecars.
 
 Every problem raises InputError with what was found, what is wanted and what to do.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -14,9 +16,18 @@ import torch
 
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
-from dsiprep.errors import InputError
+from dsiprep.errors import InputError, MetadataError
 
-__all__ = ["Array", "check_affine", "check_bvals", "check_bvecs", "check_phase_encoding", "check_series", "check_type"]
+__all__ = [
+    "Array",
+    "check_affine",
+    "check_bvals",
+    "check_bvecs",
+    "check_phase_encoding",
+    "check_series",
+    "check_type",
+    "read_sidecar",
+]
 
 Array = np.ndarray | torch.Tensor
 UNIT_LENGTH = 0.05  # largest deviation of the length of a b-vector from 1
@@ -102,3 +113,13 @@ def check_type(value: T, kind: type[T], name: str) -> T:
     if not isinstance(value, kind):
         raise InputError(f"{name} is {type(value).__name__}; {kind.__name__} is wanted, as in {name}={kind.__name__}()")
     return value
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """The fields of a JSON sidecar; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise MetadataError(f"{path}: not a JSON sidecar ({error}); correct or remove it") from error

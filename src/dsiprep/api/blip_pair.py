@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dsiprep.api.arguments import check_phase_encoding
+from dsiprep.api.arguments import check_phase_encoding, read_sidecar
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
@@ -181,7 +181,7 @@ def _encodings(
     known = {} if readout_time is None else {"TotalReadoutTime": readout_time}
     found = []
     for path, told in zip(files, given, strict=True):
-        metadata = {**_sidecar(path), **told, **known}
+        metadata = {**read_sidecar(path.with_name(_stem(path) + ".json")), **told, **known}
         pe = phase_encoding(metadata, path.name, "--readout-time and --pe-dir")[0]
         if pe is None:
             raise MetadataError(
@@ -195,16 +195,6 @@ def _encodings(
 
 def _opposite(direction: str | None) -> str | None:
     return direction and (direction[:-1] if direction.endswith("-") else direction + "-")
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    beside = path.with_name(_stem(path) + ".json")
-    if not beside.is_file():
-        return {}
-    try:
-        return dict(json.loads(beside.read_text()))
-    except (ValueError, TypeError) as problem:
-        raise MetadataError(f"{beside}: not readable as JSON ({problem}); correct it") from None
 
 
 def _require_overlap(files: tuple[Path, Path], brain: Volume, other: Grid) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from dsiprep.api.arguments import (
     check_phase_encoding,
     check_series,
     check_type,
+    read_sidecar,
 )
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
@@ -185,7 +185,7 @@ def run_on_files(
         table, bvec or dwi.with_name(f"{stem}.bvec"), grid, len(volumes), need_b0=False
     )
     gradients.require_b0(bvals, B0_THRESHOLD, str(table), fixed=True)
-    sidecar = _sidecar(dwi.with_name(f"{stem}.json"))
+    sidecar = read_sidecar(dwi.with_name(f"{stem}.json"))
     data, fsl = np.moveaxis(volumes, 0, -1), gradients.to_fsl(bvecs, grid)
     motion = estimate_motion(
         data,
@@ -227,13 +227,6 @@ def _series(
             raise InputError(f"the mask has shape {tuple(mask.shape)}, the volumes {grid.shape}; give the same grid")
         return dwi, Volume(torch.as_tensor(mask, dtype=torch.float32), grid)
     return dwi, brain_mask_b0(Volume(volumes[torch.as_tensor(np.flatnonzero(dwi.is_b0))].mean(0), grid))
-
-
-def _sidecar(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text())) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a JSON sidecar ({error}); correct or remove it") from error
 
 
 def _write(out: Path, stem: str, series: DWI, motion: Motion, repetition_time: float | None) -> list[Path]:
