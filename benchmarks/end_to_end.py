@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from dsiprep.cli.tools import main as tools
+from dsiprep.phantom.head import TEMPLATE
 from dsiprep.score import score
 
 
@@ -24,7 +25,7 @@ def run(out: Path, phantom_options: list[str]) -> None:
     for folder in ("derivatives", "work"):
         shutil.rmtree(out / folder, ignore_errors=True)
     command = [sys.executable, "-m", "dsiprep.cli.app", str(out / "bids"), str(out / "derivatives"), "participant",
-               "--output-resolution", "2", "-w", str(out / "work")]  # fmt: skip
+               "--output-resolution", "2", "--anatomical-template", TEMPLATE, "-w", str(out / "work")]  # fmt: skip
     start = time.perf_counter()
     subprocess.run(command, check=True)
     wall = time.perf_counter() - start

@@ -7,6 +7,12 @@ import pytest
 from helpers.grids import AXES
 
 
+@pytest.fixture(autouse=True)
+def no_template_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests use the templates that the installation ships, whether or not there is a network."""
+    monkeypatch.setattr("dsiprep.io.templates._server_is_reachable", lambda: False)
+
+
 @pytest.fixture(params=list(AXES))
 def orientation(request: pytest.FixtureRequest) -> str:
     """Each orientation of `helpers.grids.AXES` in turn."""

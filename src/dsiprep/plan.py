@@ -43,7 +43,7 @@ def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
 
 
 def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
-    """Check template and brain masks before any long computation; a template given by name is downloaded if missing.
+    """Check template and brain masks before any long computation; a missing template is downloaded if possible.
 
     Raises
     ------
@@ -58,7 +58,9 @@ def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
             f"--anat-mask {anatomy.mask}: a single mask for several subjects; use {{subject}} in its path, give a "
             "folder of derivatives, or select one subject with --participant-label"
         )
-    note = load_template(anatomy.template, anatomy.modality, allow_network=bool(anatomy.template)).note
+    note = load_template(
+        anatomy.template, anatomy.modality, allow_network=anatomy.normalize or bool(anatomy.template)
+    ).note
     if note and anatomy.normalize and any(unit.structural(anatomy.modality) for unit in units):
         log.warning(note)
     for unit in units:

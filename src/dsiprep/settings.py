@@ -215,7 +215,7 @@ class AnatomySettings(Checked):
         "",
         "template: a TemplateFlow name (MNI152NLin6Asym, MNIInfant+2), downloaded if it is not on this machine, or a "
         "T1w or T2w file of your own with mask and tissue priors beside it under TemplateFlow's names; by default "
-        "MNI152NLin2009cAsym if TemplateFlow has it on this machine, MNI152NLin2009aSym otherwise",
+        "MNI152NLin2009cAsym, downloaded if possible and otherwise approximated by the bundled MNI152NLin2009aSym",
         "--anatomical-template",
         metavar="NAME|FILE",
     )

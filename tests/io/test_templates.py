@@ -5,15 +5,23 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
+from dsiprep.data.template import Template
 from dsiprep.errors import InputError
 from dsiprep.io import templates
+from dsiprep.io.bundled_template import read_displacement
 from dsiprep.io.templates import load_template
+from dsiprep.ops.image.displacement_field import compose, invert, jacobian_determinant
+
+TRUE_DEFAULT = Path(__file__).parents[3] / "shared" / "data" / "templates" / "tpl-MNI152NLin2009cAsym"
+SERVER_IS_REACHABLE = templates._server_is_reachable  # before tests are cut off from the network
 
 
 @pytest.fixture
@@ -46,11 +54,25 @@ def _write_cache(home: Path, name: str, resolution: str = "01", cohort: str = ""
 
 
 def test_bundled_template_has_mni_geometry_and_its_own_name(no_network):
-    template = load_template()
+    template = load_template("MNI152NLin2009aSym")
     assert template.name == "MNI152NLin2009aSym"
-    assert template.origin == "nilearn"
+    assert (template.origin, template.note) == ("nilearn", "")
     assert not no_network.exists()
     assert np.allclose(template.brain.grid.affine[:3, 3], [-98, -134, -72])
+    _check_brain(template)
+
+
+def test_default_template_without_templateflow_is_the_bundled_one_in_its_space(no_network):
+    template = load_template()
+    assert template.name == "MNI152NLin2009cAsym"
+    assert "MNI152NLin2009aSym, which nilearn ships" in template.note
+    assert template.brain.grid.shape == (193, 229, 193)
+    assert np.allclose(template.brain.grid.affine[:3, 3], [-96, -132, -78])
+    assert load_template("MNI152NLin2009cAsym").note == template.note
+    _check_brain(template)
+
+
+def _check_brain(template: Template) -> None:
     assert np.allclose(template.brain.grid.voxel_sizes, 1)
     inside = template.mask.numpy() > 0.5
     assert 1.5e6 < inside.sum() < 2.2e6
@@ -58,6 +80,27 @@ def test_bundled_template_has_mni_geometry_and_its_own_name(no_network):
     total = template.tissue.sum(0).numpy()
     assert np.allclose(total[inside], 1, atol=0.05)
     assert np.all(total[~inside] == 0)
+
+
+@pytest.mark.skipif(not TRUE_DEFAULT.is_dir(), reason="needs MNI152NLin2009cAsym in shared/data/templates")
+def test_bundled_template_in_default_space_matches_the_default_template(no_network):
+    template = load_template()
+    mask = nib.load(next(TRUE_DEFAULT.glob("*res-01_desc-brain_mask.nii.gz")))
+    true, found = np.asarray(mask.dataobj) > 0.5, template.mask.numpy() > 0.5
+    assert 2 * (true & found).sum() / (true.sum() + found.sum()) > 0.985
+    image = nib.load(next(TRUE_DEFAULT.glob("*res-02_desc-brain_T1w.nii.gz")))
+    data, affine = np.asarray(image.dataobj), np.asarray(image.affine)
+    brain = np.argwhere(data > 0.1 * data.max())
+    points = brain @ affine[:3, :3].T + affine[:3, 3]
+    here = ndimage.map_coordinates(template.brain.numpy(), template.brain.grid.to_voxels(points).T, order=1)
+    assert np.corrcoef(here, data[tuple(brain.T)])[0, 1] > 0.95  # 0.88 with the symmetric template as it is
+
+
+def test_displacement_between_template_spaces_is_invertible(no_network):
+    field = read_displacement()
+    assert float(jacobian_determinant(field).min()) > 0.05
+    round_trip = compose(field, invert(field)).data.norm(dim=0)
+    assert float(round_trip.mean()) < 0.05
 
 
 def test_bundled_template_is_symmetric_about_the_midsagittal_plane(no_network):
@@ -69,8 +112,9 @@ def test_bundled_template_is_symmetric_about_the_midsagittal_plane(no_network):
     assert np.corrcoef(right.ravel(), left.ravel())[0, 1] > 0.999
 
 
-def test_bundled_tissue_priors_match_anatomy(no_network):
-    template = load_template()
+@pytest.mark.parametrize("name", ["", "MNI152NLin2009aSym"])
+def test_bundled_tissue_priors_match_anatomy(no_network, name):
+    template = load_template(name)
     points = {0: (6, -8, 22), 1: (12, 12, 8), 2: (26, -20, 32)}  # lateral ventricle, caudate, corona radiata
     for tissue, point in points.items():
         i, j, k = np.round(template.brain.grid.to_voxels(np.array(point, float))).astype(int)
@@ -90,7 +134,7 @@ def test_templateflow_files_take_precedence(no_network, resolution):
 def test_empty_templateflow_placeholders_are_ignored(no_network):
     _write_cache(no_network, "MNI152NLin2009cAsym")
     next((no_network / "tpl-MNI152NLin2009cAsym").glob("*GM*")).write_bytes(b"")
-    assert load_template().origin == "nilearn"
+    assert load_template().origin != "TemplateFlow"
 
 
 def test_truncated_file_raises(no_network):
@@ -114,7 +158,7 @@ def test_templates_are_downloaded_only_on_request(no_network, monkeypatch):
         _write_cache(no_network, name)
 
     monkeypatch.setattr(templates, "_download", download)
-    assert load_template().origin == "nilearn"
+    assert load_template().origin != "TemplateFlow"
     assert not downloads
     assert load_template(allow_network=True).origin == "TemplateFlow"
     assert downloads == ["MNI152NLin2009cAsym"]
@@ -129,16 +173,22 @@ def test_loading_imports_neither_nilearn_nor_templateflow(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
+def test_no_download_is_tried_if_the_server_cannot_be_reached(no_network, monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(templates, "_server_is_reachable", SERVER_IS_REACHABLE)
+    monkeypatch.setattr(socket, "create_connection", unreachable)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    monkeypatch.setitem(sys.modules, "templateflow", None)  # an import would raise
+    assert load_template(allow_network=True).origin != "TemplateFlow"
+
+
 def test_note_if_the_default_template_is_unavailable(no_network):
     assert "MNI152NLin2009cAsym is not in" in load_template().note
     assert load_template("MNI152NLin2009aSym").note == ""
     _write_cache(no_network, "MNI152NLin2009cAsym")
     assert load_template().note == ""
-
-
-def test_default_requested_by_name_is_not_replaced(no_network):
-    with pytest.raises(InputError, match="omit --anatomical-template"):
-        load_template("MNI152NLin2009cAsym")
 
 
 @pytest.mark.parametrize("name", ["MNIInfant+2", "MNIInfant:cohort-2"])

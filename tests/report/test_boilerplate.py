@@ -64,6 +64,8 @@ def test_methods_describe_only_applied_steps(subject: UnitResults) -> None:
     assert "mean diffusion-weighted images" in methods_text(with_diffusion)
     assert "irfanoglu2015" not in without_distortion_and_template
     assert "fonov2011" not in without_distortion_and_template
+    warped = replace(subject.anatomy, template_origin="MNI152NLin2009aSym of nilearn, warped")
+    assert "(source: MNI152NLin2009aSym of nilearn, warped)" in methods_text(replace(subject, anatomy=warped))
     assert "it was switched off" in without_distortion_and_template
 
 

@@ -70,7 +70,7 @@ def add_normalization(
         fixed image; by default dsiprep's own registration is used. Without `inverse_warp` the inverse is computed.
     template : str, optional
         Name of the template. With `warp` it is required and names the fixed image of the warp, because warp files do
-        not store it. Otherwise MNI152NLin2009cAsym if the local TemplateFlow has it, else MNI152NLin2009aSym.
+        not store it. Otherwise MNI152NLin2009cAsym, as `dsiprep.io.templates.load_template` finds it.
     device : str
         "cpu", "cuda", "cuda:N" or "auto".
 
@@ -182,6 +182,8 @@ def _write(files: list[Path], chains: tuple[Chain, Chain]) -> None:
 def _notes(name: str, dice: float, template: Template, warp: Path | None) -> tuple[str, ...]:
     origin = f"from {warp}" if warp else f"by dsiprep's own registration to {name} ({template.origin})"
     notes = [f"The transforms were made {origin}; the brain mask overlaps the template's with a Dice of {dice:.2f}."]
+    if warp is None and template.note:
+        notes.append(template.note)
     if name != QSIRECON_TEMPLATE:
         notes.append(
             f"QSIRecon needs transforms to {QSIRECON_TEMPLATE}, and these lead to {name}: download that template with "

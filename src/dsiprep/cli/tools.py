@@ -85,6 +85,7 @@ def _add_demo(tools: Subparsers) -> None:
 
 def _demo(options: argparse.Namespace) -> int:
     from dsiprep.phantom.dataset import make_phantom
+    from dsiprep.phantom.head import TEMPLATE
     from dsiprep.score import print_scores, score
 
     out = options.out.resolve()
@@ -97,7 +98,7 @@ def _demo(options: argparse.Namespace) -> int:
     derivatives = out / "derivatives"
     code = run_app(
         [str(out / "bids"), str(derivatives), "participant", "--output-resolution", "3", "--device",
-         options.device, "--work-dir", str(out / "work")]
+         options.device, "--work-dir", str(out / "work"), "--anatomical-template", TEMPLATE]
     )  # fmt: skip
     if code == 0:
         print_scores(score(derivatives, out / "truth"))

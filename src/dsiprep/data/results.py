@@ -248,6 +248,8 @@ class Anatomy(Summarised):
         Factor by which the head was enlarged during processing: 1 for human heads, larger for small animals.
     labels : Volume or None
         FreeSurfer structure labels on the grid of `image`, if SynthSeg segmented it.
+    template_origin : str
+        Where the template came from, as `dsiprep.data.template.Template.origin`.
     """
 
     modality: str
@@ -264,6 +266,7 @@ class Anatomy(Summarised):
     orig_to_anat: tuple[Affine, ...] = ()
     magnification: float = 1.0
     labels: Volume | None = None
+    template_origin: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)

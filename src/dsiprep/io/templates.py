@@ -1,30 +1,29 @@
-"""Load standard templates from the TemplateFlow folder, with the template bundled with nilearn as fallback.
-
-Nothing is downloaded unless requested, so that results do not depend on network access.
-"""
+"""Load standard templates from the TemplateFlow folder, with the template bundled with nilearn as fallback."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
+import socket
+import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy import ndimage
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.template import Template
 from dsiprep.errors import InputError
+from dsiprep.io.bundled_template import BUNDLED, DEFAULT, bundled_in_default_space, bundled_template
 
 __all__ = ["load_template"]
 
 log = logging.getLogger("dsiprep")
-DEFAULT = "MNI152NLin2009cAsym"
-BUNDLED = "MNI152NLin2009aSym"
 TISSUES = ("CSF", "GM", "WM")
+SERVER = ("templateflow.s3.amazonaws.com", 443)
+CONNECTION_SECONDS = 3.0
 
 
 def load_template(name: str = "", modality: str = "T1w", allow_network: bool = False) -> Template:
@@ -34,12 +33,12 @@ def load_template(name: str = "", modality: str = "T1w", allow_network: bool = F
     ----------
     name : str
         TemplateFlow name, with the cohort after a plus sign for templates with cohorts ("MNIInfant+2"), or the path of
-        a T1w or T2w file with mask and priors in the same folder. By default MNI152NLin2009cAsym or, if that is not
-        available, MNI152NLin2009aSym, under its own name and with a note.
+        a T1w or T2w file with mask and priors in the same folder. By default MNI152NLin2009cAsym; if TemplateFlow
+        does not have it on this machine, the bundled MNI152NLin2009aSym warped to its space, with a note.
     modality : str
         "T2w" uses the T2w of a template that has one.
     allow_network : bool
-        Let TemplateFlow download missing files.
+        Let TemplateFlow download missing files if its server can be reached.
 
     Returns
     -------
@@ -52,7 +51,7 @@ def load_template(name: str = "", modality: str = "T1w", allow_network: bool = F
         If the requested template is not available, or one of its files is missing or damaged.
     """
     if name == BUNDLED:
-        return _bundled_template("")
+        return bundled_template()
     if "/" in name or name.endswith((".nii", ".nii.gz")):
         return _custom_template(Path(name))
     space, _, cohort = (name or DEFAULT).replace(":cohort-", "+").partition("+")
@@ -62,14 +61,17 @@ def load_template(name: str = "", modality: str = "T1w", allow_network: bool = F
         files = _local_files(space, cohort, modality)
     if files is not None:
         return _read_template(f"{space}+{cohort}" if cohort else space, files, "TemplateFlow")
-    if name:
-        raise InputError(
-            f"template {name}: not in {_templateflow_home()} as T1w, brain mask and tissue priors at 1 mm, and not "
-            f"downloaded; fetch it with `templateflow get {space}`, give the path of a T1w file with mask and priors "
-            f"in the same folder, or omit --anatomical-template to use {DEFAULT} or {BUNDLED}"
+    if space == DEFAULT and not cohort:
+        note = (
+            f"{DEFAULT} is not in {_templateflow_home()}; {BUNDLED}, which nilearn ships, is used instead, warped to "
+            f"the space of {DEFAULT}. For the original, run `templateflow get {DEFAULT}` where there is a network."
         )
-    note = f"{DEFAULT} is not in {_templateflow_home()}; {BUNDLED}, bundled with nilearn, is used as template instead."
-    return _bundled_template(note)
+        return replace(bundled_in_default_space(), note=note)
+    raise InputError(
+        f"template {name}: not in {_templateflow_home()} as T1w, brain mask and tissue priors at 1 mm, and not "
+        f"downloaded; fetch it with `templateflow get {space}`, give the path of a T1w file with mask and priors in "
+        f"the same folder, or omit --anatomical-template to use {DEFAULT}"
+    )
 
 
 def _templateflow_home() -> Path:
@@ -104,7 +106,9 @@ def _nonempty_file(folder: Path, stem: str, ending: str) -> Path | None:
 
 
 def _download(name: str, cohort: str) -> None:
-    """Download the files with TemplateFlow; failures are only logged."""
+    """Download the files with TemplateFlow, if its server can be reached; failures are only logged."""
+    if not _server_is_reachable():
+        return
     os.environ.setdefault("TEMPLATEFLOW_HOME", str(_templateflow_home()))
     cohort_query: dict[str, Any] = {"cohort": cohort} if cohort else {}
     try:
@@ -116,6 +120,17 @@ def _download(name: str, cohort: str) -> None:
             api.get(name, resolution=1, suffix="probseg", label=tissue, **cohort_query)
     except Exception as error:  # errors of the network, the server or an unknown name
         log.warning("TemplateFlow could not provide %s: %s", name, error)
+
+
+def _server_is_reachable() -> bool:
+    """Whether TemplateFlow's server answers soon; without this check a firewall could stall the run for minutes."""
+    if urllib.request.getproxies():
+        return True  # a direct connection says nothing about the proxy
+    try:
+        socket.create_connection(SERVER, CONNECTION_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _custom_template(path: Path) -> Template:
@@ -161,30 +176,6 @@ def _read_template(name: str, files: dict[str, Path], origin: str) -> Template:
     tissue = torch.stack([part.data for part in parts]) if parts else None
     brain = Volume(head.data * inside, head.grid)
     return Template(name, brain, Volume(inside, head.grid), tissue, origin, tuple(files.values()))
-
-
-def _bundled_template(note: str) -> Template:
-    """The ICBM152 2009a symmetric brain bundled with nilearn: T1w, GM and WM, scaled to 0..255."""
-    files = tuple(_nilearn_file(part) for part in ("t1", "gm", "wm"))
-    t1w, gm, wm = (_read(file) for file in files)
-    filled = ndimage.binary_fill_holes(t1w.numpy() > 0)
-    mask = torch.from_numpy(np.asarray(filled, np.float32))
-    gm_prior, wm_prior = gm.data / 255 * mask, wm.data / 255 * mask
-    csf_prior = (mask - gm_prior - wm_prior).clamp(0, 1)
-    tissue = torch.stack([csf_prior, gm_prior, wm_prior])
-    return Template(BUNDLED, Volume(t1w.data * mask, t1w.grid), Volume(mask, t1w.grid), tissue, "nilearn", files, note)
-
-
-def _nilearn_file(part: str) -> Path:
-    """Path of a file bundled with nilearn, located without importing nilearn, which would take seconds."""
-    spec = importlib.util.find_spec("nilearn")
-    file = f"mni_icbm152_{part}_tal_nlin_sym_09a_converted.nii.gz"
-    if spec is None or spec.origin is None:
-        raise InputError("no template: nilearn, which bundles one, is not installed; run `pip install nilearn`")
-    path = Path(spec.origin).parent / "datasets" / "data" / file
-    if not path.is_file():
-        raise InputError(f"no template: {path} is missing; reinstall nilearn, or set TEMPLATEFLOW_HOME")
-    return path
 
 
 def _read(path: Path) -> Volume:

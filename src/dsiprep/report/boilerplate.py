@@ -177,9 +177,9 @@ def _anatomical_paragraphs(results: UnitResults) -> list[str]:
         methods[name].replace("T1w", result.modality) for name, applies in steps.items() if applies and name in methods
     ]
     if normalised:
-        texts.append(
-            f"The template was {result.template} [@fonov2011], identified by its TemplateFlow name [@ciric2022]."
-        )
+        source = f" (source: {result.template_origin})" if result.template_origin else ""
+        name = f"{result.template} [@fonov2011]{source}"
+        texts.append(f"The template was {name}, identified by its TemplateFlow name [@ciric2022].")
     return texts
 
 

@@ -179,6 +179,7 @@ def _from_structural(
         acpc_to_template=forward if settings.normalize else None,
         template_to_acpc=back if settings.normalize else None,
         template=template.name,
+        template_origin=template.origin,
         template_image=template.brain if settings.normalize else None,
         warped=_warp(brain, forward, template.brain.grid) if settings.normalize else None,
         notes=(*average_notes, *mask_notes, *agreement_notes, *_template_notes(template, settings)),
@@ -204,6 +205,7 @@ def _from_dwiref(dwiref: Volume, mask: Volume, template: Template) -> Anatomy:
         acpc_to_template=None,
         template_to_acpc=None,
         template=template.name,
+        template_origin=template.origin,
         template_image=None,
         warped=None,
         notes=(
