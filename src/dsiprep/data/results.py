@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
+from dsiprep.data.b0_shift import B0Shift
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.summary import Summarised
@@ -122,6 +123,8 @@ class Motion(Summarised):
         Replacement slices in the order of numpy.argwhere(outlier_slices); None if they are not replaced.
     notes : tuple of str
         Remarks for the report.
+    b0_shift : B0Shift or None
+        Diffusion-weighted volumes against b=0; None if it was not measured.
     """
 
     transforms: np.ndarray
@@ -138,6 +141,7 @@ class Motion(Summarised):
     outlier_slices: np.ndarray | None = None
     replacements: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
+    b0_shift: B0Shift | None = None
 
     def density(self, row: int) -> float:
         """Determinant of an affine pose, by which intensities sampled at x_v are multiplied; exactly 1 if rigid.

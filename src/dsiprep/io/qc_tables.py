@@ -111,6 +111,11 @@ CONFOUNDS = {
     },
     "hmc_r2": {"Description": "R² between the aligned volume and its prediction"},
     "hmc_xcorr": {"Description": "Correlation between the aligned volume and its prediction"},
+    "b0_shift_measured": {
+        "Description": "Mean displacement of the brain between the volume's range of b-values and b=0, as measured",
+        "Units": "mm",
+    },
+    "b0_shift_applied": {"Description": "The part of b0_shift_measured that was corrected", "Units": "mm"},
     "grad_x": {"Description": "b-vector, R component, in ACPC world coordinates"},
     "grad_y": {"Description": "b-vector, A component, in ACPC world coordinates"},
     "grad_z": {"Description": "b-vector, S component, in ACPC world coordinates"},

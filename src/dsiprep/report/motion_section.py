@@ -42,7 +42,8 @@ def motion(results: UnitResults, figures: FigureWriter) -> Section:
     )
     for result in results.motions:
         pictures += _blip_pictures(results, result, figures)
-    facts = (*_motion_facts(results, fd, parameters, int(outliers.sum())), *_eddy_facts(results.motions))
+    facts = _motion_facts(results, fd, parameters, int(outliers.sum()))
+    facts += _b0_shift_facts(results.motions) + _eddy_facts(results.motions)
     notes = tuple(note for result in results.motions for note in result.notes)
     return Section("motion", "Head motion", _motion_lead(results.motions), pictures, facts, notes)
 
@@ -68,6 +69,17 @@ def _motion_facts(results: UnitResults, fd: np.ndarray, parameters: np.ndarray, 
         Fact("Maximum rotation", f"{np.nanmax(np.linalg.norm(parameters[:, 3:], axis=1)):.2f}°"),
         Fact("Outlier slices", str(outliers), OUTLIER_HANDLING[results.settings.motion.outliers]),
     )
+
+
+def _b0_shift_facts(motions: tuple[Motion, ...]) -> tuple[Fact, ...]:
+    """How far the diffusion-weighted volumes as a group lay from b=0, where that was measured."""
+    shifts = [result.b0_shift for result in motions if result.b0_shift is not None]
+    measured = [float(np.nanmax(shift.measured)) for shift in shifts if np.isfinite(shift.measured).any()]
+    if not measured:
+        return ()
+    applied = max(float(shift.applied.max()) for shift in shifts)
+    remark = f"corrected by {applied:.2f} mm" if applied else "too little to be told from none; not corrected"
+    return (Fact("Diffusion against b=0", f"{max(measured):.2f} mm measured", remark),)
 
 
 def _eddy_facts(motions: tuple[Motion, ...]) -> tuple[Fact, ...]:

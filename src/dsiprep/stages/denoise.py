@@ -32,7 +32,8 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
     dwi : DWI
         Raw data that have not been interpolated.
     mask : Volume
-        Rough brain mask; intensities outside it are unchanged.
+        Rough brain mask. What lies less than about a patch width outside is denoised too, since the final mask may
+        reach there; intensities farther away are unchanged.
     settings : DenoiseSettings
 
     Returns
@@ -54,7 +55,7 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
     for volumes in denoisable:
         index = torch.as_tensor(volumes, device=data.device)
         denoised, sigma, signal_rank = mppca(_select_volumes(dwi.data, volumes), inside, settings.window)
-        data[index] = torch.where(inside, denoised, _select_volumes(dwi.data, volumes))
+        data[index] = torch.where(signal_rank > 0, denoised, _select_volumes(dwi.data, volumes))
         variance += sigma**2 * (len(volumes) / total)
         rank += signal_rank * (len(volumes) / total)
     noise = Volume(variance.sqrt(), dwi.grid)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
+from dsiprep.data.b0_shift import B0Shift
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Motion
@@ -169,7 +170,7 @@ def estimate_motion(
     if pe is not None and choose_terms(settings.eddy, count) and settings.transform == "Rigid" and has_model:
         state = replace(state, eddy=zero_eddy_currents(len(dwi), dwi.grid, pe.axis))
     trace: list[dict[str, Any]] = []
-    largest_shift = 0.0
+    b0_shift: B0Shift | None = None
     for number, level in enumerate(levels):
         state = align_b0s(dwi, level, state)
         if not has_model:
@@ -183,12 +184,10 @@ def estimate_motion(
         state, rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
         trace += rows
         if number >= len(levels) - 2 and settings.transform == "Rigid":  # before the last rounds, and after them
-            state, shift = align_diffusion_to_b0(dwi, levels[-1], state, largest_shift > 0)
-            largest_shift = max(largest_shift, shift)
+            state, b0_shift = align_diffusion_to_b0(dwi, levels[-1], state, b0_shift)
     if state.eddy is not None:
         state = attribute_shifts(dwi, state, levels[-1].points.centre, even=True)
-    notes = (f"Diffusion-weighted volumes were moved by {largest_shift:.2f} mm onto b=0.",) if largest_shift else ()
-    return _finish(inputs, levels[-1], state, trace, notes)
+    return _finish(inputs, levels[-1], state, trace, b0_shift)
 
 
 def _check(dwi: DWI, mask: Volume) -> None:
@@ -329,7 +328,7 @@ def _trace_rows(transforms: np.ndarray, level: PyramidLevel, number: int) -> lis
 
 
 def _finish(
-    inputs: _Inputs, level: PyramidLevel, state: MotionState, trace: list[dict[str, Any]], notes: tuple[str, ...] = ()
+    inputs: _Inputs, level: PyramidLevel, state: MotionState, trace: list[dict[str, Any]], shift: B0Shift | None = None
 ) -> Motion:
     """Compute the b=0 reference, the agreement of each volume with its final prediction, and outlier slices."""
     dwi, weighted, has_model = inputs.dwi, inputs.weighted, inputs.model.name in SIGNAL_MODELS
@@ -362,7 +361,8 @@ def _finish(
         eddy=state.eddy,
         outlier_slices=outliers,
         replacements=slice_replacements(dwi, level, state, predicted) if replaces else None,
-        notes=(*_notes(inputs, state), *notes),
+        notes=_notes(inputs, state),
+        b0_shift=shift,
     )
 
 

@@ -166,12 +166,22 @@ def _confounds(
     if eddy is not None:
         columns |= {f"eddy_{name}": eddy.coefficients[:, term] for term, name in enumerate(EDDY_TERMS)}
     columns |= {"hmc_r2": r2, "hmc_xcorr": xcorr, "run": acquired.dwi.run.astype(int)}
+    columns |= _b0_shift(motions, count)
     row = np.arange(count)
     for volume, members in enumerate(sources):
         row[list(members)] = volume
     columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs[row].T, strict=True))
     columns["bval"] = dwi.bvals[row]
     return columns | _denoising_confounds(acquired, denoised)
+
+
+def _b0_shift(motions: tuple[Motion, ...], count: int) -> dict[str, np.ndarray]:
+    """Displacement (mm) of each volume's range of b-values against b=0, as measured and as applied, if measured."""
+    measured, applied = np.full(count, np.nan), np.zeros(count)
+    for motion in motions:
+        if motion.b0_shift is not None:
+            measured[motion.volumes], applied[motion.volumes] = motion.b0_shift.measured, motion.b0_shift.applied
+    return {"b0_shift_measured": measured, "b0_shift_applied": applied} if np.isfinite(measured).any() else {}
 
 
 def _denoising_confounds(acquired: Acquired, denoised: Denoised) -> dict[str, np.ndarray]:

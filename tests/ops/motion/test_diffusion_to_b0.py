@@ -56,12 +56,18 @@ def test_step_between_b0_and_diffusion_is_measured(series: tuple[DWI, PyramidLev
     state = MotionState(start, None, np.zeros((10, 3)), np.zeros((COUNT, 4)), None, 2, dwi.grid)
     found, shift = align_diffusion_to_b0(dwi, level, state)
     error = point_displacement(found.transforms, true, level.probe_points())[~dwi.is_b0].mean()
+    assert np.isnan(shift.measured[0])
+    assert shift.applied[0] == 0
     if size:
         assert error < 0.25
-        assert shift > 1.5
+        assert shift.applied[1:].min() > 1.5
+        np.testing.assert_allclose(shift.applied[1:], shift.measured[1:], rtol=1e-6)
+        _, again = align_diffusion_to_b0(dwi, level, found, shift)
+        np.testing.assert_array_equal(again.applied, shift.applied)  # the larger of both, not the rest of the second
     else:
         assert error < 1e-9
-        assert shift == 0
+        assert not shift.applied.any()
+        assert shift.measured[1:].max() < 0.2
 
 
 def test_ranges_are_shells_or_thirds_of_a_lattice() -> None:

@@ -37,18 +37,20 @@ def mppca(
     data : Tensor, (n, i, j, k), float32
         At least two volumes, with noise independent between voxels and volumes.
     mask : Tensor, (i, j, k), optional
-        Voxels to denoise, all by default; patches include samples outside the mask.
+        Voxels to denoise, all by default. Patches that contain one of them are denoised entirely, so that the result
+        reaches beyond the mask, from fewer patches, by up to a patch width.
     window : int
         Patch width in voxels; 0 selects `default_window`. A patch spans axes shorter than that.
 
     Returns
     -------
     denoised : Tensor, (n, i, j, k)
-        Zero outside the mask.
+        Zero where no patch was denoised.
     sigma : Tensor, (i, j, k)
-        Noise standard deviation; zero outside the mask.
+        Noise standard deviation; zero where no patch was denoised.
     rank : Tensor, (i, j, k)
-        Number of components kept, mean included: weighted average over the patches that contain the voxel.
+        Number of components kept, mean included: weighted average over the patches that contain the voxel, zero
+        where no patch was denoised.
 
     References
     ----------
@@ -76,9 +78,8 @@ def mppca(
                 index = _patch_index(needed[row], starts, widths, shape).to(data.device)
                 _denoise_slab(data[:, planes], index, denoised[:, planes], maps[:, planes], pool)
     weight = maps[0].clamp(min=torch.finfo(torch.float32).tiny)
-    keep = inside & (maps[0] > 0)
-    denoised *= keep / weight
-    return denoised, maps[1] / weight * keep, maps[2] / weight * keep
+    denoised /= weight
+    return denoised, maps[1] / weight, maps[2] / weight
 
 
 def default_window(volumes: int) -> int:

@@ -13,6 +13,7 @@ import logging
 import numpy as np
 import torch
 
+from dsiprep.data.b0_shift import B0Shift
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.ops.image.affine import point_displacement
@@ -35,8 +36,8 @@ LATTICE_RANGES = 3
 
 
 def align_diffusion_to_b0(
-    dwi: DWI, level: PyramidLevel, state: MotionState, step_found: bool = False
-) -> tuple[MotionState, float]:
+    dwi: DWI, level: PyramidLevel, state: MotionState, before: B0Shift | None = None
+) -> tuple[MotionState, B0Shift]:
     """Move the diffusion-weighted volumes of each range of b-values onto the b=0 reference.
 
     Parameters
@@ -46,20 +47,22 @@ def align_diffusion_to_b0(
         Full resolution.
     state : MotionState
         With poses in which the volumes of each range are aligned with each other.
-    step_found : bool
-        Whether a significant shift was found before: then every measurement is the best estimate, and is applied.
+    before : B0Shift, optional
+        What was found earlier. If a shift was applied then, every measurement is the best estimate, and is applied.
 
     Returns
     -------
     state : MotionState
-    shift : float
-        Largest mean displacement (mm) of the brain that was applied to a range; 0 if none was significant.
+    shift : B0Shift
+        The larger of what is found now and what was found before. Ranges acquired among those below move with them.
     """
     brain = np.zeros(level.grid.shape, np.float32)
     brain[tuple(level.points.voxels.astype(int).T)] = 1
     mask, probes = Volume(torch.from_numpy(brain), level.grid), level.probe_points()
-    correction, identity, largest = np.eye(4), np.eye(4)[None], 0.0
+    correction, identity, applied = np.eye(4), np.eye(4)[None], 0.0
     transforms = state.transforms.copy()
+    found = B0Shift(np.full(len(dwi), np.nan), np.zeros(len(dwi)))
+    step_found = before is not None and bool(before.applied.any())
     lower: list[np.ndarray] = []
     for volumes in b_ranges(dwi.bvals, dwi.is_b0):
         if not lower or _in_blocks(volumes, np.concatenate(lower)):
@@ -72,12 +75,15 @@ def align_diffusion_to_b0(
             shift = float(point_displacement(fit.matrix[None], identity, probes).mean())
             gain = (fit.score_after - fit.score_before) / max(fit.score_before - 1, 1e-9)
             least = SIGNIFICANT_GAIN if dwi.bvals[volumes].mean() <= HIGH_B else HIGH_B_GAIN
+            found.measured[volumes] = shift
             if step_found or (shift > SIGNIFICANT_MM and gain > least):
-                correction, largest = correction @ fit.matrix, max(largest, shift)
+                correction = correction @ fit.matrix
+                applied = float(point_displacement(correction[None], identity, probes).mean())
                 log.info("motion: volumes of b %.0f and above moved by %.2f mm", dwi.bvals[volumes].min(), shift)
         transforms[volumes] = transforms[volumes] @ correction
+        found.applied[volumes] = applied
         lower.append(volumes)
-    return state.with_transforms(transforms), largest
+    return state.with_transforms(transforms), before.merge(found) if before else found
 
 
 def b_ranges(bvals: np.ndarray, is_b0: np.ndarray) -> list[np.ndarray]:
