@@ -68,7 +68,7 @@ def syn(fixed: Volume, moving: Volume) -> DisplacementField:
 
     result = ants.registration(
         image(fixed), image(moving), "SyNOnly", initial_transform="Identity", syn_metric="CC", syn_sampling=2,
-        reg_iterations=(40, 20, 10),
+        reg_iterations=(60, 40, 0),
     )  # fmt: skip
     warp = next(name for name in result["fwdtransforms"] if name.endswith(".nii.gz"))
     components = np.moveaxis(ants.image_read(warp).numpy(), -1, 0) * np.array([-1, -1, 1])[:, None, None, None]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ProcessPoolExecutor
+import signal
+import subprocess
+import sys
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ import pytest
 from dsiprep import jobs
 from dsiprep.cli.terminal import run_and_show
 from dsiprep.data.acquisition import Unit
-from dsiprep.jobs import Job, run_subject
+from dsiprep.jobs import Job, Outcome, run_jobs, run_subject
 from dsiprep.settings import Settings
 
 
@@ -54,20 +57,81 @@ def test_subject_with_grouping_error_is_listed_as_failed(
     assert run_and_show([job(tmp_path)], 1, False) == 0
 
 
-def test_killed_process_is_reported_for_each_unit(tmp_path: Path) -> None:
-    with ProcessPoolExecutor(1) as pool:
-        future = pool.submit(os._exit, 9)
-        (outcome,) = jobs._collect(future, job(tmp_path))
-    assert outcome.unit == "sub-01_dir-AP"
-    assert outcome.error is not None
-    assert "memory ran out" in outcome.error
+def die_once(marker: Path) -> None:
+    """Kill this process the first time."""
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def send_or_die(job: Job, stop_on_first_crash: bool, sender: Connection) -> None:
+    """In place of a job's process: subject 01 is always killed, 02 once, the others succeed."""
+    if job.subject == "01":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if job.subject == "02":
+        die_once(job.work / "killed")
+    sender.send([Outcome(job.subject, job.units[0].name, 1.0)])
+
+
+def test_killed_process_costs_no_other_subject_and_is_tried_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.setattr(jobs, "_send_outcomes", send_or_die)
+    outcomes = {o.subject: o for o in run_jobs([job(tmp_path, f"0{n}") for n in range(1, 5)], 2)}
+    assert sorted(outcomes) == ["01", "02", "03", "04"]
+    assert outcomes["01"].unit == "sub-01_dir-AP"
+    assert "killed twice, probably because memory ran out" in str(outcomes["01"].error)
+    assert [outcomes[subject].error for subject in ("02", "03", "04")] == [None] * 3
+
+
+def test_second_process_on_a_subject_is_refused_and_leaves_the_first_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "_run_unit", lambda unit, job, on_step: None)
+    monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
+    code = (
+        "import sys; from pathlib import Path; from dsiprep.cache import exclusive\n"
+        "with exclusive(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "work" / "sub-01")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "locked\n"
+        (outcome,) = run_subject(job(tmp_path), lambda unit, step: None)
+        assert f"process {other.pid} on " in str(outcome.error)
+        assert not (tmp_path / "out" / "logs").exists()
+        other.kill()  # its lock ends with it
+        other.wait()
+    (outcome,) = run_subject(job(tmp_path), lambda unit, step: None)
+    assert outcome.error is None
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_log_of_an_earlier_failure_is_removed_by_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(unit: Unit, job: Job, on_step: object) -> None:
+        raise ValueError
+
+    monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
+    monkeypatch.setattr(jobs, "_run_unit", fail)
+    list(run_subject(job(tmp_path), lambda unit, step: None))
+    log = tmp_path / "out" / "logs" / "sub-01_dir-AP.log"
+    assert log.exists()
+    monkeypatch.setattr(jobs, "_run_unit", lambda unit, job, on_step: None)
+    list(run_subject(job(tmp_path), lambda unit, step: None))
+    assert not log.exists()
 
 
 @pytest.mark.parametrize(
     ("problem", "expected"),
     [
         (PermissionError(13, "Permission denied", "a.nii.gz"), "a.nii.gz: Permission denied; check the permissions"),
-        (OSError(28, "No space left on device", "b.nii.gz"), "b.nii.gz: No space left on device; check the free space"),
+        (
+            OSError(28, "No space left on device", "b.nii.gz"),
+            "b.nii.gz: No space left on device; make room",
+        ),
+        (FileNotFoundError(2, "No such file", "c.npy"), "c.npy: No such file; it disappeared during the run; restore"),
         (MemoryError(), "memory ran out"),
         (KeyError("x"), "unexpected KeyError: 'x'; please report it"),
     ],

@@ -10,13 +10,17 @@ them, so a fresh and a resumed run work on the same numbers.
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import inspect
 import json
+import os
 import shutil
+import socket
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +32,7 @@ import torch
 
 from dsiprep import settings as settings_module
 from dsiprep.data import acquisition, dwi, grid, results, template, transform
-from dsiprep.errors import InputError, OutputError
+from dsiprep.errors import DsiprepError, InputError, OutputError
 from dsiprep.sources import source_digest
 
 T = TypeVar("T")
@@ -145,6 +149,46 @@ class Cache:
         """Remove all stored results."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class LockedError(DsiprepError):
+    """Another process works on the same subject."""
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep other processes from the results in `folder` meanwhile; the operating system ends a lock with its owner.
+
+    Raises
+    ------
+    LockedError
+        If another process holds the lock.
+    """
+    path = folder.with_name(f"{folder.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        with path.open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                owner = path.read_text() or "another process"
+                raise LockedError(
+                    f"{folder.name}: {owner} is processing this subject with the work folder {folder.parent}; wait for "
+                    "it, or give --work-dir another folder and the results another output folder"
+                ) from None
+            except OSError:  # a file system without locks
+                yield
+                return
+            if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                continue  # the previous owner removed the file after it had been opened here
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 def _source_of(function: Callable[..., object]) -> str:

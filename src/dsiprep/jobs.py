@@ -6,27 +6,38 @@ report. A failed unit does not stop the others.
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_any
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from dsiprep import __version__
-from dsiprep.cache import Cache
+from dsiprep.cache import Cache, LockedError, exclusive
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
 from dsiprep.errors import DsiprepError
 from dsiprep.settings import Settings
 
 log = logging.getLogger("dsiprep")
+ADVICE = {
+    errno.EACCES: "check the permissions",
+    errno.EPERM: "check the permissions",
+    errno.EROFS: "choose a folder that can be written",
+    errno.ENOSPC: "make room",
+    errno.EDQUOT: "make room",
+    errno.ENOENT: "it disappeared during the run; restore it",
+}
 StepCallback = Callable[[str, str], None]
 T = TypeVar("T")
 
@@ -145,42 +156,81 @@ def run_jobs(
                 if outcome.error and stop_on_first_crash:
                     return
         return
-    # spawn, because CUDA contexts and threads do not survive a fork
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(_run_without_callback, job, stop_on_first_crash): job for job in jobs}
-        for future in as_completed(futures):
-            outcomes = _collect(future, futures[future])
-            yield from outcomes
-            if stop_on_first_crash and any(outcome.error for outcome in outcomes):
-                pool.shutdown(cancel_futures=True)
-                return
+    yield from _run_in_processes(jobs, processes, stop_on_first_crash)
 
 
-def _collect(future: Future[list[Outcome]], job: Job) -> list[Outcome]:
-    """Return the outcomes of a job; if its process was killed, all its units have failed."""
+def _run_in_processes(jobs: Sequence[Job], processes: int, stop_on_first_crash: bool) -> Iterator[Outcome]:
+    """Run each job in a process of its own; a job whose process was killed is tried once more, after the others."""
+    waiting = deque((job, 1) for job in jobs)
+    running: dict[Connection, tuple[SpawnProcess, Job, int]] = {}
+    context = get_context("spawn")  # CUDA contexts and threads do not survive a fork
     try:
-        return future.result()
-    except BrokenProcessPool:
-        error = (
-            "a process was killed, probably because memory ran out; run fewer subjects in parallel (with --mem or a "
-            "higher --omp-nthreads), and the same command resumes from here"
-        )
-        return [Outcome(job.subject, unit.name, 0.0, error) for unit in job.units]
+        while waiting or running:
+            while waiting and len(running) < processes:
+                job, attempt = waiting.popleft()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(target=_send_outcomes, args=(job, stop_on_first_crash, sender), daemon=True)
+                process.start()
+                sender.close()  # the child's copy alone stays open, so that its death ends the connection
+                running[receiver] = (process, job, attempt)
+            for receiver in cast("list[Connection]", wait_for_any(list(running))):
+                process, job, attempt = running.pop(receiver)
+                outcomes = _receive(receiver)
+                process.join()
+                if outcomes is None and attempt == 1:
+                    log.warning("sub-%s: its process was killed; it is tried once more", job.subject)
+                    waiting.append((job, 2))
+                    continue
+                outcomes = _killed(job) if outcomes is None else outcomes
+                yield from outcomes
+                if stop_on_first_crash and any(outcome.error for outcome in outcomes):
+                    waiting.clear()
+    finally:
+        for process, _, _ in running.values():
+            process.terminate()
 
 
-def _run_without_callback(job: Job, stop_on_first_crash: bool) -> list[Outcome]:
-    return list(run_subject(job, lambda unit, step: None, stop_on_first_crash))
+def _send_outcomes(job: Job, stop_on_first_crash: bool, sender: Connection) -> None:
+    """Body of a job's process."""
+    sender.send(list(run_subject(job, lambda unit, step: None, stop_on_first_crash)))
+
+
+def _receive(receiver: Connection) -> list[Outcome] | None:
+    """The outcomes of a job; None if its process ended without sending them."""
+    try:
+        return cast("list[Outcome]", receiver.recv())
+    except EOFError:
+        return None
+    finally:
+        receiver.close()
+
+
+def _killed(job: Job) -> list[Outcome]:
+    """Outcomes of a job whose process was killed: all its units have failed."""
+    error = (
+        "its process was killed twice, probably because memory ran out; run fewer subjects in parallel (with --mem or "
+        "a higher --omp-nthreads), and the same command resumes from here"
+    )
+    return [Outcome(job.subject, unit.name, 0.0, error) for unit in job.units]
 
 
 def run_subject(job: Job, on_step: StepCallback, stop_on_first_crash: bool = False) -> Iterator[Outcome]:
     """Run all units of one subject, then write its joined outputs and its report.
 
     Yields the outcome of every unit, and of each joined output or report that failed. The cached results are kept after
-    a failure, so that the next run resumes from them.
+    a failure, so that the next run resumes from them. All units fail if another process works on the same subject.
     """
     from dsiprep.device import use_threads
 
     use_threads(job.threads)
+    try:
+        with exclusive(_work_folder(job)):
+            yield from _run_units(job, on_step, stop_on_first_crash)
+    except LockedError as problem:
+        yield from (Outcome(job.subject, unit.name, 0.0, str(problem)) for unit in job.units)
+
+
+def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> Iterator[Outcome]:
     finished: list[UnitResults] = []
     failures: list[tuple[str, str]] = []
     for unit in _leads_first(job):
@@ -214,6 +264,7 @@ def _attempt(job: Job, name: str, step: Callable[[], T]) -> tuple[T | None, Outc
     result, error, log_file = None, None, None
     try:
         result = step()
+        _log_file(name, job.out).unlink(missing_ok=True)  # of an earlier failure
     except Exception as problem:
         error, log_file = _explain(problem, name, job.out)
     return result, Outcome(job.subject, name, time.perf_counter() - start, error, log_file)
@@ -291,17 +342,20 @@ def _explain(problem: Exception, name: str, out: Path) -> tuple[str, Path | None
     if isinstance(problem, MemoryError):
         return "memory ran out; give more with --mem, or run fewer subjects in parallel", log_file
     if isinstance(problem, OSError) and problem.errno is not None:
-        permission = isinstance(problem, PermissionError)
-        advice = "check the permissions" if permission else "check the free space and permissions"
+        advice = ADVICE.get(problem.errno, "check the free space and permissions")
         return f"{problem.filename or out}: {problem.strerror}; {advice}, then rerun", log_file
     return f"unexpected {type(problem).__name__}: {problem}; please report it with the log", log_file
 
 
 def _write_log(problem: Exception, name: str, out: Path) -> Path | None:
-    log_file = out / "logs" / f"{name.replace(' ', '_')}.log"
+    log_file = _log_file(name, out)
     try:
         log_file.parent.mkdir(parents=True, exist_ok=True)
         log_file.write_text("".join(traceback.format_exception(problem)))
     except OSError:
         return None
     return log_file
+
+
+def _log_file(name: str, out: Path) -> Path:
+    return out / "logs" / f"{name.replace(' ', '_')}.log"

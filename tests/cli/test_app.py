@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -193,6 +194,16 @@ def test_unknown_device_is_rejected(name: str) -> None:
 
     with pytest.raises(SettingsError, match=f"--device {name}: not one of"):
         choose(name)
+
+
+def test_sigterm_ends_a_run_like_an_interrupt(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(cli, "_run", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or 0)
+    assert cli.main(command(dataset, tmp_path / "out")) == 130
+    assert "run the same command again to resume" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_folder_without_dataset_description_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,13 @@ import dataclasses
 import json
 import logging
 import os
+import signal
 import sys
 import tempfile
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -266,7 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_folders(options)
         if options.fs_license_file:
             os.environ["FS_LICENSE"] = str(options.fs_license_file.resolve())
-        return _run(options, chosen, list(arguments if arguments is not None else sys.argv[1:]))
+        with _interrupted_by_sigterm():
+            return _run(options, chosen, list(arguments if arguments is not None else sys.argv[1:]))
     except SettingsError as error:
         print(f"dsiprep: {error}", file=sys.stderr)
         return 2
@@ -279,6 +283,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("dsiprep: interrupted; run the same command again to resume", file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM, which schedulers send before they kill, ends the run and its processes as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _report_unexpected(problem: Exception) -> str:
