@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ from dsiprep.cli import app as cli
 from dsiprep.phantom import make_phantom
 from dsiprep.score import score
 from helpers.fibres import fsl_table, mrtrix, mrtrix_peaks, series, single_fibres, tensor_peaks
-from helpers.small_run import SMALL, command
+from helpers.small_run import SMALL, command, fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +30,6 @@ def finished(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run") / "out"
     assert cli.main(command(phantom, out, "--keep-work")) == 0
     return out
-
-
-def fingerprint(out: Path) -> dict[str, str]:
-    """Digests of all images, transforms and tables; reports are excluded because they contain times and dates."""
-    suffixes = (".nii.gz", ".tsv", ".bvec", ".bval", ".b", ".txt", ".csv", ".mat", ".h5")
-    files = [path for path in out.rglob("*") if path.name.endswith(suffixes) and "logs" not in path.parts]
-    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def test_motion_and_bvectors_match_the_truth(finished: Path, phantom: Path) -> None:

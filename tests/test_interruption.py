@@ -1,0 +1,82 @@
+"""Runs that are killed, or run out of disk space: the same command finishes afterwards, with the same bytes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dsiprep.cli import app as cli
+from dsiprep.phantom import make_phantom
+from helpers.small_run import SMALL, command, fingerprint
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_phantom(tmp_path_factory.mktemp("phantom"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Outputs of the second of two runs: both use kernels that were compiled before."""
+    for name in ("first", "second"):
+        out = tmp_path_factory.mktemp(name) / "out"
+        assert cli.main(command(phantom, out)) == 0
+    return out
+
+
+def listing(out: Path) -> list[str]:
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
+
+
+def test_run_killed_again_and_again_finishes_with_identical_outputs(
+    phantom: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    out, killed = tmp_path / "out", 0
+    for seconds in (4, 6, 8, 11, 15, 20):
+        arguments = [sys.executable, "-m", "dsiprep.cli.app", *command(phantom, out)]
+        with subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.DEVNULL) as run:
+            try:
+                run.wait(seconds)
+            except subprocess.TimeoutExpired:
+                os.killpg(run.pid, signal.SIGKILL)
+                killed += 1
+    assert killed > 1
+    assert cli.main(command(phantom, out)) == 0
+    assert fingerprint(out) == fingerprint(undisturbed)
+    assert listing(out) == listing(undisturbed)
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("a file system of fixed size cannot be mounted here")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_full_disk_is_reported_at_every_stage_and_the_run_finishes_with_more_space(
+    phantom: Path, undisturbed: Path, small_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, code, megabytes = small_disk / "out", 1, 1
+    while code and megabytes < 1000:
+        subprocess.run(["mount", "-o", f"remount,size={megabytes}m", str(small_disk)], check=True)
+        code = cli.main(command(phantom, out))
+        message = " ".join(capsys.readouterr().err.split())
+        assert not code or "No space left on device" in message, message
+        assert "Traceback" not in message
+        megabytes *= 2
+    assert code == 0
+    assert megabytes > 16
+    assert fingerprint(out) == fingerprint(undisturbed)
