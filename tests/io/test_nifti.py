@@ -18,11 +18,11 @@ from dsiprep.io.nifti import (
     SCANNER,
     read_image,
     read_series,
-    read_shape,
     read_volume,
     to_lps,
     write_image,
 )
+from dsiprep.io.nifti_header import read_shape
 from helpers.bids_dataset import LAS
 
 
