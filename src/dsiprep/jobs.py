@@ -7,7 +7,6 @@ report. A failed unit does not stop the others.
 from __future__ import annotations
 
 import logging
-import math
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -91,14 +90,10 @@ class Outcome:
 
 
 def memory_needed(job: Job) -> int:
-    """Approximate peak memory of a job in MB: five float32 copies of its largest unit, and 2500 MB for the rest."""
-    import nibabel as nib
+    """Approximate peak memory of a job in MB."""
+    from dsiprep.plan import expected_cost
 
-    largest = 0
-    for unit in job.units:
-        shapes = [nib.load(run.image).shape for run in unit.runs]  # type: ignore[attr-defined]
-        largest = max(largest, sum(math.prod(shape) for shape in shapes))
-    return 2500 + round(5 * 4 * largest / 2**20)
+    return expected_cost(job.units)[1]
 
 
 def parallel_subjects(jobs: Sequence[Job], cores: int, cores_per_subject: int = 0, memory: int = 0) -> int:

@@ -167,7 +167,7 @@ def invalid_table(**changes: object) -> tuple[np.ndarray, np.ndarray, int, float
     ("changes", "message"),
     [
         ({"bvec": 0.0}, r"a\.bvec.*volumes 3, 7 .*zero although b > 0 in a\.bval"),
-        ({"bvec": np.nan}, r"a\.bvec.*volumes 3, 7 .*not a number"),
+        ({"bvec": np.nan}, r"a\.bvec.*volumes 3, 7 .*not a finite number"),
         ({"bvec": 0.4}, r"a\.bvec.*length 0\.693"),
         ({"bval": np.nan}, r"a\.bval.*volumes 3, 4 .*negative or not a number"),
         ({"bval": -5}, r"a\.bval.*volumes 3, 4 .*negative or not a number"),

@@ -1,4 +1,4 @@
-"""Terminal output: the plan, the progress bars and the table of results."""
+"""Terminal output of a run: the progress bars and the table of results."""
 
 from __future__ import annotations
 
@@ -8,25 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from dsiprep.data.acquisition import Unit
+from dsiprep.cli.plan_page import print_unused
 from dsiprep.jobs import Job, Outcome, run_jobs
 from dsiprep.pipeline import STEPS
-from dsiprep.plan import choose_lead, plan_stages
-from dsiprep.settings import Settings
-
-
-def print_plan(units: Sequence[Unit], settings: Settings) -> None:
-    """Print the input files and the planned stages of each unit (`--dry-run`)."""
-    from dsiprep.io.bids import explain, scheme_of
-
-    console = Console(highlight=False, soft_wrap=True)
-    for unit in units:
-        scheme = scheme_of(unit, settings.acquisition.b0_threshold)
-        console.print(explain(unit, scheme), markup=False)
-        console.print("  Stages:")
-        for stage, method in plan_stages(unit, scheme, settings, choose_lead(unit, units, settings)).items():
-            console.print(f"    {stage:<12} {method}", markup=False)
-        console.print()
 
 
 def run_and_show(
@@ -53,6 +37,7 @@ def run_and_show(
     planned = [unit.name for job in jobs for unit in job.units]
     names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
     _print_table(console, names, outcomes, jobs[0])
+    print_unused(console, [unit for job in jobs for unit in job.units])
     return 0 if len(outcomes) == len(planned) and not any(outcome.error for outcome in outcomes) else 1
 
 

@@ -25,6 +25,7 @@ MIN_SCALED_FRACTION = 0.05  # ... their fraction, below which scaled b-vectors c
 MAX_B = 1e6  # s/mm²
 MAX_B_IN_MS = 50.0  # ms/µm², 50,000 s/mm²
 MIN_DIRECTIONS = 6
+MAX_COMPONENT = 1e100  # of a b-vector that can be normalised
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,11 @@ def read_bvals(bval: Path, n_volumes: int) -> np.ndarray:
 
 def _without_nan(vectors: np.ndarray, weighted: np.ndarray, bvec: Path) -> tuple[np.ndarray, tuple[str, ...]]:
     """b-vectors with zeros for those of b=0 volumes that are not numbers, and a note."""
-    undefined = ~np.isfinite(vectors).all(1)
+    undefined = ~(np.abs(vectors) <= MAX_COMPONENT).all(1)
     if (bad := np.flatnonzero(undefined & weighted)).size:
         raise GradientError(
-            f"{printable(bvec)}: the b-vector of {volume_list(list(bad))} is not a number although b > 0; correct it, "
-            "or remove these volumes"
+            f"{printable(bvec)}: the b-vector of {volume_list(list(bad))} is not a finite number although b > 0; "
+            "correct it, or remove these volumes"
         )
     if not undefined.any():
         return vectors, ()

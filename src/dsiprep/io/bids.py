@@ -114,6 +114,12 @@ def find_units(
             if failed is None:
                 raise
             failed[label] = error
+        except Exception as error:  # whatever the files of one subject do to qsiplan, the others are processed
+            if failed is None:
+                raise
+            failed[label] = InputError(
+                f"sub-{label}: its files cannot be grouped ({type(error).__name__}: {error}); please report it"
+            )
     if not units and not failed:
         raise InputError(_nothing_found_message(catalog, labels, session_labels, filters))
     return units

@@ -20,7 +20,15 @@ import torch
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.errors import InputError, OutputError
 from dsiprep.io.files import printable, read_bytes
-from dsiprep.io.nifti_header import check_kind, first_line, nifti_class, oriented, parse_header, shape_text
+from dsiprep.io.nifti_header import (
+    check_extent,
+    check_kind,
+    first_line,
+    nifti_class,
+    oriented,
+    parse_header,
+    shape_text,
+)
 
 SCANNER, ALIGNED, MNI = 1, 2, 4  # NIfTI's codes for the space of an affine
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff"  # no file name or time stamp: equal data, identical files
@@ -177,11 +185,7 @@ def open_nifti(path: Path) -> Any:
             "again"
         ) from None
     header = parse_header(content, path)
-    if len(content) < header.data_end:
-        raise InputError(
-            f"{printable(path)}: the file is truncated: {header.data_end:,} bytes are needed for "
-            f"{shape_text(header.shape)} voxels, and there are {len(content):,}; copy or convert it again"
-        )
+    check_extent(header, len(content), path)
     try:
         return nifti_class(content).from_bytes(content)
     except Exception as error:  # nibabel raises many types

@@ -17,7 +17,7 @@ from dsiprep.data.grid import Grid
 from dsiprep.errors import InputError
 from dsiprep.io.files import check_file, printable
 
-HEADER_BYTES = 540  # of NIfTI-2, the longer one
+FIRST_HEADER_BYTES, HEADER_BYTES = 348, 540  # of NIfTI-1 and NIfTI-2
 MAX_AXIS = 2**20  # voxels along an axis; the largest images have some thousands
 SAME_SIZE = 0.01  # fraction by which voxel sizes of sform, qform and pixdim differ by rounding at most
 SAME_PLACE_MM = 0.1  # by which the corners of sform and qform differ by rounding at most
@@ -33,8 +33,8 @@ class Header:
         Voxels along each axis, without trailing axes of one voxel beyond the third.
     dtype : dtype
         Of the stored voxels.
-    data_end : int
-        Number of bytes of header and voxels, uncompressed.
+    data_start, data_end : int
+        First byte of the voxels, and the first after them, uncompressed.
     grid : Grid or None
         None if the header has no orientation.
     note : str
@@ -43,6 +43,7 @@ class Header:
 
     shape: tuple[int, ...]
     dtype: np.dtype
+    data_start: int
     data_end: int
     grid: Grid | None
     note: str = ""
@@ -87,8 +88,21 @@ def parse_header(content: bytes, path: Path) -> Header:
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     grid, note = _grid(header, (shape[0], shape[1], shape[2]), path)
-    start = max(int(offset), size)
-    return Header(shape, dtype, start + math.prod(shape) * dtype.itemsize, grid, note)
+    return Header(shape, dtype, int(offset), int(offset) + math.prod(shape) * dtype.itemsize, grid, note)
+
+
+def check_extent(header: Header, available: int, path: Path) -> None:
+    """Raise an InputError unless the voxels lie behind the header and within a file of `available` bytes."""
+    if header.data_start < FIRST_HEADER_BYTES:
+        raise InputError(
+            f"{printable(path)}: the header places the voxels at byte {header.data_start}, within itself; convert the "
+            "image again"
+        )
+    if available < header.data_end:
+        raise InputError(
+            f"{printable(path)}: the file is truncated: {header.data_end:,} bytes are needed for "
+            f"{shape_text(header.shape)} voxels, and there are {available:,}; copy or convert it again"
+        )
 
 
 def read_grid(path: Path) -> Grid:

@@ -90,7 +90,7 @@ def clean_metadata(metadata: Mapping[str, Any], name: str) -> tuple[dict[str, An
         except (ValueError, TypeError, OverflowError):
             if field in CHECKED_WHERE_USED:
                 continue
-            problem = f"{printable(name)}: {field} is {_shown(metadata[field])}; expected {wanted}"
+            problem = f"{printable(name)}: {field} is {shown(metadata[field])}; expected {wanted}"
             if field in NAMES:
                 raise MetadataError(f"{problem}; correct the sidecar, or remove the field") from None
             notes.append(f"{problem}; it is ignored.")
@@ -159,7 +159,8 @@ def _numbers(value: Any) -> list[float] | None:
     return [number for item in value if (number := _number(item)) is not None]
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a sidecar for messages: printable and short."""
     try:
         text = repr(value)
     except ValueError:  # an integer with more digits than Python converts

@@ -13,7 +13,7 @@ from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import OR_IGNORE
 from dsiprep.io.files import printable
 from dsiprep.io.gradients import require_b0
-from dsiprep.io.nifti_header import Header, check_kind, oriented, read_header
+from dsiprep.io.nifti_header import Header, check_extent, check_kind, oriented, read_header
 from dsiprep.io.unit_reader import require_files
 from dsiprep.settings import Settings
 
@@ -57,14 +57,9 @@ def check_header(path: Path, kind: str) -> Header:
     header = read_header(path)
     check_kind(header, path, kind)
     oriented(header, path)
-    size = path.stat().st_size
     with path.open("rb") as stream:
         compressed = stream.read(2) == b"\x1f\x8b"
-    if not compressed and size < header.data_end:
-        raise InputError(
-            f"{printable(path)}: the file is truncated: {header.data_end:,} bytes are needed, and there are {size:,}; "
-            "copy or convert it again"
-        )
+    check_extent(header, header.data_end if compressed else path.stat().st_size, path)
     return header
 
 
