@@ -53,8 +53,13 @@ def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
     return candidates[0] if candidates else unit
 
 
-def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
+def check_anatomy(units: Sequence[Unit], settings: Settings) -> str:
     """Check template and brain masks before any long computation; a template given by name is downloaded if missing.
+
+    Returns
+    -------
+    str
+        Name of the template.
 
     Raises
     ------
@@ -69,12 +74,14 @@ def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
             f"--anat-mask {anatomy.mask}: a single mask for several subjects; use {{subject}} in its path, give a "
             "folder of derivatives, or select one subject with --participant-label"
         )
-    note = load_template(anatomy.template, anatomy.modality, allow_network=bool(anatomy.template)).note
+    template = load_template(anatomy.template, anatomy.modality, allow_network=bool(anatomy.template))
+    note = template.note
     if note and anatomy.normalize and any(unit.structural(anatomy.modality) for unit in units):
         log.warning(note)
     for unit in units:
         if unit.structural(anatomy.modality):
             find_mask(unit, anatomy)
+    return template.name
 
 
 def choose_structural(unit: Unit, settings: Settings) -> str:
@@ -168,7 +175,9 @@ def _shape(path: Path) -> tuple[int, ...]:
         return (0,)
 
 
-def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit) -> dict[str, str]:
+def plan_stages(
+    unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit, template: str = ""
+) -> dict[str, str]:
     """Describe what each stage would do for a unit, without computing anything.
 
     Parameters
@@ -179,6 +188,8 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
     settings : Settings
     lead : Unit
         Result of `choose_lead`.
+    template : str
+        Name from `check_anatomy`.
 
     Returns
     -------
@@ -189,7 +200,6 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
     method, reason = plan_distortion(unit, settings)
     b0_registration = "not needed" if lead.name == unit.name else f"b=0 reference to that of {lead.name}"
     engines = engines_for(unit, settings)
-    template = load_template(settings.anatomy.template, settings.anatomy.modality).name
     return {
         **({"engines": ", ".join(engines) + ": checked before processing starts"} if engines else {}),
         "denoise": f"{settings.denoise.method}, unringing {settings.denoise.unringing}",
@@ -198,9 +208,9 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
         "anatomy": (
             f"{len(images)} {settings.anatomy.modality} image{'s' if len(images) > 1 else ''}: "
             f"{'N4, ' if settings.anatomy.biascorrect == 'n4' else ''}brain mask, ACPC, "
-            + (f"template {template}" if settings.anatomy.normalize else "no template (disabled)")
+            + (f"template {template}".rstrip() if settings.anatomy.normalize else "no template (disabled)")
             if images
-            else f"none: the b=0 reference of {lead.name} is rigidly registered to the template {template}"
+            else f"none: the b=0 reference of {lead.name} is rigidly registered to the template {template}".rstrip()
         ),
         "coregister": f"{settings.coregister.dof} degrees of freedom" if images else b0_registration,
         "resample": f"one cubic B-spline interpolation at {settings.resample.resolution:g} mm, "

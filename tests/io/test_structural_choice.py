@@ -13,6 +13,7 @@ from dsiprep.data.acquisition import Unit
 from helpers.bids_dataset import Dataset
 
 AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
+SCAN = {"AcquisitionDateTime": "2020-01-01T10:00:00"}
 WHOLE = ((8, 9, 8), (24.0, 24.0, 24.0))  # voxels and mm: about 200 mm along each axis
 
 
@@ -74,8 +75,8 @@ def test_the_finer_image_leads_and_thick_slices_are_left_out(dataset: Dataset) -
     ("names", "sidecars", "wanted"),
     [
         (("", "rec-norm_"), ({}, {}), ["rec-norm_T1w"]),
-        (("acq-defaced_", "acq-whole_"), ({"SeriesInstanceUID": "1.2"}, {"SeriesInstanceUID": "1.2"}), ["acq-whole_T1w"]),
-        (("acq-a_", "acq-b_"), ({"AcquisitionDateTime": "x"}, {"AcquisitionDateTime": "x", "ImageType": ["NORM"]}), ["acq-b_T1w"]),
+        (("acq-defaced_", "acq-whole_"), (SCAN, SCAN), ["acq-whole_T1w"]),
+        (("acq-a_", "acq-b_"), (SCAN, {**SCAN, "ImageType": ["NORM"]}), ["acq-b_T1w"]),
         (("ce-gadolinium_", "run-1_"), ({}, {}), ["run-1_T1w"]),
         (("acq-a_", "acq-b_"), ({"SeriesInstanceUID": "1"}, {"SeriesInstanceUID": "2"}), ["acq-a_T1w", "acq-b_T1w"]),
     ],

@@ -25,6 +25,7 @@ from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError
 from dsiprep.io.files import printable, read_json
 
 if TYPE_CHECKING:
+    from dsiprep.cli.plan_page import PlannedUnit
     from dsiprep.data.acquisition import Unit
     from dsiprep.jobs import Job
 
@@ -295,7 +296,7 @@ def _report_unexpected(problem: Exception) -> str:
 
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
-    from dsiprep.cli.plan_page import validate_dataset
+    from dsiprep.cli.plan_page import plan_units, validate_dataset
     from dsiprep.cli.terminal import run_and_show
     from dsiprep.io.bids import find_units
     from dsiprep.jobs import parallel_subjects
@@ -322,24 +323,20 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
     }
     for message in failure_messages.values():
         print(f"dsiprep: {message}", file=sys.stderr)
-    if units:
-        check_anatomy(units, chosen)
+    template = check_anatomy(units, chosen) if units else ""
     jobs = _jobs(units, options, chosen, printable("dsiprep " + " ".join(arguments)))
     if options.dry_run:
-        return _show_plan(units, chosen, failure_messages, options)
+        return _show_plan(plan_units(units, chosen, template), failure_messages, options)
     if not units or (failed and options.stop_on_first_crash):
         return 1
     processes = parallel_subjects(jobs, options.nprocs, options.omp_nthreads, options.mem)
     return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
 
 
-def _show_plan(
-    units: Sequence[Unit], chosen: settings.Settings, failed: dict[str, str], options: argparse.Namespace
-) -> int:
+def _show_plan(planned: Sequence[PlannedUnit], failed: dict[str, str], options: argparse.Namespace) -> int:
     """Print the plan and return the exit code: 1 if the run would refuse a subject or a unit."""
-    from dsiprep.cli.plan_page import plan_as_json, plan_units, print_plan
+    from dsiprep.cli.plan_page import plan_as_json, print_plan
 
-    planned = plan_units(units, chosen)
     if options.json:
         print(plan_as_json(planned, failed, options.bids_dir.resolve()))
     else:

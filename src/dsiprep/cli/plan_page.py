@@ -38,8 +38,8 @@ class PlannedUnit:
     problem: str = ""
 
 
-def plan_units(units: Sequence[Unit], settings: Settings) -> list[PlannedUnit]:
-    """Check the files of each unit, without their voxels, and plan its processing."""
+def plan_units(units: Sequence[Unit], settings: Settings, template: str = "") -> list[PlannedUnit]:
+    """Check the files of each unit, without their voxels, and plan its processing; `template` is for display."""
     planned = []
     for unit in units:
         problem = ""
@@ -48,7 +48,7 @@ def plan_units(units: Sequence[Unit], settings: Settings) -> list[PlannedUnit]:
         except DsiprepError as error:
             problem = str(error)
         scheme = scheme_of(unit, settings.acquisition.b0_threshold)
-        stages = plan_stages(unit, scheme, settings, choose_lead(unit, units, settings))
+        stages = plan_stages(unit, scheme, settings, choose_lead(unit, units, settings), template)
         minutes, memory = expected_cost([unit])
         planned.append(PlannedUnit(unit, scheme, stages, not_done(unit, settings), minutes, memory, problem))
     return planned
