@@ -63,7 +63,7 @@ def print_plan(planned: Sequence[PlannedUnit]) -> None:
         lines.append(f"  Expected: about {plan.minutes:.1f} CPU-minutes and {plan.memory / 1024:.1f} GB of memory")
         lines += [f"  Not done: {sentence}" for sentence in plan.not_done]
         lines += [f"  REFUSED: {plan.problem}"] if plan.problem else []
-        console.print(printable("\n".join(lines)), markup=False)
+        console.print("\n".join(printable(line) for text in lines for line in text.split("\n")), markup=False)
         console.print()
     print_unused(console, [plan.unit for plan in planned])
 

@@ -26,8 +26,9 @@ KINDS = (
 
 
 def printable(text: object) -> str:
-    """A path or message with the bytes that are not UTF-8 as escapes, so that any stream and file can hold it."""
-    return os.fsencode(str(text)).decode("utf-8", "backslashreplace")
+    """A path or message on one line, with bytes that are not UTF-8 and control characters as escapes."""
+    decoded = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
 
 
 def check_file(path: Path) -> None:
