@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dsiprep import jobs
 from dsiprep.cli.terminal import run_and_show
-from dsiprep.data.acquisition import Unit
+from dsiprep.data.acquisition import Unit, UnusedImage
+from dsiprep.errors import InputError
 from dsiprep.jobs import Job, run_subject
 from dsiprep.settings import Settings
 
@@ -52,6 +54,22 @@ def test_subject_with_grouping_error_is_listed_as_failed(
     assert "no PhaseEncodingDirection" in table
     assert "done" in table
     assert run_and_show([job(tmp_path)], 1, False) == 0
+
+
+def test_table_shows_brackets_and_unused_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise InputError("/data [raw]/[/b]: damaged")
+
+    monkeypatch.setattr(jobs, "_run_unit", fails)
+    monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
+    work = job(tmp_path)
+    unit = replace(work.units[0], unused=(UnusedImage(Path("sub-01_T2w.nii.gz"), "--anat-modality T1w"),))
+    assert run_and_show([replace(work, units=(unit,))], 1, False) == 1
+    shown = capsys.readouterr().err
+    assert "/data [raw]/[/b]: damaged" in " ".join(shown.split())
+    assert "Images that are not used:\n  sub-01_T2w.nii.gz: --anat-modality T1w" in shown
 
 
 def test_killed_process_is_reported_for_each_unit(tmp_path: Path) -> None:

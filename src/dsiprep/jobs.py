@@ -22,7 +22,7 @@ from dsiprep import __version__
 from dsiprep.cache import Cache
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
-from dsiprep.errors import DsiprepError
+from dsiprep.errors import DsiprepError, printable
 from dsiprep.settings import Settings
 
 log = logging.getLogger("dsiprep")
@@ -211,6 +211,7 @@ def _attempt(job: Job, name: str, step: Callable[[], T]) -> tuple[T | None, Outc
         result = step()
     except Exception as problem:
         error, log_file = _explain(problem, name, job.out)
+        error = printable(error)
     return result, Outcome(job.subject, name, time.perf_counter() - start, error, log_file)
 
 
@@ -296,7 +297,7 @@ def _write_log(problem: Exception, name: str, out: Path) -> Path | None:
     log_file = out / "logs" / f"{name.replace(' ', '_')}.log"
     try:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        log_file.write_text("".join(traceback.format_exception(problem)))
+        log_file.write_text("".join(traceback.format_exception(problem)), errors="backslashreplace")
     except OSError:
         return None
     return log_file

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -77,7 +78,7 @@ def _header(dataset: Dataset, rng: np.random.Generator) -> str:
         return "nothing left"
     try:
         content = bytearray(gzip.decompress(path.read_bytes()))
-    except (OSError, EOFError):
+    except (OSError, EOFError, zlib.error):
         return "already damaged"
     kind = int(rng.integers(4))
     if kind == 0:  # dims

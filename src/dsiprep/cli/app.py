@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dsiprep import __version__, settings
 from dsiprep.cli.legacy_options import add_legacy_options
 from dsiprep.cli.unsupported import UNSUPPORTED_OPTIONS, RejectOption, reject_eddy, take_eddy, value_converter
-from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError
-from dsiprep.io.files import printable, read_json
+from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError, printable
+from dsiprep.io.files import read_json
 
 if TYPE_CHECKING:
     from dsiprep.cli.plan_page import PlannedUnit
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report_unexpected(problem: Exception) -> str:
     """Write the traceback of an unexpected error to a log file and return a one-line message."""
     handle, log_file = tempfile.mkstemp(prefix="dsiprep-", suffix=".log")
-    with os.fdopen(handle, "w") as stream:
+    with os.fdopen(handle, "w", errors="backslashreplace") as stream:
         stream.write("".join(traceback.format_exception(problem)))
     if isinstance(problem, OSError) and problem.filename is not None:
         return f"{problem.filename}: {problem.strerror}; check the path and permissions, then rerun (log: {log_file})"

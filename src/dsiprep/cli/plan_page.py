@@ -14,9 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit, UnusedImage
-from dsiprep.errors import DsiprepError, InputError, SettingsError
+from dsiprep.errors import DsiprepError, InputError, SettingsError, printable
 from dsiprep.io.bids import explain, scheme_of
-from dsiprep.io.files import printable
 from dsiprep.io.unit_check import check_unit
 from dsiprep.plan import choose_lead, expected_cost, not_done, plan_stages
 from dsiprep.settings import Settings

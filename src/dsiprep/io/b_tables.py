@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 
 from dsiprep.errors import GradientError
-from dsiprep.io.files import printable
 from dsiprep.io.nifti import volume_list
 from dsiprep.io.number_tables import read_numbers
 
@@ -62,7 +61,7 @@ def read_b_table(bval: Path, bvec: Path, n_volumes: int, b0_threshold: float = 1
     if table.shape != (3, n_volumes):
         found = f"{table.shape[0]} row{'s' if table.shape[0] > 1 else ''} of {table.shape[1]} numbers"
         raise GradientError(
-            f"{printable(bvec)}: {found}, but {n_volumes} volumes need 3 rows of {n_volumes}; check that the b-vectors "
+            f"{bvec}: {found}, but {n_volumes} volumes need 3 rows of {n_volumes}; check that the b-vectors "
             "belong to this image"
         )
     vectors, notes = _without_nan(table.T, bvals > b0_threshold, bvec)
@@ -76,16 +75,14 @@ def read_bvals(bval: Path, n_volumes: int) -> np.ndarray:
     bvals = read_numbers(bval).ravel()
     if len(bvals) != n_volumes:
         raise GradientError(
-            f"{printable(bval)}: {len(bvals)} b-values, but the image has {n_volumes} volumes; check that they belong "
+            f"{bval}: {len(bvals)} b-values, but the image has {n_volumes} volumes; check that they belong "
             "together (a trace or ADC volume at the end of the series has no b-value)"
         )
     if (bad := np.flatnonzero(~np.isfinite(bvals) | (bvals < 0))).size:
-        raise GradientError(
-            f"{printable(bval)}: the b-value of {volume_list(list(bad))} is negative or not a number; correct it"
-        )
+        raise GradientError(f"{bval}: the b-value of {volume_list(list(bad))} is negative or not a number; correct it")
     if (bad := np.flatnonzero(bvals > MAX_B)).size:
         raise GradientError(
-            f"{printable(bval)}: the b-value of {volume_list(list(bad))} is {bvals[bad[0]]:.4g}; expected at most "
+            f"{bval}: the b-value of {volume_list(list(bad))} is {bvals[bad[0]]:.4g}; expected at most "
             f"{MAX_B:.0e} s/mm²; correct the unit"
         )
     return bvals
@@ -96,7 +93,7 @@ def _without_nan(vectors: np.ndarray, weighted: np.ndarray, bvec: Path) -> tuple
     undefined = ~(np.abs(vectors) <= MAX_COMPONENT).all(1)
     if (bad := np.flatnonzero(undefined & weighted)).size:
         raise GradientError(
-            f"{printable(bvec)}: the b-vector of {volume_list(list(bad))} is not a finite number although b > 0; "
+            f"{bvec}: the b-vector of {volume_list(list(bad))} is not a finite number although b > 0; "
             "correct it, or remove these volumes"
         )
     if not undefined.any():
@@ -113,7 +110,7 @@ def _check_unit(bvals: np.ndarray, vectors: np.ndarray, b0_threshold: float, bva
     with_b = vectors[(bvals > 0.1 * largest) & (np.linalg.norm(vectors, axis=1) > 0.5)]
     if len(np.unique(np.round(with_b, 2), axis=0)) >= MIN_DIRECTIONS:
         raise GradientError(
-            f"{printable(bval)}: the largest b-value is {largest:g}, not above the b=0 threshold of {b0_threshold:g}, "
+            f"{bval}: the largest b-value is {largest:g}, not above the b=0 threshold of {b0_threshold:g}, "
             "but the volumes have directions; b-values in ms/µm² must be multiplied by 1000, as s/mm² is expected"
         )
 
@@ -149,13 +146,13 @@ def _unit_vectors(vectors: np.ndarray, weighted: np.ndarray, bvec: Path, bval: P
     norm = np.linalg.norm(vectors, axis=1)
     if (bad := np.flatnonzero(weighted & (norm < 1e-6))).size:
         raise GradientError(
-            f"{printable(bvec)}: the b-vector of {volume_list(list(bad))} is zero although b > 0 in {bval.name}; "
+            f"{bvec}: the b-vector of {volume_list(list(bad))} is zero although b > 0 in {bval.name}; "
             "correct the table, or remove these volumes (trace images have no direction)"
         )
     off = np.abs(norm - 1) > NORM_TOLERANCE
     if (bad := np.flatnonzero(weighted & off)).size:
         raise GradientError(
-            f"{printable(bvec)}: the b-vector of {volume_list(list(bad))} has length {norm[bad[0]]:.3g}, which neither "
+            f"{bvec}: the b-vector of {volume_list(list(bad))} has length {norm[bad[0]]:.3g}, which neither "
             "is 1 nor follows the b-values; convert the series again, or correct the table"
         )
     return np.where(off[:, None], 0.0, vectors / np.where(norm > 0, norm, 1)[:, None])

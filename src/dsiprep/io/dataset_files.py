@@ -11,13 +11,12 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dsiprep.errors import InputError
+from dsiprep.errors import InputError, printable
 from dsiprep.io.bids_filters import entities
-from dsiprep.io.files import printable
 
 LABEL = re.compile(r"[0-9A-Za-z+]+")
 DATATYPES = ("anat", "dwi", "fmap")
-IMAGE_ENDINGS = (".nii.gz", ".nii")
+IMAGE_LIKE = re.compile(r"\.(nii(\.\w+)?|img|hdr|mgz|mgh|nrrd|mnc)(\.gz)?$", re.IGNORECASE)
 EPI_SUFFIXES = ("dwi", "epi", "sbref")
 FIELDMAP_SUFFIXES = ("epi", "fieldmap", "phasediff", "phase1", "phase2", "magnitude", "magnitude1", "magnitude2")
 USED_SUFFIXES = {"anat": ("T1w", "T2w"), "dwi": ("dwi",), "fmap": FIELDMAP_SUFFIXES}
@@ -89,7 +88,7 @@ def check_label(key: str, label: str, path: Path) -> None:
     if not LABEL.fullmatch(label):
         suggestion = re.sub(r"[^0-9A-Za-z+]", "", label) or "01"
         raise InputError(
-            f"{printable(path)}: the label {printable(label)!r} is not valid in BIDS, which allows letters and digits; "
+            f"{path}: the label {label!r} is not valid in BIDS, which allows letters and digits; "
             f"rename the folder and its files to {key}-{suggestion}"
         )
 
@@ -99,7 +98,7 @@ def _folders(parent: Path) -> list[str]:
         with os.scandir(parent) as entries:
             return [entry.name for entry in entries if entry.is_dir()]
     except OSError as error:
-        raise InputError(f"{printable(parent)}: {(error.strerror or 'cannot be read').lower()}") from None
+        raise InputError(f"{parent}: {(error.strerror or 'cannot be read').lower()}") from None
 
 
 def _sort_folder(folder: Path, datatype: str, label: str, found: SubjectImages) -> None:
@@ -107,8 +106,8 @@ def _sort_folder(folder: Path, datatype: str, label: str, found: SubjectImages) 
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as error:
-        raise InputError(f"{printable(folder)}: {(error.strerror or 'cannot be read').lower()}") from None
-    images = [name for name in names if name.endswith(IMAGE_ENDINGS) and not name.startswith(".")]
+        raise InputError(f"{folder}: {(error.strerror or 'cannot be read').lower()}") from None
+    images = [name for name in names if IMAGE_LIKE.search(name) and not name.startswith(".")]
     parts: dict[tuple[tuple[str, str], ...], dict[str, str]] = {}
     for name in images:
         path = str(folder / name)
@@ -133,6 +132,8 @@ def _why_unused(name: str, datatype: str, label: str, images: list[str]) -> str:
     """Why an image cannot be used, from its name; empty if it can."""
     if printable(name) != name:
         return "its name is not UTF-8; rename it"
+    if not name.endswith((".nii", ".nii.gz")):
+        return "its name does not end in .nii or .nii.gz; convert or rename it"
     values, suffix = entities(name), entities(name).get("suffix", "")
     if values.get("sub") != label:
         return f"its name does not start with sub-{label}; rename it"

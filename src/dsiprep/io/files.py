@@ -25,12 +25,6 @@ KINDS = (
 )
 
 
-def printable(text: object) -> str:
-    """A path or message on one line, with bytes that are not UTF-8 and control characters as escapes."""
-    decoded = str(text).encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
-
-
 def check_file(path: Path) -> None:
     """Check that a path is a regular file or a link to one, without opening it.
 
@@ -44,16 +38,16 @@ def check_file(path: Path) -> None:
     except OSError as error:
         if Path(path).is_symlink():
             raise InputError(
-                f"{printable(path)}: a link whose target does not exist; fetch its content (datalad get), or remove it"
+                f"{path}: a link whose target does not exist; fetch its content (datalad get), or remove it"
             ) from None
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else _reason(error)
-        raise InputError(f"{printable(path)}: {reason}") from None
+        raise InputError(f"{path}: {reason}") from None
     for is_kind, name in KINDS:
         if is_kind(mode):
-            raise InputError(f"{printable(path)}: {name}; expected a file; replace or remove it")
+            raise InputError(f"{path}: {name}; expected a file; replace or remove it")
     real = os.path.realpath(path)
     if any(real.startswith(f"{folder}/") for folder in KERNEL_FOLDERS) and not real.startswith("/dev/shm/"):
-        raise InputError(f"{printable(path)}: a link to {printable(real)}, which is not a data file; replace it")
+        raise InputError(f"{path}: a link to {real}, which is not a data file; replace it")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -62,7 +56,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise InputError(f"{printable(path)}: {_reason(error)}; check its permissions") from None
+        raise InputError(f"{path}: {_reason(error)}; check its permissions") from None
 
 
 def read_text(path: Path) -> str:
@@ -78,9 +72,9 @@ def read_text(path: Path) -> str:
         with Path(path).open("rb") as stream:
             content = stream.read(MAX_TEXT_BYTES + 1)
     except OSError as error:
-        raise InputError(f"{printable(path)}: {_reason(error)}; check its permissions") from None
+        raise InputError(f"{path}: {_reason(error)}; check its permissions") from None
     if len(content) > MAX_TEXT_BYTES:
-        raise InputError(f"{printable(path)}: more than {MAX_TEXT_BYTES // 2**20} MB; expected a small text file")
+        raise InputError(f"{path}: more than {MAX_TEXT_BYTES // 2**20} MB; expected a small text file")
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         text = content.decode("utf-16", "replace")
     else:
@@ -89,7 +83,7 @@ def read_text(path: Path) -> str:
         except UnicodeDecodeError:
             text = content.decode("latin-1")
     if "\0" in text:
-        raise InputError(f"{printable(path)}: binary data; expected text")
+        raise InputError(f"{path}: binary data; expected text")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -106,12 +100,12 @@ def read_json(path: Path) -> dict[str, Any]:
     except InputError as error:
         raise MetadataError(str(error)) from None
     except RecursionError:
-        raise MetadataError(f"{printable(path)}: lists or objects nested too deeply; correct the file") from None
+        raise MetadataError(f"{path}: lists or objects nested too deeply; correct the file") from None
     except ValueError as error:
         reason = str(error).splitlines()[0]
-        raise MetadataError(f"{printable(path)} cannot be read as JSON ({reason}); correct the file") from None
+        raise MetadataError(f"{path} cannot be read as JSON ({reason}); correct the file") from None
     if not isinstance(content, dict):
-        raise MetadataError(f"{printable(path)} holds a {type(content).__name__}; expected a JSON object, {{...}}")
+        raise MetadataError(f"{path} holds a {type(content).__name__}; expected a JSON object, {{...}}")
     return content
 
 

@@ -5,7 +5,6 @@ Files are read and decompressed in one step, which is faster than streaming and 
 
 from __future__ import annotations
 
-import gzip
 import os
 import struct
 import zlib
@@ -19,14 +18,16 @@ import torch
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.errors import InputError, OutputError
-from dsiprep.io.files import printable, read_bytes
+from dsiprep.io.files import read_bytes
 from dsiprep.io.nifti_header import (
     check_extent,
     check_kind,
+    damaged_stream,
     first_line,
     nifti_class,
     oriented,
     parse_header,
+    read_header,
     shape_text,
 )
 
@@ -178,18 +179,29 @@ def open_nifti(path: Path) -> Any:
     content = read_bytes(path)
     try:
         if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+            content = _decompressed(content, read_header(path).data_end)
     except (EOFError, zlib.error, OSError, struct.error) as error:
-        raise InputError(
-            f"{printable(path)}: the compressed file is truncated or damaged ({first_line(error)}); copy or convert it "
-            "again"
-        ) from None
+        raise damaged_stream(error, path) from None
     header = parse_header(content, path)
     check_extent(header, len(content), path)
     try:
         return nifti_class(content).from_bytes(content)
     except Exception as error:  # nibabel raises many types
-        raise InputError(f"{printable(path)}: not readable as NIfTI ({first_line(error)}); convert it again") from None
+        raise InputError(f"{path}: not readable as NIfTI ({first_line(error)}); convert it again") from None
+
+
+def _decompressed(content: bytes, needed: int) -> bytes:
+    """At least `needed` bytes of a gzip stream, or all that it has; what follows the voxels is not decompressed."""
+    parts: list[bytes] = []
+    size = 0
+    while content and size <= needed:
+        stream = zlib.decompressobj(31)  # gzip, with a check of its sum
+        parts.append(stream.decompress(content, needed - size + 1))
+        size += len(parts[-1])
+        if not stream.eof and size <= needed:
+            raise EOFError("it ends before the end-of-stream marker")
+        content = stream.unused_data.lstrip(b"\0")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def _without_single_axes(image: Any) -> Any:

@@ -15,7 +15,7 @@ import numpy as np
 
 from dsiprep.data.grid import Grid
 from dsiprep.errors import InputError
-from dsiprep.io.files import check_file, printable
+from dsiprep.io.files import check_file
 
 FIRST_HEADER_BYTES, HEADER_BYTES = 348, 540  # of NIfTI-1 and NIfTI-2
 MAX_AXIS = 2**20  # voxels along an axis; the largest images have some thousands
@@ -65,13 +65,19 @@ def read_header(path: Path) -> Header:
         with gzip.open(path) if compressed else path.open("rb") as stream:
             head = stream.read(HEADER_BYTES)
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{printable(path)}: not readable as NIfTI ({first_line(error)}); convert it again") from None
+        raise damaged_stream(error, path) from None
     return parse_header(head, path)
+
+
+def damaged_stream(error: BaseException, path: Path) -> InputError:
+    """The error for a compressed file that cannot be decompressed."""
+    return InputError(
+        f"{path}: the compressed file is truncated or damaged ({first_line(error)}); copy or convert it again"
+    )
 
 
 def parse_header(content: bytes, path: Path) -> Header:
     """Check the header in the first bytes of a file. Raises as `read_header`."""
-    name = printable(path)
     try:
         size = nifti_class(content).header_class.sizeof_hdr
         header: Any = nifti_class(content).header_class(content[:size], check=False)
@@ -80,11 +86,11 @@ def parse_header(content: bytes, path: Path) -> Header:
         offset = float(header["vox_offset"])
         header.get_slope_inter()
     except Exception as error:  # nibabel raises many types
-        raise InputError(f"{name}: not readable as NIfTI ({first_line(error)}); convert it again") from None
+        raise InputError(f"{path}: not readable as NIfTI ({first_line(error)}); convert it again") from None
     if len(shape) < 3 or not all(1 <= n <= MAX_AXIS for n in shape):
-        raise InputError(f"{name}: an image of {shape_text(shape)} voxels; expected a 3-D or 4-D image")
+        raise InputError(f"{path}: an image of {shape_text(shape)} voxels; expected a 3-D or 4-D image")
     if not math.isfinite(offset) or not 0 <= offset < 2**31:
-        raise InputError(f"{name}: the header places the voxels at byte {offset:g}; convert the image again")
+        raise InputError(f"{path}: the header places the voxels at byte {offset:g}; convert the image again")
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     grid, note = _grid(header, (shape[0], shape[1], shape[2]), path)
@@ -95,12 +101,11 @@ def check_extent(header: Header, available: int, path: Path) -> None:
     """Raise an InputError unless the voxels lie behind the header and within a file of `available` bytes."""
     if header.data_start < FIRST_HEADER_BYTES:
         raise InputError(
-            f"{printable(path)}: the header places the voxels at byte {header.data_start}, within itself; convert the "
-            "image again"
+            f"{path}: the header places the voxels at byte {header.data_start}, within itself; convert the image again"
         )
     if available < header.data_end:
         raise InputError(
-            f"{printable(path)}: the file is truncated: {header.data_end:,} bytes are needed for "
+            f"{path}: the file is truncated: {header.data_end:,} bytes are needed for "
             f"{shape_text(header.shape)} voxels, and there are {available:,}; copy or convert it again"
         )
 
@@ -114,7 +119,7 @@ def oriented(header: Header, path: Path) -> Grid:
     """The grid of a header; raises an InputError if it has no orientation."""
     if header.grid is None:
         raise InputError(
-            f"{printable(path)}: the header has no orientation (sform and qform codes are 0), so left and right cannot "
+            f"{path}: the header has no orientation (sform and qform codes are 0), so left and right cannot "
             "be distinguished; convert the image again from DICOM"
         )
     return header.grid
@@ -134,18 +139,18 @@ def check_kind(header: Header, path: Path, kind: str = "image") -> None:
     ------
     InputError
     """
-    name, shape = printable(path), header.shape
+    shape = header.shape
     if len(shape) > 4:
-        raise InputError(f"{name}: an image of {shape_text(shape)} voxels; expected a 3-D or 4-D image")
+        raise InputError(f"{path}: an image of {shape_text(shape)} voxels; expected a 3-D or 4-D image")
     if header.dtype.kind not in "iuf":
-        raise InputError(f"{name}: voxels are of type {header.dtype}; expected real numbers")
+        raise InputError(f"{path}: voxels are of type {header.dtype}; expected real numbers")
     if kind == "series" and len(shape) == 3:
         raise InputError(
-            f"{name}: a single volume of {shape_text(shape)} voxels; expected a diffusion-weighted series (4-D); "
+            f"{path}: a single volume of {shape_text(shape)} voxels; expected a diffusion-weighted series (4-D); "
             "convert the whole series, or exclude this file with --bids-filter-file"
         )
     if kind == "volume" and len(shape) == 4:
-        raise InputError(f"{name}: {shape[3]} volumes; expected a single 3-D image")
+        raise InputError(f"{path}: {shape[3]} volumes; expected a single 3-D image")
 
 
 def read_shape(path: Path) -> tuple[int, ...]:
@@ -184,7 +189,7 @@ def _grid(header: Any, shape: tuple[int, int, int], path: Path) -> tuple[Grid | 
 
     The sform is taken where there is one, as in nibabel, FSL and SPM; the qform and the voxel sizes have to agree.
     """
-    name, has_sform, has_qform = printable(path), int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
+    has_sform, has_qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
     if not has_sform and not has_qform:
         return None, ""
     sizes = np.array([float(size) for size in header["pixdim"][1:4]])
@@ -195,25 +200,25 @@ def _grid(header: Any, shape: tuple[int, int, int], path: Path) -> tuple[Grid | 
             qform = np.asarray(header.get_qform(), float)
         except Exception as error:  # nibabel raises many types
             if sform is None:
-                raise InputError(f"{name}: the qform is invalid ({first_line(error)}); convert it again") from None
+                raise InputError(f"{path}: the qform is invalid ({first_line(error)}); convert it again") from None
             note = f"{path.name}: the qform is invalid; the sform was taken."
     affine = sform if sform is not None else qform
     assert affine is not None
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(f"{name}: the header's affine is singular; convert the image again from DICOM")
+        raise InputError(f"{path}: the header's affine is singular; convert the image again from DICOM")
     grid = Grid(shape, affine)
     if sform is not None and sizes.any():
-        _check_sizes(grid.voxel_sizes, sizes, name)
+        _check_sizes(grid.voxel_sizes, sizes, path)
     if sform is not None and qform is not None:
         note = _difference(grid, qform, path.name)
     return grid, note
 
 
-def _check_sizes(of_sform: np.ndarray, of_header: np.ndarray, name: str) -> None:
+def _check_sizes(of_sform: np.ndarray, of_header: np.ndarray, path: Path) -> None:
     """Raise an InputError if the voxel sizes of the sform differ from those of pixdim, which are those of the qform."""
     if not np.isfinite(of_header).all() or (np.abs(of_sform - np.abs(of_header)) > SAME_SIZE * of_sform).any():
         raise InputError(
-            f"{name}: the header gives voxels of {_sizes(of_sform)} mm in its sform but {_sizes(of_header)} mm in "
+            f"{path}: the header gives voxels of {_sizes(of_sform)} mm in its sform but {_sizes(of_header)} mm in "
             "pixdim (the qform), so the size of the head is unknown; convert the image again, or correct the header"
         )
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from dsiprep.errors import GradientError, InputError
-from dsiprep.io.files import printable, read_text
+from dsiprep.io.files import read_text
 
 
 def read_numbers(path: Path) -> np.ndarray:
@@ -29,8 +29,8 @@ def read_numbers(path: Path) -> np.ndarray:
         rows = [[float(word) for word in words] for words in lines if words]
     except ValueError as error:
         reason = str(error) if len(str(error)) < 80 else f"{str(error)[:77]}..."
-        raise GradientError(f"{printable(path)}: not a table of numbers ({reason}); convert the series again") from None
+        raise GradientError(f"{path}: not a table of numbers ({reason}); convert the series again") from None
     if not rows or len({len(row) for row in rows}) != 1:
         found = "empty" if not rows else "rows of different length"
-        raise GradientError(f"{printable(path)}: {found}; expected a table of numbers; convert the series again")
+        raise GradientError(f"{path}: {found}; expected a table of numbers; convert the series again")
     return np.array(rows)

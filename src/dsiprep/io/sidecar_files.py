@@ -13,7 +13,7 @@ from typing import Any
 
 from dsiprep.errors import MetadataError
 from dsiprep.io.bids_filters import entities
-from dsiprep.io.files import printable, read_json
+from dsiprep.io.files import read_json
 
 EXTENSIONS = (".json", ".bval", ".bvec")
 
@@ -66,7 +66,7 @@ class SidecarFiles:
         for (general, few), (specific, more) in pairwise(matches):
             if not few.items() <= more.items() or few == more:
                 raise MetadataError(
-                    f"{printable(image)}: both {general} and {specific} in {printable(folder)} apply to it and neither "
+                    f"{image}: both {general} and {specific} in {folder} apply to it and neither "
                     "is more specific; rename one after the image, or merge them"
                 )
         return [folder / name for name, _ in matches]

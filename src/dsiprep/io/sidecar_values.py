@@ -11,8 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dsiprep.errors import MetadataError
-from dsiprep.io.files import printable
+from dsiprep.errors import MetadataError, printable
 
 NUMBERS = (
     "TotalReadoutTime",
@@ -90,7 +89,7 @@ def clean_metadata(metadata: Mapping[str, Any], name: str) -> tuple[dict[str, An
         except (ValueError, TypeError, OverflowError):
             if field in CHECKED_WHERE_USED:
                 continue
-            problem = f"{printable(name)}: {field} is {shown(metadata[field])}; expected {wanted}"
+            problem = f"{name}: {field} is {shown(metadata[field])}; expected {wanted}"
             if field in NAMES:
                 raise MetadataError(f"{problem}; correct the sidecar, or remove the field") from None
             notes.append(f"{problem}; it is ignored.")

@@ -11,7 +11,6 @@ from dsiprep.data.acquisition import EpiReference, Run, Unit
 from dsiprep.errors import InputError
 from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import OR_IGNORE
-from dsiprep.io.files import printable
 from dsiprep.io.gradients import require_b0
 from dsiprep.io.nifti_header import Header, check_extent, check_kind, oriented, read_header
 from dsiprep.io.unit_reader import require_files
@@ -68,7 +67,7 @@ def _check_run(run: Run, b0_threshold: float) -> np.ndarray:
     header = check_header(run.image, "series")
     if min(header.shape[:3]) < MIN_SLICES:
         raise InputError(
-            f"{printable(run.image)}: {min(header.shape[:3])} slices; head motion is estimated in three dimensions, "
+            f"{run.image}: {min(header.shape[:3])} slices; head motion is estimated in three dimensions, "
             f"which needs at least {MIN_SLICES}; exclude this file with --bids-filter-file"
         )
     return read_b_table(run.bval, run.bvec, header.shape[3], b0_threshold).bvals

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsiprep.data.results import Blip, UnitResults
-from dsiprep.io.files import printable
+from dsiprep.errors import printable
 from dsiprep.io.quality_columns import column_meaning
 from dsiprep.report import plots
 from dsiprep.report.page_parts import Fact, FigureWriter, Section
