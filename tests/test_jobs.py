@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -13,7 +14,8 @@ import pytest
 
 from dsiprep import jobs
 from dsiprep.cli.terminal import run_and_show
-from dsiprep.data.acquisition import Unit
+from dsiprep.data.acquisition import Unit, UnusedImage
+from dsiprep.errors import InputError
 from dsiprep.jobs import Job, Outcome, run_jobs, run_subject
 from dsiprep.settings import Settings
 
@@ -121,6 +123,22 @@ def test_log_of_an_earlier_failure_is_removed_by_success(tmp_path: Path, monkeyp
     monkeypatch.setattr(jobs, "_run_unit", lambda unit, job, on_step: None)
     list(run_subject(job(tmp_path), lambda unit, step: None))
     assert not log.exists()
+
+
+def test_table_shows_brackets_and_unused_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise InputError("/data [raw]/[/b]: damaged")
+
+    monkeypatch.setattr(jobs, "_run_unit", fails)
+    monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
+    work = job(tmp_path)
+    unit = replace(work.units[0], unused=(UnusedImage(Path("sub-01_T2w.nii.gz"), "--anat-modality T1w"),))
+    assert run_and_show([replace(work, units=(unit,))], 1, False) == 1
+    shown = capsys.readouterr().err
+    assert "/data [raw]/[/b]: damaged" in " ".join(shown.split())
+    assert "Images that are not used:\n  sub-01_T2w.nii.gz: --anat-modality T1w" in shown
 
 
 @pytest.mark.parametrize(

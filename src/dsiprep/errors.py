@@ -12,8 +12,17 @@ Every message states what was found, what is wanted and what to do.
 """
 
 
+def printable(text: object) -> str:
+    """A path or message on one line, with characters that are not UTF-8 or not printable as escapes."""
+    decoded = str(text).encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
+
+
 class DsiprepError(Exception):
     """Base of all errors that are shown to the user as one sentence, without a traceback."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class InputError(DsiprepError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import logging
-import math
 import time
 import traceback
 from collections import deque
@@ -26,7 +25,7 @@ from dsiprep import __version__
 from dsiprep.cache import Cache, LockedError, exclusive
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
-from dsiprep.errors import DsiprepError
+from dsiprep.errors import DsiprepError, printable
 from dsiprep.settings import Settings
 
 log = logging.getLogger("dsiprep")
@@ -102,14 +101,10 @@ class Outcome:
 
 
 def memory_needed(job: Job) -> int:
-    """Approximate peak memory of a job in MB: five float32 copies of its largest unit, and 2500 MB for the rest."""
-    import nibabel as nib
+    """Approximate peak memory of a job in MB."""
+    from dsiprep.plan import expected_cost
 
-    largest = 0
-    for unit in job.units:
-        shapes = [nib.load(run.image).shape for run in unit.runs]  # type: ignore[attr-defined]
-        largest = max(largest, sum(math.prod(shape) for shape in shapes))
-    return 2500 + round(5 * 4 * largest / 2**20)
+    return expected_cost(job.units)[1]
 
 
 def parallel_subjects(jobs: Sequence[Job], cores: int, cores_per_subject: int = 0, memory: int = 0) -> int:
@@ -267,6 +262,7 @@ def _attempt(job: Job, name: str, step: Callable[[], T]) -> tuple[T | None, Outc
         _log_file(name, job.out).unlink(missing_ok=True)  # of an earlier failure
     except Exception as problem:
         error, log_file = _explain(problem, name, job.out)
+        error = printable(error)
     return result, Outcome(job.subject, name, time.perf_counter() - start, error, log_file)
 
 
@@ -351,7 +347,7 @@ def _write_log(problem: Exception, name: str, out: Path) -> Path | None:
     log_file = _log_file(name, out)
     try:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        log_file.write_text("".join(traceback.format_exception(problem)))
+        log_file.write_text("".join(traceback.format_exception(problem)), errors="backslashreplace")
     except OSError:
         return None
     return log_file

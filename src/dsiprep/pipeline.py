@@ -30,10 +30,11 @@ from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
 from dsiprep.engines.selection import anatomical_steps, check_engines, distortion_step, engine_fingerprints
 from dsiprep.io import fieldmaps, nifti, templates, unit_reader
-from dsiprep.io.bids import read_unit, require_files
+from dsiprep.io.bids import read_unit
 from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
+from dsiprep.io.unit_check import check_unit
 from dsiprep.io.user_mask import find_mask
 from dsiprep.plan import choose_distortion, choose_structural
 from dsiprep.settings import (
@@ -142,7 +143,7 @@ def preprocess(
 
 
 def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acquired]:
-    require_files(unit, settings.anatomy.modality)
+    check_unit(unit, settings)
     raw = cache.files(
         unit_reader, unit.files(), [unit.sidecar_fields(), settings.acquisition], lambda: read_unit(unit, settings)
     )

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsiprep.data.acquisition import SamplingScheme, Unit
+from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.results import Acquired
 from dsiprep.engines.selection import engines_for
-from dsiprep.errors import SettingsError
+from dsiprep.errors import InputError, SettingsError
+from dsiprep.io.nifti_header import read_shape
 from dsiprep.io.templates import load_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
 from dsiprep.stages import motion
 
-__all__ = ["check_anatomy", "choose_distortion", "choose_lead", "choose_structural", "plan_stages"]
+__all__ = [
+    "check_anatomy",
+    "choose_distortion",
+    "choose_lead",
+    "choose_structural",
+    "expected_cost",
+    "not_done",
+    "plan_distortion",
+    "plan_stages",
+]
 
 log = logging.getLogger("dsiprep")
 
@@ -42,8 +53,13 @@ def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
     return candidates[0] if candidates else unit
 
 
-def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
+def check_anatomy(units: Sequence[Unit], settings: Settings) -> str:
     """Check template and brain masks before any long computation; a missing template is downloaded if possible.
+
+    Returns
+    -------
+    str
+        Name of the template.
 
     Raises
     ------
@@ -58,14 +74,15 @@ def check_anatomy(units: Sequence[Unit], settings: Settings) -> None:
             f"--anat-mask {anatomy.mask}: a single mask for several subjects; use {{subject}} in its path, give a "
             "folder of derivatives, or select one subject with --participant-label"
         )
-    note = load_template(
-        anatomy.template, anatomy.modality, allow_network=anatomy.normalize or bool(anatomy.template)
-    ).note
+    download = anatomy.normalize or bool(anatomy.template)
+    template = load_template(anatomy.template, anatomy.modality, allow_network=download)
+    note = template.note
     if note and anatomy.normalize and any(unit.structural(anatomy.modality) for unit in units):
         log.warning(note)
     for unit in units:
         if unit.structural(anatomy.modality):
             find_mask(unit, anatomy)
+    return template.name
 
 
 def choose_structural(unit: Unit, settings: Settings) -> str:
@@ -77,12 +94,21 @@ def choose_structural(unit: Unit, settings: Settings) -> str:
 
 def choose_distortion(unit: Unit, acquired: Acquired, settings: Settings) -> tuple[str, str]:
     """Return the distortion correction method for the phase encodings of a unit, and a sentence with the reason."""
+    directions = [blip.pe.direction for blip in acquired.blips if blip.pe] if len(acquired.blips) > 1 else []
+    return _decide_distortion(unit, directions, acquired.blips[0].pe, settings)
+
+
+def _decide_distortion(
+    unit: Unit, directions: Sequence[str], pe: PhaseEncoding | None, settings: Settings
+) -> tuple[str, str]:
+    """Method and reason; `directions` are the opposite phase encodings (empty without any), `pe` that of the runs."""
     if settings.distortion.method == "none":
         return "none", "Distortion is not corrected: the correction is disabled."
-    if len(acquired.blips) > 1:
-        directions = " and ".join(blip.pe.direction for blip in acquired.blips if blip.pe)
-        return "drbuddi", f"Blip-up/blip-down correction of phase encodings {directions} (the DRBUDDI model)."
-    pe, chosen = acquired.blips[0].pe, choose_structural(unit, settings)
+    if directions:
+        return "drbuddi", (
+            f"Blip-up/blip-down correction of phase encodings {' and '.join(directions)} (the DRBUDDI model)."
+        )
+    chosen = choose_structural(unit, settings)
     if pe is None and chosen and unit.runs[0].axis is not None:
         return "fieldmapless", (
             f"Fieldmapless correction with the tissue classes of the {chosen}, along {'ijk'[unit.runs[0].axis]}: the "
@@ -102,7 +128,57 @@ def choose_distortion(unit: Unit, acquired: Acquired, settings: Settings) -> tup
     return "none", f"Distortion is not corrected: {reason}."
 
 
-def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit) -> dict[str, str]:
+def plan_distortion(unit: Unit, settings: Settings) -> tuple[str, str]:
+    """Method and reason as from `choose_distortion`, before the files are read."""
+    first = unit.runs[0].pe
+    known = first is not None and all(run.pe is not None for run in unit.runs)
+    pairs = [direction for direction in unit.reversed_pairs() if known and first and direction[0] == first.direction[0]]
+    return _decide_distortion(unit, pairs, first if known else None, settings)
+
+
+def not_done(unit: Unit, settings: Settings) -> list[str]:
+    """What will not be done for a unit, and why: one sentence each."""
+    method, reason = plan_distortion(unit, settings)
+    modality = settings.anatomy.modality
+    sentences = [reason] if method == "none" else []
+    if not unit.structural(modality):
+        why = "disabled" if modality == "none" else f"there is no {modality}"
+        sentences.append(f"Nothing is aligned with a structural image or normalised: {why}.")
+    elif not settings.anatomy.normalize:
+        sentences.append("The structural image is not normalised to a template: disabled.")
+    if settings.motion.method == "none":
+        sentences.append("Head motion is not corrected: disabled.")
+    if settings.denoise.method == "none":
+        sentences.append("Noise is not removed: disabled.")
+    return sentences
+
+
+def expected_cost(units: Sequence[Unit]) -> tuple[float, int]:
+    """Approximate CPU time in minutes of all units, and peak memory in MB of the largest.
+
+    With N the voxels of all volumes, in millions, a unit takes 1 + 0.027 N minutes and 2500 + 19 N MB: five float32
+    copies of the series. Both are from whole runs of the phantoms in README.md (N = 18 and 131), on one core without a
+    GPU; a run on several cores takes less time.
+    """
+    minutes, memory = 0.0, 0
+    for unit in units:
+        millions = sum(math.prod(_shape(run.image)) for run in unit.runs) / 1e6
+        minutes += 1 + 0.027 * millions
+        memory = max(memory, 2500 + round(5 * 4 * millions * 1e6 / 2**20))
+    return minutes, memory
+
+
+def _shape(path: Path) -> tuple[int, ...]:
+    """Shape of an image; of none that can be read, whose error is raised on reading."""
+    try:
+        return read_shape(path)
+    except InputError:
+        return (0,)
+
+
+def plan_stages(
+    unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit, template: str = ""
+) -> dict[str, str]:
     """Describe what each stage would do for a unit, without computing anything.
 
     Parameters
@@ -113,6 +189,8 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
     settings : Settings
     lead : Unit
         Result of `choose_lead`.
+    template : str
+        Name from `check_anatomy`.
 
     Returns
     -------
@@ -120,29 +198,20 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
         Description by stage name.
     """
     images = unit.structural(settings.anatomy.modality)
+    method, reason = plan_distortion(unit, settings)
     b0_registration = "not needed" if lead.name == unit.name else f"b=0 reference to that of {lead.name}"
-    if settings.distortion.method == "none":
-        susceptibility = "none: disabled"
-    elif unit.reversed_pairs():
-        susceptibility = "drbuddi: opposite phase encodings " + " and ".join(unit.reversed_pairs())
-    elif unit.gre:
-        susceptibility = f"gre: gradient-echo fieldmap ({unit.gre.kind})"
-    elif (chosen := choose_structural(unit, settings)) and unit.runs[0].axis is not None:
-        susceptibility = f"fieldmapless: no fieldmap; tissue classes of the {chosen}"
-    else:
-        susceptibility = "none: no opposite phase encodings (see the notes)"
     engines = engines_for(unit, settings)
     return {
         **({"engines": ", ".join(engines) + ": checked before processing starts"} if engines else {}),
         "denoise": f"{settings.denoise.method}, unringing {settings.denoise.unringing}",
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
-        "distortion": susceptibility,
+        "distortion": f"{method}: {reason[0].lower()}{reason[1:].rstrip('.')}",
         "anatomy": (
             f"{len(images)} {settings.anatomy.modality} image{'s' if len(images) > 1 else ''}: "
             f"{'N4, ' if settings.anatomy.biascorrect == 'n4' else ''}brain mask, ACPC, "
-            + ("template" if settings.anatomy.normalize else "no template (disabled)")
+            + (f"template {template}".rstrip() if settings.anatomy.normalize else "no template (disabled)")
             if images
-            else f"none: the b=0 reference of {lead.name} is rigidly registered to the template"
+            else f"none: the b=0 reference of {lead.name} is rigidly registered to the template {template}".rstrip()
         ),
         "coregister": f"{settings.coregister.dof} degrees of freedom" if images else b0_registration,
         "resample": f"one cubic B-spline interpolation at {settings.resample.resolution:g} mm, "

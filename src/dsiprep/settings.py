@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, cast
@@ -68,6 +69,8 @@ def _problem(value: Any, default: Any, metadata: Any) -> str:
         return f"{value!r} is not {name}"
     if metadata["choices"] and value not in metadata["choices"]:
         return f"{value!r} is not one of {', '.join(map(str, metadata['choices']))}"
+    if kind not in (bool, str) and abs(cast(float, value)) > sys.float_info.max:
+        return "the value is not a finite number"
     least, above, most = (metadata[bound] for bound in ("least", "above", "most"))
     if least is not None and not value >= least:
         return f"{value:g} is too small; the smallest accepted value is {least:g}"

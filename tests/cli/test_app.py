@@ -175,6 +175,25 @@ def test_filter_file_without_json_object_is_rejected(
     assert "holds a list" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("pipe", "a named pipe"), ("/dev/zero", "a device"), ("nowhere", "target does not exist"), ("deep", "too deeply")],
+)
+def test_filter_file_that_cannot_be_read(
+    kind: str, message: str, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "filter.json"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "deep":
+        path.write_text("[" * 100_000)
+    else:
+        path.symlink_to(kind)
+    arguments = [*command(dataset, tmp_path / "out"), "-w", str(tmp_path / "work"), "--bids-filter-file", str(path)]
+    assert cli.main(arguments) == 2
+    assert f"{message}" in capsys.readouterr().err
+
+
 def test_unexpected_error_prints_one_line_and_logs_the_traceback(
     dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +205,12 @@ def test_unexpected_error_prints_one_line_and_logs_the_traceback(
     log = Path(message.split()[-1])
     assert "Traceback" in log.read_text()
     log.unlink()
+
+
+def test_errors_are_one_printable_line() -> None:
+    name = os.fsdecode(b"caf\xe9\n\x1b[31m")
+    message = str(OutputError(f"{name}: \ud800 é"))
+    assert message == "caf\\udce9\\n\\x1b[31m: \\ud800 é"
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps"])

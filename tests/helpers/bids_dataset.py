@@ -19,10 +19,11 @@ LAS = np.array([[-2.0, 0, 0, 5], [0, 2, 0, -5], [0, 0, 2, 1], [0, 0, 0, 1]])
 
 
 class Dataset:
-    """A tiny BIDS dataset, written file by file."""
+    """A tiny BIDS dataset with images of `shape`, written file by file."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, shape: tuple[int, int, int] = (4, 5, 3)) -> None:
         self.root = root
+        self.shape = shape
         self.json(root / "dataset_description.json", {"Name": "tiny", "BIDSVersion": "1.10.0"})
 
     def json(self, path: Path, content: dict[str, Any]) -> None:
@@ -34,7 +35,7 @@ class Dataset:
         kind = {"dwi": "dwi", "T1w": "anat", "T2w": "anat"}.get(parts[-1], "fmap")
         folder = self.root.joinpath(*[p for p in parts if p.startswith(("sub-", "ses-"))], kind)
         folder.mkdir(parents=True, exist_ok=True)
-        shape = (4, 5, 3, volumes) if volumes > 1 else (4, 5, 3)
+        shape = (*self.shape, volumes) if volumes > 1 else self.shape
         largest = 4095 if "phase" in parts[-1] else 99  # phases as Siemens stores them
         data = np.random.default_rng(0).integers(1, largest, shape, endpoint=True).astype(np.int16)
         path = folder / f"{name}.nii.gz"

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit
+from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit, UnusedImage
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import (
@@ -216,6 +216,9 @@ def _shift(hz: np.ndarray, pe: PhaseEncoding, grid: Grid) -> np.ndarray:
     return (hz * (pe.readout_time or 0) * pe.polarity)[..., None] * pe.vector(grid)
 
 
+UNUSED = (UnusedImage(Path("sub-01_T2w.nii.gz"), "--anat-modality T1w"),)
+
+
 def _unit(session: str | None, blips: int) -> Unit:
     name = "sub-01" + (f"_ses-{session}" if session else "") + "_acq-dsi"
     runs = tuple(
@@ -227,7 +230,7 @@ def _unit(session: str | None, blips: int) -> Unit:
         "TotalReadoutTime was derived from EffectiveEchoSpacing and ReconMatrixPE.",
     )
     epi = EpiReference(Path(f"{name}_dir-PA_epi.nii.gz"), PhaseEncoding(1, 1, 0.05))
-    return Unit("01", session, name, runs, (epi,), (Path("sub-01_T1w.nii.gz"),), (), notes)
+    return Unit("01", session, name, runs, (epi,), (Path("sub-01_T1w.nii.gz"),), (), notes, unused=UNUSED)
 
 
 def _motion(

@@ -18,11 +18,11 @@ from dsiprep.io.nifti import (
     SCANNER,
     read_image,
     read_series,
-    read_shape,
     read_volume,
     to_lps,
     write_image,
 )
+from dsiprep.io.nifti_header import read_shape
 from helpers.bids_dataset import LAS
 
 
@@ -113,6 +113,19 @@ def test_damaged_files_raise(tmp_path: Path) -> None:
             read_image(tmp_path / "junk.nii")
     with pytest.raises(InputError, match=r"none\.nii: there is no such file"):
         read_image(tmp_path / "none.nii")
+
+
+def test_gzip_streams_of_several_members_and_with_padding(tmp_path: Path) -> None:
+    data = ramp((6, 4, 5, 3))
+    write_image(tmp_path / "a.nii", data, Grid((4, 5, 3), LAS))
+    content = (tmp_path / "a.nii").read_bytes()
+    for name, stream in (
+        ("members", gzip.compress(content[:500]) + gzip.compress(content[500:])),
+        ("padded", gzip.compress(content) + bytes(512)),
+        ("more", gzip.compress(content + bytes(10**8), 9)),  # what follows the voxels is not decompressed
+    ):
+        (tmp_path / f"{name}.nii.gz").write_bytes(stream)
+        np.testing.assert_array_equal(read_image(tmp_path / f"{name}.nii.gz")[0], data)
 
 
 def test_nan_and_infinite_values_raise(tmp_path: Path) -> None:

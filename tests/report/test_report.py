@@ -119,6 +119,12 @@ def test_page_contains_all_sections_failures_and_command(page: Path) -> None:
     assert "1.2.3" in text
 
 
+def test_page_lists_images_that_are_not_used(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert "Images of the subject that are not used" in text
+    assert re.search(r"sub-01_T2w\.nii\.gz.*\n?.*--anat-modality T1w", text)
+
+
 def test_page_contains_values_of_the_results(page: Path, subject: UnitResults) -> None:
     text = page.read_text(encoding="utf-8")
     assert f"{subject.quality.table['mean_fd']:.4g} mm" in text

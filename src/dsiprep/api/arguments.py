@@ -5,7 +5,6 @@ Every problem raises InputError with what was found, what is wanted and what to 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
-from dsiprep.errors import InputError, MetadataError
+from dsiprep.errors import InputError
+from dsiprep.io.files import read_json
+from dsiprep.io.sidecar_values import clean_metadata
 
 __all__ = [
     "Array",
@@ -116,10 +117,7 @@ def check_type(value: T, kind: type[T], name: str) -> T:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """The fields of a JSON sidecar; none if there is no such file."""
-    if not path.is_file():
+    """The fields of a JSON sidecar as they are meant; none if there is no such file."""
+    if not path.exists() and not path.is_symlink():
         return {}
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise MetadataError(f"{path}: not a JSON sidecar ({error}); correct or remove it") from error
+    return clean_metadata(read_json(path), path.name)[0]

@@ -16,8 +16,9 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion
 from dsiprep.device import choose, with_cpu_fallback
 from dsiprep.errors import InputError, MetadataError, OutputError
+from dsiprep.io.b_tables import read_bvals
 from dsiprep.io.derivatives import sdc_chain
-from dsiprep.io.gradients import read_bvals, read_gradients, require_b0
+from dsiprep.io.gradients import read_gradients, require_b0
 from dsiprep.io.itk import write_composite_h5
 from dsiprep.io.nifti import read_image, read_series, read_volume, write_image
 from dsiprep.io.sidecars import phase_encoding

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
+import io
 import logging
 import os
 import signal
@@ -24,9 +24,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dsiprep import __version__, settings
 from dsiprep.cli.legacy_options import add_legacy_options
 from dsiprep.cli.unsupported import UNSUPPORTED_OPTIONS, RejectOption, reject_eddy, take_eddy, value_converter
-from dsiprep.errors import DsiprepError, OutputError, SettingsError
+from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError, printable
+from dsiprep.io.files import read_json
 
 if TYPE_CHECKING:
+    from dsiprep.cli.plan_page import PlannedUnit
     from dsiprep.data.acquisition import Unit
     from dsiprep.jobs import Job
 
@@ -111,7 +113,9 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         help="CPU cores per subject; if lower than --nprocs, subjects run in parallel (default: --nprocs)")  # fmt: skip
     add("--mem", "--mem-mb", type=_megabytes, default=0, metavar="MB",
         help="total memory, which limits the number of subjects that run in parallel (default: no limit)")  # fmt: skip
-    add("--dry-run", action="store_true", help="print the plan and exit")
+    add("--dry-run", action="store_true", help="check all files except voxels, print the plan and exit")
+    add("--json", action="store_true", help="with --dry-run: print the plan as JSON")
+    add("--validate", action="store_true", help="run bids-validator-deno first and stop if it finds errors")
     add("--anat-only", action="store_true", help="process only the structural images")
     add("--reports-only", action="store_true", help="rebuild the reports from cached results; compute nothing")
     add("--boilerplate-only", action="store_true", help="write the methods text from cached results; compute nothing")
@@ -152,7 +156,7 @@ def _megabytes(text: str) -> int:
     unit = text[len(digits) : len(digits) + 1].upper() or "M"
     try:
         return int(float(digits) * units[unit])
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 16000 or 16G") from None
 
 
@@ -188,6 +192,7 @@ def _check_combinations(chosen: settings.Settings, options: argparse.Namespace) 
         (options.nprocs >= 1, f"--nprocs {options.nprocs}: give the number of cores to use, 1 or more"),
         (options.omp_nthreads >= 0, f"--omp-nthreads {options.omp_nthreads}: give the number of cores per subject"),
         (options.mem >= 0, f"--mem {options.mem}: give the total memory in MB"),
+        (options.dry_run or not options.json, "--json prints the plan; use it with --dry-run"),
     )  # fmt: skip
     for valid, message in rules:
         if not valid:
@@ -217,12 +222,9 @@ def _shoreline_config(path: Path) -> dict[str, Any]:
 
 def _read_json(flag: str, path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"{flag} {path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise SettingsError(f"{flag} {path} holds a {type(content).__name__}; expected a JSON object, {{...}}")
-    return content
+        return read_json(path)
+    except InputError as error:
+        raise SettingsError(f"{flag}: {error}") from None
 
 
 def check_folders(options: argparse.Namespace) -> None:
@@ -242,9 +244,8 @@ def check_folders(options: argparse.Namespace) -> None:
         raise OutputError(f"the output folder {out} is inside the BIDS folder; only its derivatives/ may hold outputs")
     if work.is_relative_to(bids):
         raise OutputError(f"the work folder {work} is inside the BIDS folder; choose another with --work-dir")
-    if not options.dry_run:
-        _check_writable("output", out)
-        _check_writable("work", work)
+    _check_writable("output", out)
+    _check_writable("work", work)
     if not options.skip_bids_validation and not (bids / "dataset_description.json").is_file():
         raise OutputError(
             f"{bids} has no dataset_description.json, so it is not the root of a BIDS dataset; "
@@ -261,6 +262,9 @@ def _check_writable(name: str, folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 success, 1 failure, 2 invalid options, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     options = build_parser().parse_args(arguments)
     logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
                         format="%(levelname)s: %(message)s")  # fmt: skip
@@ -301,7 +305,7 @@ def _interrupted_by_sigterm() -> Iterator[None]:
 def _report_unexpected(problem: Exception) -> str:
     """Write the traceback of an unexpected error to a log file and return a one-line message."""
     handle, log_file = tempfile.mkstemp(prefix="dsiprep-", suffix=".log")
-    with os.fdopen(handle, "w") as stream:
+    with os.fdopen(handle, "w", errors="backslashreplace") as stream:
         stream.write("".join(traceback.format_exception(problem)))
     if isinstance(problem, OSError) and problem.filename is not None:
         return f"{problem.filename}: {problem.strerror}; check the path and permissions, then rerun (log: {log_file})"
@@ -309,11 +313,14 @@ def _report_unexpected(problem: Exception) -> str:
 
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
-    from dsiprep.cli.terminal import print_plan, run_and_show
+    from dsiprep.cli.plan_page import plan_units, validate_dataset
+    from dsiprep.cli.terminal import run_and_show
     from dsiprep.io.bids import find_units
     from dsiprep.jobs import parallel_subjects
     from dsiprep.plan import check_anatomy
 
+    if options.validate:
+        validate_dataset(options.bids_dir.resolve())
     failed: dict[str, DsiprepError] = {}
     units = find_units(
         options.bids_dir.resolve(),
@@ -333,15 +340,25 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
     }
     for message in failure_messages.values():
         print(f"dsiprep: {message}", file=sys.stderr)
+    template = check_anatomy(units, chosen) if units else ""
+    jobs = _jobs(units, options, chosen, printable("dsiprep " + " ".join(arguments)))
     if options.dry_run:
-        print_plan(units, chosen)
-        return 1 if failed else 0
+        return _show_plan(plan_units(units, chosen, template), failure_messages, options)
     if not units or (failed and options.stop_on_first_crash):
         return 1
-    check_anatomy(units, chosen)
-    jobs = _jobs(units, options, chosen, "dsiprep " + " ".join(arguments))
     processes = parallel_subjects(jobs, options.nprocs, options.omp_nthreads, options.mem)
     return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
+
+
+def _show_plan(planned: Sequence[PlannedUnit], failed: dict[str, str], options: argparse.Namespace) -> int:
+    """Print the plan and return the exit code: 1 if the run would refuse a subject or a unit."""
+    from dsiprep.cli.plan_page import plan_as_json, print_plan
+
+    if options.json:
+        print(plan_as_json(planned, failed, options.bids_dir.resolve()))
+    else:
+        print_plan(planned)
+    return 1 if failed or any(plan.problem for plan in planned) else 0
 
 
 def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:

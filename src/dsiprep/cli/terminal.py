@@ -1,32 +1,18 @@
-"""Terminal output: the plan, the progress bars and the table of results."""
+"""Terminal output of a run: the progress bars and the table of results."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from dsiprep.data.acquisition import Unit
+from dsiprep.cli.plan_page import print_unused
+from dsiprep.errors import printable
 from dsiprep.jobs import Job, Outcome, run_jobs
 from dsiprep.pipeline import STEPS
-from dsiprep.plan import choose_lead, plan_stages
-from dsiprep.settings import Settings
-
-
-def print_plan(units: Sequence[Unit], settings: Settings) -> None:
-    """Print the input files and the planned stages of each unit (`--dry-run`)."""
-    from dsiprep.io.bids import explain, scheme_of
-
-    console = Console(highlight=False, soft_wrap=True)
-    for unit in units:
-        scheme = scheme_of(unit, settings.acquisition.b0_threshold)
-        console.print(explain(unit, scheme), markup=False)
-        console.print("  Stages:")
-        for stage, method in plan_stages(unit, scheme, settings, choose_lead(unit, units, settings)).items():
-            console.print(f"    {stage:<12} {method}", markup=False)
-        console.print()
 
 
 def run_and_show(
@@ -41,7 +27,12 @@ def run_and_show(
     subjects are listed in the table as failed.
     """
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[step]}"),
+        TimeElapsedColumn(),
+    )
     outcomes = [Outcome(subject, f"sub-{subject}", 0.0, error) for subject, error in (grouping_errors or {}).items()]
     with Progress(*columns, console=console) as progress:
         bars = _Bars(progress, jobs)
@@ -53,6 +44,7 @@ def run_and_show(
     planned = [unit.name for job in jobs for unit in job.units]
     names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
     _print_table(console, names, outcomes, jobs[0])
+    print_unused(console, [unit for job in jobs for unit in job.units])
     return 0 if len(outcomes) == len(planned) and not any(outcome.error for outcome in outcomes) else 1
 
 
@@ -72,7 +64,7 @@ class _Bars:
         if unit in self.tasks:
             self.progress.update(self.tasks[unit], completed=order.index(step.split("-")[0]), step=step)
         if not self.progress.console.is_terminal:
-            self.progress.console.print(f"{unit}: {step}")
+            self.progress.console.print(f"{unit}: {step}", markup=False)
 
     def finish(self, outcome: Outcome) -> None:
         """Complete the bar of a unit; report outcomes have no bar."""
@@ -88,14 +80,14 @@ def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outc
     for name in names:
         outcome = by_name.get(name)
         if outcome is None:
-            table.add_row(name, "not started", "")
+            table.add_row(escape(name), "not started", "")
             continue
-        result = f"[red]failed[/red]: {outcome.error}" if outcome.error else "[green]done[/green]"
+        result = f"[red]failed[/red]: {escape(outcome.error)}" if outcome.error else "[green]done[/green]"
         if outcome.error and outcome.log:
-            result += f"\n(log: {outcome.log})"
-        table.add_row(name, result, f"{outcome.seconds / 60:.1f} min")
+            result += f"\n(log: {escape(printable(outcome.log))})"
+        table.add_row(escape(name), result, f"{outcome.seconds / 60:.1f} min")
     console.print(table)
     for subject in sorted({outcome.subject for outcome in outcomes if not outcome.error}):
         report = job.out / f"sub-{subject}.html"
         if report.exists():
-            console.print(f"Report: {report}", soft_wrap=True)
+            console.print(f"Report: {printable(report)}", soft_wrap=True, markup=False)

@@ -81,6 +81,14 @@ class EpiReference:
 
 
 @dataclass(frozen=True)
+class UnusedImage:
+    """An image of anat, dwi or fmap that no unit takes, and why: a clause without a full stop."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
 class GreFieldmap:
     """A gradient-echo fieldmap of fmap/ intended for the runs.
 
@@ -130,6 +138,8 @@ class Unit:
         Sentences on how files were grouped, what was inferred and what cannot be done.
     output : str
         Name of the joined output that includes this unit's corrected series; empty if the unit has its own output.
+    unused : tuple of UnusedImage
+        Images of the subject that no unit takes.
     """
 
     subject: str
@@ -142,6 +152,7 @@ class Unit:
     notes: tuple[str, ...] = ()
     gre: GreFieldmap | None = None
     output: str = ""
+    unused: tuple[UnusedImage, ...] = ()
 
     def files(self) -> tuple[Path, ...]:
         """Files of the DWI runs and EPI references."""

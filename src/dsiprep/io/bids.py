@@ -11,13 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from qsiplan import (
-    Bids2TableCatalog,
     DWIGrouping,
     FileRecord,
     PreprocUnit,
     build_grouping,
     concatenation_scheme,
-    index_subject,
     selection_for_config,
     to_preproc_units,
 )
@@ -26,12 +24,18 @@ from qsiplan.validation import GroupingIssue
 
 from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, Unit
 from dsiprep.errors import DsiprepError, InputError, MetadataError, SettingsError
-from dsiprep.io.bids_filters import Filters, apply_filters, check_filters, entities
+from dsiprep.io.bids_filters import Filters, check_filters, entities
+from dsiprep.io.dataset_files import DatasetFiles
 from dsiprep.io.fieldmaps import gre_fieldmap
 from dsiprep.io.grouping_notes import Options, assign_output, grouping_notes, structural_notes
-from dsiprep.io.nifti import count_volumes
+from dsiprep.io.nifti_header import count_volumes
+from dsiprep.io.protocols import separate_protocols
+from dsiprep.io.records import SubjectRecords, describe_images
 from dsiprep.io.sidecars import check_readout_times, phase_encoding, relevant_fields
+from dsiprep.io.structural_choice import StructuralChoice, choose_structural_images
+from dsiprep.io.unit_check import with_file_notes
 from dsiprep.io.unit_reader import explain, read_unit, require_files, scheme_of
+from dsiprep.io.unused_images import select_images, with_unused
 from dsiprep.settings import Settings
 
 __all__ = ["explain", "find_units", "read_unit", "require_files", "scheme_of"]
@@ -60,7 +64,8 @@ def find_units(
     bids_dir : Path
         Root of the dataset.
     settings : Settings
-        Only `acquisition.b0_threshold`, `anatomy.modality` and `anatomy.reference` are used.
+        Only `acquisition.b0_threshold`, `anatomy.modality`, `anatomy.reference` and `distortion.anat_reference` are
+        used.
     participants, sessions : sequence of str, optional
         Labels, with or without `sub-` and `ses-`; all by default.
     filters : dict, optional
@@ -94,12 +99,12 @@ def find_units(
     root = Path(bids_dir)
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; expected the root of a BIDS dataset")
-    catalog = Bids2TableCatalog(root)
+    catalog = DatasetFiles(root)
     labels = _subject_labels(catalog, participants)
     session_labels = [session.removeprefix("ses-") for session in sessions] if sessions else None
     options = Options(
         frozenset(ignore), separate_all_dwis, distortion_group_merge, settings.acquisition.b0_threshold,
-        settings.anatomy.modality, settings.anatomy.reference,
+        settings.anatomy.modality, settings.anatomy.reference, settings.distortion.anat_reference,
     )  # fmt: skip
     units: list[Unit] = []
     for label in labels:
@@ -109,12 +114,18 @@ def find_units(
             if failed is None:
                 raise
             failed[label] = error
+        except Exception as error:  # whatever the files of one subject do to qsiplan, the others are processed
+            if failed is None:
+                raise
+            failed[label] = InputError(
+                f"sub-{label}: its files cannot be grouped ({type(error).__name__}: {error}); please report it"
+            )
     if not units and not failed:
         raise InputError(_nothing_found_message(catalog, labels, session_labels, filters))
     return units
 
 
-def _subject_labels(catalog: Bids2TableCatalog, participants: Sequence[str] | None) -> list[str]:
+def _subject_labels(catalog: DatasetFiles, participants: Sequence[str] | None) -> list[str]:
     available = catalog.subjects()
     if not available:
         raise InputError(f"{catalog.root}: no sub-* folders; expected the root of a BIDS dataset")
@@ -129,7 +140,7 @@ def _subject_labels(catalog: Bids2TableCatalog, participants: Sequence[str] | No
 
 
 def _nothing_found_message(
-    catalog: Bids2TableCatalog, labels: list[str], sessions: list[str] | None, filters: Filters | None
+    catalog: DatasetFiles, labels: list[str], sessions: list[str] | None, filters: Filters | None
 ) -> str:
     subjects = f"sub-{labels[0]}" if len(labels) == 1 else f"any of {len(labels)} subjects"
     message = f"{catalog.root}: no diffusion-weighted series (dwi/*_dwi.nii.gz) for {subjects}"
@@ -143,51 +154,38 @@ def _nothing_found_message(
 
 
 def _units_of_subject(
-    catalog: Bids2TableCatalog,
+    catalog: DatasetFiles,
     label: str,
     sessions: list[str] | None,
     filters: Filters | None,
     options: Options,
 ) -> list[Unit]:
-    data = apply_filters(_select_sessions(catalog.subject_data(label), sessions), filters)
-    if not data["dwi"]:
+    images = select_images(catalog.images(label), sessions, filters, options.ignore)
+    if not images.by_kind["dwi"]:
         log.warning("sub-%s: no diffusion-weighted series match the request", label)
         return []
-    no_fieldmaps = bool(options.ignore & {"fieldmaps", "sdc"})
-    try:
-        records, issues = index_subject(
-            catalog, data, no_fieldmaps, "t2w" in options.ignore, b0_threshold=options.b0_threshold
-        )
-    except (ValueError, TypeError) as error:
-        raise MetadataError(f"sub-{label}: {error}") from None
-    if no_fieldmaps:  # references to ignored fieldmaps would be reported as inconsistent
-        records = [replace(record, b0field_identifiers=(), b0field_sources=()) for record in records]
-    subject = _Subject(label, records, options)
+    described = describe_images(catalog.root, label, images, options.b0_threshold)
+    if options.ignore & {"fieldmaps", "sdc"}:  # references to ignored fieldmaps would be reported as inconsistent
+        described.records = [replace(r, b0field_identifiers=(), b0field_sources=()) for r in described.records]
+    subject = _Subject(label, described, options)
     units: list[Unit] = []
-    for grouping, split in _groupings(subject, issues):
+    for grouping, split in _groupings(subject, described.issues):
         units += _units_of_grouping(subject, grouping, split)
-    return _with_unique_names(units)
-
-
-def _select_sessions(data: dict[str, list[str]], sessions: list[str] | None) -> dict[str, list[str]]:
-    """Series and fieldmaps of the requested sessions; structural images of all, which may share one anatomy."""
-    if sessions is None:
-        return data
-    requested: dict[str, list[str | None]] = {"dwi": [*sessions], "fmap": [*sessions, None]}
-    return {
-        kind: [path for path in paths if kind in ("t1w", "t2w") or entities(path).get("ses") in requested[kind]]
-        for kind, paths in data.items()
-    }
+    noted = [with_file_notes(unit, options.b0_threshold) for unit in _with_unique_names(units)]
+    return with_unused(noted, images, described, subject.left_out, options)
 
 
 class _Subject:
     """The files of one subject with their phase encodings, readout times derived where necessary."""
 
-    def __init__(self, label: str, records: list[FileRecord], options: Options) -> None:
+    def __init__(self, label: str, described: SubjectRecords, options: Options) -> None:
         self.label = label
         self.options = options
         self.encodings: dict[str, PhaseEncoding | None] = {}
-        self.notes: dict[str, tuple[str, ...]] = {}
+        self.notes = dict(described.notes)
+        self.left_out: dict[str, str] = {}
+        records, protocol_notes = separate_protocols(described.records)
+        self.notes |= {path: (*self.notes.get(path, ()), note) for path, note in protocol_notes.items()}
         self.records = [self._with_encoding(record) for record in records]
 
     def _with_encoding(self, record: FileRecord) -> FileRecord:
@@ -200,18 +198,21 @@ class _Subject:
             if "sdc" not in self.options.ignore:
                 raise
             pe, notes = None, ()
-        self.encodings[record.path], self.notes[record.path] = pe, notes
+        self.encodings[record.path] = pe
+        self.notes[record.path] = (*self.notes.get(record.path, ()), *(() if "sdc" in self.options.ignore else notes))
         if pe is None or pe.readout_time is None:
             return replace(record, signature=replace(record.signature, readout_time=None))
         rounded = round(pe.readout_time / READOUT_TOLERANCE) * READOUT_TOLERANCE
         return replace(record, signature=replace(record.signature, readout_time=rounded))
 
-    def structural(self, suffix: str, session: str | None) -> tuple[Path, ...]:
-        """T1w or T2w images sorted by name: of all sessions, or, sessionwise, of the session and those without one."""
+    def structural(self, suffix: str, session: str | None) -> StructuralChoice:
+        """The T1w or T2w images: of all sessions, or, sessionwise, of the session and those without one."""
         images = [record for record in self.records if record.is_anat and record.suffix == suffix]
         if self.options.reference == "sessionwise" and session is not None:
             images = [record for record in images if record.session in (session, None)]
-        return tuple(Path(path) for path in sorted(record.path for record in images))
+        choice = choose_structural_images([(record.path, record.metadata) for record in images])
+        self.left_out |= choice.left_out
+        return choice
 
 
 def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWIGrouping, bool]]:
@@ -266,9 +267,7 @@ def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIs
 
 def _raise_errors(grouping: DWIGrouping, except_for: tuple[str, ...] = ()) -> None:
     for issue in grouping.errors:
-        # sidecars of structural images are not used, so they may be ambiguous
-        structural = issue.files and all(grouping.files[path].is_anat for path in issue.files if path in grouping.files)
-        if issue.code not in except_for and not (structural and "json" in issue.code):
+        if issue.code not in except_for:
             raise MetadataError(f"sub-{grouping.subject_id}: {issue.message}")
 
 
@@ -313,15 +312,15 @@ def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool) -> Unit:
     _require_directions(subject, planned)
     runs, epis, short = _runs_and_references(subject, planned)
     notes = grouping_notes(planned, subject.options.ignore, short, split)
-    if "sdc" not in subject.options.ignore:
-        members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
-        notes += [note for path in members for note in subject.notes.get(path, ())]
-    t1w, t2w = (subject.structural(suffix, session) for suffix in ("T1w", "T2w"))
+    members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
     modality, suffixes = subject.options.modality, {record.suffix for record in subject.records if record.is_anat}
-    notes += structural_notes(modality, session, {"T1w": t1w, "T2w": t2w}.get(modality, ()), suffixes)
+    t1w, t2w = (subject.structural(suffix, session) for suffix in ("T1w", "T2w"))
+    chosen = {"T1w": t1w, "T2w": t2w}.get(modality, StructuralChoice((), {}))
+    notes += [note for path in (*members, *map(str, chosen.images)) for note in subject.notes.get(path, ())]
+    notes += [*chosen.notes, *structural_notes(modality, session, chosen.images, suffixes)]
     name = planned.output_name
     gre = None if subject.options.ignore & {"fieldmaps", "sdc"} else gre_fieldmap(planned)
-    return Unit(subject.label, session, name, runs, epis, t1w, t2w, tuple(dict.fromkeys(notes)), gre)
+    return Unit(subject.label, session, name, runs, epis, t1w.images, t2w.images, tuple(dict.fromkeys(notes)), gre)
 
 
 def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from dsiprep.errors import SettingsError
 Filters = Mapping[str, Mapping[str, Any]]
 KINDS = ("dwi", "fmap", "t1w", "t2w")
 OTHER_KINDS = ("sbref", "flair", "roi")  # accepted because QSIPrep has them, but not used
+EXTENSION = re.compile(r"\.(nii\.gz|nii|json|bval|bvec)$")  # a label may hold a dot, though BIDS forbids it
 SHORT_NAMES = {
     "subject": "sub",
     "session": "ses",
@@ -29,7 +31,8 @@ SHORT_NAMES = {
 
 def entities(path: Path | str) -> dict[str, str]:
     """Entities of a BIDS file name by short name, in file order, with the suffix under "suffix"."""
-    stem = Path(path).name.partition(".")[0]
+    name = Path(path).name
+    stem = EXTENSION.sub("", name) if EXTENSION.search(name) else name.partition(".")[0]
     parts: dict[str, str] = {}
     for chunk in stem.split("_"):
         key, dash, value = chunk.partition("-")
@@ -63,7 +66,8 @@ def matches(path: str, query: Mapping[str, Any]) -> bool:
     be present. An integer is compared with the entity as a number: 1 matches run-01.
     """
     values: dict[str, str] = entities(path)
-    values["extension"] = "." + Path(path).name.partition(".")[2]
+    name = Path(path).name
+    values["extension"] = found.group() if (found := EXTENSION.search(name)) else "." + name.partition(".")[2]
     values["datatype"] = Path(path).parent.name
     return all(_value_matches(values.get(SHORT_NAMES.get(key, key)), expected) for key, expected in query.items())
 
@@ -79,7 +83,7 @@ def _value_matches(value: str | None, expected: Any) -> bool:
         return True
     if value is None:
         return False
-    if value.isdigit() and str(expected).isdigit():
+    if value.isdecimal() and str(expected).isdecimal():
         return value == str(expected) or (isinstance(expected, int) and int(value) == expected)
     return value == _without_prefix(str(expected))
 

@@ -16,6 +16,7 @@ from dsiprep.data.grid import Volume
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.errors import InputError, MetadataError
 from dsiprep.io.nifti import read_volume
+from dsiprep.io.sidecar_values import shown
 
 __all__ = ["gre_fieldmap", "read_fieldmap"]
 
@@ -44,7 +45,7 @@ def gre_fieldmap(planned: PreprocUnit) -> GreFieldmap | None:
     if kind == "fieldmap":
         units = str(sidecars[kind].get("Units", "Hz"))
         if units not in HZ_PER_UNIT:
-            raise MetadataError(f"{first}: Units is {units!r}; use one of {', '.join(HZ_PER_UNIT)}: {_remedy()}")
+            raise MetadataError(f"{first}: Units is {shown(units)}; use one of {', '.join(HZ_PER_UNIT)}: {_remedy()}")
         return GreFieldmap("fieldmap", (first,), magnitude, None, units)
     if kind == "phasediff":
         times = [_echo_time(sidecars[kind], field, first) for field in ("EchoTime1", "EchoTime2")]
@@ -69,8 +70,8 @@ def _remedy() -> str:
 def _echo_time(metadata: Mapping[str, Any], field: str, path: Path) -> float:
     try:
         return float(metadata[field])
-    except (KeyError, TypeError, ValueError):
-        found = f"{field} is {metadata[field]!r}" if field in metadata else f"no {field}"
+    except (KeyError, TypeError, ValueError, OverflowError):
+        found = f"{field} is {shown(metadata[field])}" if field in metadata else f"no {field}"
         raise MetadataError(f"{path}: {found} in its sidecar; expected the echo time in s; {_remedy()}") from None
 
 

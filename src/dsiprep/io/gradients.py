@@ -19,9 +19,8 @@ import numpy as np
 
 from dsiprep.data.grid import Grid
 from dsiprep.errors import GradientError
-from dsiprep.io.nifti import lps_axes, volume_list
-
-NORM_TOLERANCE = 0.1
+from dsiprep.io.b_tables import read_b_table
+from dsiprep.io.nifti import lps_axes
 
 # Frames of written tables and the programs that read them, as sidecars state them
 IMAGE_AXES = {
@@ -71,20 +70,10 @@ def read_gradients(
         If a file is missing or not a table of numbers, counts do not match, values are invalid, a diffusion-weighted
         volume has no direction, or a required b=0 volume is missing.
     """
-    bvals = read_bvals(bval, n_volumes)
-    table = _numbers(Path(bvec))
-    if table.shape[0] != 3 and table.shape[1:] == (3,):
-        table = table.T
-    if table.shape != (3, n_volumes):
-        found = f"{table.shape[0]} rows of {table.shape[1]} numbers"
-        raise GradientError(
-            f"{bvec}: {found}, but {n_volumes} volumes need 3 rows of {n_volumes}; check that the b-vectors belong to "
-            "this image"
-        )
-    vectors = _unit_vectors(table.T, bvals > b0_threshold, Path(bvec), Path(bval))
+    table = read_b_table(Path(bval), Path(bvec), n_volumes, b0_threshold)
     if need_b0:
-        require_b0(bvals, b0_threshold, str(bval))
-    return bvals, from_fsl(vectors, grid)
+        require_b0(table.bvals, b0_threshold, str(bval))
+    return table.bvals, from_fsl(table.vectors, grid)
 
 
 def from_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
@@ -95,19 +84,6 @@ def from_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
 def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
     """Convert b-vectors (n, 3) from world RAS+ to FSL's convention, the inverse of `from_fsl`."""
     return np.asarray(bvecs, float) @ _fsl_axes(grid)
-
-
-def read_bvals(bval: Path, n_volumes: int) -> np.ndarray:
-    """Read b-values in s/mm², (n,). Raises as `read_gradients`."""
-    bvals = _numbers(Path(bval)).ravel()
-    if len(bvals) != n_volumes:
-        raise GradientError(
-            f"{bval}: {len(bvals)} b-values, but the image has {n_volumes} volumes; check that they belong "
-            "together (a trace or ADC volume at the end of the series has no b-value)"
-        )
-    if (bad := np.flatnonzero(~np.isfinite(bvals) | (bvals < 0))).size:
-        raise GradientError(f"{bval}: the b-value of {volume_list(list(bad))} is negative or not a number; correct it")
-    return bvals
 
 
 def require_b0(bvals: np.ndarray, b0_threshold: float, where: str, fixed: bool = False) -> None:
@@ -180,39 +156,3 @@ def _fsl_axes(grid: Grid) -> np.ndarray:
     if np.linalg.det(grid.affine[:3, :3]) > 0:
         axes = axes * np.array([-1.0, 1.0, 1.0])
     return axes
-
-
-def _numbers(path: Path) -> np.ndarray:
-    try:
-        lines = [line.replace(",", " ").split() for line in path.read_text().splitlines()]
-        rows = [[float(word) for word in words] for words in lines if words]
-    except OSError as error:
-        raise GradientError(
-            f"{path}: {(error.strerror or 'cannot be read').lower()}; every diffusion-weighted series "
-            "needs a .bval and a .bvec"
-        ) from None
-    except ValueError as error:
-        raise GradientError(f"{path}: not a table of numbers ({error}); convert the series again") from None
-    if not rows or len({len(row) for row in rows}) != 1:
-        found = "empty" if not rows else "rows of different length"
-        raise GradientError(f"{path}: {found}; expected a table of numbers; convert the series again")
-    return np.array(rows)
-
-
-def _unit_vectors(vectors: np.ndarray, weighted: np.ndarray, bvec: Path, bval: Path) -> np.ndarray:
-    """Normalised rows; b-vectors of b=0 volumes become zero if their length is not close to 1."""
-    if (bad := np.flatnonzero(~np.isfinite(vectors).all(1))).size:
-        raise GradientError(f"{bvec}: the b-vector of {volume_list(list(bad))} is not a number; use 0 0 0 for b=0")
-    norm = np.linalg.norm(vectors, axis=1)
-    if (bad := np.flatnonzero(weighted & (norm < 1e-6))).size:
-        raise GradientError(
-            f"{bvec}: the b-vector of {volume_list(list(bad))} is zero although b > 0 in {bval.name}; "
-            "correct the table, or remove these volumes (trace images have no direction)"
-        )
-    off = np.abs(norm - 1) > NORM_TOLERANCE
-    if (bad := np.flatnonzero(weighted & off)).size:
-        raise GradientError(
-            f"{bvec}: the b-vector of {volume_list(list(bad))} has length {norm[bad[0]]:.3g}; expected 1; "
-            "if b-vectors are scaled instead of b-values, give each volume its own b-value"
-        )
-    return np.where(off[:, None], 0.0, vectors / np.where(norm > 0, norm, 1)[:, None])

@@ -28,6 +28,7 @@ class Options:
     b0_threshold: float
     modality: str
     reference: str
+    fieldmapless: str = "none"
 
 
 def assign_output(units: list[Unit], output: str, options: Options) -> list[Unit]:

@@ -5,14 +5,12 @@ Files are read and decompressed in one step, which is faster than streaming and 
 
 from __future__ import annotations
 
-import gzip
 import os
 import struct
 import zlib
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -20,8 +18,19 @@ import torch
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.errors import InputError, OutputError
+from dsiprep.io.files import read_bytes
+from dsiprep.io.nifti_header import (
+    check_extent,
+    check_kind,
+    damaged_stream,
+    first_line,
+    nifti_class,
+    oriented,
+    parse_header,
+    read_header,
+    shape_text,
+)
 
-T = TypeVar("T")
 SCANNER, ALIGNED, MNI = 1, 2, 4  # NIfTI's codes for the space of an affine
 GZIP_HEADER = b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x04\xff"  # no file name or time stamp: equal data, identical files
 
@@ -46,61 +55,34 @@ def read_image(path: Path) -> tuple[np.ndarray, Grid]:
         If the file is missing, unreadable, truncated, not real-valued or not 3-D or 4-D, contains NaN or infinite
         values, or has no orientation.
     """
-    image = _as_3d_or_4d(open_nifti(path), path)
-    grid = grid_of(image, path)
-    shape = tuple(int(n) for n in image.shape)
-    volumes = shape[3] if len(shape) == 4 else 1
-    data = np.empty((volumes, *shape[:3]), np.float32)
-    try:
-        for v in range(volumes):
-            data[v] = image.dataobj[..., v] if len(shape) == 4 else image.dataobj[...]
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path}: the file is truncated ({_first_line(error)}); copy or convert it again") from None
-    _check_finite(data, path)
-    return (data if len(shape) == 4 else data[0]), grid
+    return _read(path, "image")
 
 
 def read_series(path: Path) -> tuple[np.ndarray, Grid]:
     """Read a series, (n, i, j, k) float32, and its grid. Raises as `read_image`, and for single volumes."""
-    data, grid = read_image(path)
-    if data.ndim != 4 or len(data) < 2:
-        raise InputError(
-            f"{path}: a single volume of {_shape_text(grid.shape)} voxels; expected a diffusion-weighted series (4-D); "
-            "convert the whole series, or exclude this file with --bids-filter-file"
-        )
-    return data, grid
+    return _read(path, "series")
 
 
 def read_volume(path: Path) -> Volume:
     """Read a single 3-D image, float32. Raises as `read_image`, and for series."""
-    data, grid = read_image(path)
-    if data.ndim == 4 and len(data) > 1:
-        raise InputError(f"{path}: {len(data)} volumes; expected a single 3-D image")
+    data, grid = _read(path, "volume")
     return Volume(torch.from_numpy(data.reshape(grid.shape)), grid)
 
 
-def read_shape(path: Path) -> tuple[int, ...]:
-    """Image shape from the header, (i, j, k) or (i, j, k, n), without reading the voxels."""
-    return _from_header(path, lambda header: tuple(int(n) for n in header.get_data_shape()))
-
-
-def read_spacing(path: Path) -> tuple[float, float, float]:
-    """Voxel size in mm from the header, without reading the voxels."""
-
-    def sizes(header: Any) -> tuple[float, float, float]:
-        i, j, k = (float(size) for size in header.get_zooms()[:3])
-        return i, j, k
-
-    return _from_header(path, sizes)
-
-
-def count_volumes(path: Path, unreadable: int) -> int:
-    """Number of volumes from the header, or `unreadable` for invalid files, whose errors are raised on reading."""
-    try:
-        shape = read_shape(path)
-    except InputError:
-        return unreadable
-    return shape[3] if len(shape) > 3 else 1
+def _read(path: Path, kind: str) -> tuple[np.ndarray, Grid]:
+    """Voxels and grid of an image of a kind (`nifti_header.check_kind`)."""
+    image = open_nifti(path)
+    header = parse_header(image.header.binaryblock, path)
+    check_kind(header, path, kind)
+    grid, image = oriented(header, path), _without_single_axes(image)
+    shape = tuple(int(n) for n in image.shape)
+    volumes = shape[3] if len(shape) == 4 else 1
+    data = np.empty((volumes, *shape[:3]), np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):  # scaled values that are not numbers are found below
+        for v in range(volumes):
+            data[v] = image.dataobj[..., v] if len(shape) == 4 else image.dataobj[...]
+    _check_finite(data, path)
+    return (data if len(shape) == 4 else data[0]), grid
 
 
 def write_image(
@@ -194,101 +176,42 @@ def lps_axes(grid: Grid) -> tuple[tuple[int, int, int], tuple[bool, bool, bool]]
 def open_nifti(path: Path) -> Any:
     """Read a file with any number of dimensions into a nibabel image. Raises as `read_image` for unreadable files."""
     path = Path(path)
+    content = read_bytes(path)
     try:
-        content = path.read_bytes()
         if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: there is no such file; if it is a dangling link, fetch it with datalad get"
-        ) from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise InputError(
-            f"{path}: the compressed file is truncated or damaged ({_first_line(error)}); copy or convert it again"
-        ) from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+            content = _decompressed(content, read_header(path).data_end)
+    except (EOFError, zlib.error, OSError, struct.error) as error:
+        raise damaged_stream(error, path) from None
+    header = parse_header(content, path)
+    check_extent(header, len(content), path)
     try:
-        is_nifti2 = _header_class(content) is nib.Nifti2Header
-        return (nib.Nifti2Image if is_nifti2 else nib.Nifti1Image).from_bytes(content)
+        return nifti_class(content).from_bytes(content)
     except Exception as error:  # nibabel raises many types
-        raise InputError(f"{path}: not readable as NIfTI ({_first_line(error)}); convert it again") from None
+        raise InputError(f"{path}: not readable as NIfTI ({first_line(error)}); convert it again") from None
 
 
-def _as_3d_or_4d(image: Any, path: Path) -> Any:
-    """The image without trailing singleton axes; raises an InputError unless it is then 3-D or 4-D and real-valued."""
-    shape = image.shape
-    while len(shape) > 4 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) not in (3, 4) or 0 in shape:
-        raise InputError(f"{path}: an image of {_shape_text(image.shape)} voxels; expected a 3-D or 4-D image")
-    if image.get_data_dtype().kind not in "iuf":
-        raise InputError(f"{path}: voxels are of type {image.get_data_dtype()}; expected real numbers")
-    return image if shape == image.shape else image.slicer[(..., *([0] * (len(image.shape) - 4)))]
+def _decompressed(content: bytes, needed: int) -> bytes:
+    """At least `needed` bytes of a gzip stream, or all that it has; what follows the voxels is not decompressed."""
+    parts: list[bytes] = []
+    size = 0
+    while content and size <= needed:
+        stream = zlib.decompressobj(31)  # gzip, with a check of its sum
+        parts.append(stream.decompress(content, needed - size + 1))
+        size += len(parts[-1])
+        if not stream.eof and size <= needed:
+            raise EOFError("it ends before the end-of-stream marker")
+        content = stream.unused_data.lstrip(b"\0")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _from_header(path: Path, extract: Callable[[Any], T]) -> T:
-    """`extract` applied to the header, which is read from the first bytes of the file."""
-    path = Path(path)
-    try:
-        with path.open("rb") as raw:
-            compressed = raw.read(2) == b"\x1f\x8b"
-        with gzip.open(path) if compressed else path.open("rb") as stream:
-            head = stream.read(540)
-        return extract(_header_class(head).from_fileobj(_ByteStream(head), check=False))
-    except (
-        OSError,
-        EOFError,
-        zlib.error,
-        ValueError,
-        struct.error,
-        nib.spatialimages.HeaderDataError,
-    ) as error:
-        raise InputError(f"{path}: not readable as NIfTI ({_first_line(error)})") from None
-
-
-def _header_class(content: bytes) -> Any:
-    sizes = {struct.unpack(order + "i", content[:4])[0] for order in "<>"} if len(content) >= 4 else set()
-    if 540 in sizes:
-        return nib.Nifti2Header
-    if 348 in sizes:
-        return nib.Nifti1Header
-    raise ValueError("it does not start with a NIfTI header" if content else "the file is empty")
-
-
-class _ByteStream:
-    """Minimal file object from which nibabel can read a header."""
-
-    def __init__(self, content: bytes) -> None:
-        self.content = content
-        self.position = 0
-
-    def read(self, count: int = -1) -> bytes:
-        stop = len(self.content) if count < 0 else self.position + count
-        chunk = self.content[self.position : stop]
-        self.position += len(chunk)
-        return chunk
-
-    def tell(self) -> int:
-        return self.position
-
-    def seek(self, position: int) -> None:
-        self.position = position
+def _without_single_axes(image: Any) -> Any:
+    """The image without axes of one voxel after the fourth."""
+    return image if len(image.shape) <= 4 else image.slicer[(..., *([0] * (len(image.shape) - 4)))]
 
 
 def grid_of(image: Any, path: Path) -> Grid:
-    """Grid of a nibabel image; raises an InputError if its header has no orientation or a singular affine."""
-    header = image.header
-    if int(header["sform_code"]) == 0 and int(header["qform_code"]) == 0:
-        raise InputError(
-            f"{path}: the header has no orientation (sform and qform codes are 0), so left and right cannot be "
-            "distinguished; convert the image again from DICOM"
-        )
-    affine = np.asarray(image.affine, float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise InputError(f"{path}: the header's affine is singular; convert the image again from DICOM")
-    shape = image.shape
-    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
+    """Grid of a nibabel image. Raises an InputError if its header has no valid orientation or contradicts itself."""
+    return oriented(parse_header(image.header.binaryblock, path), path)
 
 
 def _check_finite(data: np.ndarray, path: Path) -> None:
@@ -313,7 +236,7 @@ def volume_list(volumes: list[int]) -> str:
 def _file_header(array: np.ndarray, grid: Grid, kind: np.dtype, space: int, repetition_time: float | None) -> bytes:
     shape = grid.shape if array.ndim == 3 else (*grid.shape, len(array))
     if array.shape[-3:] != grid.shape:
-        raise ValueError(f"data of {_shape_text(array.shape[-3:])} voxels on a grid of {_shape_text(grid.shape)}")
+        raise ValueError(f"data of {shape_text(array.shape[-3:])} voxels on a grid of {shape_text(grid.shape)}")
     header = nib.Nifti1Header() if max(shape) < 2**15 else nib.Nifti2Header()
     header.set_data_dtype(kind)
     header.set_data_shape(shape)
@@ -354,11 +277,3 @@ def _block(volume: np.ndarray, kind: np.dtype) -> bytes:
 def _label_type(array: np.ndarray) -> np.dtype:
     fits_uint8 = array.size == 0 or (array.min() >= 0 and array.max() <= 255)
     return np.dtype(np.uint8 if fits_uint8 else np.int16)
-
-
-def _shape_text(shape: tuple[int, ...]) -> str:
-    return " x ".join(str(n) for n in shape)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

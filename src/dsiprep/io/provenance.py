@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
+from dsiprep.errors import MetadataError
+from dsiprep.io.files import read_json
 from dsiprep.settings import AnatomySettings
 
 __all__ = ["anatomical_uri", "anatomy_stem", "dataset_description", "raw_root", "raw_uris", "space_uri"]
@@ -45,10 +46,9 @@ def dataset_description(out: Path, version: str, raw: Path | None) -> dict[str, 
 
 def _read(path: Path) -> dict[str, object]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
+        return read_json(path)
+    except MetadataError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def raw_root(unit: Unit) -> Path | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from dsiprep.data.acquisition import AXES, PhaseEncoding
 from dsiprep.errors import MetadataError
+from dsiprep.io.sidecar_values import shown
 
 DIRECTION = re.compile(r"[ijk]-?")
 PLAUSIBLE_READOUT = (0.0005, 0.5)  # s
@@ -65,7 +66,7 @@ def phase_encoding(
         )
     if not isinstance(direction, str) or not DIRECTION.fullmatch(direction):
         raise MetadataError(
-            f"{name}: PhaseEncodingDirection is {direction!r}; expected one of i, i-, j, j-, k, k-; "
+            f"{name}: PhaseEncodingDirection is {shown(direction)}; expected one of i, i-, j, j-, k, k-; "
             f"correct the sidecar, or run with {fallback}"
         )
     readout, note = readout_time(metadata, name, fallback)
@@ -83,11 +84,11 @@ def readout_time(metadata: Mapping[str, Any], name: str, fallback: str) -> tuple
     for field, value, derivation in _readout_candidates(metadata):
         try:
             seconds = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             seconds = float("nan")
         if not PLAUSIBLE_READOUT[0] <= seconds <= PLAUSIBLE_READOUT[1]:
             raise MetadataError(
-                f"{name}: {field} gives a total readout time of {value!r} s; expected {PLAUSIBLE_READOUT[0]:g} to "
+                f"{name}: {field} gives a total readout time of {shown(value)} s; expected {PLAUSIBLE_READOUT[0]:g} to "
                 f"{PLAUSIBLE_READOUT[1]:g} s for EPI (the BIDS unit is seconds); correct the sidecar, or run with "
                 f"{fallback}"
             )

@@ -7,10 +7,13 @@ import torch
 
 from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit
 from dsiprep.data.raw import RawEpi, RawRun, RawUnit
-from dsiprep.errors import GradientError, InputError
+from dsiprep.errors import GradientError
+from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import read_fieldmap
-from dsiprep.io.gradients import read_bvals, read_gradients, require_b0
+from dsiprep.io.files import check_file
+from dsiprep.io.gradients import read_gradients, require_b0
 from dsiprep.io.nifti import read_image, read_series, read_volume
+from dsiprep.io.number_tables import read_numbers
 from dsiprep.io.sidecars import slice_axis, slice_times
 from dsiprep.settings import Settings
 
@@ -58,14 +61,13 @@ def require_files(unit: Unit, modality: str = "T1w") -> None:
     """
     for run in unit.runs:
         for table, content in ((run.bval, "b-values"), (run.bvec, "b-vectors")):
-            if not table.is_file():
+            if not table.exists() and not table.is_symlink():
                 raise GradientError(
                     f"{run.image}: no {content}: {table.name} is neither next to it nor inherited; add it, or "
                     "exclude the run with --bids-filter-file"
                 )
     for path in (*unit.files(), *unit.structural(modality), *(unit.gre.files() if unit.gre else ())):
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; if it is a dangling link, fetch it with datalad get")
+        check_file(path)
 
 
 def _direction(run: RawRun) -> str:
@@ -96,19 +98,14 @@ def scheme_of(unit: Unit, b0_threshold: float) -> SamplingScheme | None:
     """
     from dsiprep.ops.qspace.sampling_scheme import recognise
 
-    bvals, bvecs = [], []
     try:
-        for run in unit.runs:
-            vectors = np.loadtxt(run.bvec, ndmin=2)
-            values = np.loadtxt(run.bval, ndmin=1).ravel()
-            vectors = vectors.T if vectors.shape == (3, len(values)) else vectors
-            if vectors.shape != (len(values), 3):
-                raise GradientError(f"{run.bvec}: shape {vectors.shape}")
-            bvals.append(values)
-            bvecs.append(vectors)
-    except (OSError, ValueError, GradientError):
+        tables = [
+            read_b_table(run.bval, run.bvec, len(read_numbers(run.bval).ravel()), b0_threshold) for run in unit.runs
+        ]
+    except GradientError:
         return None
-    return recognise(np.concatenate(bvals), np.concatenate(bvecs), b0_threshold)
+    bvals, vectors = (np.concatenate(columns) for columns in zip(*((t.bvals, t.vectors) for t in tables), strict=True))
+    return recognise(bvals, vectors, b0_threshold)
 
 
 def explain(unit: Unit, scheme: SamplingScheme | None) -> str:

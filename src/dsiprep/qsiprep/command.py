@@ -5,7 +5,6 @@ Comments in the script give the reason for each option. The script can be piped 
 
 from __future__ import annotations
 
-import json
 import shlex
 import textwrap
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.io.bids_filters import Filters
+from dsiprep.io.files import read_json
 from dsiprep.qsiprep.dataset_cases import Case, find_cases
 from dsiprep.qsiprep.image import DRBUDDI
 from dsiprep.qsiprep.option_choices import WORK, OptionPlan, UserOptions, choose_options
@@ -100,14 +100,9 @@ def _read_filters(path: Path | None) -> Filters | None:
     if path is None:
         return None
     try:
-        filters = json.loads(path.read_text())
-    except (OSError, ValueError) as problem:
-        raise InputError(f"--bids-filter-file {path} cannot be read as JSON ({problem})") from None
-    if not isinstance(filters, dict):
-        raise InputError(
-            f'--bids-filter-file {path}: expected a JSON object such as {{"dwi": {{"acquisition": "dsi"}}}}'
-        )
-    return filters
+        return read_json(path)
+    except InputError as problem:
+        raise InputError(f"--bids-filter-file: {problem}") from None
 
 
 def _section(release: Release, case: Case, plan: OptionPlan, setup: ContainerSetup, user: UserOptions) -> list[str]:

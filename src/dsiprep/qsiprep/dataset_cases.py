@@ -10,7 +10,7 @@ from dsiprep.data.acquisition import SamplingScheme, Unit
 from dsiprep.errors import InputError
 from dsiprep.io.bids import find_units, scheme_of
 from dsiprep.io.bids_filters import Filters
-from dsiprep.io.nifti import read_spacing
+from dsiprep.io.nifti_header import read_spacing
 from dsiprep.settings import Settings
 
 

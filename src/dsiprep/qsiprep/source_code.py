@@ -108,8 +108,8 @@ def _download(release: Release) -> Source:
             module = f"{release.site_packages}/qsiprep/interfaces/tortoise.py"
             raise InputError(
                 f"QSIPrep {release.version}: no wheel on PyPI ({errors[-1] if errors else 'pip failed'}). Without "
-                "network access, copy the module from the image and give it with --source:\n"
-                f"  docker run --rm --entrypoint cat {release.image} {module} > tortoise.py"
+                "network access, copy the module from the image and give it with --source: "
+                f"docker run --rm --entrypoint cat {release.image} {module} > tortoise.py"
             )
         return Source(f"{wheels[0].name} from PyPI", _read_archive(wheels[0]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dsiprep.data.results import Blip, UnitResults
+from dsiprep.errors import printable
 from dsiprep.io.quality_columns import column_meaning
 from dsiprep.report import plots
 from dsiprep.report.page_parts import Fact, FigureWriter, Section
@@ -148,6 +149,7 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
         rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
     rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
     modality = results.settings.anatomy.modality
+    unused = tuple((printable(image.path.name), printable(image.reason)) for image in unit.unused)
     rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(
         "acquisition",
@@ -163,8 +165,11 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
             "order of acquisition.",
             "Where points overlap in a projection, the one with the lowest b-value is shown.",
         ),
-        notes=unit.notes,
-        tables=(("Input files", ("File", "Type", "Phase encoding", "Volumes", "Intensity scaling"), tuple(rows)),),
+        notes=tuple(map(printable, unit.notes)),
+        tables=(
+            ("Input files", ("File", "Type", "Phase encoding", "Volumes", "Intensity scaling"), tuple(rows)),
+            *((("Images of the subject that are not used", ("File", "Reason"), unused),) if unused else ()),
+        ),
     )
 
 
