@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dsiprep.settings import Settings
 
 VALIDATOR = "bids-validator-deno"
 SHOWN_ERRORS = 5
+ANSI = re.compile(r"\x1b\[[0-9;]*m")  # colours
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def validate_dataset(root: Path) -> None:
     try:
         issues = json.loads(done.stdout)["issues"]["issues"]
     except (ValueError, KeyError, TypeError):
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        told = [line for line in ANSI.sub("", done.stderr).splitlines() if "rror" in line]
+        reason = told[0].strip() if told else f"exit code {done.returncode}"
         raise InputError(f"--validate: {VALIDATOR} failed ({reason}); omit the option") from None
     errors = [issue for issue in issues if issue.get("severity") == "error"]
     if errors:
