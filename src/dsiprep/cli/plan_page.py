@@ -71,7 +71,7 @@ def print_plan(planned: Sequence[PlannedUnit]) -> None:
 
 def print_unused(console: Console, units: Sequence[Unit]) -> None:
     """Print the images of each subject that no unit takes, and why."""
-    by_subject = {unit.subject: unit.unused for unit in units}
+    by_subject = {unit.subject: unit.left_out for unit in units}
     if any(by_subject.values()):
         console.print("Images that are not used:")
         for image in (image for images in by_subject.values() for image in images):
@@ -81,7 +81,7 @@ def print_unused(console: Console, units: Sequence[Unit]) -> None:
 def plan_as_json(planned: Sequence[PlannedUnit], failed: Mapping[str, str], bids_dir: Path) -> str:
     """The plan as a JSON object; `failed` holds the errors of subjects whose files cannot be grouped."""
     units = [plan.unit for plan in planned]
-    unused = {unit.subject: unit.unused for unit in units}
+    unused = {unit.subject: unit.left_out for unit in units}
     content = {
         "dataset": printable(bids_dir),
         "accepted": not failed and not any(plan.problem for plan in planned),

@@ -68,7 +68,7 @@ def with_unused(
             if Path(path) not in used and path not in reasons:
                 reasons[path] = _reason(path, kind, units, options, unlinked)
     listed = tuple(UnusedImage(Path(path), reasons[path]) for path in sorted(reasons) if Path(path) not in used)
-    return [replace(unit, unused=listed) for unit in units]
+    return [replace(unit, left_out=listed) for unit in units]
 
 
 def _reason(path: str, kind: str, units: list[Unit], options: Options, unlinked: set[str]) -> str:
