@@ -134,7 +134,7 @@ def test_table_shows_brackets_and_unused_images(
     monkeypatch.setattr(jobs, "_run_unit", fails)
     monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
     work = job(tmp_path)
-    unit = replace(work.units[0], unused=(UnusedImage(Path("sub-01_T2w.nii.gz"), "--anat-modality T1w"),))
+    unit = replace(work.units[0], left_out=(UnusedImage(Path("sub-01_T2w.nii.gz"), "--anat-modality T1w"),))
     assert run_and_show([replace(work, units=(unit,))], 1, False) == 1
     shown = capsys.readouterr().err
     assert "/data [raw]/[/b]: damaged" in " ".join(shown.split())

@@ -230,7 +230,7 @@ def _unit(session: str | None, blips: int) -> Unit:
         "TotalReadoutTime was derived from EffectiveEchoSpacing and ReconMatrixPE.",
     )
     epi = EpiReference(Path(f"{name}_dir-PA_epi.nii.gz"), PhaseEncoding(1, 1, 0.05))
-    return Unit("01", session, name, runs, (epi,), (Path("sub-01_T1w.nii.gz"),), (), notes, unused=UNUSED)
+    return Unit("01", session, name, runs, (epi,), (Path("sub-01_T1w.nii.gz"),), (), notes, left_out=UNUSED)
 
 
 def _motion(

@@ -23,7 +23,7 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def reasons(unit: Unit) -> dict[str, str]:
-    return {image.path.name: image.reason for image in unit.unused}
+    return {image.path.name: image.reason for image in unit.left_out}
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_any_name_of_the_root_is_accepted(root: str, tmp_path: Path) -> None:
     unit = dataset.unit()
     assert [path.name for path in unit.t1w] == ["sub-01_T1w.nii.gz"]
     assert unit.reversed_pairs() == ["j", "j-"]
-    assert unit.unused == ()
+    assert unit.left_out == ()
     assert scheme_of(unit, 100) is not None
     assert len(read_unit(unit, SETTINGS).epis) == 1
 

@@ -46,7 +46,7 @@ def test_localiser_sorted_first_is_not_used(dataset: Dataset) -> None:
     unit = dataset.unit()
     assert chosen(unit) == ["acq-mprage_T1w"]
     assert any("acq-mprage_T1w.nii.gz is the structural image" in note for note in unit.notes)
-    assert {image.path.name: image.reason for image in unit.unused} == {
+    assert {image.path.name: image.reason for image in unit.left_out} == {
         "sub-01_acq-aaa_T1w.nii.gz": "it covers only 40 mm along one axis, a slab or localiser"
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from dsiprep.settings import Settings
 
 VALIDATOR = "bids-validator-deno"
 SHOWN_ERRORS = 5
+ANSI = re.compile(r"\x1b\[[0-9;]*m")  # colours
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def print_plan(planned: Sequence[PlannedUnit]) -> None:
 
 def print_unused(console: Console, units: Sequence[Unit]) -> None:
     """Print the images of each subject that no unit takes, and why."""
-    by_subject = {unit.subject: unit.unused for unit in units}
+    by_subject = {unit.subject: unit.left_out for unit in units}
     if any(by_subject.values()):
         console.print("Images that are not used:")
         for image in (image for images in by_subject.values() for image in images):
@@ -79,7 +81,7 @@ def print_unused(console: Console, units: Sequence[Unit]) -> None:
 def plan_as_json(planned: Sequence[PlannedUnit], failed: Mapping[str, str], bids_dir: Path) -> str:
     """The plan as a JSON object; `failed` holds the errors of subjects whose files cannot be grouped."""
     units = [plan.unit for plan in planned]
-    unused = {unit.subject: unit.unused for unit in units}
+    unused = {unit.subject: unit.left_out for unit in units}
     content = {
         "dataset": printable(bids_dir),
         "accepted": not failed and not any(plan.problem for plan in planned),
@@ -149,7 +151,8 @@ def validate_dataset(root: Path) -> None:
     try:
         issues = json.loads(done.stdout)["issues"]["issues"]
     except (ValueError, KeyError, TypeError):
-        reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        told = [line for line in ANSI.sub("", done.stderr).splitlines() if "rror" in line]
+        reason = told[0].strip() if told else f"exit code {done.returncode}"
         raise InputError(f"--validate: {VALIDATOR} failed ({reason}); omit the option") from None
     errors = [issue for issue in issues if issue.get("severity") == "error"]
     if errors:

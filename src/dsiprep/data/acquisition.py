@@ -138,7 +138,7 @@ class Unit:
         Sentences on how files were grouped, what was inferred and what cannot be done.
     output : str
         Name of the joined output that includes this unit's corrected series; empty if the unit has its own output.
-    unused : tuple of UnusedImage
+    left_out : tuple of UnusedImage
         Images of the subject that no unit takes.
     """
 
@@ -152,7 +152,7 @@ class Unit:
     notes: tuple[str, ...] = ()
     gre: GreFieldmap | None = None
     output: str = ""
-    unused: tuple[UnusedImage, ...] = ()
+    left_out: tuple[UnusedImage, ...] = ()
 
     def files(self) -> tuple[Path, ...]:
         """Files of the DWI runs and EPI references."""

@@ -68,7 +68,7 @@ def with_unused(
             if Path(path) not in used and path not in reasons:
                 reasons[path] = _reason(path, kind, units, options, unlinked)
     listed = tuple(UnusedImage(Path(path), reasons[path]) for path in sorted(reasons) if Path(path) not in used)
-    return [replace(unit, unused=listed) for unit in units]
+    return [replace(unit, left_out=listed) for unit in units]
 
 
 def _reason(path: str, kind: str, units: list[Unit], options: Options, unlinked: set[str]) -> str:
@@ -79,9 +79,9 @@ def _reason(path: str, kind: str, units: list[Unit], options: Options, unlinked:
         return "its b=0 volumes add nothing to those of a longer series with the same phase encoding"
     corrected_by_pair = any(unit.reversed_pairs() for unit in units)
     suffix = entities(path).get("suffix", "")
-    gre = [unit.gre for unit in units if unit.gre]
-    if suffix.startswith("magnitude") and gre:
-        return f"the magnitude {gre[0].magnitude.name} is used"
+    used = [unit.gre.magnitude for unit in units if unit.gre and unit.gre.magnitude.parent == Path(path).parent]
+    if suffix.startswith("magnitude") and used:
+        return f"the magnitude {used[0].name} is used"
     if suffix != "epi" and corrected_by_pair:
         return "images with opposite phase encoding give a better estimate of the distortion"
     if path in unlinked:
@@ -89,8 +89,3 @@ def _reason(path: str, kind: str, units: list[Unit], options: Options, unlinked:
     if suffix == "epi" and corrected_by_pair:
         return "the distortion is estimated from other images with opposite phase encoding"
     return "no IntendedFor or B0FieldIdentifier links it to a series that it can correct"
-
-
-def describe_unused(units: list[Unit]) -> list[str]:
-    """One line for each image that no unit takes; the units are of one subject."""
-    return [f"{image.path.name}: {image.reason}" for image in (units[0].unused if units else ())]

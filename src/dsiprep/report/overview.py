@@ -149,7 +149,7 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
         rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
     rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
     modality = results.settings.anatomy.modality
-    unused = tuple((printable(image.path.name), printable(image.reason)) for image in unit.unused)
+    unused = tuple((printable(image.path.name), printable(image.reason)) for image in unit.left_out)
     rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(
         "acquisition",
