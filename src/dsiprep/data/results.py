@@ -20,7 +20,7 @@ RIGID = 1e-9  # rounding of the determinant of a rotation
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blip(Summarised):
-    """Volumes of one phase-encoding direction: DWI of the unit, b=0 images of fmap/, or both.
+    """Volumes of one phase-encoding direction: DWI of the unit, or b=0 images that serve as their counterpart.
 
     Attributes
     ----------
@@ -29,12 +29,15 @@ class Blip(Summarised):
     pe : PhaseEncoding or None
         None if the sidecars do not give the direction.
     epis : Tensor, (m, i, j, k)
-        b=0 volumes of fmap/ with this phase encoding, on the DWI's grid; m may be 0.
+        b=0 images that serve only to estimate the distortion; m is 0 where the blip has DWI volumes.
+    grid : Grid or None
+        Of `epis`, whose axes `pe` refers to; None if it is that of the DWI.
     """
 
     name: str
     pe: PhaseEncoding | None
     epis: torch.Tensor
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -94,6 +94,11 @@ def read_spacing(path: Path) -> tuple[float, float, float]:
     return _from_header(path, sizes)
 
 
+def read_grid(path: Path) -> Grid:
+    """Voxel grid from the header, without reading the voxels. Raises as `read_image`."""
+    return _from_header(path, lambda header: grid_of(_HeaderOnly(header), path))
+
+
 def count_volumes(path: Path, unreadable: int) -> int:
     """Number of volumes from the header, or `unreadable` for invalid files, whose errors are raised on reading."""
     try:
@@ -254,6 +259,15 @@ def _header_class(content: bytes) -> Any:
     if 348 in sizes:
         return nib.Nifti1Header
     raise ValueError("it does not start with a NIfTI header" if content else "the file is empty")
+
+
+class _HeaderOnly:
+    """What `grid_of` needs of an image, from its header."""
+
+    def __init__(self, header: Any) -> None:
+        self.header = header
+        self.affine = header.get_best_affine()
+        self.shape = (*header.get_data_shape(), 1, 1)
 
 
 class _ByteStream:

@@ -72,7 +72,7 @@ def _summary_facts(results: UnitResults) -> tuple[Fact, ...]:
         ),
         Fact("Acquisition grid", describe_grid(acquired.dwi.grid)),
         *(
-            Fact(_phase_encoding_name(blip, len(acquired.blips)), encoding(blip.pe, acquired.dwi.grid))
+            Fact(_phase_encoding_name(blip, len(acquired.blips)), encoding(blip.pe, blip.grid or acquired.dwi.grid))
             for blip in acquired.blips
         ),
         Fact("Denoising", results.denoised.method),
@@ -146,7 +146,8 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
         volumes = int((acquired.dwi.run == index).sum())
         scale = acquired.scales[index] if index < len(acquired.scales) else 1.0
         rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
-    rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
+    grid = next((blip.grid for blip in acquired.blips if blip.grid), acquired.dwi.grid)
+    rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, grid), "", "") for epi in unit.epis]
     modality = results.settings.anatomy.modality
     rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(

@@ -1,0 +1,194 @@
+"""The files of one subject with their phase encodings, and the links between series and fieldmaps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+from qsiplan import FileRecord, PreprocUnit
+from qsiplan.models import READOUT_TOLERANCE
+
+from dsiprep.data.acquisition import PhaseEncoding, Run
+from dsiprep.errors import InputError, MetadataError
+from dsiprep.io.bids_filters import entities
+from dsiprep.io.counterparts import Choice, EpiImage, choose_counterpart, contradicted_labels
+from dsiprep.io.grouping_notes import Options
+from dsiprep.io.nifti import read_grid
+from dsiprep.io.sidecars import phase_encoding
+
+__all__ = ["SubjectFiles", "choose_references", "label_warnings"]
+
+SAME_PROTOCOL = 0.1  # relative difference of readout times up to which opposite series are processed together
+
+
+class SubjectFiles:
+    """The files of one subject with their phase encodings, readout times derived where necessary.
+
+    Parameters
+    ----------
+    label : str
+    records : list of FileRecord
+        Those that are grouped.
+    references : list of FileRecord
+        Further images that can only serve to estimate the distortion.
+    options : Options
+    """
+
+    def __init__(self, label: str, records: list[FileRecord], references: list[FileRecord], options: Options) -> None:
+        self.label = label
+        self.options = options
+        self.encodings: dict[str, PhaseEncoding | None] = {}
+        self.notes: dict[str, tuple[str, ...]] = {}
+        self.records = _with_common_readouts([self._with_encoding(record) for record in records])
+        others = [self._with_encoding(record) for record in references]
+        self.images = self._epi_images([*self.records, *others])
+
+    def _with_encoding(self, record: FileRecord) -> FileRecord:
+        if not record.is_epi_like:
+            return record
+        fallback = "--ignore fieldmaps" if record.datatype == "fmap" else "--ignore sdc"
+        try:
+            pe, notes = phase_encoding(record.metadata, record.filename, fallback)
+        except MetadataError:
+            if "sdc" not in self.options.ignore:
+                raise
+            pe, notes = None, ()
+        self.encodings[record.path], self.notes[record.path] = pe, notes
+        signature = replace(record.signature, readout_time=None)
+        if pe is not None and pe.readout_time is not None:
+            signature = replace(signature, readout_time=_rounded(pe.readout_time))
+        if "shims" in self.options.ignore:
+            signature = replace(signature, shim=None)
+        return replace(record, signature=signature)
+
+    def _epi_images(self, records: list[FileRecord]) -> dict[str, EpiImage]:
+        """Images whose phase encoding and grid are known, by path."""
+        images = {}
+        for record in records:
+            pe = self.encodings.get(record.path)
+            if pe is None:
+                continue
+            try:
+                grid = read_grid(Path(record.path))
+            except InputError:
+                continue  # reported when the file is read
+            suffix, kind = entities(record.path)["suffix"], Path(record.path).parent.name
+            images[record.path] = EpiImage(
+                Path(record.path),
+                pe,
+                grid,
+                "sbref" if suffix == "sbref" else kind,
+                record.session,
+                tuple(record.metadata.get("ShimSetting") or ()) or None,
+                table_of(record),
+            )
+        return images
+
+    def structural(self, suffix: str, session: str | None) -> tuple[Path, ...]:
+        """T1w or T2w images sorted by name: of all sessions, or, sessionwise, of the session and those without one."""
+        images = [record for record in self.records if record.is_anat and record.suffix == suffix]
+        if self.options.reference == "sessionwise" and session is not None:
+            images = [record for record in images if record.session in (session, None)]
+        return tuple(Path(path) for path in sorted(record.path for record in images))
+
+    def linked_to(self, series: tuple[str, ...]) -> set[str]:
+        """EPI images that B0FieldSource or IntendedFor link to a series."""
+        by_path = {record.path: record for record in self.records}
+        wanted = {source for path in series for source in by_path[path].b0field_sources}
+        return {
+            record.path
+            for record in self.records
+            if record.is_epi_like
+            and record.path not in series
+            and (wanted & set(record.b0field_identifiers) or set(series) & set(record.intended_for))
+        }
+
+    @property
+    def has_links(self) -> bool:
+        """Whether any fieldmap of EPI images is linked to a series; then series are not paired without a link."""
+        return any(
+            record.b0field_identifiers or record.b0field_sources or (record.is_epi_like and record.intended_for)
+            for record in self.records
+        )
+
+
+def choose_references(subject: SubjectFiles, planned: PreprocUnit, runs: tuple[Run, ...], has_gre: bool) -> Choice:
+    """Images that determine the distortion of the runs of a unit together with them; none if the runs do themselves.
+
+    A gradient-echo fieldmap is preferred to images with an orthogonal phase encoding.
+    """
+    ignore, session = subject.options.ignore, planned.dwi_records[0].session
+    own = {str(run.image) for run in runs}
+    first = subject.images.get(str(runs[0].image))
+    if "sdc" in ignore or first is None or len({run.pe.direction for run in runs if run.pe}) > 1:
+        return Choice()
+    others = [
+        image
+        for path, image in subject.images.items()
+        if path not in own
+        and (image.session in (session, None))
+        and not ("pepolar-dwis" in ignore and image.kind != "fmap")
+    ]
+    paired = {path for path in planned.dwi_files if path not in own}  # short series
+    if planned.is_pepolar:
+        paired |= set(planned.extra_b0)
+    linked = {Path(path) for path in paired | subject.linked_to(planned.dwi_files)}
+    linked &= {image.path for image in others}
+    choice = choose_counterpart(first, others, linked, "shims" in ignore, not subject.has_links)
+    if has_gre and choice.is_orthogonal:
+        return Choice()
+    return choice
+
+
+def label_warnings(subject: SubjectFiles, session: str | None) -> tuple[str, ...]:
+    """Sentences on files of a session whose names contradict their sidecars."""
+    if "sdc" in subject.options.ignore:
+        return ()
+    images = [image for image in subject.images.values() if image.session in (session, None)]
+    return contradicted_labels([image for image in images if image.kind != "sbref"])
+
+
+def table_of(record: FileRecord) -> Path | None:
+    """b-values of an EPI image: those of a diffusion series also where it serves as a fieldmap."""
+    if record.bval_file:
+        return Path(record.bval_file)
+    table = Path(record.path).with_name(record.filename.removesuffix(".gz").removesuffix(".nii") + ".bval")
+    return table if table.is_file() else None
+
+
+def _rounded(seconds: float) -> float:
+    return round(seconds / READOUT_TOLERANCE) * READOUT_TOLERANCE
+
+
+def _with_common_readouts(records: list[FileRecord]) -> list[FileRecord]:
+    """Give opposite series of nearly the same readout time the same signature, so that they are grouped as a pair.
+
+    Only series without an equal counterpart are changed. Their phase encodings keep the exact readout times.
+    """
+    times: dict[object, dict[int, set[float]]] = defaultdict(lambda: {1: set(), -1: set()})
+    for record in records:
+        signature = record.signature
+        if record.is_dwi and signature.pe_polarity and signature.readout_time:
+            times[_protocol(record)][signature.pe_polarity].add(signature.readout_time)
+    common: dict[tuple[object, float], float] = {}
+    for protocol, by_polarity in times.items():
+        up, down = by_polarity[1] - by_polarity[-1], by_polarity[-1] - by_polarity[1]
+        for time in sorted(down):
+            nearest = min(up, key=lambda other: abs(other - time), default=None)
+            if nearest and abs(nearest - time) <= SAME_PROTOCOL * time:
+                common[protocol, time] = nearest
+                up = up - {nearest}
+    return [
+        replace(record, signature=replace(record.signature, readout_time=common[_protocol(record), time]))
+        if record.is_dwi
+        and (time := record.signature.readout_time)
+        and record.signature.pe_polarity == -1
+        and (_protocol(record), time) in common
+        else record
+        for record in records
+    ]
+
+
+def _protocol(record: FileRecord) -> object:
+    return record.session, record.signature.pe_axis, record.signature.shim
