@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dsiprep.data.acquisition import SamplingScheme, Unit
-from dsiprep.data.results import Acquired
+from dsiprep.data.results import Acquired, AxisCheck
 from dsiprep.engines.selection import engines_for
 from dsiprep.errors import SettingsError
 from dsiprep.io.templates import load_template
@@ -15,9 +15,18 @@ from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
 from dsiprep.stages import motion
 
-__all__ = ["check_anatomy", "choose_distortion", "choose_lead", "choose_structural", "plan_stages"]
+__all__ = [
+    "check_anatomy",
+    "choose_distortion",
+    "choose_lead",
+    "choose_structural",
+    "doubt_axis",
+    "plan_stages",
+    "warnings_for",
+]
 
 log = logging.getLogger("dsiprep")
+WRONG_AXIS = 0.75  # of the misfit along the given axis; below, another axis explains the images clearly better
 
 
 def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
@@ -100,6 +109,51 @@ def choose_distortion(unit: Unit, acquired: Acquired, settings: Settings) -> tup
     return "none", f"Distortion is not corrected: {reason}."
 
 
+def doubt_axis(check: AxisCheck) -> str:
+    """Why a pair is not corrected if its images contradict the phase-encoding axis of the sidecars; empty if not."""
+    given, best = check.misfits[0], min(check.misfits)
+    if best >= WRONG_AXIS * given:
+        return ""
+    axis, other = "ijk"[check.axes[0]], "ijk"[check.axes[check.misfits.index(best)]]
+    return (
+        f"Distortion is NOT corrected: the sidecars give {axis} as the phase-encoding axis, but displacements along "
+        f"{other} make the images of both phase encodings agree much better (misfit {best / given:.0%}). Correct "
+        "PhaseEncodingDirection, or use --sdc-method drbuddi to correct along the given axis nevertheless."
+    )
+
+
+def warnings_for(unit: Unit, settings: Settings, corrected: bool | None = None, doubt: str = "") -> tuple[str, ...]:
+    """What must not be overlooked about the distortion of a unit: sentences for plan, report and terminal.
+
+    Parameters
+    ----------
+    unit : Unit
+    settings : Settings
+    corrected : bool, optional
+        Whether the distortion was corrected; by default, whether it is planned.
+    doubt : str
+        From `doubt_axis`.
+    """
+    if settings.distortion.method == "none":
+        return ()
+    if doubt:
+        return (*unit.warnings, doubt)
+    if not (unit.unused or unit.gre):
+        return unit.warnings
+    if corrected is None:
+        corrected = not _planned_distortion(unit, settings).startswith("none")
+    if corrected:
+        return unit.warnings
+    reasons = unit.unused or (
+        f"{unit.gre.images[0].name if unit.gre else ''}: it needs PhaseEncodingDirection and TotalReadoutTime of the "
+        "series; add them to its sidecar",
+    )
+    return (
+        *unit.warnings,
+        "Distortion is NOT corrected, although there are images that could determine it. " + "; ".join(reasons) + ".",
+    )
+
+
 def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, lead: Unit) -> dict[str, str]:
     """Describe what each stage would do for a unit, without computing anything.
 
@@ -119,22 +173,12 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
     """
     images = unit.structural(settings.anatomy.modality)
     b0_registration = "not needed" if lead.name == unit.name else f"b=0 reference to that of {lead.name}"
-    if settings.distortion.method == "none":
-        susceptibility = "none: disabled"
-    elif unit.reversed_pairs():
-        susceptibility = "drbuddi: opposite phase encodings " + " and ".join(unit.reversed_pairs())
-    elif unit.gre:
-        susceptibility = f"gre: gradient-echo fieldmap ({unit.gre.kind})"
-    elif (chosen := choose_structural(unit, settings)) and unit.runs[0].axis is not None:
-        susceptibility = f"fieldmapless: no fieldmap; tissue classes of the {chosen}"
-    else:
-        susceptibility = "none: no opposite phase encodings (see the notes)"
     engines = engines_for(unit, settings)
     return {
         **({"engines": ", ".join(engines) + ": checked before processing starts"} if engines else {}),
         "denoise": f"{settings.denoise.method}, unringing {settings.denoise.unringing}",
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
-        "distortion": susceptibility,
+        "distortion": _planned_distortion(unit, settings),
         "anatomy": (
             f"{len(images)} {settings.anatomy.modality} image{'s' if len(images) > 1 else ''}: "
             f"{'N4, ' if settings.anatomy.biascorrect == 'n4' else ''}brain mask, ACPC, "
@@ -146,3 +190,17 @@ def plan_stages(unit: Unit, scheme: SamplingScheme | None, settings: Settings, l
         "resample": f"one cubic B-spline interpolation at {settings.resample.resolution:g} mm, "
         f"bias correction {settings.denoise.biascorrect}",
     }
+
+
+def _planned_distortion(unit: Unit, settings: Settings) -> str:
+    """The correction of distortion that the files and settings lead to; starts with "none" if there is none."""
+    pe = unit.runs[0].pe
+    if settings.distortion.method == "none":
+        return "none: disabled"
+    if unit.reversed_pairs():
+        return "drbuddi: phase encodings " + " and ".join(unit.reversed_pairs())
+    if unit.gre and pe is not None and pe.readout_time is not None:
+        return f"gre: gradient-echo fieldmap ({unit.gre.kind})"
+    if (chosen := choose_structural(unit, settings)) and unit.runs[0].axis is not None:
+        return f"fieldmapless: no fieldmap; tissue classes of the {chosen}"
+    return "none: NOT CORRECTED, see the warning" if unit.unused or unit.gre else "none: no opposite phase encodings"

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from dsiprep.data.acquisition import Unit
 from dsiprep.jobs import Job, Outcome, run_jobs
 from dsiprep.pipeline import STEPS
-from dsiprep.plan import choose_lead, plan_stages
+from dsiprep.plan import choose_lead, plan_stages, warnings_for
 from dsiprep.settings import Settings
 
 
@@ -26,6 +27,7 @@ def print_plan(units: Sequence[Unit], settings: Settings) -> None:
         console.print("  Stages:")
         for stage, method in plan_stages(unit, scheme, settings, choose_lead(unit, units, settings)).items():
             console.print(f"    {stage:<12} {method}", markup=False)
+        _print_warnings(console, unit.name, warnings_for(unit, settings))
         console.print()
 
 
@@ -42,6 +44,8 @@ def run_and_show(
     """
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[step]}"), TimeElapsedColumn())
+    for unit in (unit for job in jobs if not job.mode for unit in job.units):
+        _print_warnings(console, unit.name, warnings_for(unit, jobs[0].settings))
     outcomes = [Outcome(subject, f"sub-{subject}", 0.0, error) for subject, error in (grouping_errors or {}).items()]
     with Progress(*columns, console=console) as progress:
         bars = _Bars(progress, jobs)
@@ -90,12 +94,20 @@ def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outc
         if outcome is None:
             table.add_row(name, "not started", "")
             continue
-        result = f"[red]failed[/red]: {outcome.error}" if outcome.error else "[green]done[/green]"
+        done = "[yellow]done, with warnings[/yellow]" if outcome.warnings else "[green]done[/green]"
+        result = f"[red]failed[/red]: {outcome.error}" if outcome.error else done
         if outcome.error and outcome.log:
             result += f"\n(log: {outcome.log})"
         table.add_row(name, result, f"{outcome.seconds / 60:.1f} min")
     console.print(table)
+    for outcome in outcomes:
+        _print_warnings(console, outcome.unit, outcome.warnings)
     for subject in sorted({outcome.subject for outcome in outcomes if not outcome.error}):
         report = job.out / f"sub-{subject}.html"
         if report.exists():
             console.print(f"Report: {report}", soft_wrap=True)
+
+
+def _print_warnings(console: Console, unit: str, warnings: Sequence[str]) -> None:
+    for text in warnings:
+        console.print(Text.assemble(("WARNING ", "bold yellow"), f"{unit}: {text}"), soft_wrap=True)

@@ -221,6 +221,17 @@ class Distortion(Summarised):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class AxisCheck(Summarised):
+    """Misfit of a blip-up/blip-down pair at coarse resolution for several phase-encoding axes.
+
+    `axes` are voxel axes, the one that the sidecars give first; `misfits` has one value for each.
+    """
+
+    axes: tuple[int, ...]
+    misfits: tuple[float, ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Anatomy(Summarised):
     """The structural image in ACPC (anterior-posterior commissure) space, and its transforms.
 
@@ -360,7 +371,7 @@ class UnitResults(Summarised):
 
     `motions` has one entry per blip with DWI volumes, in the order of `acquired.blips`; `seconds` is the wall time of
     each stage; `device` names the compute device. `distortion` is None if none was corrected, and
-    `distortion_reason` gives the reason or the chosen method.
+    `distortion_reason` gives the reason or the chosen method. `warnings` must not be overlooked.
     """
 
     unit: Unit
@@ -376,11 +387,13 @@ class UnitResults(Summarised):
     quality: Quality
     seconds: dict[str, float]
     device: str
+    warnings: tuple[str, ...] = ()
 
 
 __all__ = [
     "Acquired",
     "Anatomy",
+    "AxisCheck",
     "Blip",
     "Coregistration",
     "Denoised",

@@ -39,6 +39,7 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import DistortionSettings, Settings
 from dsiprep.stages import distortion
 from dsiprep.stages.pair_geometry import PairGeometry
+from dsiprep.stages.pair_images import finite_mean
 
 METHODS = {
     "tortoise": (
@@ -132,7 +133,7 @@ def correct_distortion(
         As in the native stage.
     """
     geometry = distortion.check_pair(blips, b0s, grid, mask, settings)
-    means = tuple(distortion.finite_mean(b).cpu() for b in b0s)
+    means = tuple(finite_mean(b).cpu() for b in b0s)
     notes: list[str] = []
     candidates: tuple[str, ...] = (GPU_PROGRAM, CPU_PROGRAM) if on_gpu(b0s) else (CPU_PROGRAM,)
     if not geometry.same_grid:

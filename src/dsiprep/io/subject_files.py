@@ -120,8 +120,7 @@ def choose_references(subject: SubjectFiles, planned: PreprocUnit, runs: tuple[R
     """
     ignore, session = subject.options.ignore, planned.dwi_records[0].session
     own = {str(run.image) for run in runs}
-    first = subject.images.get(str(runs[0].image))
-    if "sdc" in ignore or first is None or len({run.pe.direction for run in runs if run.pe}) > 1:
+    if "sdc" in ignore or len({run.pe.direction for run in runs if run.pe}) > 1:
         return Choice()
     others = [
         image
@@ -130,6 +129,10 @@ def choose_references(subject: SubjectFiles, planned: PreprocUnit, runs: tuple[R
         and (image.session in (session, None))
         and not ("pepolar-dwis" in ignore and image.kind != "fmap")
     ]
+    first = subject.images.get(str(runs[0].image))
+    if first is None:
+        missing = f"the sidecar of {runs[0].image.name} has no PhaseEncodingDirection; add it to use this image"
+        return Choice(unused=tuple(f"{image.path.name}: {missing}" for image in others))
     paired = {path for path in planned.dwi_files if path not in own}  # short series
     if planned.is_pepolar:
         paired |= set(planned.extra_b0)

@@ -50,7 +50,7 @@ def summary(results: UnitResults, figures: FigureWriter) -> Section:
         "Overview of the acquisition and processing. The report gives no automatic pass/fail verdict: read the notes "
         "and inspect the figures below before using the data.",
         facts=_summary_facts(results),
-        notes=_stage_notes(results),
+        notes=(*(f"WARNING: {text}" for text in results.warnings), *_stage_notes(results)),
         shares=_seconds_by_stage(results.seconds),
         tables=(("Key metrics", ("Metric", "Value", "Meaning"), _key_metrics(results)),),
     )

@@ -25,7 +25,6 @@ from dsiprep.ops.pepolar.common_displacement import common_displacement
 from dsiprep.ops.pepolar.initial_field import equal_mass_field
 from dsiprep.ops.pepolar.normal_equations import conjugate_gradients
 from dsiprep.ops.pepolar.pair_model import (
-    Images,
     Pair,
     State,
     apply_step,
@@ -34,7 +33,6 @@ from dsiprep.ops.pepolar.pair_model import (
     displacement_between,
     gauss_newton_equations,
     is_folded,
-    make_pair,
     outlier_limits,
 )
 from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines
@@ -42,6 +40,7 @@ from dsiprep.ops.qspace.matching_gradients import low_b_pairs
 from dsiprep.ops.registration.linear import register_linear
 from dsiprep.settings import DistortionSettings
 from dsiprep.stages.pair_geometry import PairGeometry, pair_geometry
+from dsiprep.stages.pair_images import COARSEST_MM, brains_and_brightness, finite_mean, normalised, pair_at, pyramid
 
 METHODS = {
     "drbuddi": (
@@ -62,13 +61,18 @@ METHODS = {
 """Irfanoglu 2015: doi 10.1016/j.neuroimage.2014.11.042. Andersson 2003: doi 10.1016/S1053-8119(03)00336-7. Chang and
 Fitzpatrick 1992: doi 10.1109/42.158935."""
 
-__all__ = ["METHODS", "check_pair", "correct_distortion", "fieldmap_hz", "finite_mean", "mean_diffusion"]
+__all__ = [
+    "METHODS",
+    "check_pair",
+    "coarse_misfit",
+    "correct_distortion",
+    "fieldmap_hz",
+    "mean_diffusion",
+]
 
-COARSEST_MM = 8.0
 INITIAL_SMOOTHING_MM = 12.0
 MAX_STEPS = 40
 CONVERGED_MM = 0.04
-LEAST_SHARE = 0.5  # of the brain that the images of the second blip must cover
 
 
 def correct_distortion(
@@ -122,12 +126,10 @@ def correct_distortion(
     """
     geometry = check_pair(blips, b0s, grid, mask, settings)
     before = tuple(finite_mean(b) for b in b0s)
-    masks = (mask, mask if geometry.same_grid else _mask_of_second(mask, geometry))
-    brains = tuple(geometry.ordered(m.data.to(before[0].device) > 0.5, b) for b, m in enumerate(masks))
-    units = [_brightness(b, m) for b, m in zip(before, masks, strict=True)]
+    brains, units = brains_and_brightness(before, geometry, mask)
     compared_images = [before, diffusion] if _has_signal(diffusion, grid, mask) else [before]
-    normalised = [_normalised(both, units, mask, geometry) for both in compared_images]
-    pairs = _pyramid(normalised, geometry, brains)
+    images = [normalised(both, units, mask, geometry) for both in compared_images]
+    pairs = pyramid(images, geometry, brains)
     state, trace, notes = _estimate(pairs)
     if structural is not None:
         state, rows, note = _with_structural(pairs[-1], state, structural)
@@ -152,6 +154,16 @@ def correct_distortion(
         notes=notes,
         diffusion=len(compared_images) > 1,
     )
+
+
+def coarse_misfit(blips: tuple[Blip, ...], b0s: tuple[torch.Tensor, ...], grid: Grid, mask: Volume) -> float:
+    """Objective function of the pair at the coarsest pyramid level, where it is cheap; parameters as above."""
+    geometry = check_pair(blips, b0s, grid, mask, DistortionSettings())
+    before = tuple(finite_mean(b) for b in b0s)
+    brains, units = brains_and_brightness(before, geometry, mask)
+    pair = pair_at([normalised(before, units, mask, geometry)], geometry, brains, COARSEST_MM)
+    rows = _minimise(pair, _initial_state(pair))[0]
+    return rows[-1]["cost"] if rows else 0.0
 
 
 def _along(direction: np.ndarray, displacement: torch.Tensor, grid: Grid) -> DisplacementField:
@@ -217,11 +229,6 @@ def fieldmap_hz(field: torch.Tensor, geometry: PairGeometry) -> Volume | None:
     return None if geometry.mm_per_hz is None else Volume(field / geometry.mm_per_hz, geometry.grids[0])
 
 
-def finite_mean(volumes: torch.Tensor) -> torch.Tensor:
-    """Mean of volumes (m, i, j, k), with non-finite values replaced by zero."""
-    return torch.nan_to_num(volumes.float(), posinf=0.0, neginf=0.0).mean(0)
-
-
 def _aligned(dwi: DWI, motion: Motion, volume: int) -> torch.Tensor:
     """A volume (i, j, k) of the series resampled onto the b=0 reference of its blip."""
     row = int(np.flatnonzero(motion.volumes == volume)[0])
@@ -236,64 +243,6 @@ def _has_signal(diffusion: tuple[torch.Tensor, ...], grid: Grid, mask: Volume) -
         if tuple(image.shape) != grid.shape:
             raise InputError(f"a mean diffusion-weighted image is {tuple(image.shape)}; expected {grid.shape}")
     return len(diffusion) == 2 and all(float(d[mask.data.to(d.device) > 0.5].median()) > 0 for d in diffusion)
-
-
-def _brightness(image: torch.Tensor, mask: Volume) -> float:
-    """Median intensity of the brain, or the largest absolute intensity if that is not positive."""
-    median = float(image[mask.data.to(image.device) > 0.5].median())
-    return median if median > 0 else float(image.abs().max())
-
-
-def _normalised(both: tuple[torch.Tensor, ...], units: list[float], mask: Volume, geometry: PairGeometry) -> Images:
-    """Images of both blips with the phase-encoding axis last, scaled so that the brain of the first is about 1.
-
-    `units` is the brightness of the b=0 images of both blips. Dividing by it keeps their ratio of gains.
-    """
-    relative = _brightness(both[0], mask) / units[0]
-    first, second = (geometry.ordered(v, b) / (units[b] * relative) for b, v in enumerate(both))
-    return first, second
-
-
-def _mask_of_second(mask: Volume, geometry: PairGeometry) -> Volume:
-    """The brain mask on the grid of blip 1, by scanner coordinates."""
-    other = geometry.grids[1]
-    data = resample_onto(mask.data[None].float(), mask.grid, other)[0] > 0.5
-    share = int(data.sum()) * abs(np.linalg.det(other.affine)) / np.linalg.det(mask.grid.affine)
-    if abs(share) < LEAST_SHARE * int((mask.data > 0.5).sum()):
-        raise InputError(
-            "the images of the second phase encoding cover less than half of the brain in the first; give whole-brain "
-            "images of one session in the same scanner coordinates"
-        )
-    return Volume(data.float(), other)
-
-
-def _pyramid(images: list[Images], geometry: PairGeometry, brains: tuple[torch.Tensor, ...]) -> list[Pair]:
-    """The pair at every pyramid level, coarsest first; `images` are b=0, then further contrasts."""
-    grids = geometry.grid(0), geometry.grid(1)
-    finest = float(np.prod(grids[0].voxel_sizes) ** (1 / 3))
-    steps = max(0, round(float(np.log2(COARSEST_MM / finest))))
-    centre = grids[0].to_world(np.argwhere(brains[0].cpu().numpy()).mean(0))
-
-    def level(spacing: float) -> Pair:
-        coarse = [grid.at_spacing(tuple(np.maximum(grid.voxel_sizes, spacing))) if spacing else grid for grid in grids]
-
-        def reduced(both: tuple[torch.Tensor, ...]) -> Images:
-            first, second = (_downsampled(v, g, c) for v, g, c in zip(both, grids, coarse, strict=True))
-            return first, second
-
-        shown, masks = [reduced(both) for both in images], [b > 0.5 for b in reduced(tuple(b.float() for b in brains))]
-        other = None if geometry.same_grid else (coarse[1], masks[1])
-        return make_pair(shown[0], masks[0], coarse[0], geometry.scales, centre, shown[1:], other)
-
-    return [*(level(float(s)) for s in np.geomspace(COARSEST_MM, finest, steps + 1)[:-1]), level(0.0)]
-
-
-def _downsampled(image: torch.Tensor, grid: Grid, coarse: Grid) -> torch.Tensor:
-    if coarse is grid:
-        return image
-    ratio = coarse.voxel_sizes / grid.voxel_sizes
-    widths = (0.5 * np.sqrt(np.maximum(ratio**2 - 1, 0))).tolist()
-    return resized(gaussian(image[None], widths)[0], coarse.shape)
 
 
 def _estimate(pairs: list[Pair]) -> tuple[State, list[dict[str, float]], tuple[str, ...]]:
