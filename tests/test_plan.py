@@ -10,8 +10,7 @@ import pytest
 
 from dsiprep import jobs
 from dsiprep.cli.terminal import print_plan, run_and_show
-from dsiprep.data.acquisition import PhaseEncoding
-from dsiprep.data.results import AxisCheck
+from dsiprep.data.acquisition import AxisCheck, PhaseEncoding
 from dsiprep.jobs import Job
 from dsiprep.plan import doubt_axis, plan_stages, warnings_for
 from dsiprep.report.overview import summary

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from dsiprep.cache import Cache, CachedResult
-from dsiprep.data.acquisition import PhaseEncoding, Unit
+from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, Unit
 from dsiprep.data.grid import Volume
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
     Acquired,
     Anatomy,
-    AxisCheck,
     Coregistration,
     Denoised,
     Distortion,
@@ -36,7 +35,7 @@ from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.io.user_mask import find_mask
-from dsiprep.plan import choose_distortion, choose_structural, doubt_axis, warnings_for
+from dsiprep.plan import AXIS_CONTRADICTED, choose_distortion, choose_structural, doubt_axis, warnings_for
 from dsiprep.settings import (
     AnatomySettings,
     CoregisterSettings,
@@ -162,11 +161,15 @@ def _undistort(
         if (acquired.value.dwi.blip == b).any()
     )
     method, reason = choose_distortion(unit, acquired.value, settings)
-    doubt = ""
-    if method == "drbuddi" and settings.distortion.method == "auto":
+    correct = partial(_correct_distortion, unit, settings, cache, device, (acquired, motions))
+    doubt, careful = "", settings.distortion.method == "auto"
+    if method == "drbuddi" and careful:
         doubt = doubt_axis(cache.run(axis_check, "distortion-axis", _check_axis, acquired, motions).value)
-        method, reason = ("none", doubt) if doubt else (method, reason)
-    return motions, _correct_distortion(unit, settings, cache, device, (acquired, motions), method), reason, doubt
+    corrected = correct("none" if doubt else method)
+    if method == "gre" and careful and corrected.value is not None:
+        doubt = corrected.value.doubt
+        corrected = correct("none") if doubt else corrected
+    return motions, corrected, AXIS_CONTRADICTED if doubt else reason, doubt
 
 
 def prepare_anatomy(

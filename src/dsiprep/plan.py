@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsiprep.data.acquisition import SamplingScheme, Unit
-from dsiprep.data.results import Acquired, AxisCheck
+from dsiprep.data.acquisition import AxisCheck, SamplingScheme, Unit
+from dsiprep.data.results import Acquired
 from dsiprep.engines.selection import engines_for
 from dsiprep.errors import SettingsError
 from dsiprep.io.templates import load_template
@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 log = logging.getLogger("dsiprep")
+AXIS_CONTRADICTED = "Distortion is not corrected: the images contradict the phase-encoding axis of the sidecars."
 WRONG_AXIS = 0.75  # of the misfit along the given axis; below, another axis explains the images clearly better
 
 

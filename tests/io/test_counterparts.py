@@ -260,6 +260,25 @@ def test_reversed_single_band_reference(dataset: Dataset) -> None:
     assert len(dataset.unit().runs) == 2
 
 
+def test_short_series_on_another_grid_is_a_reference(dataset: Dataset) -> None:
+    dataset.dwi("sub-01_dir-AP", AP)
+    dataset.dwi("sub-01_dir-PA", PA, volumes=6, affine=tilted(3))
+    unit = dataset.unit()
+    assert partners(unit) == ["dir-PA_dwi"]
+    assert has_note(unit, "sub-01_dir-PA_dwi.nii.gz: fewer than 16 volumes")
+    assert len(dataset.units(separate_all_dwis=True)) == 2
+
+
+def test_reference_with_an_invalid_sidecar_does_not_stop_the_series(dataset: Dataset) -> None:
+    dataset.dwi("sub-01_dir-AP", AP)
+    epi = dataset.image("sub-01_dir-PA_epi", 1, {"PhaseEncodingDirection": "PA"})
+    for path in (epi, epi.with_name("sub-01_dir-PA_epi.json")):
+        path.rename(dataset.root / "sub-01" / "dwi" / path.name.replace("_epi", "_sbref"))
+    assert not dataset.unit().epis
+    (dataset.root / "sub-01" / "dwi" / "sub-01_dir-PA_sbref.json").write_text("{")
+    assert not dataset.unit().epis
+
+
 def test_names_that_contradict_the_sidecars_are_reported(dataset: Dataset) -> None:
     dataset.dwi("sub-01_dir-AP", PA)
     dataset.dwi("sub-01_dir-PA", PA)

@@ -62,6 +62,17 @@ def displacement_angle(first: tuple[PhaseEncoding, Grid], second: tuple[PhaseEnc
 
 
 @dataclass(frozen=True)
+class AxisCheck:
+    """Misfit of two images at coarse resolution, if they were phase encoded along one voxel axis or another.
+
+    `axes` begins with the axis that the sidecars give; `misfits` has one value for each.
+    """
+
+    axes: tuple[int, ...]
+    misfits: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Run:
     """Files of one DWI run. `entities` are the BIDS entities by their short names, in file-name order."""
 

@@ -206,6 +206,8 @@ class Distortion(Summarised):
         Remarks for the report.
     diffusion : bool
         Whether diffusion-weighted images of both blips were compared in addition to b=0 images.
+    doubt : str
+        Why the correction should not be applied unless it is asked for; empty if nothing speaks against it.
     """
 
     poses: np.ndarray
@@ -218,17 +220,7 @@ class Distortion(Summarised):
     method: str
     notes: tuple[str, ...] = ()
     diffusion: bool = False
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class AxisCheck(Summarised):
-    """Misfit of a blip-up/blip-down pair at coarse resolution for several phase-encoding axes.
-
-    `axes` are voxel axes, the one that the sidecars give first; `misfits` has one value for each.
-    """
-
-    axes: tuple[int, ...]
-    misfits: tuple[float, ...]
+    doubt: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -393,7 +385,6 @@ class UnitResults(Summarised):
 __all__ = [
     "Acquired",
     "Anatomy",
-    "AxisCheck",
     "Blip",
     "Coregistration",
     "Denoised",

@@ -31,7 +31,7 @@ from dsiprep.io.fieldmaps import gre_fieldmap, with_linked_fieldmap
 from dsiprep.io.grouping_notes import Options, assign_output, grouping_notes, structural_notes, unused_fieldmaps
 from dsiprep.io.nifti import count_volumes
 from dsiprep.io.sidecars import check_readout_times, relevant_fields
-from dsiprep.io.subject_files import SubjectFiles, choose_references, label_warnings
+from dsiprep.io.subject_files import SubjectFiles, choose_references, label_warnings, without_reference_units
 from dsiprep.io.unit_reader import explain, read_unit, require_files, scheme_of
 from dsiprep.settings import Settings
 
@@ -178,6 +178,8 @@ def _units_of_subject(
     units: list[Unit] = []
     for grouping, split in _groupings(subject, issues):
         units += _units_of_grouping(subject, grouping, split)
+    if not options.separate_all_dwis:
+        units = without_reference_units(units, SHORT_SERIES)
     return _with_unique_names(units)
 
 

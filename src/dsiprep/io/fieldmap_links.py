@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,6 +20,7 @@ from dsiprep.io.bids_filters import Filters, entities, matches
 
 __all__ = ["intended_series", "linked_records", "other_epi_records", "without_resolved"]
 
+log = logging.getLogger("dsiprep")
 URI = re.compile(r"bids:[^:]*:")
 
 
@@ -85,13 +87,7 @@ def without_resolved(issues: list[GroupingIssue], records: list[FileRecord]) -> 
 
 
 def other_epi_records(root: Path, label: str, sessions: list[str] | None, filters: Filters | None) -> list[FileRecord]:
-    """Records of `fmap/*_dwi`, `fmap/*_sbref` and `dwi/*_sbref`, as EPI fieldmaps without an intended series.
-
-    Raises
-    ------
-    MetadataError
-        If a sidecar cannot be read.
-    """
+    """Records of `fmap/*_dwi`, `fmap/*_sbref` and `dwi/*_sbref`, as EPI fieldmaps without an intended series."""
     folder = root / f"sub-{label}"
     wanted = (("fmap", "dwi", "fmap"), ("fmap", "sbref", "fmap"), ("dwi", "sbref", "sbref"))
     found = []
@@ -100,8 +96,16 @@ def other_epi_records(root: Path, label: str, sessions: list[str] | None, filter
         for path in paths:
             names = entities(path)
             selected = sessions is None or names.get("ses") in [*sessions, *([None] if kind == "fmap" else [])]
-            if selected and names.get("part", "mag") == "mag" and matches(str(path), (filters or {}).get(query, {})):
+            if (
+                not selected
+                or names.get("part", "mag") != "mag"
+                or not matches(str(path), (filters or {}).get(query, {}))
+            ):
+                continue
+            try:
                 found.append(_epi_record(path))
+            except MetadataError as problem:  # the series can be processed without it
+                log.warning("%s; the image is not used for the distortion", problem)
     return found
 
 

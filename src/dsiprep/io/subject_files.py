@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +10,17 @@ from pathlib import Path
 from qsiplan import FileRecord, PreprocUnit
 from qsiplan.models import READOUT_TOLERANCE
 
-from dsiprep.data.acquisition import PhaseEncoding, Run
+from dsiprep.data.acquisition import PhaseEncoding, Run, Unit
 from dsiprep.errors import InputError, MetadataError
 from dsiprep.io.bids_filters import entities
 from dsiprep.io.counterparts import Choice, EpiImage, choose_counterpart, contradicted_labels
 from dsiprep.io.grouping_notes import Options
-from dsiprep.io.nifti import read_grid
+from dsiprep.io.nifti import count_volumes, read_grid
 from dsiprep.io.sidecars import phase_encoding
 
-__all__ = ["SubjectFiles", "choose_references", "label_warnings"]
+__all__ = ["SubjectFiles", "choose_references", "label_warnings", "without_reference_units"]
+
+log = logging.getLogger("dsiprep")
 
 SAME_PROTOCOL = 0.1  # relative difference of readout times up to which opposite series are processed together
 
@@ -41,8 +44,7 @@ class SubjectFiles:
         self.encodings: dict[str, PhaseEncoding | None] = {}
         self.notes: dict[str, tuple[str, ...]] = {}
         self.records = _with_common_readouts([self._with_encoding(record) for record in records])
-        others = [self._with_encoding(record) for record in references]
-        self.images = self._epi_images([*self.records, *others])
+        self.images = self._epi_images([*self.records, *self._usable(references)])
 
     def _with_encoding(self, record: FileRecord) -> FileRecord:
         if not record.is_epi_like:
@@ -61,6 +63,16 @@ class SubjectFiles:
         if "shims" in self.options.ignore:
             signature = replace(signature, shim=None)
         return replace(record, signature=signature)
+
+    def _usable(self, references: list[FileRecord]) -> list[FileRecord]:
+        """The references with a valid sidecar; the series can be processed without them."""
+        usable = []
+        for record in references:
+            try:
+                usable.append(self._with_encoding(record))
+            except MetadataError as problem:
+                log.warning("%s; the image is not used for the distortion", problem)
+        return usable
 
     def _epi_images(self, records: list[FileRecord]) -> dict[str, EpiImage]:
         """Images whose phase encoding and grid are known, by path."""
@@ -142,6 +154,29 @@ def choose_references(subject: SubjectFiles, planned: PreprocUnit, runs: tuple[R
     if has_gre and choice.is_orthogonal:
         return Choice()
     return choice
+
+
+def without_reference_units(units: list[Unit], short: int) -> list[Unit]:
+    """The units without those that consist of series with fewer than `short` volumes that only serve as references.
+
+    Another unit that is at least twice as long uses their b=0 volumes. On the same grid, they would be part of it.
+    """
+    lengths = {run.image: count_volumes(run.image, short) for unit in units for run in unit.runs}
+    served: dict[Path, str] = {}
+    for unit in units:
+        longest = max(lengths[run.image] for run in unit.runs)
+        for epi in unit.epis:
+            if lengths.get(epi.image, short) < short and longest >= 2 * lengths[epi.image]:
+                served[epi.image] = unit.name
+    kept = [unit for unit in units if not all(run.image in served for run in unit.runs)]
+    return [
+        replace(unit, notes=(*unit.notes, *(_short_note(epi.image) for epi in unit.epis if epi.image in served)))
+        for unit in kept
+    ]
+
+
+def _short_note(image: Path) -> str:
+    return f"{image.name}: fewer than 16 volumes; only its b=0 volumes are used, to estimate the distortion."
 
 
 def label_warnings(subject: SubjectFiles, session: str | None) -> tuple[str, ...]:

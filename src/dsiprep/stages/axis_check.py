@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import torch
 
+from dsiprep.data.acquisition import AxisCheck
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import AxisCheck, Blip
+from dsiprep.data.results import Blip
 from dsiprep.stages.distortion import coarse_misfit
 from dsiprep.stages.pair_geometry import pair_geometry
 

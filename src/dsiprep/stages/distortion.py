@@ -127,7 +127,7 @@ def correct_distortion(
     geometry = check_pair(blips, b0s, grid, mask, settings)
     before = tuple(finite_mean(b) for b in b0s)
     brains, units = brains_and_brightness(before, geometry, mask)
-    compared_images = [before, diffusion] if _has_signal(diffusion, grid, mask) else [before]
+    compared_images = [before, diffusion] if _has_signal(diffusion, geometry, brains) else [before]
     images = [normalised(both, units, mask, geometry) for both in compared_images]
     pairs = pyramid(images, geometry, brains)
     state, trace, notes = _estimate(pairs)
@@ -237,12 +237,14 @@ def _aligned(dwi: DWI, motion: Motion, volume: int) -> torch.Tensor:
     return warp_volume(image, dwi.grid, dwi.grid, motion.transforms[row], eddy=eddy)
 
 
-def _has_signal(diffusion: tuple[torch.Tensor, ...], grid: Grid, mask: Volume) -> bool:
+def _has_signal(diffusion: tuple[torch.Tensor, ...], geometry: PairGeometry, brains: tuple[torch.Tensor, ...]) -> bool:
     """Whether there are two diffusion-weighted images with signal in the brain."""
-    for image in diffusion:
+    for image, grid in zip(diffusion, geometry.grids, strict=False):
         if tuple(image.shape) != grid.shape:
             raise InputError(f"a mean diffusion-weighted image is {tuple(image.shape)}; expected {grid.shape}")
-    return len(diffusion) == 2 and all(float(d[mask.data.to(d.device) > 0.5].median()) > 0 for d in diffusion)
+    return len(diffusion) == 2 and all(
+        float(geometry.ordered(image, b)[brains[b]].median()) > 0 for b, image in enumerate(diffusion)
+    )
 
 
 def _estimate(pairs: list[Pair]) -> tuple[State, list[dict[str, float]], tuple[str, ...]]:

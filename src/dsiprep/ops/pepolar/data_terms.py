@@ -27,7 +27,10 @@ class DataTerms:
 
 
 def combined(terms: list[DataTerms]) -> DataTerms:
-    """Exact sum of the contributions of comparisons: squares of by_field + by_slope D add to one and a diagonal."""
+    """Exact sum of the contributions of comparisons: squares of by_field + by_slope D add to one and a diagonal.
+
+    Of several comparisons, derivatives across the axis enter the gradients only, which decide where the steps end.
+    """
     if len(terms) == 1:
         return terms[0]
     squares = _sum(t.weight * t.by_field**2 for t in terms)
