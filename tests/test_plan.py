@@ -116,10 +116,20 @@ def test_wrong_phase_encoding_axis_is_noticed(amplitude: float, axis: int, wrong
         assert "--sdc-method drbuddi" in text
 
 
-def test_axis_of_images_on_different_grids_is_not_doubted() -> None:
-    grid = make_grid("RAS")
-    case = Case(grid, 1, second=(make_grid("RAS", 5.0), PhaseEncoding(1, -1)))
-    check = check_axis(case.blips, case.images, grid, case.mask)
+@pytest.mark.parametrize(("axis", "other", "wrong"), [(1, 0, False), (0, 2, True)])
+def test_axis_is_checked_on_different_grids(axis: int, other: int, wrong: bool) -> None:
+    """The second image is a sagittal file with planes tilted by 5 degrees: A-P is its first axis, R-L its third."""
+    case = Case(make_grid("RAS"), 1, noise=2.0, second=(make_grid("ASR", 5.0), PhaseEncoding(0, -1)))
+    encodings = PhaseEncoding(axis, 1, 0.05), PhaseEncoding(other, -1, 0.05)
+    blips = tuple(replace(blip, pe=pe) for blip, pe in zip(case.blips, encodings, strict=True))
+    check = check_axis(blips, case.images, case.grid, case.mask)
+    assert sorted(check.axes) == [0, 1, 2]
+    assert bool(doubt_axis(check)) == wrong
+
+
+def test_axis_of_orthogonal_encodings_is_not_doubted() -> None:
+    case = Case(make_grid("RAS"), 1, second=(make_grid("RAS"), PhaseEncoding(0, 1)))
+    check = check_axis(case.blips, case.images, case.grid, case.mask)
     assert check.axes == (1,)
     assert doubt_axis(check) == ""
     assert doubt_axis(AxisCheck((1, 0, 2), (100.0, 76.0, 90.0))) == ""

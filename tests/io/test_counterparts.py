@@ -59,7 +59,7 @@ def test_series_with_other_readout_times_correct_each_other(dataset: Dataset) ->
     first, second = dataset.units()
     assert partners(first) == ["acq-b_dir-PA_dwi"]
     assert partners(second) == ["acq-a_dir-AP_dwi"]
-    assert has_note(first, "a readout time of 40.0 ms instead of 50.0 ms")
+    assert has_note(first, "takes into account", "a readout time of 40.0 ms instead of 50.0 ms")
     assert read_unit(first, SETTINGS).epis[0].data.shape == (1, 4, 5, 3)  # the b=0 only
 
 

@@ -179,23 +179,26 @@ def _difference(series: EpiImage, chosen: Sequence[EpiImage]) -> str:
     """How the chosen images differ from an equal pair; empty if they do not."""
     first, angle = chosen[0], _angle(series, chosen[0])
     times = series.pe.readout_time, first.pe.readout_time
-    parts = []
+    modelled, ignored = [], []
     if angle < OPPOSITE:
-        parts.append("another phase-encoding axis (the field is determined less well than by opposite ones)")
+        modelled.append("another phase-encoding axis (the field is determined less well than by opposite ones)")
     elif angle < 179.9:
-        parts.append(f"a phase-encoding axis tilted by {180 - angle:.1f}°")
+        modelled.append(f"a phase-encoding axis tilted by {180 - angle:.1f}°")
     if times[0] and times[1] and abs(times[0] - times[1]) > 1e-4:
-        parts.append(f"a readout time of {1000 * times[1]:.1f} ms instead of {1000 * times[0]:.1f} ms")
+        modelled.append(f"a readout time of {1000 * times[1]:.1f} ms instead of {1000 * times[0]:.1f} ms")
     if not series.grid.matches(first.grid, 0.05):
-        parts.append("another voxel grid or position")
+        modelled.append("another voxel grid or position")
     if first.shim and series.shim and first.shim != series.shim:
-        parts.append("another ShimSetting (its field differs by what the shims changed)")
+        ignored.append("another ShimSetting, so its field differs by what the shims changed")
     if first.kind == "sbref":
-        parts.append("the contrast of a single-band reference")
-    if not parts:
-        return ""
+        ignored.append("the contrast of a single-band reference")
+    if times[0] is None:
+        ignored.append("like the series no known readout time: the same is assumed, and no field in Hz is written")
     names = ", ".join(image.path.name for image in chosen)
-    return f"Distortion is estimated with {names}, which has {'; '.join(parts)}. The model takes this into account."
+    parts = [f"It has {text}." for text in ignored]
+    if modelled:
+        parts.insert(0, f"The model takes into account that it has {', and '.join(modelled)}.")
+    return " ".join([f"Distortion is estimated with {names}.", *parts]) if parts else ""
 
 
 def contradicted_labels(images: Sequence[EpiImage]) -> tuple[str, ...]:

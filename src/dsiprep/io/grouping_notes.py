@@ -14,7 +14,9 @@ from dsiprep.errors import SettingsError
 from dsiprep.io.bids_filters import entities
 
 # qsiplan's warnings that are reworded below or concern steps that dsiprep does not have
-REPLACED_WARNINGS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs"})
+REPLACED_WARNINGS = frozenset(
+    {"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs", "estimation-shim-mismatch"}
+)
 GRE_SUFFIXES = ("phasediff", "phase1", "fieldmap")
 
 
