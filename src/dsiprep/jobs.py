@@ -91,6 +91,8 @@ class Outcome:
         One-line error message after a failure.
     log : Path or None
         File with the traceback, if it could be written.
+    warnings : tuple of str
+        What must not be overlooked about a finished unit.
     """
 
     subject: str
@@ -98,6 +100,7 @@ class Outcome:
     seconds: float
     error: str | None = None
     log: Path | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def memory_needed(job: Job) -> int:
@@ -232,7 +235,9 @@ def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> It
         # the b=0 reference of a failed unit cannot replace another unit's structural image
         usable = tuple(other for other in job.units if other.name not in dict(failures))
         results, outcome = _attempt(job, unit.name, partial(_run_unit, unit, replace(job, units=usable), on_step))
-        finished += [results] if results is not None else []
+        if results is not None:
+            finished.append(results)
+            outcome = replace(outcome, warnings=results.warnings)
         failures += [(unit.name, outcome.error)] if outcome.error else []
         yield outcome
         if outcome.error and stop_on_first_crash:

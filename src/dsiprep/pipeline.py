@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from dsiprep.cache import Cache, CachedResult
-from dsiprep.data.acquisition import PhaseEncoding, Unit
+from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, Unit
 from dsiprep.data.grid import Volume
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
@@ -36,7 +36,7 @@ from dsiprep.io.nifti import read_volume
 from dsiprep.io.templates import load_template
 from dsiprep.io.unit_check import check_unit
 from dsiprep.io.user_mask import find_mask
-from dsiprep.plan import choose_distortion, choose_structural
+from dsiprep.plan import AXIS_CONTRADICTED, choose_distortion, choose_structural, doubt_axis, warnings_for
 from dsiprep.settings import (
     AnatomySettings,
     CoregisterSettings,
@@ -49,6 +49,7 @@ from dsiprep.settings import (
 from dsiprep.stages import (
     acquisition,
     anatomy,
+    axis_check,
     coregister,
     denoise,
     distortion,
@@ -105,14 +106,14 @@ def preprocess(
         check_engines(unit, settings, on)
     acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
-    motions, corrected, reason = _undistort(unit, settings, cache, on, acquired)
+    motions, corrected, reason, doubt = _undistort(unit, settings, cache, on, acquired)
     modality = settings.anatomy.modality
     follows = lead is not None and lead.name != unit.name and not unit.structural(modality)
     target_unit = (lead.output or lead.name) if lead is not None and follows else ""
     reference = leading = _reference(cache, motions[0], corrected)
     if lead is not None and target_unit:
         other = cache.for_other_unit()
-        moved, undistorted, _ = _undistort(lead, settings, other, on, _acquire(lead, settings, other))
+        moved, undistorted, *_ = _undistort(lead, settings, other, on, _acquire(lead, settings, other))
         leading = _reference(other, moved[0], undistorted)
     anatomical = prepare_anatomy(unit, settings, cache, on, leading)
     coregistered = cache.run(
@@ -139,6 +140,7 @@ def preprocess(
         quality=measured.value,
         seconds=dict(cache.seconds),
         device=str(on),
+        warnings=warnings_for(unit, settings, corrected.value is not None, doubt),
     )
 
 
@@ -152,15 +154,23 @@ def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acqui
 
 def _undistort(
     unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: CachedResult[Acquired]
-) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[Distortion | None], str]:
-    """Motion of each blip, the distortion, and why it is corrected in that way."""
+) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[Distortion | None], str, str]:
+    """Motion of each blip, the distortion, why it is corrected in that way, and why it is not in spite of a pair."""
     motions = tuple(
         cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion)
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
     method, reason = choose_distortion(unit, acquired.value, settings)
-    return motions, _correct_distortion(unit, settings, cache, device, (acquired, motions), method), reason
+    correct = partial(_correct_distortion, unit, settings, cache, device, (acquired, motions))
+    doubt, careful = "", settings.distortion.method == "auto"
+    if method == "drbuddi" and careful:
+        doubt = doubt_axis(cache.run(axis_check, "distortion-axis", _check_axis, acquired, motions).value)
+    corrected = correct("none" if doubt else method)
+    if method == "gre" and careful and corrected.value is not None:
+        doubt = corrected.value.doubt
+        corrected = correct("none") if doubt else corrected
+    return motions, corrected, AXIS_CONTRADICTED if doubt else reason, doubt
 
 
 def prepare_anatomy(
@@ -263,15 +273,23 @@ def _distortion(
 ) -> Distortion | None:
     if method[0] == "none":
         return None
-    find = distortion_step(settings, folder)
-    aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
-    b0s = tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
+    find, b0s = distortion_step(settings, folder), _aligned_b0s(acquired, motions)
     means, grid, mask = distortion.mean_diffusion(acquired.dwi, motions), acquired.dwi.grid, motions[0].mask
 
     def correct(*images: torch.Tensor) -> Distortion:
         return find(acquired.blips, images[:2], grid, mask, settings, diffusion=images[2:])
 
     return with_cpu_fallback(correct, device, (*b0s, *means))
+
+
+def _check_axis(acquired: Acquired, motions: tuple[Motion, ...]) -> AxisCheck:
+    return axis_check.check_axis(acquired.blips, _aligned_b0s(acquired, motions), acquired.dwi.grid, motions[0].mask)
+
+
+def _aligned_b0s(acquired: Acquired, motions: tuple[Motion, ...]) -> tuple[torch.Tensor, ...]:
+    """Aligned b=0 volumes of each blip, (m, i, j, k)."""
+    aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
+    return tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
 
 
 def _anatomy(

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
+from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.results import Acquired
 from dsiprep.engines.selection import engines_for
 from dsiprep.errors import InputError, SettingsError
@@ -22,13 +22,17 @@ __all__ = [
     "choose_distortion",
     "choose_lead",
     "choose_structural",
+    "doubt_axis",
     "expected_cost",
     "not_done",
     "plan_distortion",
     "plan_stages",
+    "warnings_for",
 ]
 
 log = logging.getLogger("dsiprep")
+AXIS_CONTRADICTED = "Distortion is not corrected: the images contradict the phase-encoding axis of the sidecars."
+WRONG_AXIS = 0.75  # of the misfit along the given axis; below, another axis explains the images clearly better
 
 
 def choose_lead(unit: Unit, units: Sequence[Unit], settings: Settings) -> Unit:
@@ -132,15 +136,14 @@ def plan_distortion(unit: Unit, settings: Settings) -> tuple[str, str]:
     """Method and reason as from `choose_distortion`, before the files are read."""
     first = unit.runs[0].pe
     known = first is not None and all(run.pe is not None for run in unit.runs)
-    pairs = [direction for direction in unit.reversed_pairs() if known and first and direction[0] == first.direction[0]]
-    return _decide_distortion(unit, pairs, first if known else None, settings)
+    return _decide_distortion(unit, unit.reversed_pairs() if known else (), first if known else None, settings)
 
 
 def not_done(unit: Unit, settings: Settings) -> list[str]:
-    """What will not be done for a unit, and why: one sentence each."""
+    """What will not be done for a unit, and why: one sentence each, besides those of `warnings_for`."""
     method, reason = plan_distortion(unit, settings)
     modality = settings.anatomy.modality
-    sentences = [reason] if method == "none" else []
+    sentences = [reason] if method == "none" and not warnings_for(unit, settings) else []
     if not unit.structural(modality):
         why = "disabled" if modality == "none" else f"there is no {modality}"
         sentences.append(f"Nothing is aligned with a structural image or normalised: {why}.")
@@ -151,6 +154,51 @@ def not_done(unit: Unit, settings: Settings) -> list[str]:
     if settings.denoise.method == "none":
         sentences.append("Noise is not removed: disabled.")
     return sentences
+
+
+def doubt_axis(check: AxisCheck) -> str:
+    """Why a pair is not corrected if its images contradict the phase-encoding axis of the sidecars; empty if not."""
+    given, best = check.misfits[0], min(check.misfits)
+    if best >= WRONG_AXIS * given:
+        return ""
+    axis, other = "ijk"[check.axes[0]], "ijk"[check.axes[check.misfits.index(best)]]
+    return (
+        f"Distortion is NOT corrected: the sidecars give {axis} as the phase-encoding axis, but displacements along "
+        f"{other} make the images of both phase encodings agree much better (misfit {best / given:.0%}). Correct "
+        "PhaseEncodingDirection, or use --sdc-method drbuddi to correct along the given axis nevertheless."
+    )
+
+
+def warnings_for(unit: Unit, settings: Settings, corrected: bool | None = None, doubt: str = "") -> tuple[str, ...]:
+    """What must not be overlooked about the distortion of a unit: sentences for plan, report and terminal.
+
+    Parameters
+    ----------
+    unit : Unit
+    settings : Settings
+    corrected : bool, optional
+        Whether the distortion was corrected; by default, whether it is planned.
+    doubt : str
+        From `doubt_axis`.
+    """
+    if settings.distortion.method == "none":
+        return ()
+    if doubt:
+        return (*unit.warnings, doubt)
+    if not (unit.unused or unit.gre):
+        return unit.warnings
+    if corrected is None:
+        corrected = plan_distortion(unit, settings)[0] != "none"
+    if corrected:
+        return unit.warnings
+    reasons = unit.unused or (
+        f"{unit.gre.images[0].name if unit.gre else ''}: it needs PhaseEncodingDirection and TotalReadoutTime of the "
+        "series; add them to its sidecar",
+    )
+    return (
+        *unit.warnings,
+        "Distortion is NOT corrected, although there are images that could determine it. " + "; ".join(reasons) + ".",
+    )
 
 
 def expected_cost(units: Sequence[Unit]) -> tuple[float, int]:

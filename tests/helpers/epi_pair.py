@@ -117,25 +117,31 @@ class Case:
         readouts: tuple[float | None, float | None] = (READOUT, READOUT),
         noise: float = 0.0,
         gain: float = 1.0,
+        second: tuple[Grid, PhaseEncoding] | None = None,
     ) -> None:
+        """`second` is the grid of the second image and its phase encoding, whose readout time is in `readouts`."""
         self.grid, self.axis, self.pose = grid, axis, np.eye(4) if pose is None else pose
+        other, pe = second or (grid, PhaseEncoding(axis, -first))
         times = [1.0 if r is None else r / READOUT for r in readouts]
         polarity_axis = grid.directions[:, axis] * np.sign(grid.directions[:, axis].sum())
-        self.scales = (first * times[0], -first * times[1])
+        stretch = other.voxel_sizes[pe.axis] / grid.voxel_sizes[axis]
+        self.scales = (first * times[0], pe.polarity * times[1] * stretch)
         world = grid.to_world(np.stack(np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij"), -1))
         self.field = field_mm(world, polarity_axis, amplitude)
         self.truth = acquire(grid, axis, 0.0, np.eye(4), amplitude, polarity_axis)
         self.brain = self.truth > 35
         rng = np.random.default_rng(3)
         images = [
-            acquire(grid, axis, s, p, amplitude, polarity_axis) + noise * rng.standard_normal(grid.shape)
-            for s, p in zip(self.scales, (np.eye(4), self.pose), strict=True)
+            acquire(g, a, s, p, amplitude, polarity_axis) + noise * rng.standard_normal(g.shape)
+            for g, a, s, p in zip((grid, other), (axis, pe.axis), self.scales, (np.eye(4), self.pose), strict=True)
         ]
         images[1] *= gain
         self.images = tuple(torch.from_numpy(i.astype(np.float32))[None] for i in images)
         self.blips = tuple(
-            Blip("up" if p > 0 else "down", PhaseEncoding(axis, p, t), torch.zeros(0, *grid.shape))
-            for p, t in zip((first, -first), readouts, strict=True)
+            Blip(name, PhaseEncoding(a, p, t), torch.zeros(0, *g.shape), g if second else None)
+            for name, g, a, p, t in zip(
+                ("up", "down"), (grid, other), (axis, pe.axis), (first, pe.polarity), readouts, strict=True
+            )
         )
         self.mask = Volume(torch.from_numpy(ndimage.binary_dilation(self.brain).astype(np.float32)), grid)
 

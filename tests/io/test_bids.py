@@ -319,14 +319,6 @@ def test_series_with_small_shifts_form_one_unit(dataset: Dataset) -> None:
     assert has_note(dataset.unit(), "differ by up to 1.5 mm", "resampled")
 
 
-def test_note_on_unpaired_readout_times(dataset: Dataset) -> None:
-    dataset.dwi("sub-01_acq-a_dir-AP", AP)
-    dataset.dwi("sub-01_acq-b_dir-PA", {**PA, "TotalReadoutTime": 0.04})
-    units = dataset.units()
-    assert len(units) == 2
-    assert all(has_note(unit, "none with the same axis, readout time") for unit in units)
-
-
 def test_filters_select_files(dataset: Dataset) -> None:
     dataset.dwi("sub-01_acq-a_run-01", AP)
     dataset.dwi("sub-01_acq-b_run-02", PA)

@@ -37,7 +37,7 @@ def test_any_name_of_the_root_is_accepted(root: str, tmp_path: Path) -> None:
     dataset.image("sub-01_T1w", 1, {})
     unit = dataset.unit()
     assert [path.name for path in unit.t1w] == ["sub-01_T1w.nii.gz"]
-    assert unit.reversed_pairs() == ["j", "j-"]
+    assert unit.reversed_pairs() == ["j-", "j"]
     assert unit.left_out == ()
     assert scheme_of(unit, 100) is not None
     assert len(read_unit(unit, SETTINGS).epis) == 1
@@ -77,7 +77,7 @@ def test_images_that_are_not_used_are_listed_with_reasons(dataset: Dataset) -> N
     (dataset.root / "sub-01/anat" / raw).write_bytes(b"")
     found = reasons(dataset.unit(participants=["01"]))
     expected = {
-        "sub-01_dir-AP_sbref.nii.gz": "single-band references are not used",
+        "sub-01_dir-AP_sbref.nii.gz": "other images determine the distortion, or it cannot be used",
         "sub-01_T2w.nii.gz": "--anat-modality T1w",
         "sub-01_T1w.nii": "sub-01_T1w.nii.gz of the same name is used",
         "sub-01_acq-0.8mm_dwi.nii.gz": "no dot in a label (acq-0.8mm)",

@@ -74,6 +74,18 @@ def test_field_is_aligned_with_a_head_that_moved() -> None:
     assert result.trace[0]["step"] == 1.0
 
 
+@pytest.mark.parametrize(("pe", "words"), [(PhaseEncoding(1, -1, READOUT), "the opposite sign makes it agree better"),
+                                          (PhaseEncoding(0, 1, READOUT), "another axis may be right")])  # fmt: skip
+def test_wrong_phase_encoding_is_doubted(pe: PhaseEncoding, words: str) -> None:
+    case = Case(make_grid("LAS"), 1, noise=1.0)
+    raw = gre_scan(make_grid("RAS", sizes=(3.6, 3.6, 4.4)), case, np.eye(4))
+    assert correct(case, raw).doubt == ""
+    blip = Blip("only", pe, case.blips[0].epis)
+    doubt = correct_with_fieldmap(blip, case.images[0], case.grid, case.mask, raw).doubt
+    assert f"along {pe.direction} make the b=0 image agree less with the magnitude image" in doubt
+    assert words in doubt
+
+
 def test_wrapped_phase_is_unwrapped() -> None:
     grid = make_grid("RAS")
     i, j, _ = np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij")

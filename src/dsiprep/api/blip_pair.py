@@ -22,11 +22,11 @@ from dsiprep.io.gradients import read_gradients, require_b0
 from dsiprep.io.itk import write_composite_h5
 from dsiprep.io.nifti import read_image, read_series, read_volume, write_image
 from dsiprep.io.sidecars import phase_encoding
-from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.matching_gradients import LOW_B, MIN_PAIRS, low_b_pairs
 from dsiprep.settings import DistortionSettings
 from dsiprep.stages.distortion import correct_distortion
+from dsiprep.stages.reference_blip import aligned_mean
 
 __all__ = ["correct_pair", "write_pair"]
 
@@ -51,10 +51,11 @@ def correct_pair(
     ----------
     up, down : Path
         `.nii` or `.nii.gz`, 3-D or 4-D, of either polarity. Volumes at or below 100 s/mm² are used if there is a
-        `.bval` beside a series, all volumes otherwise. `down` is resampled onto the grid of `up` if theirs differ.
+        `.bval` beside a series, all volumes otherwise; those of a file are aligned rigidly and averaged. The grids may
+        differ, and so may the phase-encoding axes.
     pe_dir : str, optional
-        Phase encoding of `up`, as in BIDS ("j", "i-"); that of `down` is the opposite. By default both are read from
-        `PhaseEncodingDirection` in the sidecars.
+        Phase encoding of `up`, as in BIDS ("j", "i-"); that of `down` is the opposite in the scanner. By default both
+        are read from `PhaseEncodingDirection` in the sidecars.
     readout_time : float, optional
         Total readout time of both in s; by default `TotalReadoutTime` of the sidecars. Without it the correction is the
         same, but there is no field in Hz.
@@ -85,9 +86,12 @@ def correct_pair(
     files = Path(up), Path(down)
     first, second = (_read(path) for path in files)
     grid = first[1]
-    images = (first[0], second[0] if grid.matches(second[1]) else resample_onto(second[0], second[1], grid, np.eye(4)))
-    encodings = _encodings(files, pe_dir, readout_time)
-    blips = tuple(Blip("up" if pe.polarity > 0 else "down", pe, torch.zeros(0, *grid.shape)) for pe in encodings)
+    images = tuple(aligned_mean([(volume, g) for volume in volumes], g)[None] for volumes, g in (first, second))
+    encodings = _encodings(files, (grid, second[1]), pe_dir, readout_time)
+    blips = tuple(
+        Blip("up" if pe.polarity > 0 else "down", pe, torch.zeros(0, *g.shape), g)
+        for pe, g in zip(encodings, (grid, second[1]), strict=True)
+    )
     brain = _mask(mask, grid) if mask else brain_mask_b0(Volume(images[0].mean(0), grid))
     _require_overlap(files, brain, second[1])
     anatomical = None if structural is None else read_volume(structural)
@@ -144,7 +148,7 @@ def _read(path: Path) -> tuple[torch.Tensor, Grid]:
 
 
 def _mean_diffusion(files: tuple[Path, Path], mask: Volume) -> tuple[torch.Tensor, ...]:
-    """Means of the low-b volumes that both series share, (i, j, k) each, on the grid of the mask."""
+    """Means of the low-b volumes that both series share, (i, j, k) each, on the grids of the series."""
     first, second = (_low_b(path) for path in files)
     bvals, bvecs = (np.concatenate([first[column], second[column]]) for column in (2, 3))
     count = len(first[2])
@@ -155,11 +159,11 @@ def _mean_diffusion(files: tuple[Path, Path], mask: Volume) -> tuple[torch.Tenso
             "gradients; omit --diffusion"
         )
     weights = np.maximum(first[0][pairs[:, 0]][:, mask.numpy() > 0.5].mean(1), 0)
-    means = []
-    for (volumes, grid, *_), chosen in zip((first, second), (pairs[:, 0], pairs[:, 1] - count), strict=True):
-        mean = torch.from_numpy(np.tensordot(weights, volumes[chosen], 1).astype(np.float32)) / float(weights.sum())
-        means.append(mean if mask.grid.matches(grid) else resample_onto(mean[None], grid, mask.grid, np.eye(4))[0])
-    return tuple(means)
+    chosen = zip((first, second), (pairs[:, 0], pairs[:, 1] - count), strict=True)
+    return tuple(
+        torch.from_numpy(np.tensordot(weights, volumes[rows], 1).astype(np.float32)) / float(weights.sum())
+        for (volumes, *_), rows in chosen
+    )
 
 
 def _low_b(path: Path) -> tuple[np.ndarray, Grid, np.ndarray, np.ndarray]:
@@ -176,9 +180,9 @@ def _stem(path: Path) -> str:
 
 
 def _encodings(
-    files: tuple[Path, Path], pe_dir: str | None, readout_time: float | None
+    files: tuple[Path, Path], grids: tuple[Grid, Grid], pe_dir: str | None, readout_time: float | None
 ) -> tuple[PhaseEncoding, PhaseEncoding]:
-    given = [{"PhaseEncodingDirection": d} if d else {} for d in (pe_dir, _opposite(pe_dir))]
+    given = [{"PhaseEncodingDirection": d} if d else {} for d in (pe_dir, _opposite(pe_dir, grids))]
     known = {} if readout_time is None else {"TotalReadoutTime": readout_time}
     found = []
     for path, told in zip(files, given, strict=True):
@@ -194,8 +198,14 @@ def _encodings(
     return found[0], found[1]
 
 
-def _opposite(direction: str | None) -> str | None:
-    return direction and (direction[:-1] if direction.endswith("-") else direction + "-")
+def _opposite(direction: str | None, grids: tuple[Grid, Grid]) -> str | None:
+    """The opposite direction in the scanner, along the axes of the second grid."""
+    if direction is None:
+        return None
+    pe = PhaseEncoding.from_bids(direction)
+    along = -pe.polarity * (grids[1].directions.T @ grids[0].directions[:, pe.axis])
+    axis = int(np.argmax(np.abs(along)))
+    return PhaseEncoding(axis, 1 if along[axis] > 0 else -1).direction
 
 
 def _require_overlap(files: tuple[Path, Path], brain: Volume, other: Grid) -> None:

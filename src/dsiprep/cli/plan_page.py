@@ -18,7 +18,7 @@ from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit, Unused
 from dsiprep.errors import DsiprepError, InputError, SettingsError, printable
 from dsiprep.io.bids import explain, scheme_of
 from dsiprep.io.unit_check import check_unit
-from dsiprep.plan import choose_lead, expected_cost, not_done, plan_stages
+from dsiprep.plan import choose_lead, expected_cost, not_done, plan_stages, warnings_for
 from dsiprep.settings import Settings
 
 VALIDATOR = "bids-validator-deno"
@@ -33,6 +33,7 @@ class PlannedUnit:
     unit: Unit
     scheme: SamplingScheme | None
     stages: dict[str, str]
+    warnings: tuple[str, ...]
     not_done: list[str]
     minutes: float
     memory: int
@@ -51,7 +52,8 @@ def plan_units(units: Sequence[Unit], settings: Settings, template: str = "") ->
         scheme = scheme_of(unit, settings.acquisition.b0_threshold)
         stages = plan_stages(unit, scheme, settings, choose_lead(unit, units, settings), template)
         minutes, memory = expected_cost([unit])
-        planned.append(PlannedUnit(unit, scheme, stages, not_done(unit, settings), minutes, memory, problem))
+        warnings, left = warnings_for(unit, settings), not_done(unit, settings)
+        planned.append(PlannedUnit(unit, scheme, stages, warnings, left, minutes, memory, problem))
     return planned
 
 
@@ -62,6 +64,7 @@ def print_plan(planned: Sequence[PlannedUnit]) -> None:
         lines = [explain(plan.unit, plan.scheme), "  Stages:"]
         lines += [f"    {stage:<12} {method}" for stage, method in plan.stages.items()]
         lines.append(f"  Expected: about {plan.minutes:.1f} CPU-minutes and {plan.memory / 1024:.1f} GB of memory")
+        lines += [f"  WARNING: {sentence}" for sentence in plan.warnings]
         lines += [f"  Not done: {sentence}" for sentence in plan.not_done]
         lines += [f"  REFUSED: {plan.problem}"] if plan.problem else []
         console.print("\n".join(printable(line) for text in lines for line in text.split("\n")), markup=False)
@@ -115,6 +118,7 @@ def _unit_as_json(plan: PlannedUnit, root: Path) -> dict[str, Any]:
         "T2w": [_relative(path, root) for path in unit.t2w],
         "scheme": {"kind": scheme.kind, "description": scheme.description} if scheme else None,
         "stages": plan.stages,
+        "warnings": list(plan.warnings),
         "not_done": plan.not_done,
         "expected": {"cpu_minutes": round(plan.minutes, 1), "memory_mb": plan.memory},
         "notes": [printable(note) for note in unit.notes],

@@ -8,11 +8,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from dsiprep.cli.plan_page import print_unused
 from dsiprep.errors import printable
 from dsiprep.jobs import Job, Outcome, run_jobs
 from dsiprep.pipeline import STEPS
+from dsiprep.plan import warnings_for
 
 
 def run_and_show(
@@ -33,6 +35,8 @@ def run_and_show(
         TextColumn("{task.fields[step]}"),
         TimeElapsedColumn(),
     )
+    for unit in (unit for job in jobs if not job.mode for unit in job.units):
+        _print_warnings(console, unit.name, warnings_for(unit, jobs[0].settings))
     outcomes = [Outcome(subject, f"sub-{subject}", 0.0, error) for subject, error in (grouping_errors or {}).items()]
     with Progress(*columns, console=console) as progress:
         bars = _Bars(progress, jobs)
@@ -82,12 +86,20 @@ def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outc
         if outcome is None:
             table.add_row(escape(name), "not started", "")
             continue
-        result = f"[red]failed[/red]: {escape(outcome.error)}" if outcome.error else "[green]done[/green]"
+        done = "[yellow]done, with warnings[/yellow]" if outcome.warnings else "[green]done[/green]"
+        result = f"[red]failed[/red]: {escape(outcome.error)}" if outcome.error else done
         if outcome.error and outcome.log:
             result += f"\n(log: {escape(printable(outcome.log))})"
         table.add_row(escape(name), result, f"{outcome.seconds / 60:.1f} min")
     console.print(table)
+    for outcome in outcomes:
+        _print_warnings(console, outcome.unit, outcome.warnings)
     for subject in sorted({outcome.subject for outcome in outcomes if not outcome.error}):
         report = job.out / f"sub-{subject}.html"
         if report.exists():
             console.print(f"Report: {printable(report)}", soft_wrap=True, markup=False)
+
+
+def _print_warnings(console: Console, unit: str, warnings: Sequence[str]) -> None:
+    for text in warnings:
+        console.print(Text.assemble(("WARNING ", "bold yellow"), f"{unit}: {text}"), soft_wrap=True)

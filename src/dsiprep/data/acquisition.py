@@ -47,6 +47,30 @@ class PhaseEncoding:
         """World displacement (3,), mm RAS+, of a shift by one voxel along +axis; independent of polarity."""
         return grid.affine[:3, self.axis]
 
+    def mm_per_hz(self, grid: Grid) -> float:
+        """Displacement in mm per Hz, or the voxel size if the readout time is unknown."""
+        return (1.0 if self.readout_time is None else self.readout_time) * float(grid.voxel_sizes[self.axis])
+
+
+LEAST_ANGLE = 45.0  # degrees between displacements, from which on two images determine the field that causes them
+
+
+def displacement_angle(first: tuple[PhaseEncoding, Grid], second: tuple[PhaseEncoding, Grid]) -> float:
+    """Angle in degrees between the displacements by the same positive off-resonance: 180 for opposite encodings."""
+    one, other = (pe.polarity * grid.directions[:, pe.axis] for pe, grid in (first, second))
+    return float(np.degrees(np.arctan2(np.linalg.norm(np.cross(one, other)), one @ other)))
+
+
+@dataclass(frozen=True)
+class AxisCheck:
+    """Misfit of two images at coarse resolution, if they were phase encoded along one voxel axis or another.
+
+    `axes` begins with the axis that the sidecars give; `misfits` has one value for each.
+    """
+
+    axes: tuple[int, ...]
+    misfits: tuple[float, ...]
+
 
 @dataclass(frozen=True)
 class Run:
@@ -70,7 +94,7 @@ class Run:
 
 @dataclass(frozen=True)
 class EpiReference:
-    """An EPI image of fmap/ with reversed phase encoding: one or several b=0 volumes.
+    """An EPI image with another phase encoding, mostly the reverse: one or several b=0 volumes.
 
     `bval` identifies the b=0 volumes of a diffusion series; None uses all volumes.
     """
@@ -129,13 +153,17 @@ class Unit:
     runs : tuple of Run
         At least one.
     epis : tuple of EpiReference
-        b=0 images of fmap/ paired with the runs.
+        Images that serve only to estimate the distortion, all of one phase encoding; none if the runs have two.
     t1w, t2w : tuple of Path
         Structural images, in file order.
     gre : GreFieldmap or None
         Used where there are no images of opposite phase encoding.
     notes : tuple of str
         Sentences on how files were grouped, what was inferred and what cannot be done.
+    warnings : tuple of str
+        Contradictions in the sidecars that may have spoilt the grouping.
+    unused : tuple of str
+        Images that could determine the distortion of the series, and why they do not; empty if others do.
     output : str
         Name of the joined output that includes this unit's corrected series; empty if the unit has its own output.
     left_out : tuple of UnusedImage
@@ -152,6 +180,8 @@ class Unit:
     notes: tuple[str, ...] = ()
     gre: GreFieldmap | None = None
     output: str = ""
+    warnings: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     left_out: tuple[UnusedImage, ...] = ()
 
     def files(self) -> tuple[Path, ...]:
@@ -161,9 +191,10 @@ class Unit:
         return (*series, *references)
 
     def reversed_pairs(self) -> list[str]:
-        """Opposite phase encodings among runs and EPI references, such as ["j", "j-"]; empty without any."""
-        directions = {run.pe.direction for run in self.runs if run.pe} | {epi.pe.direction for epi in self.epis}
-        return sorted(d for d in directions if (d.rstrip("-") in directions and d.rstrip("-") + "-" in directions))
+        """Phase encodings, along the axes of each file, that determine the distortion together; empty without any."""
+        directions = sorted({run.pe.direction for run in self.runs if run.pe})
+        others = sorted({epi.pe.direction for epi in self.epis})
+        return [*directions, *others] if len(directions) > 1 or (directions and others) else []
 
     def structural(self, modality: str) -> tuple[Path, ...]:
         """Structural images of modality "T1w" or "T2w"; empty for "none"."""

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
-from dsiprep.data.b0_shift import B0Shift
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.motion import Motion, eddy_currents
 from dsiprep.data.summary import Summarised
-from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
+from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.settings import Settings
-
-RIGID = 1e-9  # rounding of the determinant of a rotation
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Blip(Summarised):
-    """Volumes of one phase-encoding direction: DWI of the unit, b=0 images of fmap/, or both.
+    """Volumes of one phase-encoding direction: DWI of the unit, or b=0 images that serve as their counterpart.
 
     Attributes
     ----------
@@ -30,12 +27,15 @@ class Blip(Summarised):
     pe : PhaseEncoding or None
         None if the sidecars do not give the direction.
     epis : Tensor, (m, i, j, k)
-        b=0 volumes of fmap/ with this phase encoding, on the DWI's grid; m may be 0.
+        b=0 images that serve only to estimate the distortion; m is 0 where the blip has DWI volumes.
+    grid : Grid or None
+        Of `epis`, whose axes `pe` refers to; None if it is that of the DWI.
     """
 
     name: str
     pe: PhaseEncoding | None
     epis: torch.Tensor
+    grid: Grid | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,90 +90,6 @@ class Denoised(Summarised):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Motion(Summarised):
-    """Head poses and outlier slices of the volumes of one blip.
-
-    Attributes
-    ----------
-    transforms : ndarray, (n, 4, 4), float64
-        Map points of the dwiref (world RAS+ mm) to points of volume v: x_v = transforms[v] @ x_dwiref. To resample
-        volume v onto the dwiref, sample it at x_v.
-    volumes : ndarray, (n,), int
-        Indices of the volumes in the conformed series.
-    dwiref : Volume
-        The b=0 reference image to which all volumes were aligned, with susceptibility distortion.
-    mask : Volume
-        Brain mask of the dwiref, 0 or 1.
-    r2, xcorr : ndarray, (n,)
-        R² and correlation of each aligned volume with its prediction in the mask, at the last iteration; NaN without
-        a model.
-    slice_z : ndarray, (n, slices)
-        Robust z-score of the residual of each slice along `slice_axis`; NaN without a model.
-    slice_axis : int
-        Voxel axis of slice selection.
-    trace : list of dict
-        One row per volume and iteration, with the columns of hmcOptimization.csv.
-    model : str
-        Signal model: "3dSHORE", "tensor", "none" or "off".
-    eddy : EddyCurrents or None
-        Eddy-current displacement of every volume, at the points x_v.
-    outlier_slices : ndarray, (n, slices) bool, or None
-        Slices of diffusion-weighted volumes with signal dropout.
-    replacements : Tensor, (r, a, b), or None
-        Replacement slices in the order of numpy.argwhere(outlier_slices); None if they are not replaced.
-    notes : tuple of str
-        Remarks for the report.
-    b0_shift : B0Shift or None
-        Diffusion-weighted volumes against b=0; None if it was not measured.
-    """
-
-    transforms: np.ndarray
-    volumes: np.ndarray
-    dwiref: Volume
-    mask: Volume
-    r2: np.ndarray
-    xcorr: np.ndarray
-    slice_z: np.ndarray
-    slice_axis: int
-    trace: list[dict[str, Any]]
-    model: str
-    eddy: EddyCurrents | None = None
-    outlier_slices: np.ndarray | None = None
-    replacements: torch.Tensor | None = None
-    notes: tuple[str, ...] = ()
-    b0_shift: B0Shift | None = None
-
-    def density(self, row: int) -> float:
-        """Determinant of an affine pose, by which intensities sampled at x_v are multiplied; exactly 1 if rigid.
-
-        Affine poses stand for eddy currents, which spread the signal of a voxel over a larger or smaller area.
-        """
-        determinant = float(np.linalg.det(self.transforms[row][:3, :3]))
-        return determinant if abs(determinant - 1) > RIGID else 1.0
-
-    def with_replaced_slices(self, row: int, volume: torch.Tensor) -> torch.Tensor:
-        """Replace the outlier slices of volume `row` of `transforms`, (i, j, k), if replacements exist."""
-        if self.replacements is None or self.outlier_slices is None or not self.outlier_slices[row].any():
-            return volume
-        out = volume.clone()
-        for number, (volume_row, slice_index) in enumerate(np.argwhere(self.outlier_slices)):
-            if volume_row == row:
-                out.select(self.slice_axis, int(slice_index)).copy_(self.replacements[number])
-        return out
-
-
-def eddy_currents(motions: tuple[Motion, ...], count: int) -> EddyCurrents | None:
-    """Eddy currents of all blips combined, for `count` volumes; None if none were estimated."""
-    estimated = [(motion.volumes, motion.eddy) for motion in motions if motion.eddy is not None]
-    if not estimated:
-        return None
-    coefficients = np.zeros((count, 10))
-    for volumes, eddy in estimated:
-        coefficients[volumes] = eddy.coefficients
-    return replace(estimated[0][1], coefficients=coefficients)
-
-
-@dataclass(frozen=True, eq=False, repr=False)
 class Reference(Summarised):
     """The least distorted b=0 reference image (dwiref) available, and its brain mask (0 or 1)."""
 
@@ -207,6 +123,8 @@ class Distortion(Summarised):
         Remarks for the report.
     diffusion : bool
         Whether diffusion-weighted images of both blips were compared in addition to b=0 images.
+    doubt : str
+        Why the correction should not be applied unless it is asked for; empty if nothing speaks against it.
     """
 
     poses: np.ndarray
@@ -219,6 +137,7 @@ class Distortion(Summarised):
     method: str
     notes: tuple[str, ...] = ()
     diffusion: bool = False
+    doubt: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -364,7 +283,7 @@ class UnitResults(Summarised):
 
     `motions` has one entry per blip with DWI volumes, in the order of `acquired.blips`; `seconds` is the wall time of
     each stage; `device` names the compute device. `distortion` is None if none was corrected, and
-    `distortion_reason` gives the reason or the chosen method.
+    `distortion_reason` gives the reason or the chosen method. `warnings` must not be overlooked.
     """
 
     unit: Unit
@@ -380,6 +299,7 @@ class UnitResults(Summarised):
     quality: Quality
     seconds: dict[str, float]
     device: str
+    warnings: tuple[str, ...] = ()
 
 
 __all__ = [

@@ -38,6 +38,8 @@ from dsiprep.ops.image.epi_resampling import sample_displacement, warp_volume
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import DistortionSettings, Settings
 from dsiprep.stages import distortion
+from dsiprep.stages.pair_geometry import PairGeometry
+from dsiprep.stages.pair_images import finite_mean
 
 METHODS = {
     "tortoise": (
@@ -130,12 +132,13 @@ def correct_distortion(
     SettingsError, InputError
         As in the native stage.
     """
-    encodings = distortion.check_pair(blips, b0s, grid, mask, settings)
-    means = tuple(distortion.finite_mean(b).cpu() for b in b0s)
+    geometry = distortion.check_pair(blips, b0s, grid, mask, settings)
+    means = tuple(finite_mean(b).cpu() for b in b0s)
     notes: list[str] = []
     candidates: tuple[str, ...] = (GPU_PROGRAM, CPU_PROGRAM) if on_gpu(b0s) else (CPU_PROGRAM,)
-    times = [pe.readout_time or 1.0 for pe in encodings]
-    if abs(times[0] - times[1]) > READOUT_TOLERANCE * max(times):
+    if not geometry.same_grid:
+        notes, candidates = ["DRBUDDI assumes one grid and one axis of both blips, but they differ."], ()
+    elif abs(sum(geometry.scales)) > READOUT_TOLERANCE:
         notes, candidates = ["DRBUDDI assumes equal readout times of both blips, but they differ."], ()
     for name in candidates:
         path = programs.find(name, VARIABLE)
@@ -144,7 +147,7 @@ def correct_distortion(
             continue
         try:
             with programs.working_directory("drbuddi", folder) as workspace:
-                arguments = _write_inputs(workspace.folder, encodings[0], means, grid)
+                arguments = _write_inputs(workspace.folder, geometry.encodings[0], means, grid)
                 environment = release_gpu(b0s[0].device) if name == GPU_PROGRAM else None
                 programs.run([path, *arguments], workspace, environment)
                 estimate = _read_outputs(workspace.folder, grid)
@@ -153,7 +156,7 @@ def correct_distortion(
             notes.append(str(problem))
             continue
         notes.append(f"Distortion was estimated by {name} of {version()}.")
-        return _result(encodings, means, grid, mask, estimate, notes)
+        return _result(geometry, means, mask, estimate, notes)
     notes.append("The native stage was used instead.")
     result = distortion.correct_distortion(blips, b0s, grid, mask, settings, diffusion=diffusion)
     return replace(result, notes=(*notes, *result.notes))
@@ -215,14 +218,13 @@ def _read_outputs(folder: Path, grid: Grid) -> _Estimate:
 
 
 def _result(
-    encodings: tuple[PhaseEncoding, PhaseEncoding],
+    geometry: PairGeometry,
     means: tuple[torch.Tensor, ...],
-    grid: Grid,
     mask: Volume,
     estimate: _Estimate,
     notes: list[str],
 ) -> Distortion:
-    first = encodings[0]
+    grid, first = mask.grid, geometry.encodings[0]
     axis = torch.as_tensor(grid.directions[:, first.axis], dtype=torch.float32)
     along = [torch.einsum("a,aijk->ijk", axis, u) for u in (estimate.up, estimate.down)]
     field = first.polarity * (along[0] - along[1]) / 2  # mm towards +axis per unit of polarity
@@ -231,7 +233,7 @@ def _result(
     if asymmetry > ASYMMETRY_MM:
         notes.append(f"DRBUDDI's fields of both blips differ by up to {asymmetry:.1f} mm; their mean was used.")
     vectors = field * axis[:, None, None, None]
-    fields = tuple(DisplacementField(pe.polarity * vectors, grid) for pe in encodings)
+    fields = tuple(DisplacementField(sign * vectors, grid) for sign in (first.polarity, -first.polarity))
     poses = np.stack([np.eye(4), estimate.pose])
     after = [
         warp_volume(image, grid, grid, pose, sample_displacement(displacement, grid, np.eye(4)), pose[:3, :3])
@@ -242,7 +244,7 @@ def _result(
     return Distortion(
         poses=poses,
         fields=fields,
-        fieldmap_hz=distortion.fieldmap_hz(field, grid, encodings),
+        fieldmap_hz=distortion.fieldmap_hz(field, geometry),
         dwiref=Volume((after[0] + gain * after[1]) / 2, grid),
         before=tuple(Volume(image, grid) for image in means),
         after=tuple(Volume(image, grid) for image in after),

@@ -19,20 +19,20 @@ from qsiplan import (
     selection_for_config,
     to_preproc_units,
 )
-from qsiplan.models import READOUT_TOLERANCE
 from qsiplan.validation import GroupingIssue
 
-from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, Unit
+from dsiprep.data.acquisition import Run, Unit
 from dsiprep.errors import DsiprepError, InputError, MetadataError, SettingsError
 from dsiprep.io.bids_filters import Filters, check_filters, entities
 from dsiprep.io.dataset_files import DatasetFiles
-from dsiprep.io.fieldmaps import gre_fieldmap
-from dsiprep.io.grouping_notes import Options, assign_output, grouping_notes, structural_notes
+from dsiprep.io.fieldmap_links import with_links
+from dsiprep.io.fieldmaps import gre_fieldmap, with_linked_fieldmap
+from dsiprep.io.grouping_notes import Options, assign_output, grouping_notes, structural_notes, unused_fieldmaps
 from dsiprep.io.nifti_header import count_volumes
-from dsiprep.io.protocols import separate_protocols
-from dsiprep.io.records import SubjectRecords, describe_images
-from dsiprep.io.sidecars import check_readout_times, phase_encoding, relevant_fields
-from dsiprep.io.structural_choice import StructuralChoice, choose_structural_images
+from dsiprep.io.records import describe_images
+from dsiprep.io.sidecars import check_readout_times, relevant_fields
+from dsiprep.io.structural_choice import StructuralChoice
+from dsiprep.io.subject_files import SubjectFiles, choose_references, label_warnings, without_reference_units
 from dsiprep.io.unit_check import with_file_notes
 from dsiprep.io.unit_reader import explain, read_unit, require_files, scheme_of
 from dsiprep.io.unused_images import select_images, with_unused
@@ -43,6 +43,10 @@ __all__ = ["explain", "find_units", "read_unit", "require_files", "scheme_of"]
 log = logging.getLogger("dsiprep")
 IGNORABLE = ("fieldmaps", "t2w", "phase", "sdc", "pepolar-dwis", "shims", "fov")
 SHORT_SERIES = 16
+# codes of qsiplan's errors that are none here
+SPLIT_BY_GRID = ("fov-oblique", "fov-grid-mismatch")
+LINKED_TO_OTHER_GRIDS = ("unresolvable-b0fieldsource",)
+LINKED_ANYWAY = ("estimation-shim-mismatch", "curated-pepolar-single-signature")
 
 
 def find_units(
@@ -164,58 +168,20 @@ def _units_of_subject(
     if not images.by_kind["dwi"]:
         log.warning("sub-%s: no diffusion-weighted series match the request", label)
         return []
-    described = describe_images(catalog.root, label, images, options.b0_threshold)
-    if options.ignore & {"fieldmaps", "sdc"}:  # references to ignored fieldmaps would be reported as inconsistent
-        described.records = [replace(r, b0field_identifiers=(), b0field_sources=()) for r in described.records]
-    subject = _Subject(label, described, options)
+    described = with_links(
+        describe_images(catalog.root, label, images, options.b0_threshold), catalog.root, options.ignore
+    )
+    subject = SubjectFiles(label, described, options)
     units: list[Unit] = []
     for grouping, split in _groupings(subject, described.issues):
         units += _units_of_grouping(subject, grouping, split)
+    if not options.separate_all_dwis:
+        units = without_reference_units(units, SHORT_SERIES)
     noted = [with_file_notes(unit, options.b0_threshold) for unit in _with_unique_names(units)]
     return with_unused(noted, images, described, subject.left_out, options)
 
 
-class _Subject:
-    """The files of one subject with their phase encodings, readout times derived where necessary."""
-
-    def __init__(self, label: str, described: SubjectRecords, options: Options) -> None:
-        self.label = label
-        self.options = options
-        self.encodings: dict[str, PhaseEncoding | None] = {}
-        self.notes = dict(described.notes)
-        self.left_out: dict[str, str] = {}
-        records, protocol_notes = separate_protocols(described.records)
-        self.notes |= {path: (*self.notes.get(path, ()), note) for path, note in protocol_notes.items()}
-        self.records = [self._with_encoding(record) for record in records]
-
-    def _with_encoding(self, record: FileRecord) -> FileRecord:
-        if not record.is_epi_like:
-            return record
-        fallback = "--ignore fieldmaps" if record.datatype == "fmap" else "--ignore sdc"
-        try:
-            pe, notes = phase_encoding(record.metadata, record.filename, fallback)
-        except MetadataError:
-            if "sdc" not in self.options.ignore:
-                raise
-            pe, notes = None, ()
-        self.encodings[record.path] = pe
-        self.notes[record.path] = (*self.notes.get(record.path, ()), *(() if "sdc" in self.options.ignore else notes))
-        if pe is None or pe.readout_time is None:
-            return replace(record, signature=replace(record.signature, readout_time=None))
-        rounded = round(pe.readout_time / READOUT_TOLERANCE) * READOUT_TOLERANCE
-        return replace(record, signature=replace(record.signature, readout_time=rounded))
-
-    def structural(self, suffix: str, session: str | None) -> StructuralChoice:
-        """The T1w or T2w images: of all sessions, or, sessionwise, of the session and those without one."""
-        images = [record for record in self.records if record.is_anat and record.suffix == suffix]
-        if self.options.reference == "sessionwise" and session is not None:
-            images = [record for record in images if record.session in (session, None)]
-        choice = choose_structural_images([(record.path, record.metadata) for record in images])
-        self.left_out |= choice.left_out
-        return choice
-
-
-def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWIGrouping, bool]]:
+def _groupings(subject: SubjectFiles, issues: list[GroupingIssue]) -> list[tuple[DWIGrouping, bool]]:
     """qsiplan's grouping, or one per voxel grid (flagged True) if it would stack series of different grids."""
     whole = _group(subject, subject.records, issues)
     differing = {
@@ -229,10 +195,7 @@ def _groupings(subject: _Subject, issues: list[GroupingIssue]) -> list[tuple[DWI
     for record in series:
         if record.path in differing:
             _add_to_matching_part(record, parts)
-    groupings = [(_group(subject, part + others, issues), True) for part in parts if part]
-    for grouping, _ in groupings:
-        _raise_errors(grouping)
-    return groupings
+    return [(_group(subject, part + others, issues, split=True), True) for part in parts if part]
 
 
 def _add_to_matching_part(record: FileRecord, parts: list[list[FileRecord]]) -> None:
@@ -246,7 +209,9 @@ def _add_to_matching_part(record: FileRecord, parts: list[list[FileRecord]]) -> 
     parts.append([record])
 
 
-def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIssue]) -> DWIGrouping:
+def _group(
+    subject: SubjectFiles, records: list[FileRecord], issues: list[GroupingIssue], split: bool = False
+) -> DWIGrouping:
     ignore = subject.options.ignore
     grouping = build_grouping(
         records,
@@ -261,17 +226,17 @@ def _group(subject: _Subject, records: list[FileRecord], issues: list[GroupingIs
         distortion_group_merge="average" if subject.options.merge == "least-squares" else subject.options.merge,
         extra_issues=issues,
     )
-    _raise_errors(grouping, except_for=("fov-oblique", "fov-grid-mismatch"))
+    _raise_errors(grouping, LINKED_ANYWAY + (LINKED_TO_OTHER_GRIDS if split else SPLIT_BY_GRID))
     return grouping
 
 
-def _raise_errors(grouping: DWIGrouping, except_for: tuple[str, ...] = ()) -> None:
+def _raise_errors(grouping: DWIGrouping, except_for: tuple[str, ...]) -> None:
     for issue in grouping.errors:
         if issue.code not in except_for:
             raise MetadataError(f"sub-{grouping.subject_id}: {issue.message}")
 
 
-def _readout_notes(subject: _Subject, grouping: DWIGrouping) -> dict[str, str]:
+def _readout_notes(subject: SubjectFiles, grouping: DWIGrouping) -> dict[str, str]:
     """Notes on missing readout times, by name of the estimation; raises a MetadataError if they are inconsistent."""
     notes: dict[str, str] = {}
     for name in {estimation for estimation in grouping.application.values() if estimation}:
@@ -286,14 +251,14 @@ def _readout_notes(subject: _Subject, grouping: DWIGrouping) -> dict[str, str]:
     return notes
 
 
-def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) -> list[Unit]:
+def _units_of_grouping(subject: SubjectFiles, grouping: DWIGrouping, split: bool) -> list[Unit]:
     readout_notes = _readout_notes(subject, grouping)
     selection = selection_for_config("shoreline", "drbuddi")
     scheme = concatenation_scheme(grouping, selection)
     output_names = list(scheme.values())
     units: list[Unit] = []
     sharing_output: dict[str, list[Unit]] = {}
-    for planned in to_preproc_units(grouping, selection):
+    for planned in map(with_linked_fieldmap, to_preproc_units(grouping, selection)):
         output = scheme[planned.output_name]
         unit = _as_unit(subject, planned, split)
         if planned.is_pepolar and planned.estimation.b0field_id in readout_notes:
@@ -307,23 +272,36 @@ def _units_of_grouping(subject: _Subject, grouping: DWIGrouping, split: bool) ->
     return units
 
 
-def _as_unit(subject: _Subject, planned: PreprocUnit, split: bool) -> Unit:
-    session = planned.dwi_records[0].session
+def _as_unit(subject: SubjectFiles, planned: PreprocUnit, split: bool) -> Unit:
+    session, ignore = planned.dwi_records[0].session, subject.options.ignore
     _require_directions(subject, planned)
-    runs, epis, short = _runs_and_references(subject, planned)
-    notes = grouping_notes(planned, subject.options.ignore, short, split)
-    members = [*(str(run.image) for run in runs), *(str(epi.image) for epi in epis)]
-    modality, suffixes = subject.options.modality, {record.suffix for record in subject.records if record.is_anat}
+    runs, short = _runs_and_references(subject, planned)
+    gre = None if ignore & {"fieldmaps", "sdc"} else gre_fieldmap(planned)
+    choice = choose_references(subject, planned, runs, gre is not None)
+    is_pair = bool(choice.epis) or len({run.pe.direction for run in runs if run.pe}) > 1
     t1w, t2w = (subject.structural(suffix, session) for suffix in ("T1w", "T2w"))
+    modality, suffixes = subject.options.modality, {record.suffix for record in subject.records if record.is_anat}
     chosen = {"T1w": t1w, "T2w": t2w}.get(modality, StructuralChoice((), {}))
-    notes += [note for path in (*members, *map(str, chosen.images)) for note in subject.notes.get(path, ())]
+    members = [*(run.image for run in runs), *(epi.image for epi in choice.epis), *chosen.images]
+    notes = grouping_notes(planned, ignore, short, split, is_pair) + list(choice.notes)
+    notes += [note for path in members for note in subject.notes.get(str(path), ())]
     notes += [*chosen.notes, *structural_notes(modality, session, chosen.images, suffixes)]
-    name = planned.output_name
-    gre = None if subject.options.ignore & {"fieldmaps", "sdc"} else gre_fieldmap(planned)
-    return Unit(subject.label, session, name, runs, epis, t1w.images, t2w.images, tuple(dict.fromkeys(notes)), gre)
+    return Unit(
+        subject.label,
+        session,
+        planned.output_name,
+        runs,
+        choice.epis,
+        t1w.images,
+        t2w.images,
+        tuple(dict.fromkeys(notes)),
+        None if is_pair else gre,
+        warnings=label_warnings(subject, session),
+        unused=() if is_pair or "sdc" in ignore else choice.unused + unused_fieldmaps(planned, ignore),
+    )
 
 
-def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:
+def _require_directions(subject: SubjectFiles, planned: PreprocUnit) -> None:
     """Raise a MetadataError for an EPI fieldmap that is linked to these series but lacks its direction."""
     for path in planned.dwi_files:
         linked = planned.grouping.application.get(path)
@@ -336,25 +314,15 @@ def _require_directions(subject: _Subject, planned: PreprocUnit) -> None:
                 )
 
 
-def _runs_and_references(
-    subject: _Subject, planned: PreprocUnit
-) -> tuple[tuple[Run, ...], tuple[EpiReference, ...], list[str]]:
-    """Runs to process, b=0 images that serve only to estimate the distortion, and names of short series among these."""
+def _runs_and_references(subject: SubjectFiles, planned: PreprocUnit) -> tuple[tuple[Run, ...], list[str]]:
+    """Runs to process, and names of short series that serve only to estimate the distortion."""
     lengths = {path: count_volumes(Path(path), SHORT_SERIES) for path in planned.dwi_files}
     short = [path for path in planned.dwi_files if _serves_as_reference(subject, path, lengths)]
     runs = tuple(_run(subject, planned, path) for path in planned.dwi_files if path not in short)
-    directions = {run.pe.direction for run in runs if run.pe}
-    epis = []
-    for path in (*short, *planned.extra_b0):
-        record, pe = planned.grouping.files[path], subject.encodings.get(path)
-        if pe is None or (record.is_dwi and pe.direction in directions):
-            continue
-        bval = Path(record.bval_file) if record.is_dwi and record.bval_file else None
-        epis.append(EpiReference(Path(path), pe, bval))
-    return runs, tuple(epis), [Path(path).name for path in short]
+    return runs, [Path(path).name for path in short]
 
 
-def _serves_as_reference(subject: _Subject, path: str, lengths: dict[str, int]) -> bool:
+def _serves_as_reference(subject: SubjectFiles, path: str, lengths: dict[str, int]) -> bool:
     """Whether a short series serves only as a b=0 reference.
 
     QSIPrep treats every series with fewer than 16 volumes as a fieldmap; here it must also have the opposite phase
@@ -371,7 +339,7 @@ def _serves_as_reference(subject: _Subject, path: str, lengths: dict[str, int]) 
     return any(length >= 2 * lengths[path] for length in opposite)
 
 
-def _run(subject: _Subject, planned: PreprocUnit, path: str) -> Run:
+def _run(subject: SubjectFiles, planned: PreprocUnit, path: str) -> Run:
     record, image = planned.grouping.files[path], Path(path)
     stem = image.name.removesuffix(".gz").removesuffix(".nii")
     tables = [

@@ -11,7 +11,7 @@ from dsiprep.errors import SettingsError
 
 Filters = Mapping[str, Mapping[str, Any]]
 KINDS = ("dwi", "fmap", "t1w", "t2w")
-OTHER_KINDS = ("sbref", "flair", "roi")  # accepted because QSIPrep has them, but not used
+OTHER_KINDS = ("sbref", "flair", "roi")  # accepted because QSIPrep has them; only "sbref" is used
 EXTENSION = re.compile(r"\.(nii\.gz|nii|json|bval|bvec)$")  # a label may hold a dot, though BIDS forbids it
 SHORT_NAMES = {
     "subject": "sub",
@@ -53,10 +53,14 @@ def check_filters(filters: Filters) -> None:
 
 
 def apply_filters(data: Mapping[str, Sequence[str]], filters: Filters | None) -> dict[str, list[str]]:
-    """The files of each kind (`KINDS`) that match its query."""
-    return {
-        kind: [path for path in paths if matches(path, (filters or {}).get(kind, {}))] for kind, paths in data.items()
-    }
+    """The files of each kind that match its query, or that of "sbref" or "fmap" if they only serve as references."""
+
+    def query(kind: str, path: str) -> Mapping[str, Any]:
+        if kind == "reference":
+            kind = "fmap" if Path(path).parent.name == "fmap" else "sbref"
+        return (filters or {}).get(kind, {})
+
+    return {kind: [path for path in paths if matches(path, query(kind, path))] for kind, paths in data.items()}
 
 
 def matches(path: str, query: Mapping[str, Any]) -> bool:

@@ -19,7 +19,8 @@ DATATYPES = ("anat", "dwi", "fmap")
 IMAGE_LIKE = re.compile(r"\.(nii(\.\w+)?|img|hdr|mgz|mgh|nrrd|mnc)(\.gz)?$", re.IGNORECASE)
 EPI_SUFFIXES = ("dwi", "epi", "sbref")
 FIELDMAP_SUFFIXES = ("epi", "fieldmap", "phasediff", "phase1", "phase2", "magnitude", "magnitude1", "magnitude2")
-USED_SUFFIXES = {"anat": ("T1w", "T2w"), "dwi": ("dwi",), "fmap": FIELDMAP_SUFFIXES}
+USED_SUFFIXES = {"anat": ("T1w", "T2w"), "dwi": ("dwi", "sbref"), "fmap": (*FIELDMAP_SUFFIXES, "dwi", "sbref")}
+REFERENCES = (("dwi", "sbref"), ("fmap", "dwi"), ("fmap", "sbref"))  # EPI images that can only show the distortion
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class SubjectImages:
     Attributes
     ----------
     by_kind : dict
-        Sorted paths by kind ("dwi", "fmap", "t1w", "t2w"), magnitudes only.
+        Sorted paths by kind ("dwi", "fmap", "t1w", "t2w", "reference"), magnitudes only.
     phases : dict
         Phase image by magnitude.
     unused : dict
@@ -70,7 +71,7 @@ class DatasetFiles:
         """
         check_label("sub", label, self.root / f"sub-{label}")
         subject = self.root / f"sub-{label}"
-        found = SubjectImages({kind: [] for kind in ("dwi", "fmap", "t1w", "t2w")})
+        found = SubjectImages({kind: [] for kind in ("dwi", "fmap", "t1w", "t2w", "reference")})
         for session in (None, *self.sessions(label)):
             if session is not None:
                 check_label("ses", session, subject / f"ses-{session}")
@@ -139,8 +140,6 @@ def _why_unused(name: str, datatype: str, label: str, images: list[str]) -> str:
         return f"its name does not start with sub-{label}; rename it"
     if suffix not in USED_SUFFIXES[datatype]:
         used = " and ".join(("the epi and GRE fieldmaps",) if datatype == "fmap" else USED_SUFFIXES[datatype])
-        if suffix == "sbref":
-            return "single-band references are not used; the b=0 volumes of the series are"
         return f"{suffix or 'no suffix'}: of {datatype}/ only {used} {'is' if datatype == 'dwi' else 'are'} used"
     if name.endswith(".nii") and f"{name}.gz" in images:
         return f"{name}.gz of the same name is used"
@@ -154,7 +153,8 @@ def _add_acquisition(members: dict[str, str], datatype: str, found: SubjectImage
     """Add the magnitude of one acquisition; its phase image is kept beside it."""
     magnitude, phase = members.get("mag"), members.get("phase")
     if magnitude is not None:
-        kind = entities(magnitude)["suffix"].lower() if datatype == "anat" else datatype
+        suffix = entities(magnitude)["suffix"]
+        kind = suffix.lower() if datatype == "anat" else "reference" if (datatype, suffix) in REFERENCES else datatype
         found.by_kind[kind].append(magnitude)
         if phase is not None and datatype != "anat":
             found.phases[magnitude] = phase

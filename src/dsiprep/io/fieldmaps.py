@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,21 @@ from dsiprep.errors import InputError, MetadataError
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.sidecar_values import shown
 
-__all__ = ["gre_fieldmap", "read_fieldmap"]
+__all__ = ["gre_fieldmap", "read_fieldmap", "with_linked_fieldmap"]
 
 PLAUSIBLE_ECHO_DIFFERENCE = (1e-4, 0.03)  # s
 HZ_PER_UNIT = {"Hz": 1.0, "rad/s": 1 / (2 * np.pi), "T": 42.577478518e6}  # the proton's gyromagnetic ratio, CODATA 2018
 OR_IGNORE = "or run with --ignore fieldmaps"
+
+
+def with_linked_fieldmap(planned: PreprocUnit) -> PreprocUnit:
+    """The unit with a gradient-echo fieldmap that is linked to it, if qsiplan preferred a pair that it cannot use."""
+    grouping = planned.grouping
+    if planned.estimation is not None:
+        return planned
+    linked = {name for path in planned.dwi_files for name in grouping.application_candidates.get(path, ())}
+    usable = sorted(name for name in linked if name in grouping.estimations and grouping.estimations[name].is_gre)
+    return replace(planned, estimation=grouping.estimations[usable[0]]) if usable else planned
 
 
 def gre_fieldmap(planned: PreprocUnit) -> GreFieldmap | None:

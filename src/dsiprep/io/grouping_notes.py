@@ -14,7 +14,9 @@ from dsiprep.errors import SettingsError
 from dsiprep.io.bids_filters import entities
 
 # qsiplan's warnings that are reworded below or concern steps that dsiprep does not have
-REPLACED_WARNINGS = frozenset({"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs"})
+REPLACED_WARNINGS = frozenset(
+    {"missing-pedir", "estimation-unused", "fov-shifted", "estimation-spans-outputs", "estimation-shim-mismatch"}
+)
 GRE_SUFFIXES = ("phasediff", "phase1", "fieldmap")
 
 
@@ -69,7 +71,9 @@ def _with_note(unit: Unit, note: str) -> Unit:
     return replace(unit, notes=(*unit.notes, note))
 
 
-def grouping_notes(planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool) -> list[str]:
+def grouping_notes(
+    planned: PreprocUnit, ignore: frozenset[str], short: list[str], split: bool, is_pair: bool
+) -> list[str]:
     """Explanatory notes on one of qsiplan's units.
 
     Parameters
@@ -81,6 +85,8 @@ def grouping_notes(planned: PreprocUnit, ignore: frozenset[str], short: list[str
         Series that serve only as b=0 references.
     split : bool
         Whether the series of the session were separated because their voxel grids differ.
+    is_pair : bool
+        Whether images of two phase encodings determine the distortion.
     """
     notes = [_grouping_reason(planned, ignore)]
     notes += [
@@ -93,7 +99,7 @@ def grouping_notes(planned: PreprocUnit, ignore: frozenset[str], short: list[str
             "The series of this session differ in slice orientation, position or voxel grid, so each grid "
             "is processed separately."
         )
-    notes += _fov_shift_note(planned) + _unpaired_note(planned) + _gre_fieldmap_note(planned, ignore)
+    notes += _fov_shift_note(planned) + _gre_fieldmap_note(planned, ignore, is_pair)
     phases = [Path(path).name for path in planned.dwi_phase_files.values()]
     if phases and "phase" not in ignore:
         notes.append(f"{', '.join(phases)}: phase images are not used (--ignore phase hides this note).")
@@ -131,36 +137,39 @@ def _fov_shift_note(planned: PreprocUnit) -> list[str]:
     ]
 
 
-def _unpaired_note(planned: PreprocUnit) -> list[str]:
-    linked = [planned.grouping.application.get(path) for path in planned.dwi_files]
-    if planned.estimation is not None or not any(linked):
+def _gre_fieldmap_note(planned: PreprocUnit, ignore: frozenset[str], is_pair: bool) -> list[str]:
+    files = _gre_fieldmaps(planned, ignore)
+    if not files:
         return []
-    return [
-        "There are images with other phase encodings, but none with the same axis, readout time and shim and the "
-        "opposite sign, so distortion is not corrected."
-    ]
+    if is_pair:
+        return [
+            f"{files}: not used, because images with opposite phase encoding give a better estimate of the distortion "
+            "(--ignore fieldmaps hides this note)."
+        ]
+    if planned.is_gre:
+        return [f"{files}: used as gradient-echo fieldmap to correct the distortion."]
+    return [f"{text} (--ignore fieldmaps hides this note)." for text in unused_fieldmaps(planned, ignore)]
 
 
-def _gre_fieldmap_note(planned: PreprocUnit, ignore: frozenset[str]) -> list[str]:
+def unused_fieldmaps(planned: PreprocUnit, ignore: frozenset[str]) -> tuple[str, ...]:
+    """Gradient-echo fieldmaps of the session that are not linked to the series, and how to use them."""
+    files = _gre_fieldmaps(planned, ignore)
+    if not files or planned.is_gre:
+        return ()
+    return (f"{files}: not used, because it is not linked to these series; add IntendedFor to use it",)
+
+
+def _gre_fieldmaps(planned: PreprocUnit, ignore: frozenset[str]) -> str:
+    """Names of the gradient-echo fieldmaps of the session."""
     if ignore & {"fieldmaps", "sdc"}:
-        return []
+        return ""
     session = planned.dwi_records[0].session
-    files = [
+    names = [
         record.filename
         for record in planned.grouping.files.values()
         if record.datatype == "fmap" and record.suffix in GRE_SUFFIXES and record.session in (session, None)
     ]
-    if not files:
-        return []
-    names = ", ".join(sorted(files))
-    if planned.is_gre:
-        return [f"{names}: used as gradient-echo fieldmap to correct the distortion."]
-    reason = (
-        "images with opposite phase encoding give a better estimate of the distortion"
-        if planned.is_pepolar
-        else "it is not linked to these series; add IntendedFor to correct their distortion with it"
-    )
-    return [f"{names}: not used, because {reason} (--ignore fieldmaps hides this note)."]
+    return ", ".join(sorted(names))
 
 
 def _concerns(issue: GroupingIssue, planned: PreprocUnit) -> bool:

@@ -6,6 +6,7 @@ stops at unusual values of one sidecar. The records are therefore made here from
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +26,20 @@ from dsiprep.io.sidecar_files import SidecarFiles
 from dsiprep.io.sidecar_values import clean_metadata
 from dsiprep.io.sidecars import DIRECTION
 
+log = logging.getLogger("dsiprep")
 LINKS_OF_BOTH_PARTS = ("IntendedFor", "B0FieldIdentifier")  # of the magnitude and the phase of an acquisition
 LINKS_OF_EITHER_PART = ("B0FieldSource", "MultipartID")
 
 
 @dataclass
 class SubjectRecords:
-    """Records of one subject, sorted by kind and path, qsiplan's issues with them, and notes by path."""
+    """Records of one subject, sorted by kind and path, qsiplan's issues with them, and notes by path.
+
+    `references` are EPI images that qsiplan does not know, described as EPI fieldmaps.
+    """
 
     records: list[FileRecord] = field(default_factory=list)
+    references: list[FileRecord] = field(default_factory=list)
     issues: list[GroupingIssue] = field(default_factory=list)
     notes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -73,6 +79,13 @@ def describe_images(root: Path, label: str, images: SubjectImages, b0_threshold:
                 )
                 record = replace(record, intended_for=targets)
             found.records.append(record)
+    for path in images.by_kind["reference"]:
+        try:
+            fields, found.notes[path] = _metadata(sidecars, path, "fmap", images.phases.get(path))
+        except MetadataError as problem:  # the series can be processed without it
+            log.warning("%s; the image is not used for the distortion", problem)
+        else:
+            found.references.append(replace(_record(path, "fmap", fields, None), suffix="epi"))
     return found
 
 

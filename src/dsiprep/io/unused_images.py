@@ -30,16 +30,28 @@ def select_images(
         chosen[kind] = kept
 
     if sessions is not None:
-        for kind, allowed in (("dwi", sessions), ("fmap", [*sessions, None])):
-            kept = [path for path in chosen[kind] if entities(path).get("ses") in allowed]
+        for kind in ("dwi", "fmap", "reference"):
+            kept = [path for path in chosen[kind] if entities(path).get("ses") in sessions or _is_shared(path)]
             drop(kind, kept, "another session than those of --session-label")
     for kind, kept in apply_filters(chosen, filters).items():
         drop(kind, kept, "it does not match --bids-filter-file")
     if ignored := ignore & {"fieldmaps", "sdc"}:
-        drop("fmap", [], f"--ignore {sorted(ignored)[0]}")
+        reason = f"--ignore {sorted(ignored)[0]}"
+        drop("fmap", [], reason)
+        beside_series = [path for path in chosen["reference"] if "sdc" not in ignored and not _in_fmap(path)]
+        drop("reference", beside_series, reason)
     if "t2w" in ignore:
         drop("t2w", [], "--ignore t2w")
     return replace(images, by_kind=chosen, unused=unused)
+
+
+def _in_fmap(path: str) -> bool:
+    return Path(path).parent.name == "fmap"
+
+
+def _is_shared(path: str) -> bool:
+    """Whether a fieldmap belongs to all sessions."""
+    return _in_fmap(path) and "ses" not in entities(path)
 
 
 def with_unused(
@@ -75,6 +87,8 @@ def _reason(path: str, kind: str, units: list[Unit], options: Options, unlinked:
     """Why an image that could be used was not taken by any unit."""
     if kind in ("t1w", "t2w"):
         return f"--anat-modality {options.modality}"
+    if kind == "reference":
+        return "other images determine the distortion, or it cannot be used for it (see the notes)"
     if kind == "dwi":
         return "its b=0 volumes add nothing to those of a longer series with the same phase encoding"
     corrected_by_pair = any(unit.reversed_pairs() for unit in units)

@@ -190,6 +190,7 @@ def _acquisition_paragraphs(results: UnitResults) -> list[str]:
         "scheme": results.acquired.scheme.kind in ("DSI", "CS-DSI"),
         "conform": several_runs,
         "harmonize_b0": several_runs and results.settings.acquisition.harmonize_b0,
+        "references": bool(results.distortion) and any(blip.grid for blip in results.acquired.blips),
     }
     return [acquisition.METHODS[name] for name, applies in steps.items() if applies]
 

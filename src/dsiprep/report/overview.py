@@ -51,7 +51,7 @@ def summary(results: UnitResults, figures: FigureWriter) -> Section:
         "Overview of the acquisition and processing. The report gives no automatic pass/fail verdict: read the notes "
         "and inspect the figures below before using the data.",
         facts=_summary_facts(results),
-        notes=_stage_notes(results),
+        notes=(*(f"WARNING: {text}" for text in results.warnings), *_stage_notes(results)),
         shares=_seconds_by_stage(results.seconds),
         tables=(("Key metrics", ("Metric", "Value", "Meaning"), _key_metrics(results)),),
     )
@@ -73,7 +73,7 @@ def _summary_facts(results: UnitResults) -> tuple[Fact, ...]:
         ),
         Fact("Acquisition grid", describe_grid(acquired.dwi.grid)),
         *(
-            Fact(_phase_encoding_name(blip, len(acquired.blips)), encoding(blip.pe, acquired.dwi.grid))
+            Fact(_phase_encoding_name(blip, len(acquired.blips)), encoding(blip.pe, blip.grid or acquired.dwi.grid))
             for blip in acquired.blips
         ),
         Fact("Denoising", results.denoised.method),
@@ -147,7 +147,8 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
         volumes = int((acquired.dwi.run == index).sum())
         scale = acquired.scales[index] if index < len(acquired.scales) else 1.0
         rows.append((run.image.name, "DWI", encoding(run.pe, acquired.dwi.grid), str(volumes), f"{scale:.3f}"))
-    rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, acquired.dwi.grid), "", "") for epi in unit.epis]
+    grid = next((blip.grid for blip in acquired.blips if blip.grid), acquired.dwi.grid)
+    rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, grid), "", "") for epi in unit.epis]
     modality = results.settings.anatomy.modality
     unused = tuple((printable(image.path.name), printable(image.reason)) for image in unit.left_out)
     rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]

@@ -72,7 +72,7 @@ def distortion(results: UnitResults, figures: FigureWriter) -> Section:
     result, title = results.distortion, "Susceptibility distortion"
     if result is None:
         lead = "Susceptibility distortion was not corrected."
-        return Section("distortion", title, lead, notes=(results.distortion_reason,))
+        return Section("distortion", title, lead, notes=(*results.warnings, results.distortion_reason))
     lead = (
         "Near air-filled cavities, such as the sinuses and ear canals, the static magnetic field is inhomogeneous, "
         "and echo-planar images are stretched or compressed along the phase-encoding axis."

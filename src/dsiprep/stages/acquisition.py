@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.acquisition import LEAST_ANGLE, PhaseEncoding, displacement_angle
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.raw import RawEpi, RawRun, RawUnit
@@ -16,6 +16,7 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.sampling_scheme import recognise
 from dsiprep.settings import AcquisitionSettings
+from dsiprep.stages.reference_blip import reference_blip
 
 METHODS = {
     "conform": (
@@ -23,6 +24,10 @@ METHODS = {
         "resampled onto it with cubic B-splines."
     ),
     "harmonize_b0": ("Each run was scaled to the same mean b=0 intensity in the brain."),
+    "references": (
+        "The b=0 volumes of the phase encoding that served only to estimate the distortion were aligned rigidly and "
+        "averaged."
+    ),
     "scheme": (
         "The sampling scheme was identified from the b-table: q-vectors on a Cartesian lattice of any orientation and "
         "scale are classified as diffusion spectrum imaging [@wedeen2005]."
@@ -46,10 +51,9 @@ def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
     """
     grid = raw.runs[0].grid
     runs = [_resample_run(run, grid) for run in raw.runs]
-    epis = [_resample_epi(epi, grid) for epi in raw.epis]
     counts = [len(run.bvals) for run in runs]
     data = runs[0].data if len(runs) == 1 else torch.cat([run.data for run in runs])
-    blips, blip_of_run = _group_blips(runs, epis)
+    blips, blip_of_run = _group_blips(runs, raw.epis)
     dwi = DWI(
         data,
         grid,
@@ -61,8 +65,8 @@ def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
     )
     mask = brain_mask_b0(Volume(dwi.data[torch.as_tensor(dwi.is_b0)].mean(0), grid))
     scales = np.ones(len(runs))
-    if settings.harmonize_b0 and (len(runs) > 1 or epis):
-        dwi, blips, scales = _harmonise_b0(dwi, blips, mask.data > 0)
+    if settings.harmonize_b0 and (len(runs) > 1 or raw.epis):
+        dwi, blips, scales = _harmonise_b0(dwi, blips, mask)
     scheme = recognise(dwi.bvals, dwi.bvecs, settings.b0_threshold)
     axes = {run.slice_axis for run in runs}
     groups = multiband_groups([run.slice_times for run in runs])
@@ -83,13 +87,6 @@ def _convert_axis(axis: int, source: Grid, target: Grid) -> int:
     return int(np.argmax(np.abs(target.directions.T @ source.directions[:, axis])))
 
 
-def _resample_epi(epi: RawEpi, grid: Grid) -> RawEpi:
-    if epi.grid.matches(grid):
-        return epi
-    data = _resample(epi.data, epi.grid, grid)
-    return replace(epi, data=data, grid=grid, pe=_convert_phase_encoding(epi.pe, epi.grid, grid))
-
-
 def _resample(data: torch.Tensor, source: Grid, target: Grid) -> torch.Tensor:
     # cubic splines overshoot at edges, and intensities are not negative
     return resample_onto(data, source, target, cubic=True).clamp_(min=0)
@@ -105,27 +102,28 @@ def _convert_phase_encoding(pe: PhaseEncoding, source: Grid, target: Grid) -> Ph
     return PhaseEncoding(axis, polarity, readout)
 
 
-def _group_blips(runs: list[RawRun], epis: list[RawEpi]) -> tuple[tuple[Blip, ...], np.ndarray]:
-    """The blips, up before down, and the blip index of each run; one blip if no image has the opposite polarity."""
-    first = runs[0].pe
-    if first is None or any(run.pe is None for run in runs):
-        empty = torch.empty(0, *runs[0].grid.shape)
+def _group_blips(runs: list[RawRun], epis: tuple[RawEpi, ...]) -> tuple[tuple[Blip, ...], np.ndarray]:
+    """The blips, and the blip index of each run: those of the runs, up before down, then that of the references.
+
+    The undistorted image lies in the pose of the first blip, so this is one that has a series.
+    """
+    empty = torch.empty(0, *runs[0].grid.shape)
+    if any(run.pe is None for run in runs):
         return (Blip("only", None, empty),), np.zeros(len(runs), int)
     encodings = [run.pe for run in runs if run.pe]
-    usable = [epi for epi in epis if epi.pe.axis == first.axis]
-    polarities = sorted({pe.polarity for pe in (*encodings, *(epi.pe for epi in usable))}, reverse=True)
-    names = {1: "up", -1: "down"} if len(polarities) > 1 else {polarities[0]: "only"}
-    blips = []
-    for polarity in polarities:
-        images = [epi for epi in usable if epi.pe.polarity == polarity]
-        pe = next((pe for pe in encodings if pe.polarity == polarity), None) or images[0].pe
-        stacked = torch.cat([epi.data for epi in images]) if images else torch.empty(0, *runs[0].grid.shape)
-        blips.append(Blip(names[polarity], pe, stacked))
+    polarities = sorted({pe.polarity for pe in encodings}, reverse=True)
+    first = encodings[0], runs[0].grid
+    others = [epi for epi in epis if displacement_angle(first, (epi.pe, epi.grid)) >= LEAST_ANGLE]
+    names = {1: "up", -1: "down"} if len(polarities) > 1 or others else {polarities[0]: "only"}
+    blips = [Blip(names[p], next(pe for pe in encodings if pe.polarity == p), empty) for p in polarities]
+    if others and len(polarities) == 1:
+        blips.append(reference_blip(others, names[-polarities[0]]))
     return tuple(blips), np.array([polarities.index(pe.polarity) for pe in encodings])
 
 
-def _harmonise_b0(dwi: DWI, blips: tuple[Blip, ...], brain: torch.Tensor) -> tuple[DWI, tuple[Blip, ...], np.ndarray]:
+def _harmonise_b0(dwi: DWI, blips: tuple[Blip, ...], mask: Volume) -> tuple[DWI, tuple[Blip, ...], np.ndarray]:
     """Scale runs and b=0 images of fmap/ to the same mean b=0 in the brain; runs without b=0 volumes are unchanged."""
+    brain = mask.data > 0
     means = np.array([_mean_b0(dwi, run, brain) for run in range(int(dwi.run.max()) + 1)])
     target = float(np.nanmean(means))
     scales = np.where(np.isfinite(means), target / means, 1.0)
@@ -133,12 +131,16 @@ def _harmonise_b0(dwi: DWI, blips: tuple[Blip, ...], brain: torch.Tensor) -> tup
         factors = torch.as_tensor(scales[dwi.run], dtype=torch.float32)
         # with several runs, torch.cat has copied the data, so it may be modified in place
         dwi = dwi.with_data(dwi.data.mul_(factors[:, None, None, None]))
-    scaled = []
-    for blip in blips:
-        epi_means = blip.epis[:, brain].mean(1)
-        factors = torch.where(epi_means > 0, target / epi_means, torch.ones_like(epi_means))
-        scaled.append(replace(blip, epis=blip.epis * factors[:, None, None, None]))
-    return dwi, tuple(scaled), scales
+    return dwi, tuple(_scaled_references(blip, mask, target) for blip in blips), scales
+
+
+def _scaled_references(blip: Blip, mask: Volume, target: float) -> Blip:
+    if not len(blip.epis):
+        return blip
+    grid = blip.grid or mask.grid
+    brain = resample_onto(mask.data[None].float(), mask.grid, grid)[0] > 0.5
+    mean = float(blip.epis[:, brain].mean()) if bool(brain.any()) else 0.0
+    return replace(blip, epis=blip.epis * (target / mean)) if mean > 0 else blip
 
 
 def _mean_b0(dwi: DWI, run: int, brain: torch.Tensor) -> float:

@@ -1,8 +1,9 @@
 """Susceptibility distortion from a blip-up/blip-down pair: the field, and the head motion between the blips.
 
-The undistorted head is in its pose of blip 0. Its point x is found in blip b at P_b x + s_b f(x) e, where e is the
-phase-encoding axis, fixed in the scanner, s_b the blip's polarity times its readout time over the mean readout time,
-and f the field in mm. Intensities are multiplied by the Jacobian determinant of that map.
+The undistorted head is in its pose of blip 0, the series that is corrected. Its point x is found in blip b at
+P_b x + s_b f(x) e_b, where e_b is the phase-encoding axis of the blip, fixed in the scanner, s_b its polarity times its
+readout time and voxel size over the mean of both, and f the field in mm. Intensities are multiplied by the Jacobian
+determinant of that map. Blip 1 stays on its own grid, so tilted planes and other voxels need no interpolation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Blip, Distortion, Motion
@@ -25,7 +25,6 @@ from dsiprep.ops.pepolar.common_displacement import common_displacement
 from dsiprep.ops.pepolar.initial_field import equal_mass_field
 from dsiprep.ops.pepolar.normal_equations import conjugate_gradients
 from dsiprep.ops.pepolar.pair_model import (
-    Images,
     Pair,
     State,
     apply_step,
@@ -34,13 +33,14 @@ from dsiprep.ops.pepolar.pair_model import (
     displacement_between,
     gauss_newton_equations,
     is_folded,
-    make_pair,
     outlier_limits,
 )
 from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines
 from dsiprep.ops.qspace.matching_gradients import low_b_pairs
 from dsiprep.ops.registration.linear import register_linear
 from dsiprep.settings import DistortionSettings
+from dsiprep.stages.pair_geometry import PairGeometry, pair_geometry
+from dsiprep.stages.pair_images import COARSEST_MM, brains_and_brightness, finite_mean, normalised, pair_at, pyramid
 
 METHODS = {
     "drbuddi": (
@@ -61,9 +61,15 @@ METHODS = {
 """Irfanoglu 2015: doi 10.1016/j.neuroimage.2014.11.042. Andersson 2003: doi 10.1016/S1053-8119(03)00336-7. Chang and
 Fitzpatrick 1992: doi 10.1109/42.158935."""
 
-__all__ = ["METHODS", "check_pair", "correct_distortion", "fieldmap_hz", "finite_mean", "mean_diffusion"]
+__all__ = [
+    "METHODS",
+    "check_pair",
+    "coarse_misfit",
+    "correct_distortion",
+    "fieldmap_hz",
+    "mean_diffusion",
+]
 
-COARSEST_MM = 8.0
 INITIAL_SMOOTHING_MM = 12.0
 MAX_STEPS = 40
 CONVERGED_MM = 0.04
@@ -83,11 +89,11 @@ def correct_distortion(
     Parameters
     ----------
     blips : two Blip
-        Same phase-encoding axis, opposite polarity. Readout times may differ, or be unknown for both.
+        Opposite polarities of one phase-encoding axis, or two axes. Readout times may differ, or be unknown for both.
     b0s : two Tensor, (m, i, j, k)
         Aligned b=0 volumes of each blip, m >= 1.
     grid : Grid
-        Of all volumes.
+        Of blip 0, and of blip 1 unless that has a grid of its own.
     mask : Volume
         Rough brain mask on `grid`.
     settings : DistortionSettings
@@ -118,15 +124,12 @@ def correct_distortion(
     doi 10.1016/j.neuroimage.2014.11.042 (DRBUDDI), doi 10.1016/S1053-8119(03)00336-7 (field from two blips),
     doi 10.1109/42.158935 (equal mass along lines)
     """
-    encodings = check_pair(blips, b0s, grid, mask, settings)
+    geometry = check_pair(blips, b0s, grid, mask, settings)
     before = tuple(finite_mean(b) for b in b0s)
-    axis, scales = encodings[0].axis, _scales(encodings)
-    order = [*(a for a in range(3) if a != axis), axis]
-    brain = (mask.data.to(before[0].device) > 0.5).permute(order).contiguous()
-    units = [_brightness(b, mask) for b in before]
-    compared_images = [before, diffusion] if _has_signal(diffusion, grid, mask) else [before]
-    normalised = [_normalised(both, units, mask, order) for both in compared_images]
-    pairs = _pyramid(normalised, grid.permuted(order), brain, scales)
+    brains, units = brains_and_brightness(before, geometry, mask)
+    compared_images = [before, diffusion] if _has_signal(diffusion, geometry, brains) else [before]
+    images = [normalised(both, units, mask, geometry) for both in compared_images]
+    pairs = pyramid(images, geometry, brains)
     state, trace, notes = _estimate(pairs)
     if structural is not None:
         state, rows, note = _with_structural(pairs[-1], state, structural)
@@ -134,27 +137,38 @@ def correct_distortion(
     compared = compare(pairs[-1], state)
     after = [u * v * j for u, v, j in zip(units, compared.values, compared.jacobians, strict=True)]
     gain = units[0] / units[1]  # the trace is in units of each image's own brightness
-    mean = (after[0] + float(np.exp(state.gain)) * gain * after[1]) / 2
-
-    def to_grid(data: torch.Tensor) -> torch.Tensor:
-        return data.permute(np.argsort(order).tolist()).contiguous()
-
-    field = to_grid(state.field)
-    direction = torch.as_tensor(grid.directions[:, axis], dtype=torch.float32, device=field.device)
+    total = after[0] + float(np.exp(state.gain)) * gain * after[1]
+    mean = torch.where(compared.inside > 0, total / 2, total)  # one of them is 0 where only the other has data
     return Distortion(
         poses=np.stack([np.eye(4), state.pose]),
         fields=tuple(
-            DisplacementField(to_grid(u) * direction[:, None, None, None], grid) for u in state.displacements(scales)
+            _along(geometry.direction(b), geometry.stored(u), grid)
+            for b, u in enumerate(state.displacements(geometry.scales))
         ),
-        fieldmap_hz=fieldmap_hz(field, grid, encodings),
-        dwiref=Volume(to_grid(mean), grid),
-        before=tuple(Volume(b, grid) for b in before),
-        after=tuple(Volume(to_grid(a), grid) for a in after),
+        fieldmap_hz=fieldmap_hz(geometry.stored(state.field), geometry),
+        dwiref=Volume(geometry.stored(mean), grid),
+        before=(Volume(before[0], grid), Volume(geometry.onto_first(before[1]), grid)),
+        after=tuple(Volume(geometry.stored(a), grid) for a in after),
         trace=[{**row, "gain": gain * row["gain"]} if "gain" in row else row for row in trace],
         method="drbuddi",
         notes=notes,
         diffusion=len(compared_images) > 1,
     )
+
+
+def coarse_misfit(blips: tuple[Blip, ...], b0s: tuple[torch.Tensor, ...], grid: Grid, mask: Volume) -> float:
+    """Objective function of the pair at the coarsest pyramid level, where it is cheap; parameters as above."""
+    geometry = check_pair(blips, b0s, grid, mask, DistortionSettings())
+    before = tuple(finite_mean(b) for b in b0s)
+    brains, units = brains_and_brightness(before, geometry, mask)
+    pair = pair_at([normalised(before, units, mask, geometry)], geometry, brains, COARSEST_MM)
+    rows = _minimise(pair, _initial_state(pair))[0]
+    return rows[-1]["cost"] if rows else 0.0
+
+
+def _along(direction: np.ndarray, displacement: torch.Tensor, grid: Grid) -> DisplacementField:
+    unit = torch.as_tensor(direction, dtype=torch.float32, device=displacement.device)
+    return DisplacementField(displacement * unit[:, None, None, None], grid)
 
 
 def mean_diffusion(dwi: DWI, motions: tuple[Motion, ...]) -> tuple[torch.Tensor, ...]:
@@ -189,48 +203,30 @@ def mean_diffusion(dwi: DWI, motions: tuple[Motion, ...]) -> tuple[torch.Tensor,
 
 def check_pair(
     blips: tuple[Blip, ...], b0s: tuple[torch.Tensor, ...], grid: Grid, mask: Volume, settings: DistortionSettings
-) -> tuple[PhaseEncoding, PhaseEncoding]:
-    """Phase encodings of both blips; parameters and errors as in `correct_distortion`."""
+) -> PairGeometry:
+    """Geometry of both blips; parameters and errors as in `correct_distortion`."""
     if settings.method not in ("auto", "drbuddi"):
         raise SettingsError(f"--sdc-method {settings.method} does not correct distortion; use auto or drbuddi")
     if len(blips) != 2 or len(b0s) != 2:
         raise SettingsError(f"blip-up/blip-down correction needs two phase encodings; found {len(blips)}")
-    first, second = blips[0].pe, blips[1].pe
-    if first is None or second is None:
-        raise InputError("a blip has no PhaseEncodingDirection; add it to its sidecar, or use --sdc-method none")
-    if first.axis != second.axis or first.polarity == second.polarity:
-        raise SettingsError(
-            f"phase encodings {first.direction} and {second.direction} are not opposite; correction needs both "
-            "polarities of one axis, such as j and j-"
-        )
-    if (first.readout_time is None) != (second.readout_time is None):
-        raise InputError("only one of the two blips has a TotalReadoutTime; give both or neither")
-    for pe in (first, second):
-        if pe.readout_time is not None and not pe.readout_time > 0:
-            raise InputError(f"TotalReadoutTime of {pe.direction} is {pe.readout_time}; it must be above 0 s")
-    for blip, volumes in zip(blips, b0s, strict=True):
-        if volumes.ndim != 4 or len(volumes) < 1 or tuple(volumes.shape[1:]) != grid.shape:
-            raise InputError(f"b=0 images of blip {blip.name} are {tuple(volumes.shape)}; expected (m, *{grid.shape})")
+    geometry = pair_geometry(blips, grid)
+    for blip, volumes, expected in zip(blips, b0s, geometry.grids, strict=True):
+        if volumes.ndim != 4 or len(volumes) < 1 or tuple(volumes.shape[1:]) != expected.shape:
+            raise InputError(
+                f"b=0 images of blip {blip.name} are {tuple(volumes.shape)}; expected (m, *{expected.shape})"
+            )
         if not float(torch.nan_to_num(volumes.float()).abs().max()) > 0:
             raise InputError(f"b=0 images of blip {blip.name} are empty; check the files of this phase encoding")
     if tuple(mask.data.shape) != grid.shape or not bool((mask.data > 0.5).any()):
         raise InputError(
             f"the brain mask is empty or has shape {tuple(mask.data.shape)}; expected a non-empty mask of {grid.shape}"
         )
-    return first, second
+    return geometry
 
 
-def fieldmap_hz(field: torch.Tensor, grid: Grid, encodings: tuple[PhaseEncoding, PhaseEncoding]) -> Volume | None:
-    """Off-resonance field in Hz of a field (i, j, k) in mm at the mean readout time; None if that is unknown."""
-    first, second = (pe.readout_time for pe in encodings)
-    if first is None or second is None:
-        return None
-    return Volume(field / (float(grid.voxel_sizes[encodings[0].axis]) * ((first + second) / 2)), grid)
-
-
-def finite_mean(volumes: torch.Tensor) -> torch.Tensor:
-    """Mean of volumes (m, i, j, k), with non-finite values replaced by zero."""
-    return torch.nan_to_num(volumes.float(), posinf=0.0, neginf=0.0).mean(0)
+def fieldmap_hz(field: torch.Tensor, geometry: PairGeometry) -> Volume | None:
+    """Off-resonance field in Hz of a field (i, j, k) in mm; None without readout times."""
+    return None if geometry.mm_per_hz is None else Volume(field / geometry.mm_per_hz, geometry.grids[0])
 
 
 def _aligned(dwi: DWI, motion: Motion, volume: int) -> torch.Tensor:
@@ -241,56 +237,14 @@ def _aligned(dwi: DWI, motion: Motion, volume: int) -> torch.Tensor:
     return warp_volume(image, dwi.grid, dwi.grid, motion.transforms[row], eddy=eddy)
 
 
-def _has_signal(diffusion: tuple[torch.Tensor, ...], grid: Grid, mask: Volume) -> bool:
+def _has_signal(diffusion: tuple[torch.Tensor, ...], geometry: PairGeometry, brains: tuple[torch.Tensor, ...]) -> bool:
     """Whether there are two diffusion-weighted images with signal in the brain."""
-    for image in diffusion:
+    for image, grid in zip(diffusion, geometry.grids, strict=False):
         if tuple(image.shape) != grid.shape:
             raise InputError(f"a mean diffusion-weighted image is {tuple(image.shape)}; expected {grid.shape}")
-    return len(diffusion) == 2 and all(float(d[mask.data.to(d.device) > 0.5].median()) > 0 for d in diffusion)
-
-
-def _brightness(image: torch.Tensor, mask: Volume) -> float:
-    """Median intensity of the brain, or the largest absolute intensity if that is not positive."""
-    median = float(image[mask.data.to(image.device) > 0.5].median())
-    return median if median > 0 else float(image.abs().max())
-
-
-def _normalised(both: tuple[torch.Tensor, ...], units: list[float], mask: Volume, order: list[int]) -> Images:
-    """Images of both blips with their axes in `order`, scaled so that the brain of the first is about 1.
-
-    `units` is the brightness of the b=0 images of both blips. Dividing by it keeps their ratio of gains.
-    """
-    relative = _brightness(both[0], mask) / units[0]
-    first, second = (b.permute(order).contiguous() / (u * relative) for b, u in zip(both, units, strict=True))
-    return first, second
-
-
-def _scales(encodings: tuple[PhaseEncoding, PhaseEncoding]) -> tuple[float, float]:
-    """Displacement in each blip per unit of field."""
-    times = [1.0 if pe.readout_time is None else pe.readout_time for pe in encodings]
-    mean = (times[0] + times[1]) / 2
-    first, second = (pe.polarity * t / mean for pe, t in zip(encodings, times, strict=True))
-    return first, second
-
-
-def _pyramid(images: list[Images], grid: Grid, brain: torch.Tensor, scales: tuple[float, float]) -> list[Pair]:
-    """The pair at every pyramid level, coarsest first; `images` are b=0, then further contrasts."""
-    finest = float(np.prod(grid.voxel_sizes) ** (1 / 3))
-    steps = max(0, round(float(np.log2(COARSEST_MM / finest))))
-    centre = grid.to_world(np.argwhere(brain.cpu().numpy()).mean(0))
-    pairs = []
-    for spacing in np.geomspace(COARSEST_MM, finest, steps + 1)[:-1]:
-        coarse = grid.at_spacing(tuple(np.maximum(grid.voxel_sizes, float(spacing))))
-        reduced = [(_downsampled(a, grid, coarse), _downsampled(b, grid, coarse)) for a, b in images]
-        coarse_brain = _downsampled(brain.float(), grid, coarse) > 0.5
-        pairs.append(make_pair(reduced[0], coarse_brain, coarse, scales, centre, reduced[1:]))
-    return [*pairs, make_pair(images[0], brain, grid, scales, centre, images[1:])]
-
-
-def _downsampled(image: torch.Tensor, grid: Grid, coarse: Grid) -> torch.Tensor:
-    ratio = coarse.voxel_sizes / grid.voxel_sizes
-    widths = (0.5 * np.sqrt(np.maximum(ratio**2 - 1, 0))).tolist()
-    return resized(gaussian(image[None], widths)[0], coarse.shape)
+    return len(diffusion) == 2 and all(
+        float(geometry.ordered(image, b)[brains[b]].median()) > 0 for b, image in enumerate(diffusion)
+    )
 
 
 def _estimate(pairs: list[Pair]) -> tuple[State, list[dict[str, float]], tuple[str, ...]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from scipy import ndimage
@@ -32,6 +34,7 @@ METHODS = {
 10.1002/mrm.1910340111."""
 
 MAX_ROUNDS = 2
+LEAST_AGREEMENT = 0.98  # of the mutual information without correction; wrong axes and signs give 0.84 to 0.97 of it
 MIN_SCORE_RATIO = 1.15  # of mutual information over independence; a smaller increase is no evidence of motion of 2 mm
 
 __all__ = ["METHODS", "apply_shift", "correct_with_fieldmap"]
@@ -56,6 +59,7 @@ def correct_with_fieldmap(blip: Blip, b0: torch.Tensor, grid: Grid, mask: Volume
     -------
     Distortion
         One blip; `poses[0]` is the identity. Displacements that would fold the image are smoothed until none does.
+        `doubt` is set if the image agrees less with the magnitude image than without correction.
 
     Raises
     ------
@@ -87,7 +91,30 @@ def correct_with_fieldmap(blip: Blip, b0: torch.Tensor, grid: Grid, mask: Volume
         matrix = fit.matrix
     if not _covers_brain(smooth.grid, matrix, mask):
         raise InputError(f"{fieldmap.name}: it covers less than half of the brain; run with --ignore fieldmaps")
-    return apply_shift(image, _shift(smooth, grid, matrix, pe), grid, pe, trace, "gre", fieldmap.notes)
+    result = apply_shift(image, _shift(smooth, grid, matrix, pe), grid, pe, trace, "gre", fieldmap.notes)
+
+    def agreement(corrected: Volume) -> float:
+        fit = register_linear(
+            fieldmap.magnitude, corrected, fixed_mask=mask, moving_mask=brain, initial=matrix, search=False
+        )
+        return fit.score_after - 1
+
+    before, after = agreement(result.before[0]), agreement(result.after[0])
+    if after >= LEAST_AGREEMENT * before:
+        return result
+    opposite = replace(pe, polarity=-pe.polarity)
+    reversed_sign = agreement(apply_shift(image, _shift(smooth, grid, matrix, opposite), grid, opposite).dwiref)
+    return replace(result, doubt=_doubt(fieldmap.name, pe, before, after, reversed_sign))
+
+
+def _doubt(name: str, pe: PhaseEncoding, before: float, after: float, reversed_sign: float) -> str:
+    remedy = "the opposite sign makes it agree better" if reversed_sign > before else "another axis may be right"
+    return (
+        f"Distortion is NOT corrected: displacements by {name} along {pe.direction} make the b=0 image agree less with "
+        f"the magnitude image than it did (mutual information {after:.3f} instead of {before:.3f}), so "
+        f"PhaseEncodingDirection is probably wrong: {remedy}. Correct the sidecar, or use --sdc-method drbuddi to "
+        "correct with the fieldmap nevertheless."
+    )
 
 
 def apply_shift(

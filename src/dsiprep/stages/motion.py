@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
-from dsiprep.data.b0_shift import B0Shift
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.motion import B0Shift
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError
 from dsiprep.ops.image.affine import point_displacement

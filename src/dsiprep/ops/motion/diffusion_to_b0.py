@@ -13,9 +13,9 @@ import logging
 import numpy as np
 import torch
 
-from dsiprep.data.b0_shift import B0Shift
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
+from dsiprep.data.motion import B0Shift
 from dsiprep.ops.image.affine import point_displacement
 from dsiprep.ops.image.epi_resampling import warp_volume
 from dsiprep.ops.motion.b0_alignment import mean_b0

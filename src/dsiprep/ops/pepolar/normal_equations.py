@@ -24,7 +24,8 @@ class NormalEquations:
     """Gauss-Newton normal equations of the field (a, b, y) and a few pose parameters (m,).
 
     The linearised residual is r + by_field f + by_slope D f + J p, where D is the central difference along the last
-    axis per voxel and J holds the derivatives with respect to the pose parameters p.
+    axis per voxel and J holds the derivatives with respect to the pose parameters p. Where the blips have different
+    phase-encoding axes, across[0] D_a f + across[1] D_b f is added.
 
     Attributes
     ----------
@@ -46,6 +47,8 @@ class NormalEquations:
         Weight of its squared Laplacian.
     diagonal : Tensor, (a, b, y), or None
         Added to the diagonal of the field's block.
+    across : Tensor, (2, a, b, y), or None
+        Derivatives of the residual with respect to central differences of f along the first two axes.
     """
 
     by_field: torch.Tensor
@@ -58,11 +61,13 @@ class NormalEquations:
     gradient_weight: float
     laplacian_weight: torch.Tensor
     diagonal: torch.Tensor | None = None
+    across: torch.Tensor | None = None
 
     def apply(self, field: torch.Tensor, pose: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Product of the matrix with a vector."""
         flat = self.coupling.flatten(1)
-        out = self._apply_loops(field) if field.device.type == "cpu" else self._apply_tensors(field)
+        loops = field.device.type == "cpu" and self.across is None
+        out = self._apply_loops(field) if loops else self._apply_tensors(field)
         if self.diagonal is not None:
             out.addcmul_(self.diagonal, field)
         out += (pose @ flat).reshape(field.shape)
@@ -80,9 +85,14 @@ class NormalEquations:
         return out
 
     def _apply_tensors(self, field: torch.Tensor) -> torch.Tensor:
-        product = self.weight * (self.by_field * field + self.by_slope * central_difference(field, 2))
-        lap = laplacian(field, self.spacing)
+        change = self.by_field * field + self.by_slope * central_difference(field, 2)
+        if self.across is not None:
+            change += self.across[0] * central_difference(field, 0) + self.across[1] * central_difference(field, 1)
+        product, lap = self.weight * change, laplacian(field, self.spacing)
         out = self.by_field * product + central_difference_transpose(self.by_slope * product)
+        if self.across is not None:
+            out += central_difference_transpose(self.across[0] * product, 0)
+            out += central_difference_transpose(self.across[1] * product, 1)
         out += laplacian(self.laplacian_weight * lap, self.spacing) - self.gradient_weight * lap
         force = self.curvature * torch.diff(field, dim=2)
         out[..., 1:] += force
@@ -165,11 +175,12 @@ def cosine_preconditioner(normal: NormalEquations, region: torch.Tensor) -> Call
     by_field = float((normal.weight * normal.by_field**2)[region].mean())
     if normal.diagonal is not None:
         by_field += float(normal.diagonal[region].mean())
-    by_slope = float((normal.weight * normal.by_slope**2)[region].mean())
-    sine = torch.sin(torch.pi * torch.arange(shape[2], device=total.device) / shape[2]) ** 2
-    diagonal = (
-        by_field + by_slope * sine + normal.gradient_weight * total + float(normal.laplacian_weight.mean()) * total**2
-    )
+    sines = [torch.sin(torch.pi * torch.arange(n, device=total.device) / n) ** 2 for n in shape]
+    diagonal = by_field + float((normal.weight * normal.by_slope**2)[region].mean()) * sines[2]
+    if normal.across is not None:
+        first, second = (float((normal.weight * slope**2)[region].mean()) for slope in normal.across)
+        diagonal = diagonal + first * sines[0][:, None, None] + second * sines[1][:, None]
+    diagonal = diagonal + normal.gradient_weight * total + float(normal.laplacian_weight.mean()) * total**2
     inverse = 1 / diagonal.clamp(min=1e-12)
 
     def solve(residual: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,16 @@
 """Model of a blip-up/blip-down pair: images given field, head pose and gain, their misfit, and Gauss-Newton equations.
 
 Point x of the undistorted head is found in blip 0 at x + (s_0 f(x) + g(x)) e and in blip 1 at
-P x + (s_1 f(x) + g(x)) e. f is the field in mm, e the phase-encoding axis, P the pose of the head in blip 1, and g the
-displacement shared by both blips, 0 without a structural image. Intensities are multiplied by the Jacobian determinants
-of these maps. All arrays have the phase-encoding axis last, (a, b, y).
+P x + (s_1 f(x) + g(x)) e1. f is the field in mm, e the phase-encoding axis, P the pose of the head in blip 1, and g the
+displacement shared by both blips, 0 without a structural image. e1 is e unless blip 1 was scanned on another grid, on
+which it stays. Intensities are multiplied by the Jacobian determinants of these maps. All arrays have the
+phase-encoding axis last, (a, b, y).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import numpy as np
 import torch
@@ -19,8 +19,9 @@ from dsiprep.data.grid import Grid
 from dsiprep.ops.image.affine import point_displacement, rigid_matrix
 from dsiprep.ops.image.filters import gaussian
 from dsiprep.ops.image.interpolation import spline_coefficients
+from dsiprep.ops.pepolar.data_terms import DataTerms, combined
 from dsiprep.ops.pepolar.normal_equations import NormalEquations, percentile_99
-from dsiprep.ops.pepolar.pose_derivatives import rigid_derivatives, transverse_axes
+from dsiprep.ops.pepolar.pose_derivatives import transverse_axes
 from dsiprep.ops.pepolar.regularisation import (
     BARRIER_WEIGHT,
     Smoothness,
@@ -31,6 +32,7 @@ from dsiprep.ops.pepolar.regularisation import (
     laplacian,
 )
 from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines, sample_volume
+from dsiprep.ops.pepolar.second_blip import PARALLEL, jacobian_direction, pose_derivatives, spread_across, voxel_matrix
 
 __all__ = [
     "Comparison",
@@ -97,6 +99,8 @@ class Pair:
         Standard deviation of the difference of correctly aligned images.
     contrasts : tuple of Contrast
         Compared in addition to the b=0 images.
+    second : Grid
+        Of blip 1, phase-encoding axis last; `grid` unless it was scanned on another.
     """
 
     line_splines: torch.Tensor
@@ -106,7 +110,8 @@ class Pair:
     scales: tuple[float, float]
     centre: np.ndarray
     noise: float
-    contrasts: tuple[Contrast, ...] = ()
+    contrasts: tuple[Contrast, ...]
+    second: Grid
 
     @property
     def steepness(self) -> float:
@@ -177,32 +182,33 @@ def make_pair(
     scales: tuple[float, float],
     centre: np.ndarray,
     contrasts: Sequence[Images] = (),
+    second: tuple[Grid, torch.Tensor] | None = None,
 ) -> Pair:
     """Prepare a `Pair` from images (a, b, y).
 
     An empty mask `brain` (a, b, y) is replaced by the whole grid. `contrasts` are further images of blip 0 and blip 1,
-    in the same units.
+    in the same units. `second` is the grid of blip 1 and the brain on it, if they are not `grid` and `brain`.
     """
-    brain = brain if bool(brain.any()) else torch.ones_like(brain)
-    further = tuple(Contrast(*_splines(both), CONTRAST_NOISE_FACTOR * _noise(both, brain)) for both in contrasts)
-    return Pair(*_splines(images), brain, grid, scales, centre, _noise(images, brain), further)
+    other, brains = second[0] if second else grid, (brain, second[1] if second else brain)
+    brain, far = (b if bool(b.any()) else torch.ones_like(b) for b in brains)
+    further = tuple(Contrast(*_splines(i), CONTRAST_NOISE_FACTOR * _noise(i, (brain, far))) for i in contrasts)
+    return Pair(*_splines(images), brain, grid, scales, centre, _noise(images, (brain, far)), further, other)
 
 
 def compare(pair: Pair, state: State) -> Comparison:
     """Sample both images at the points of the undistorted head and compute their difference."""
-    affine, h = pair.grid.affine, float(pair.grid.voxel_sizes[2])
+    h, h1 = (float(grid.voxel_sizes[2]) for grid in (pair.grid, pair.second))
     u0, u1 = state.displacements(pair.scales)
-    matrix = np.linalg.inv(affine) @ state.pose @ affine
+    matrix = voxel_matrix(pair.grid, pair.second, state.pose)
     j0 = 1 + central_difference(u0, 2) / h
-    # det(R + s e grad(f)') = 1 + s grad(f)' R' e
-    direction = np.linalg.inv(affine[:3, :3]) @ state.pose[:3, :3].T @ pair.grid.directions[:, 2]
+    direction = jacobian_direction(pair.grid, pair.second, state.pose)
     j1 = torch.ones_like(j0)
     for axis in range(3):
         j1 += float(direction[axis]) * central_difference(u1, axis)
 
     def sample(images: Pair | Contrast) -> Comparison:
         v0, slope, in0 = sample_lines(images.line_splines, u0 / h)
-        v1, gradient, in1 = sample_volume(images.volume_splines, matrix, u1 / h)
+        v1, gradient, in1 = sample_volume(images.volume_splines, matrix, u1 / h1)
         residual = v0 * j0 - float(np.exp(state.gain)) * v1 * j1
         return Comparison((v0, v1), (j0, j1), slope, gradient, in0 * in1, residual)
 
@@ -254,7 +260,7 @@ def gauss_newton_equations(
     phase-encoding axis (mm) and the logarithm of the gain, (6,).
     """
     parts = zip(_parts(pair, compared), limits, strict=True)
-    terms = _combined([_data_terms(pair, state, part, noise, limit) for (part, noise), limit in parts])
+    terms = combined([_data_terms(pair, state, part, noise, limit) for (part, noise), limit in parts])
     field_gradient, pose = terms.field_gradient, terms.pose
     pose += torch.diag(torch.tensor(POSE_PRIOR, device=pose.device))
     spacing, smoothness = pair.grid.voxel_sizes, _smoothness(pair)
@@ -270,6 +276,7 @@ def gauss_newton_equations(
         smoothness.gradient_weight,
         laplacian_weight,
         terms.diagonal,
+        terms.across,
     )
     return normal, (-field_gradient, -terms.pose_gradient)
 
@@ -277,7 +284,7 @@ def gauss_newton_equations(
 def apply_step(pair: Pair, state: State, field: torch.Tensor, pose: np.ndarray) -> State:
     """The state after a step: `field` (a, b, y) in mm, `pose` (6,) as in `gauss_newton_equations`."""
     centre = (state.pose @ np.append(pair.centre, 1))[:3]
-    parameters = np.concatenate([pose[:3], transverse_axes(pair.grid) @ pose[3:5]])
+    parameters = np.concatenate([pose[:3], transverse_axes(pair.second) @ pose[3:5]])
     gain = float(np.clip(state.gain + pose[5], -3, 3))
     return State(state.field + field, rigid_matrix(parameters, centre) @ state.pose, gain)
 
@@ -297,14 +304,14 @@ def _splines(images: Images) -> Images:
     return line_coefficients(images[0]), spline_coefficients(images[1][None])[0]
 
 
-def _noise(images: Images, brain: torch.Tensor) -> float:
+def _noise(images: Images, brains: Images) -> float:
     """Standard deviation of the difference of correctly aligned images, `MODEL_ERROR` included.
 
     Estimated from differences along all three axes at once, which remove most of the anatomy, in the smoothest tenth of
     the brain.
     """
     total = MODEL_ERROR**2
-    for image in images:
+    for image, brain in zip(images, brains, strict=True):
         difference, mask = image, brain
         for axis in range(3):
             if image.shape[axis] > 1:
@@ -332,68 +339,41 @@ def _smoothness(pair: Pair) -> Smoothness:
     return Smoothness(GRADIENT_WEIGHT * volume, LAPLACIAN_WEIGHT * volume, LINEAR_LAPLACIAN)
 
 
-@dataclass(frozen=True, eq=False)
-class _DataTerms:
-    """Contribution of one comparison: to the matrix as in `NormalEquations`, and to the gradients by field and pose."""
-
-    by_field: torch.Tensor
-    by_slope: torch.Tensor
-    weight: torch.Tensor
-    coupling: torch.Tensor
-    pose: torch.Tensor
-    field_gradient: torch.Tensor
-    pose_gradient: torch.Tensor
-    diagonal: torch.Tensor | None = None
-
-
-def _data_terms(pair: Pair, state: State, compared: Comparison, noise: float, limit: float) -> _DataTerms:
-    h, (s0, s1), gain = float(pair.grid.voxel_sizes[2]), pair.scales, float(np.exp(state.gain))
+def _data_terms(pair: Pair, state: State, compared: Comparison, noise: float, limit: float) -> DataTerms:
+    h, h1 = (float(grid.voxel_sizes[2]) for grid in (pair.grid, pair.second))
+    (s0, s1), gain = pair.scales, float(np.exp(state.gain))
     (v0, v1), (j0, j1) = compared.values, compared.jacobians
-    by_field = s0 / h * compared.slope * j0 - gain * s1 / h * compared.gradient[2] * j1
-    by_slope = s0 / h * v0 - gain * s1 / h * v1
+    by_field = s0 / h * compared.slope * j0 - gain * s1 / h1 * compared.gradient[2] * j1
+    along, across = _jacobian_terms(pair, state, v1)
+    by_slope = s0 / h * v0 + along
     z = compared.residual / limit
     weight = compared.inside / (noise**2 * (1 + z * z))
     columns = _pose_derivatives(pair, state, compared)
+
+    def transposed(values: torch.Tensor) -> torch.Tensor:
+        return by_field * values + central_difference_transpose(by_slope * values) + spread_across(across, values)
+
     weighted_columns = weight * columns
-    coupling = torch.stack([by_field * c + central_difference_transpose(by_slope * c) for c in weighted_columns])
-    count = len(columns)
+    count, weighted = len(columns), weight * compared.residual
     pose = columns.reshape(count, -1) @ weighted_columns.reshape(count, -1).T
-    weighted = weight * compared.residual
-    field_gradient = by_field * weighted + central_difference_transpose(by_slope * weighted)
     pose_gradient = columns.reshape(count, -1) @ weighted.reshape(-1)
-    return _DataTerms(by_field, by_slope, weight, coupling, pose, field_gradient, pose_gradient)
+    coupling = torch.stack([transposed(c) for c in weighted_columns])
+    field_gradient = transposed(weighted)
+    return DataTerms(by_field, by_slope, weight, coupling, pose, field_gradient, pose_gradient, across=across)
 
 
-def _combined(terms: list[_DataTerms]) -> _DataTerms:
-    """Exact sum of the contributions of comparisons: squares of by_field + by_slope D add to one and a diagonal."""
-    if len(terms) == 1:
-        return terms[0]
-    squares = _sum(t.weight * t.by_field**2 for t in terms)
-    products = _sum(t.weight * t.by_field * t.by_slope for t in terms)
-    weight = _sum(t.weight * t.by_slope**2 for t in terms)
-    by_field = torch.where(weight > 1e-12, products / weight.clamp(min=1e-12), 0.0)
-    return _DataTerms(
-        by_field,
-        (weight > 1e-12).float(),
-        weight,
-        _sum(t.coupling for t in terms),
-        _sum(t.pose for t in terms),
-        _sum(t.field_gradient for t in terms),
-        _sum(t.pose_gradient for t in terms),
-        (squares - weight * by_field**2).clamp(min=0),
-    )
-
-
-def _sum(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    return reduce(torch.add, tensors)
+def _jacobian_terms(pair: Pair, state: State, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Derivatives of the residual by differences of f, through J1: along the last axis, and across it (2, a, b, y)."""
+    scaled = -float(np.exp(state.gain)) * pair.scales[1] * value
+    cosine = float(pair.grid.directions[:, 2] @ pair.second.directions[:, 2])
+    if cosine > np.cos(PARALLEL):  # what the rotation of the head adds is of second order
+        return scaled / float(pair.grid.voxel_sizes[2]), None
+    d = jacobian_direction(pair.grid, pair.second, state.pose)
+    return float(d[2]) * scaled, torch.stack([float(d[0]) * scaled, float(d[1]) * scaled])
 
 
 def _pose_derivatives(pair: Pair, state: State, compared: Comparison) -> torch.Tensor:
     """Derivatives of the residual with respect to the pose parameters of `gauss_newton_equations`, (6, a, b, y)."""
-    affine, gain = pair.grid.affine, float(np.exp(state.gain))
-    value, jacobian = compared.values[1], compared.jacobians[1]
-    to_world = torch.as_tensor(np.linalg.inv(affine[:3, :3]).T, dtype=torch.float32, device=value.device)
-    gradient = -gain * jacobian * torch.einsum("ab,bijk->aijk", to_world, compared.gradient)
-    lever_arms = state.pose @ affine
-    lever_arms[:3, 3] -= (state.pose @ np.append(pair.centre, 1))[:3]
-    return torch.cat([rigid_derivatives(gradient, lever_arms, pair.grid), (-gain * value * jacobian)[None]])
+    value, modulation = compared.values[1], -float(np.exp(state.gain)) * compared.jacobians[1]
+    rigid = pose_derivatives(modulation * compared.gradient, pair.grid, pair.second, state.pose, pair.centre)
+    return torch.cat([rigid, (modulation * value)[None]])

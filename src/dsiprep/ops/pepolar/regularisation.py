@@ -50,17 +50,17 @@ def central_difference(field: torch.Tensor, axis: int) -> torch.Tensor:
     return (padded.narrow(axis, 2, n) - padded.narrow(axis, 0, n)) / 2
 
 
-def central_difference_transpose(values: torch.Tensor) -> torch.Tensor:
-    """Transpose of `central_difference` along the last axis."""
-    out = torch.zeros_like(values)
-    if values.shape[2] == 1:
-        return out
-    half = values / 2
+def central_difference_transpose(values: torch.Tensor, axis: int = 2) -> torch.Tensor:
+    """Transpose of `central_difference`."""
+    total = torch.zeros_like(values)
+    if values.shape[axis] == 1:
+        return total
+    half, out = (values / 2).movedim(axis, -1), total.movedim(axis, -1)
     out[..., 1:] += half[..., :-1]
     out[..., :-1] -= half[..., 1:]
     out[..., 0] -= half[..., 0]
     out[..., -1] += half[..., -1]
-    return out
+    return total
 
 
 def laplacian(field: torch.Tensor, spacing: np.ndarray) -> torch.Tensor:
