@@ -107,7 +107,7 @@ class Motion(Summarised):
         R² and correlation of each aligned volume with its prediction in the mask, at the last iteration; NaN without
         a model.
     slice_z : ndarray, (n, slices)
-        Robust z-score of the residual of each slice along `slice_axis`; NaN without a model.
+        Robust z-score of the signal of each slice along `slice_axis` over its prediction; NaN without a model.
     slice_axis : int
         Voxel axis of slice selection.
     trace : list of dict
@@ -320,7 +320,7 @@ class Quality(Summarised):
     confounds : dict of ndarray, (n,)
         Columns of the confounds table, one value per volume.
     slice_z : ndarray, (n, slices)
-        Robust z-scores of slice residuals.
+        Robust z-scores of the signal of slices over their prediction.
     cnr, tsnr : Volume or None
         Maps of the contrast-to-noise and temporal signal-to-noise ratios.
     notes : tuple of str

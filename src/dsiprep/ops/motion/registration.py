@@ -11,17 +11,18 @@ from dsiprep.data.dwi import DWI
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.motion.gauss_newton import align
 from dsiprep.ops.motion.motion_state import MotionState
-from dsiprep.ops.motion.pose_prior import PosePrior, resting_poses
+from dsiprep.ops.motion.pose_prior import PosePrior, negative_log_prior, resting_poses
 from dsiprep.ops.motion.poses import relaxed_poses
 from dsiprep.ops.motion.pyramid import PyramidLevel, chunks
 from dsiprep.ops.qspace.prediction import Prediction
 
-__all__ = ["register_to_predictions", "restart_poor_fits"]
+__all__ = ["register_to_predictions", "rest_lost_volumes", "restart_poor_fits"]
 
 log = logging.getLogger("dsiprep")
 STEPS_PER_ROUND = 3  # Gauss-Newton steps
 RESTART_STEPS = 12  # Gauss-Newton steps from each alternative start
 RESTART_DEGREES = 10.0  # rotations from the resting pose that are tried, about each axis and in both directions
+INDEPENDENT = 0.25  # of the points of a level: noise is correlated after interpolation
 POOR_FIT_WEIGHT = 0.45  # volume weight below which other starts are tried: a residual 1.5 times the typical one
 
 
@@ -95,6 +96,42 @@ def restart_poor_fits(
         best[better] = aligned.rms[better]
         transforms[volumes[better]] = aligned.transforms[better]
     log.info("motion: restarted %d poorly fitting volumes from other poses", len(poor))
+    return state.with_transforms(transforms)
+
+
+def rest_lost_volumes(
+    level: PyramidLevel, volumes: np.ndarray, state: MotionState, predicted: torch.Tensor, prior: PosePrior
+) -> MotionState:
+    """Return volumes that lost signal as a whole to the resting pose, unless their data speak for another.
+
+    Where little signal is left, steps follow the noise, and far from the resting pose the prior hardly pulls. Of the
+    current and the resting pose, both registered with the prior, the more probable is kept: the one with the smaller
+    m log(s) - log(prior) for m independent points and the scale s of the residual.
+
+    Parameters
+    ----------
+    level : PyramidLevel
+    volumes : ndarray, (n,)
+        Indices of the volumes that `predicted` is of.
+    state : MotionState
+    predicted : Tensor, (n, m)
+    prior : PosePrior
+        Of all volumes.
+    """
+    rows = np.flatnonzero(state.dropout.whole[volumes]) if state.dropout is not None else np.zeros(0, int)
+    if not len(rows):
+        return state
+    transforms, lost = state.transforms.copy(), volumes[rows]
+    moving, expected = level.take(lost, state.eddy_of(lost)), prior.take(lost)
+    targets = predicted[torch.as_tensor(rows, device=predicted.device)]
+    best = np.full(len(lost), np.inf)
+    for start in (expected.poses, transforms[lost]):
+        aligned = align(moving, level.points, targets, start, steps=RESTART_STEPS, prior=expected)
+        cost = INDEPENDENT * len(level.points) * np.log(aligned.rms)
+        cost += negative_log_prior(aligned.transforms, expected, level.points)
+        better = cost < best
+        best[better] = cost[better]
+        transforms[lost[better]] = aligned.transforms[better]
     return state.with_transforms(transforms)
 
 
