@@ -9,7 +9,7 @@ import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.ops.image.affine import rigid_matrix
-from dsiprep.ops.motion.gauss_newton import align
+from dsiprep.ops.motion.gauss_newton import align, sample_volumes
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.pose_prior import PosePrior, negative_log_prior, resting_poses
 from dsiprep.ops.motion.poses import relaxed_poses
@@ -22,7 +22,6 @@ log = logging.getLogger("dsiprep")
 STEPS_PER_ROUND = 3  # Gauss-Newton steps
 RESTART_STEPS = 12  # Gauss-Newton steps from each alternative start
 RESTART_DEGREES = 10.0  # rotations from the resting pose that are tried, about each axis and in both directions
-INDEPENDENT = 0.25  # of the points of a level: noise is correlated after interpolation
 POOR_FIT_WEIGHT = 0.45  # volume weight below which other starts are tried: a residual 1.5 times the typical one
 
 
@@ -105,8 +104,9 @@ def rest_lost_volumes(
     """Return volumes that lost signal as a whole to the resting pose, unless their data speak for another.
 
     Where little signal is left, steps follow the noise, and far from the resting pose the prior hardly pulls. Of the
-    current and the resting pose, both registered with the prior, the more probable is kept: the one with the smaller
-    m log(s) - log(prior) for m independent points and the scale s of the residual.
+    current and the resting pose, both registered with the prior, the one with the larger s² / (2 v) + log(prior) is
+    kept: s is the projection of the volume on its prediction (less their means, the prediction of unit length), v the
+    variance of the noise. Unlike the residual, s² does not grow where interpolation smooths the noise.
 
     Parameters
     ----------
@@ -124,14 +124,20 @@ def rest_lost_volumes(
     transforms, lost = state.transforms.copy(), volumes[rows]
     moving, expected = level.take(lost, state.eddy_of(lost)), prior.take(lost)
     targets = predicted[torch.as_tensor(rows, device=predicted.device)]
-    best = np.full(len(lost), np.inf)
+    poses, explained, noise = [], [], []
     for start in (expected.poses, transforms[lost]):
-        aligned = align(moving, level.points, targets, start, steps=RESTART_STEPS, prior=expected)
-        cost = INDEPENDENT * len(level.points) * np.log(aligned.rms)
-        cost += negative_log_prior(aligned.transforms, expected, level.points)
-        better = cost < best
-        best[better] = cost[better]
-        transforms[lost[better]] = aligned.transforms[better]
+        poses.append(align(moving, level.points, targets, start, steps=RESTART_STEPS, prior=expected).transforms)
+        observed = sample_volumes(moving, level.points, poses[-1], torch.zeros_like(targets))
+        one, two = (values - values.mean(1, keepdim=True) for values in (observed, targets))
+        square = ((one * two).sum(1) ** 2 / two.square().sum(1).clamp(min=1e-12)).cpu().numpy()
+        explained.append(square)
+        noise.append((one.square().sum(1).cpu().numpy() - square) / len(level.points))
+    scale = 2 * np.maximum(*noise) + 1e-12  # of the two, the less smooth one is closer to the noise
+    resting, current = (
+        square / scale - negative_log_prior(pose, expected, level.points)
+        for square, pose in zip(explained, poses, strict=True)
+    )
+    transforms[lost] = np.where((current > resting)[:, None, None], poses[1], poses[0])
     return state.with_transforms(transforms)
 
 

@@ -138,7 +138,7 @@ def _image(points: PointSet, values: np.ndarray | float) -> np.ndarray:
 def _reference_voxels(
     reference: Grid, state: MotionState, volume: int, number: int, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Voxels of the reference that a slice of a volume shows, (3, a, b), and the Jacobian of its displacement, (a, b)."""
+    """Voxels of the reference in a slice of a volume, (3, a, b), and the Jacobian of its displacement, (a, b)."""
     index = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1)
     world = state.grid.to_world(np.insert(index, state.slice_axis, number, axis=-1))
     jacobian = np.ones(shape)
