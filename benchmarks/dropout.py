@@ -142,9 +142,7 @@ def cells(
 
 def main(out: Path, words: list[str]) -> None:
     """All rows whose name holds every one of `words`."""
-    print(
-        "| series | found (at the noise floor) | intact flagged | mm, mean / largest (without loss) | mm, others | CPU s |"
-    )
+    print("| series | found (noise floor) | intact flagged | mm, mean / largest (without loss) | mm, others | CPU s |")
     print("|---|---|---|---|---|---|")
     for scheme in SCHEMES:
         names = {

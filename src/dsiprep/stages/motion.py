@@ -181,7 +181,7 @@ def estimate_motion(
             state = state.with_transforms(state.transforms[nearest_b0(dwi)])
         rounds = settings.iters if number == len(levels) - 1 else COARSE_ROUNDS
         done = int(trace[-1]["iter_num"]) if trace else 0
-        state, rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
+        state, levels[number], rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
         trace += rows
         if number >= len(levels) - 2 and settings.transform == "Rigid":  # before the last rounds, and after them
             state, shift = align_diffusion_to_b0(dwi, levels[-1], state, largest_shift > 0)
@@ -212,7 +212,7 @@ def _check(dwi: DWI, mask: Volume) -> None:
 
 def _shoreline_rounds(
     inputs: _Inputs, level: PyramidLevel, state: MotionState, rounds: range
-) -> tuple[MotionState, list[dict[str, Any]]]:
+) -> tuple[MotionState, PyramidLevel, list[dict[str, Any]]]:
     """Rounds of prediction and registration at one pyramid level, until no volume moves.
 
     Parameters
@@ -226,6 +226,8 @@ def _shoreline_rounds(
     Returns
     -------
     state : MotionState
+    level : PyramidLevel
+        With lost slices filled.
     trace : list of dict
         One row per volume and round.
     """
@@ -271,7 +273,7 @@ def _shoreline_rounds(
             break
     if eddy_fit is not None:
         state = shrink_to_significant(eddy_fit, state)
-    return state, trace
+    return state, level, trace
 
 
 def _initial_weights(
@@ -326,11 +328,11 @@ def _finish(
     """Compute the b=0 reference, the agreement of each volume with its final prediction, and outlier slices."""
     dwi, weighted, has_model = inputs.dwi, inputs.weighted, inputs.model.name in SIGNAL_MODELS
     volumes, b0 = np.arange(len(dwi)), np.flatnonzero(dwi.is_b0)
-    observed = level.sample(volumes, state)
+    observed = replace(level, filled={}).sample(volumes, state)  # as acquired
     predicted = observed[torch.as_tensor(dwi.is_b0)].mean(0, keepdim=True).expand_as(observed).clone()
     state = judge_slices(dwi, level, state, b0, predicted[b0])
     if has_model:
-        state = _final_prediction(inputs, level, state, observed, predicted)
+        state = _final_prediction(inputs, level, state, predicted)
     r2, xcorr = agreement(observed, predicted)
     del observed  # the size of the whole series inside the brain, as are all tensors here
     assert state.dropout is not None
@@ -358,12 +360,10 @@ def _finish(
     )
 
 
-def _final_prediction(
-    inputs: _Inputs, level: PyramidLevel, state: MotionState, observed: torch.Tensor, predicted: torch.Tensor
-) -> MotionState:
+def _final_prediction(inputs: _Inputs, level: PyramidLevel, state: MotionState, predicted: torch.Tensor) -> MotionState:
     """Write the predictions of the diffusion-weighted volumes to `predicted` (n, m), and judge their slices by them."""
-    weighted = torch.as_tensor(inputs.weighted, device=observed.device)
-    reference, used = predicted[:1].clone(), observed[weighted]
+    weighted, reference = torch.as_tensor(inputs.weighted, device=predicted.device), predicted[:1].clone()
+    used = level.sample(inputs.weighted, state)
     weights = _known_weights(inputs, state)
     for _ in range(2):  # the second pass fills outlier slices with the prediction of the first
         predicted[weighted] = _predict(inputs, state, used, reference, weights).values

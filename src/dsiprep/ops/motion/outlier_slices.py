@@ -34,8 +34,8 @@ RELATED_LIMIT = -2.0  # the same in volumes with many outliers, in which others 
 MANY = 0.1  # fraction of the slices of a volume
 VOLUME_LIMIT = -2.5  # z-score of the gain at or below which all of a volume was lost
 ONE_SIGMA = 0.8413  # quantile of a normal distribution one standard deviation above the median
-SIMILAR_VOLUMES = 25  # volumes of the most similar b-values that slices are compared with
-SIMILAR_GAINS = 15  # the same for whole volumes, whose gain depends more on b
+SIMILAR_VOLUMES = 25  # at most, of the most similar b-values, that slices are compared with
+SIMILAR_GAINS = 15  # the same for whole volumes, whose gain depends more on b, and at least for slices
 NEIGHBOURS = 6  # slices on either side that define the gain of a volume
 INTACT_QUANTILE = 0.75  # of neighbouring slices, taken for the gain: half of them may have lost signal
 MIN_RATIO = 0.02  # smaller ratios are noise about zero
@@ -137,14 +137,15 @@ def find_dropout(ratios: SliceRatios, bvals: np.ndarray, multiband: tuple[tuple[
     bvals : ndarray, (n,)
         s/mm².
     multiband : tuple of tuple of int
-        Groups of slices excited together, which are judged by their mean.
+        Groups of slices excited together, which are judged by their mean, weighted by the noise of each.
 
     Returns
     -------
     Dropout
         Of these volumes.
     """
-    judged, similar = ratios.voxels >= MIN_VOXELS, _similar_volumes(bvals, SIMILAR_VOLUMES)
+    judged = ratios.voxels >= MIN_VOXELS
+    similar = _similar_volumes(bvals, int(np.clip(len(bvals) // 4, SIMILAR_GAINS, SIMILAR_VOLUMES)))
     x = np.where(judged, np.log(np.maximum(ratios.ratio, MIN_RATIO)), np.nan)
     relative = x - _over_similar(x, similar)
     gain, whole = _local_gain(relative), _lost_volumes(relative, _similar_volumes(bvals, SIMILAR_GAINS))
@@ -155,9 +156,10 @@ def find_dropout(ratios: SliceRatios, bvals: np.ndarray, multiband: tuple[tuple[
     spread = np.hypot(spread, EDGE * np.abs(np.gradient(ratios.voxels, axis=1)) / np.maximum(ratios.voxels, 1))
     for group in multiband:
         slices = [k for k in group if k < x.shape[1]]
-        number = np.maximum(judged[:, slices].sum(axis=1), 1)
-        deviation[:, slices] = (np.nansum(deviation[:, slices], axis=1) / number)[:, None]
-        spread[:, slices] = (np.sqrt(np.nansum(spread[:, slices] ** 2, axis=1)) / number)[:, None]
+        precision = np.where(judged[:, slices], spread[:, slices] ** -2, 0)
+        total = np.maximum(precision.sum(axis=1, keepdims=True), 1e-12)
+        deviation[:, slices] = (np.nan_to_num(deviation[:, slices]) * precision).sum(axis=1, keepdims=True) / total
+        spread[:, slices] = total**-0.5
     z = np.nan_to_num(deviation / spread)
     weak = judged & (deviation <= np.log(1 - MIN_LOSS))
     lost = weak & (z <= LIMIT)
