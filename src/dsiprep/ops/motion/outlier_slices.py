@@ -32,6 +32,7 @@ MIN_LOSS = 0.12  # fraction of its signal that an outlier slice lacks at least
 LIMIT = -5.0  # z-score at or below which a slice is an outlier
 RELATED_LIMIT = -2.0  # the same in volumes with many outliers, in which others are as likely lost as not
 MANY = 0.1  # fraction of the slices of a volume
+MIN_VOLUME_LOSS = 0.15  # the same for the gain of whole volumes, which errs more with the model
 VOLUME_LIMIT = -2.5  # z-score of the gain at or below which all of a volume was lost
 ONE_SIGMA = 0.8413  # quantile of a normal distribution one standard deviation above the median
 SIMILAR_VOLUMES = 25  # at most, of the most similar b-values, that slices are compared with
@@ -195,7 +196,7 @@ def _lost_volumes(relative: np.ndarray, similar: np.ndarray) -> np.ndarray:
     gain = _quantile(relative, INTACT_QUANTILE, 1)
     deviation = gain - _over_similar(gain, similar)
     above = np.stack([_quantile(deviation[some], ONE_SIGMA, 0) for some in similar])  # loss only lowers: that is noise
-    return (deviation <= np.log(1 - MIN_LOSS)) & (deviation <= VOLUME_LIMIT * np.maximum(above, MIN_SPREAD))
+    return (deviation <= np.log(1 - MIN_VOLUME_LOSS)) & (deviation <= VOLUME_LIMIT * np.maximum(above, MIN_SPREAD))
 
 
 def _quantile(values: np.ndarray, q: float, axis: int) -> np.ndarray:
