@@ -200,6 +200,32 @@ def test_a_slice_with_signal_dropout_is_detected_and_motion_is_still_recovered()
     assert translation < 0.2
 
 
+@pytest.mark.parametrize("pattern", ["interleave", "six neighbours"])
+def test_many_lost_slices_are_found_and_replaced(pattern: str) -> None:
+    subject = make_subject(count=30, moved=0.2)
+    dwi, slices = subject.dwi, subject.dwi.grid.shape[2]
+    true, lost = dwi.data.clone(), np.zeros((len(dwi), slices), bool)
+    for volume in (5, 17, 26):
+        lost[volume, slice(volume % 2, None, 2) if pattern == "interleave" else slice(5, 11)] = True
+        dwi.data[volume, :, :, lost[volume]] *= 0.4
+    result = estimate_motion(dwi, subject.mask, replace(FAST, outliers="replace"))
+    judged = result.slice_z != 0
+    assert result.outlier_slices is not None
+    assert result.outlier_slices[lost & judged].mean() > 0.95
+    assert (result.outlier_slices & ~lost).sum() <= 1
+    assert (result.slice_z[lost & result.outlier_slices] <= -2).all()
+    rotation, translation = errors(result.transforms, subject)
+    assert rotation < 0.4
+    assert translation < 0.3
+    inside = subject.mask.numpy()[..., 5:11] > 0.5
+    for volume in (5, 17, 26):
+        repaired = result.with_replaced_slices(volume, dwi.data[volume])
+        whole, filled, reduced = (
+            x[..., 5:11].numpy()[inside].mean() for x in (true[volume], repaired, dwi.data[volume])
+        )
+        assert abs(filled - whole) < 0.2 * abs(reduced - whole)  # voxels of the true volume are mostly noise
+
+
 def test_invalid_input_is_rejected() -> None:
     subject = make_subject(count=8, spacing=(7.0, 7.0, 7.0))
     dwi, mask = subject.dwi, subject.mask

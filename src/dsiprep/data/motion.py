@@ -55,7 +55,7 @@ class Motion(Summarised):
         R² and correlation of each aligned volume with its prediction in the mask, at the last iteration; NaN without
         a model.
     slice_z : ndarray, (n, slices)
-        Robust z-score of the residual of each slice along `slice_axis`; NaN without a model.
+        Robust z-score of the signal of each slice along `slice_axis` over its prediction; NaN without a model.
     slice_axis : int
         Voxel axis of slice selection.
     trace : list of dict

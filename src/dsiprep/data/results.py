@@ -246,7 +246,7 @@ class Quality(Summarised):
     confounds : dict of ndarray, (n,)
         Columns of the confounds table, one value per volume.
     slice_z : ndarray, (n, slices)
-        Robust z-scores of slice residuals.
+        Robust z-scores of the signal of slices over their prediction.
     cnr, tsnr : Volume or None
         Maps of the contrast-to-noise and temporal signal-to-noise ratios.
     notes : tuple of str

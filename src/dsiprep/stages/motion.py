@@ -30,13 +30,13 @@ from dsiprep.ops.motion.eddy_model import (
 )
 from dsiprep.ops.motion.field_shift import attribute_shifts
 from dsiprep.ops.motion.motion_state import MotionState
-from dsiprep.ops.motion.outlier_slices import SliceGeometry, find_outlier_slices, slice_scores, slice_signal_loss
+from dsiprep.ops.motion.outlier_slices import judge_slices
 from dsiprep.ops.motion.pose_prior import estimate_pose_prior
 from dsiprep.ops.motion.poses import decompose, remove_gradient_trend
-from dsiprep.ops.motion.pyramid import FULL, PyramidLevel, build_pyramid
-from dsiprep.ops.motion.registration import register_to_predictions, restart_poor_fits
-from dsiprep.ops.motion.slice_replacement import slice_replacements
-from dsiprep.ops.motion.volume_agreement import agreement, gain_corrected_residual, volume_weights
+from dsiprep.ops.motion.pyramid import PyramidLevel, build_pyramid
+from dsiprep.ops.motion.registration import register_to_predictions, rest_lost_volumes, restart_poor_fits
+from dsiprep.ops.motion.slice_replacement import remove_loss, slice_replacements
+from dsiprep.ops.motion.volume_agreement import MIN_WEIGHT, agreement, volume_weights
 from dsiprep.ops.qspace.prediction import Model, Prediction, choose_model, predict
 from dsiprep.settings import MotionSettings
 
@@ -86,6 +86,7 @@ COARSE_MM = (8.0, 5.0)  # voxel sizes of the pyramid levels above that of the se
 COARSE_ROUNDS = 10  # maximum rounds at each of these
 INITIAL_PASSES = 2  # of prediction that only initialise the volume weights
 RESTART_ROUND = 2  # in which poorly fitting volumes are restarted
+JUDGED_ROUNDS = 3  # at each level, in which outlier slices are found anew
 FIRST_PRIOR_ROUND = 3  # from which on poses are reliable enough for a pose prior
 SIGNAL_MODELS = ("3dSHORE", "tensor")
 
@@ -181,7 +182,7 @@ def estimate_motion(
             state = state.with_transforms(state.transforms[nearest_b0(dwi)])
         rounds = settings.iters if number == len(levels) - 1 else COARSE_ROUNDS
         done = int(trace[-1]["iter_num"]) if trace else 0
-        state, rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
+        state, levels[number], rows = _shoreline_rounds(inputs, level, state, range(done + 1, done + rounds + 1))
         trace += rows
         if number >= len(levels) - 2 and settings.transform == "Rigid":  # before the last rounds, and after them
             state, b0_shift = align_diffusion_to_b0(dwi, levels[-1], state, b0_shift)
@@ -210,7 +211,7 @@ def _check(dwi: DWI, mask: Volume) -> None:
 
 def _shoreline_rounds(
     inputs: _Inputs, level: PyramidLevel, state: MotionState, rounds: range
-) -> tuple[MotionState, list[dict[str, Any]]]:
+) -> tuple[MotionState, PyramidLevel, list[dict[str, Any]]]:
     """Rounds of prediction and registration at one pyramid level, until no volume moves.
 
     Parameters
@@ -224,12 +225,14 @@ def _shoreline_rounds(
     Returns
     -------
     state : MotionState
+    level : PyramidLevel
+        With lost slices filled.
     trace : list of dict
         One row per volume and round.
     """
     dwi, settings, weighted = inputs.dwi, inputs.settings, inputs.weighted
     reference = level.sample(np.flatnonzero(dwi.is_b0), state).mean(0, keepdim=True)
-    weights = np.ones(len(weighted))
+    weights = _known_weights(inputs, state)
     fill: torch.Tensor | None = None
     eddy_fit: EddyFit | None = None
     trace: list[dict[str, Any]] = []
@@ -238,14 +241,19 @@ def _shoreline_rounds(
         if number == 1:
             weights = _initial_weights(inputs, state, observed, reference)
         predicted = _predict(inputs, state, observed, reference, weights)
-        weights = volume_weights(observed, predicted.values, dwi.bvals[weighted])
+        if number < rounds[0] + JUDGED_ROUNDS:
+            state = judge_slices(dwi, level, state, weighted, predicted.values, inputs.multiband)
+        level, weights = remove_loss(dwi, level, state, weighted, observed, predicted.values)
+        if number == rounds[0] and state.has_dropout():  # again without the loss that was found
+            predicted = _predict(inputs, state, observed, reference, weights)
+            level, weights = remove_loss(dwi, level, state, weighted, observed, predicted.values)
         if number == RESTART_ROUND:
             state = restart_poor_fits(dwi, level, state, predicted.values, weights)
-        if level.name == FULL and state.outlier_slices is None:
-            state = _detect_outlier_slices(inputs, level, state, observed, predicted.values)
         before, prior = state.transforms[weighted], None
         if number >= FIRST_PRIOR_ROUND:
             prior = estimate_pose_prior(dwi, state.transforms, level.points.centre, level.probe_points())
+            if number <= rounds[0] + JUDGED_ROUNDS:
+                state = rest_lost_volumes(level, weighted, state, predicted.values, prior)
         if prior is not None and _estimates_eddy(level, state):
             eddy_fit = EddyFit(dwi, level, observed, predicted, prior, choose_terms(settings.eddy, len(weighted)))
             state = eddy_step(eddy_fit, state)
@@ -264,7 +272,7 @@ def _shoreline_rounds(
             break
     if eddy_fit is not None:
         state = shrink_to_significant(eddy_fit, state)
-    return state, trace
+    return state, level, trace
 
 
 def _initial_weights(
@@ -276,6 +284,12 @@ def _initial_weights(
         predicted = _predict(inputs, state, observed, reference, weights)
         weights = volume_weights(observed, predicted.values, inputs.dwi.bvals[inputs.weighted])
     return weights
+
+
+def _known_weights(inputs: _Inputs, state: MotionState) -> np.ndarray:
+    """Weights of the diffusion-weighted volumes, (n,), by what is known before the first prediction."""
+    whole = np.zeros(len(inputs.weighted)) if state.dropout is None else state.dropout.whole[inputs.weighted]
+    return np.where(whole, MIN_WEIGHT, 1.0)
 
 
 def _predict(
@@ -290,26 +304,6 @@ def _predict(
 def _estimates_eddy(level: PyramidLevel, state: MotionState) -> bool:
     """Whether eddy currents are estimated at this pyramid level."""
     return state.eddy is not None and bool(level.grid.voxel_sizes.mean() > MIN_VOXEL_MM)
-
-
-def _detect_outlier_slices(
-    inputs: _Inputs, level: PyramidLevel, state: MotionState, observed: torch.Tensor, predicted: torch.Tensor
-) -> MotionState:
-    """Detect slices with signal dropout in the diffusion-weighted volumes, given with their predictions, (n, m)."""
-    residual = gain_corrected_residual(observed, predicted)
-    return replace(state, outlier_slices=_outlier_slices(inputs, level, state, residual, predicted))
-
-
-def _outlier_slices(
-    inputs: _Inputs, level: PyramidLevel, state: MotionState, residual: torch.Tensor, predicted: torch.Tensor
-) -> np.ndarray:
-    """Outlier slices of all volumes, (n, slices) bool, from residuals of the diffusion-weighted volumes."""
-    dwi, weighted = inputs.dwi, inputs.weighted
-    geometry = SliceGeometry(level.points, dwi.grid, state.transforms[weighted], state.slice_axis)
-    scores, losses = slice_scores(residual, geometry), slice_signal_loss(residual, predicted, geometry)
-    outliers = np.zeros((len(dwi), dwi.grid.shape[state.slice_axis]), bool)
-    outliers[weighted] = find_outlier_slices(scores, losses, inputs.multiband)
-    return outliers
 
 
 def _without_gradient_trend(dwi: DWI, level: PyramidLevel, state: MotionState) -> MotionState:
@@ -332,19 +326,19 @@ def _finish(
 ) -> Motion:
     """Compute the b=0 reference, the agreement of each volume with its final prediction, and outlier slices."""
     dwi, weighted, has_model = inputs.dwi, inputs.weighted, inputs.model.name in SIGNAL_MODELS
-    volumes = np.arange(len(dwi))
-    observed = level.sample(volumes, state)
-    predicted = _final_prediction(inputs, level, state, observed)
-    r2, xcorr = agreement(observed, predicted)
-    residual = gain_corrected_residual(observed, predicted)
-    del observed  # the size of the whole series inside the brain, as are all tensors here
-    slice_z = slice_scores(residual, SliceGeometry(level.points, dwi.grid, state.transforms, state.slice_axis))
-    outliers = np.zeros(slice_z.shape, bool)
+    volumes, b0 = np.arange(len(dwi)), np.flatnonzero(dwi.is_b0)
+    observed = replace(level, filled={}).sample(volumes, state)  # as acquired
+    predicted = observed[torch.as_tensor(dwi.is_b0)].mean(0, keepdim=True).expand_as(observed).clone()
+    state = judge_slices(dwi, level, state, b0, predicted[b0])
     if has_model:
-        outliers = _outlier_slices(inputs, level, state, residual[weighted], predicted[weighted])
-    else:  # without predictions there is no agreement to report
+        state = _final_prediction(inputs, level, state, predicted)
+    r2, xcorr = agreement(observed, predicted)
+    del observed  # the size of the whole series inside the brain, as are all tensors here
+    assert state.dropout is not None
+    outliers, slice_z = state.dropout.lost, state.dropout.z
+    outliers[b0] = False
+    if not has_model:  # without predictions there is no agreement to report
         r2[weighted] = xcorr[weighted] = slice_z[weighted] = np.nan
-    state = replace(state, outlier_slices=outliers)
     dwiref = mean_b0(dwi, state.shifted_transforms())
     replaces = inputs.settings.outliers == "replace"
     return Motion(
@@ -366,16 +360,16 @@ def _finish(
     )
 
 
-def _final_prediction(inputs: _Inputs, level: PyramidLevel, state: MotionState, observed: torch.Tensor) -> torch.Tensor:
-    """Predictions of all volumes, (n, m): the mean b=0, and the signal model for diffusion-weighted volumes if any."""
-    reference = observed[torch.as_tensor(inputs.dwi.is_b0)].mean(0, keepdim=True)
-    predicted = reference.expand_as(observed).clone()
-    if inputs.model.name in SIGNAL_MODELS:
-        weighted = torch.as_tensor(inputs.weighted, device=observed.device)
-        for _ in range(2):  # the second pass fills outlier slices with the prediction of the first
-            used = level.sample(inputs.weighted, state, predicted[weighted])
-            predicted[weighted] = _predict(inputs, state, used, reference, np.ones(len(weighted))).values
-    return predicted
+def _final_prediction(inputs: _Inputs, level: PyramidLevel, state: MotionState, predicted: torch.Tensor) -> MotionState:
+    """Write the predictions of the diffusion-weighted volumes to `predicted` (n, m), and judge their slices by them."""
+    weighted, reference = torch.as_tensor(inputs.weighted, device=predicted.device), predicted[:1].clone()
+    used = level.sample(inputs.weighted, state)
+    weights = _known_weights(inputs, state)
+    for _ in range(2):  # the second pass fills outlier slices with the prediction of the first
+        predicted[weighted] = _predict(inputs, state, used, reference, weights).values
+        state = judge_slices(inputs.dwi, level, state, inputs.weighted, predicted[weighted], inputs.multiband)
+        _, weights = remove_loss(inputs.dwi, level, state, inputs.weighted, used, predicted[weighted])
+    return state
 
 
 def _notes(inputs: _Inputs, state: MotionState) -> tuple[str, ...]:

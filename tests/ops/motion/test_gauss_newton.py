@@ -103,7 +103,7 @@ def test_numba_and_tensor_equations_agree(affine: bool, with_eddy: bool) -> None
     eddy = EddyCurrents(coefficients, grid.directions, grid.centre, 1) if with_eddy else None
     moving = MovingVolumes(volumes, grid, eddy)
     numba_sums = normal_equations(moving, targets, truth, gain, scale, affine)
-    maps, displacement = gauss_newton._voxel_maps(grid, points, truth), eddy_on_grid(eddy, grid)
+    maps, displacement = gauss_newton.voxel_maps(grid, points, truth), eddy_on_grid(eddy, grid)
     torch_sums = gauss_newton._equations_torch(volumes, targets, maps, displacement, gain, scale, affine)
     for one, other in zip(numba_sums, torch_sums, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-4 * np.abs(one).max())

@@ -111,7 +111,7 @@ def sample_volumes(moving: MovingVolumes, points: PointSet, transforms: np.ndarr
 
     With eddy currents, values are those at the displaced points times the Jacobian determinant of the displacement.
     """
-    maps, displacement = _voxel_maps(moving.grid, points, transforms), eddy_on_grid(moving.eddy, moving.grid)
+    maps, displacement = voxel_maps(moving.grid, points, transforms), eddy_on_grid(moving.eddy, moving.grid)
     if moving.data.device.type == "cpu":
         out = fill.detach().numpy().copy()
         sample_loop(
@@ -162,7 +162,7 @@ def normal_equations(
         Sum of weight x residual², sum of weights, number of points inside the volume.
     """
     points = targets.points
-    maps, displacement = _voxel_maps(moving.grid, points, transforms), eddy_on_grid(moving.eddy, moving.grid)
+    maps, displacement = voxel_maps(moving.grid, points, transforms), eddy_on_grid(moving.eddy, moving.grid)
     if moving.data.device.type != "cpu":
         return _equations_torch(moving.data, targets, maps, displacement, gain, scale, affine)
     hessian, slope, sums = equations_loop(
@@ -278,7 +278,7 @@ def _increments(delta: np.ndarray, centre: np.ndarray, extent: np.ndarray) -> tu
     return from_centre @ expm(generator * limit[:, None, None]) @ to_centre, size
 
 
-def _voxel_maps(grid: Grid, points: PointSet, transforms: np.ndarray) -> np.ndarray:
+def voxel_maps(grid: Grid, points: PointSet, transforms: np.ndarray) -> np.ndarray:
     """Affine maps from voxels of the reference to voxels of each volume, (n, 3, 4)."""
     return (np.linalg.inv(grid.affine) @ transforms @ points.grid.affine)[:, :3].astype(np.float32)
 

@@ -131,3 +131,44 @@ def equations_loop(
         hessian[v], slope[v] = h, s
         sums[v, 0], sums[v, 1], sums[v, 2] = cost, total, count
     return hessian, slope, sums
+
+
+@compiled(parallel=True)
+def slice_sums_loop(
+    volumes: np.ndarray,
+    voxels: np.ndarray,
+    maps: np.ndarray,
+    targets: np.ndarray,
+    axis: int,
+    width: float,
+    eddy: np.ndarray,
+    frame: np.ndarray,
+    along: int,
+    out: np.ndarray,
+) -> None:
+    """Add up products of the slices of each volume, as acquired, and the target around them.
+
+    A point at the position z across slices counts for slice k with the weight 1 - |z - k| / `width`. The volume is
+    sampled in the plane of the slice, so neighbouring slices do not mix. `out` (n, slices, 3) gains the weighted sums
+    of volume x target, target² and 1; other arguments as in `equations_loop`.
+    """
+    n = volumes.shape[0]
+    size = volumes.shape[1:]
+    for v in numba.prange(n):
+        a = maps[v]
+        at = np.empty(3, np.float32)
+        for p in range(voxels.shape[0]):
+            jacobian = _map_point(a, voxels[p], eddy, v, frame, along, at)
+            z = at[axis]
+            at[axis] = 0
+            if not (at[0] >= 0 and at[1] >= 0 and at[2] >= 0):
+                continue
+            if not (at[0] <= size[0] - 1 and at[1] <= size[1] - 1 and at[2] <= size[2] - 1):
+                continue
+            target = targets[v, p]
+            for k in range(max(int(np.ceil(z - width)), 0), min(int(np.floor(z + width)), size[axis] - 1) + 1):
+                at[axis] = k
+                weight = 1 - abs(z - k) / width
+                out[v, k, 0] += weight * jacobian * _linear(volumes[v], at[0], at[1], at[2]) * target
+                out[v, k, 1] += weight * target * target
+                out[v, k, 2] += weight

@@ -8,9 +8,30 @@ import numpy as np
 
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EddyCurrents
-from dsiprep.ops.image.point_set import PointSet
 
-__all__ = ["MotionState"]
+__all__ = ["Dropout", "MotionState"]
+
+
+@dataclass(frozen=True, eq=False)
+class Dropout:
+    """Signal lost by slices of n volumes.
+
+    Attributes
+    ----------
+    lost : ndarray, (n, slices) bool
+        Outlier slices.
+    whole : ndarray, (n,) bool
+        Volumes that lost signal in all slices.
+    expected : ndarray, (n, slices)
+        Ratio of the signal to its prediction that each slice would have without loss.
+    z : ndarray, (n, slices)
+        z-score of the ratio; zero for slices with too little brain.
+    """
+
+    lost: np.ndarray
+    whole: np.ndarray
+    expected: np.ndarray
+    z: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +49,8 @@ class MotionState:
     deviation : ndarray, (n, 4)
         What the constant and linear coefficients of `eddy` have besides, in mm; see `ops.motion.field_shift` and
         `ops.motion.eddy_deviation`. Only the constant at b=0.
-    outlier_slices : ndarray, (n, slices) bool, or None
-        Slices with signal dropout, across voxel axis `slice_axis` of `grid`; None before they are detected.
+    dropout : Dropout or None
+        Of all volumes, in slices across voxel axis `slice_axis` of `grid`; None before it is detected.
     slice_axis : int
     grid : Grid
         Voxel grid of the series.
@@ -39,7 +60,7 @@ class MotionState:
     eddy: EddyCurrents | None
     response: np.ndarray
     deviation: np.ndarray
-    outlier_slices: np.ndarray | None
+    dropout: Dropout | None
     slice_axis: int
     grid: Grid
 
@@ -55,14 +76,10 @@ class MotionState:
         transforms[:, :3, 3] += self.deviation[:, :1] * self.eddy.axes[:, self.eddy.along]
         return transforms
 
+    def has_dropout(self) -> bool:
+        """Whether any slice lost signal, as far as is known."""
+        return self.dropout is not None and bool(self.dropout.lost.any())
+
     def eddy_of(self, volumes: np.ndarray) -> EddyCurrents | None:
         """Eddy currents of the given volumes."""
         return None if self.eddy is None else self.eddy.take(volumes)
-
-    def outlier_points(self, volume: int, points: PointSet) -> np.ndarray:
-        """Whether each point lies in an outlier slice of the volume, (m,) bool."""
-        if self.outlier_slices is None or not self.outlier_slices[volume].any():
-            return np.zeros(len(points), bool)
-        row = (np.linalg.inv(self.grid.affine) @ self.transforms[volume])[self.slice_axis]
-        slices = np.rint((points.world + points.centre) @ row[:3] + row[3]).astype(int)
-        return self.outlier_slices[volume][slices.clip(0, self.outlier_slices.shape[1] - 1)]

@@ -12,7 +12,15 @@ from dsiprep.ops.image.point_set import PointSet
 from dsiprep.ops.motion.gauss_newton_kernels import STUDENT_DOF
 from dsiprep.ops.motion.poses import MIN_JITTER_MM, geometric_median, pose_scales
 
-__all__ = ["PosePrior", "add_pose_prior", "estimate_jitter", "estimate_pose_prior", "resting_poses", "rms_extent"]
+__all__ = [
+    "PosePrior",
+    "add_pose_prior",
+    "estimate_jitter",
+    "estimate_pose_prior",
+    "negative_log_prior",
+    "resting_poses",
+    "rms_extent",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,13 +90,7 @@ def add_pose_prior(
         Scale of each volume's residual.
     affine : bool
     """
-    step = _step_to_prior(transforms, prior.poses, points.centre, affine)
-    extent = rms_extent(points)
-    lengths = np.ones(step.shape[1])
-    if affine:
-        lengths[:9] = np.tile(extent, 3)
-    else:
-        lengths[:3] = np.sqrt((extent**2).sum() - extent**2)
+    step, lengths = _step_to_prior(transforms, prior.poses, points, affine)
     distance = ((step * lengths) ** 2).sum(axis=1) / prior.jitter**2
     precision = (STUDENT_DOF + 6) / (STUDENT_DOF + distance) * scale**2
     weights = precision[:, None] * (lengths / prior.jitter) ** 2
@@ -97,14 +99,24 @@ def add_pose_prior(
     slope[:, index] += weights * step
 
 
-def _step_to_prior(transforms: np.ndarray, poses: np.ndarray, centre: np.ndarray, affine: bool) -> np.ndarray:
-    """Gauss-Newton step from each transform to its expected pose, (n, 6 or 12)."""
-    difference = np.linalg.inv(poses) @ transforms
+def negative_log_prior(transforms: np.ndarray, prior: PosePrior, points: PointSet) -> np.ndarray:
+    """Negative logarithm of the prior density of rigid poses (n, 4, 4), zero at the expected poses, (n,)."""
+    step, lengths = _step_to_prior(transforms, prior.poses, points, affine=False)
+    distance = ((step * lengths) ** 2).sum(axis=1) / prior.jitter**2
+    return (STUDENT_DOF + 6) / 2 * np.log1p(distance / STUDENT_DOF)
+
+
+def _step_to_prior(
+    transforms: np.ndarray, poses: np.ndarray, points: PointSet, affine: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gauss-Newton step from each transform to its expected pose, (n, 6 or 12), and mm per unit of it, (6 or 12,)."""
+    difference, extent, centre = np.linalg.inv(poses) @ transforms, rms_extent(points), points.centre
     if not affine:
-        return rigid_parameters(difference, centre)
+        lengths = np.concatenate([np.sqrt((extent**2).sum() - extent**2), np.ones(3)])
+        return rigid_parameters(difference, centre), lengths
     linear = difference[:, :3, :3] - np.eye(3)
     shift = difference[:, :3, 3] + linear @ centre
-    return np.concatenate([linear.reshape(-1, 9), shift], axis=1)
+    return np.concatenate([linear.reshape(-1, 9), shift], axis=1), np.concatenate([np.tile(extent, 3), np.ones(3)])
 
 
 def resting_poses(matrices: np.ndarray, centre: np.ndarray, width: int = 12, radius: float = 60.0) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from dsiprep.ops.image.point_set import PointSet, average_blocks, point_set
 from dsiprep.ops.motion.gauss_newton import MovingVolumes, sample_volumes
 from dsiprep.ops.motion.motion_state import MotionState
 
-__all__ = ["FULL", "VOLUMES_PER_CHUNK", "PyramidLevel", "build_pyramid", "chunks"]
+__all__ = ["VOLUMES_PER_CHUNK", "PyramidLevel", "build_pyramid", "chunks"]
 
 VOLUMES_PER_CHUNK = 16  # processed at a time, to bound memory
 MIN_VOXELS = 500  # of brain; coarser levels are skipped
@@ -33,34 +33,38 @@ class PyramidLevel:
         The brain in the reference.
     name : str
         Voxel size, or "full" for that of the series itself.
+    spacing : float
+        Voxel size that was asked for, mm; 0 for that of the series itself.
+    filled : dict of int to Tensor, (i, j, k)
+        Volumes whose lost slices were filled, which stand in for those of `data`.
     """
 
     data: torch.Tensor
     grid: Grid
     points: PointSet
     name: str
+    spacing: float = 0.0
+    filled: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def take(self, volumes: np.ndarray, eddy: EddyCurrents | None = None) -> MovingVolumes:
         """The given volumes, with their eddy currents if `eddy` (of these volumes) is given."""
-        return MovingVolumes(self.data[torch.as_tensor(volumes, device=self.data.device)], self.grid, eddy)
+        data = self.data[torch.as_tensor(volumes, device=self.data.device)]
+        for row, volume in enumerate(volumes):
+            if int(volume) in self.filled:
+                data[row] = self.filled[int(volume)]
+        return MovingVolumes(data, self.grid, eddy)
 
     def sample(self, volumes: np.ndarray, state: MotionState, fill: torch.Tensor | None = None) -> torch.Tensor:
         """Sample the given volumes at the points, (len(volumes), m).
 
-        Outside the volume, and in outlier slices, values are those of `fill`. Without `fill`, values outside are zero
-        and outlier slices are sampled as they are.
+        Outside the volume, values are those of `fill`, or zero without it.
         """
         filled = torch.zeros(len(volumes), len(self.points), device=self.data.device) if fill is None else fill
         parts = []
         for part, some in chunks(volumes):
             moving = self.take(some, state.eddy_of(some))
             parts.append(sample_volumes(moving, self.points, state.transforms[some], filled[part]))
-        observed = torch.cat(parts)
-        if fill is not None and state.outlier_slices is not None:
-            for row in np.flatnonzero(state.outlier_slices[volumes].any(axis=1)):
-                dropout = state.outlier_points(int(volumes[row]), self.points)
-                observed[row] = torch.where(torch.as_tensor(dropout, device=observed.device), fill[row], observed[row])
-        return observed
+        return torch.cat(parts)
 
     def probe_points(self) -> np.ndarray:
         """A few hundred world points of the brain at which displacements are measured, (m, 3), mm."""
@@ -84,5 +88,5 @@ def build_pyramid(dwi: DWI, mask: Volume, spacings: tuple[float, ...]) -> list[P
         data, grid = average_blocks(dwi.data, dwi.grid, spacing)
         inside, _ = average_blocks(mask.data[None].float(), dwi.grid, spacing)
         if data is not dwi.data and (inside > 0.5).sum() >= MIN_VOXELS:
-            levels.append(PyramidLevel(data, grid, point_set(inside[0], grid), f"{spacing:g} mm"))
+            levels.append(PyramidLevel(data, grid, point_set(inside[0], grid), f"{spacing:g} mm", spacing))
     return [*levels, PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)]

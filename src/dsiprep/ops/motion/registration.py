@@ -9,14 +9,14 @@ import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.ops.image.affine import rigid_matrix
-from dsiprep.ops.motion.gauss_newton import align
+from dsiprep.ops.motion.gauss_newton import align, sample_volumes
 from dsiprep.ops.motion.motion_state import MotionState
-from dsiprep.ops.motion.pose_prior import PosePrior, resting_poses
+from dsiprep.ops.motion.pose_prior import PosePrior, negative_log_prior, resting_poses
 from dsiprep.ops.motion.poses import relaxed_poses
 from dsiprep.ops.motion.pyramid import PyramidLevel, chunks
 from dsiprep.ops.qspace.prediction import Prediction
 
-__all__ = ["register_to_predictions", "restart_poor_fits"]
+__all__ = ["register_to_predictions", "rest_lost_volumes", "restart_poor_fits"]
 
 log = logging.getLogger("dsiprep")
 STEPS_PER_ROUND = 3  # Gauss-Newton steps
@@ -95,6 +95,49 @@ def restart_poor_fits(
         best[better] = aligned.rms[better]
         transforms[volumes[better]] = aligned.transforms[better]
     log.info("motion: restarted %d poorly fitting volumes from other poses", len(poor))
+    return state.with_transforms(transforms)
+
+
+def rest_lost_volumes(
+    level: PyramidLevel, volumes: np.ndarray, state: MotionState, predicted: torch.Tensor, prior: PosePrior
+) -> MotionState:
+    """Return volumes that lost signal as a whole to the resting pose, unless their data speak for another.
+
+    Where little signal is left, steps follow the noise, and far from the resting pose the prior hardly pulls. Of the
+    current and the resting pose, both registered with the prior, the one with the larger s² / (2 v) + log(prior) is
+    kept: s is the projection of the volume on its prediction (less their means, the prediction of unit length), v the
+    variance of the noise. Unlike the residual, s² does not grow where interpolation smooths the noise.
+
+    Parameters
+    ----------
+    level : PyramidLevel
+    volumes : ndarray, (n,)
+        Indices of the volumes that `predicted` is of.
+    state : MotionState
+    predicted : Tensor, (n, m)
+    prior : PosePrior
+        Of all volumes.
+    """
+    rows = np.flatnonzero(state.dropout.whole[volumes]) if state.dropout is not None else np.zeros(0, int)
+    if not len(rows):
+        return state
+    transforms, lost = state.transforms.copy(), volumes[rows]
+    moving, expected = level.take(lost, state.eddy_of(lost)), prior.take(lost)
+    targets = predicted[torch.as_tensor(rows, device=predicted.device)]
+    poses, explained, noise = [], [], []
+    for start in (expected.poses, transforms[lost]):
+        poses.append(align(moving, level.points, targets, start, steps=RESTART_STEPS, prior=expected).transforms)
+        observed = sample_volumes(moving, level.points, poses[-1], torch.zeros_like(targets))
+        one, two = (values - values.mean(1, keepdim=True) for values in (observed, targets))
+        square = ((one * two).sum(1) ** 2 / two.square().sum(1).clamp(min=1e-12)).cpu().numpy()
+        explained.append(square)
+        noise.append((one.square().sum(1).cpu().numpy() - square) / len(level.points))
+    scale = 2 * np.maximum(*noise) + 1e-12  # of the two, the less smooth one is closer to the noise
+    resting, current = (
+        square / scale - negative_log_prior(pose, expected, level.points)
+        for square, pose in zip(explained, poses, strict=True)
+    )
+    transforms[lost] = np.where((current > resting)[:, None, None], poses[1], poses[0])
     return state.with_transforms(transforms)
 
 

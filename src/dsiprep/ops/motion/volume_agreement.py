@@ -1,12 +1,13 @@
-"""Agreement of volumes with their predictions: R², correlation, residuals and volume weights."""
+"""Agreement of volumes with their predictions: R², correlation and volume weights."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 
-__all__ = ["agreement", "gain_corrected_residual", "volume_weights"]
+__all__ = ["MIN_WEIGHT", "agreement", "volume_weights"]
 
+MIN_WEIGHT = 1e-3
 SIMILAR_VOLUMES = 15  # volumes of the most similar b-values that define the typical residual
 
 
@@ -32,12 +33,6 @@ def agreement(observed: torch.Tensor, predicted: torch.Tensor) -> tuple[np.ndarr
     return r2, xcorr
 
 
-def gain_corrected_residual(observed: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
-    """Volumes minus their predictions, (n, m), each prediction scaled by its least-squares gain."""
-    product, power = (torch.einsum("nm,nm->n", values, predicted) for values in (observed, predicted))
-    return (predicted * (-product / power.clamp(min=1e-12))[:, None]).add_(observed)
-
-
 def volume_weights(observed: torch.Tensor, predicted: torch.Tensor, bvals: np.ndarray) -> np.ndarray:
     """Per-volume weight: squared ratio of the typical residual at this b-value to the volume's own, at most 1.
 
@@ -58,4 +53,4 @@ def volume_weights(observed: torch.Tensor, predicted: torch.Tensor, bvals: np.nd
     for rank, volume in enumerate(by_bval):
         first = max(0, min(rank - SIMILAR_VOLUMES // 2, len(rms) - SIMILAR_VOLUMES))
         typical[volume] = np.median(rms[by_bval[first : first + SIMILAR_VOLUMES]])
-    return np.clip((typical / np.maximum(rms, 1e-12)) ** 2, 1e-3, 1)
+    return np.clip((typical / np.maximum(rms, 1e-12)) ** 2, MIN_WEIGHT, 1)
