@@ -194,6 +194,7 @@ def test_right_hand_side_is_the_negative_gradient_of_the_cost(limits: tuple[floa
     contrasts = [tuple(i**2 for i in images)] * (len(limits) - 1)
     pair = pair_model.make_pair(images, brain, last, (1.0, -1.0), CENTRE, contrasts)
     smooth = torch.from_numpy(np.ascontiguousarray(0.5 * case.field.transpose(0, 2, 1), np.float32))
+    pair = pair_model.expecting(pair, pair, 0.6 * smooth)
     state = pair_model.State(smooth, rigid((0.3, 0.2, 0.1), np.zeros(3)), 0.05)
     compared = pair_model.compare(pair, state)
     _, (field, pose) = pair_model.gauss_newton_equations(pair, state, compared, limits)
@@ -264,6 +265,40 @@ def test_head_motion_and_gain_are_estimated_with_the_field() -> None:
     assert result.trace[-1]["gain"] == pytest.approx(1 / 1.3, rel=0.02)
     assert correlation(unwarp(case, result, 1), unwarp(case, result, 0), case.brain) > 0.97
     assert correlation(result.dwiref.numpy(), case.truth, case.brain) > 0.98
+
+
+@pytest.mark.parametrize("noise", [0.0, 3.0])
+def test_strength_of_the_field_is_kept(noise: float) -> None:
+    """Smoothness penalties must not shrink the field, with noise or without."""
+    case = Case(make_grid("RAS", sizes=(3.0, 3.0, 3.0)), 1, noise=noise)
+    result = case.correct()
+    assert result.fieldmap_hz is not None
+    found = result.fieldmap_hz.numpy()[case.brain] * READOUT * 3.0
+    assert np.polyfit(case.field[case.brain], found, 1)[0] == pytest.approx(1, abs=0.01)
+
+
+def test_roughness_is_counted_from_the_estimate_of_the_coarser_level() -> None:
+    case = Case(make_grid("RAS"), 1, amplitude=4.0)
+    images = tuple(i[0].permute(0, 2, 1).contiguous() / 60 for i in case.images)
+    last = Grid(tuple(case.grid.shape[a] for a in (0, 2, 1)), case.grid.affine[:, [0, 2, 1, 3]])
+    pair = pair_model.make_pair(images, torch.from_numpy(case.brain).permute(0, 2, 1), last, (1.0, -1.0), CENTRE)
+    field = torch.from_numpy(np.ascontiguousarray(case.field.transpose(0, 2, 1), np.float32))
+    spacing, smoothness = last.voxel_sizes, pair_model._smoothness(pair)
+    expected = pair_model.expecting(pair, pair, field).expected
+    assert torch.allclose(expected, regularisation.penalty_gradient(field, spacing, smoothness)[0])
+    bumps = torch.cos(field)
+
+    def distance(change: float) -> float:
+        trial = field + change * bumps
+        return float(
+            regularisation.roughness(trial, spacing, smoothness)
+            - regularisation.roughness(field, spacing, smoothness)
+            - (expected.double() * (trial - field)).sum()
+        )
+
+    assert distance(0.2) > 0
+    assert distance(-0.2) > 0
+    assert abs(distance(0.01)) < 0.02 * distance(0.2)
 
 
 def test_readout_times_may_differ_or_be_unknown() -> None:

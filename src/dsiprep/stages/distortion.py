@@ -31,6 +31,7 @@ from dsiprep.ops.pepolar.pair_model import (
     compare,
     cost,
     displacement_between,
+    expecting,
     gauss_newton_equations,
     is_folded,
     outlier_limits,
@@ -252,6 +253,8 @@ def _estimate(pairs: list[Pair]) -> tuple[State, list[dict[str, float]], tuple[s
     state, converged = _initial_state(pairs[0]), True
     trace: list[dict[str, float]] = []
     for number, pair in enumerate(pairs):
+        if number:
+            pair = expecting(pair, pairs[number - 1], state.field)
         state = _shrink_until_unfolded(pair, replace(state, field=resized(state.field, pair.grid.shape)))
         rows, state, converged = _minimise(pair, state)
         trace += [{"level": number, **row} for row in rows]

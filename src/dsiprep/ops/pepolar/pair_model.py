@@ -17,9 +17,10 @@ import torch
 
 from dsiprep.data.grid import Grid
 from dsiprep.ops.image.affine import point_displacement, rigid_matrix
-from dsiprep.ops.image.filters import gaussian
+from dsiprep.ops.image.filters import resized
 from dsiprep.ops.image.interpolation import spline_coefficients
 from dsiprep.ops.pepolar.data_terms import DataTerms, combined
+from dsiprep.ops.pepolar.difference_noise import difference_noise
 from dsiprep.ops.pepolar.normal_equations import NormalEquations, percentile_99
 from dsiprep.ops.pepolar.pose_derivatives import transverse_axes
 from dsiprep.ops.pepolar.regularisation import (
@@ -29,7 +30,8 @@ from dsiprep.ops.pepolar.regularisation import (
     barrier,
     central_difference,
     central_difference_transpose,
-    laplacian,
+    penalty_gradient,
+    roughness,
 )
 from dsiprep.ops.pepolar.sampling import line_coefficients, sample_lines, sample_volume
 from dsiprep.ops.pepolar.second_blip import PARALLEL, jacobian_direction, pose_derivatives, spread_across, voxel_matrix
@@ -44,6 +46,7 @@ __all__ = [
     "compare",
     "cost",
     "displacement_between",
+    "expecting",
     "gauss_newton_equations",
     "is_folded",
     "make_pair",
@@ -54,8 +57,6 @@ GRADIENT_WEIGHT = 0.02  # of the squared gradient of the field in mm, per mm³
 LAPLACIAN_WEIGHT = 200.0  # of its squared Laplacian, per mm³, in mm²
 LINEAR_LAPLACIAN = 0.004  # 1/mm; the penalty is linear beyond, because sources of the field are rare and strong
 OUTLIER = 3.0  # standard deviations; residuals beyond count less and less
-MODEL_ERROR = 0.02  # of the brain's intensity: images never agree better
-NOISE_WINDOW = 1.5  # voxels
 CONTRAST_NOISE_FACTOR = 2**0.5  # further contrasts are means of volumes that moved, so they differ by more than noise
 POSE_PRIOR = (100.0, 100.0, 100.0, 0.01, 0.01, 1.0)  # per rad², per mm² and of the logarithm of the gain
 
@@ -101,6 +102,8 @@ class Pair:
         Compared in addition to the b=0 images.
     second : Grid
         Of blip 1, phase-encoding axis last; `grid` unless it was scanned on another.
+    expected : Tensor, (a, b, y), or None
+        Gradient of the smoothness penalties at the estimate of a coarser level, from `expecting`.
     """
 
     line_splines: torch.Tensor
@@ -112,6 +115,7 @@ class Pair:
     noise: float
     contrasts: tuple[Contrast, ...]
     second: Grid
+    expected: torch.Tensor | None = None
 
     @property
     def steepness(self) -> float:
@@ -191,8 +195,21 @@ def make_pair(
     """
     other, brains = second[0] if second else grid, (brain, second[1] if second else brain)
     brain, far = (b if bool(b.any()) else torch.ones_like(b) for b in brains)
-    further = tuple(Contrast(*_splines(i), CONTRAST_NOISE_FACTOR * _noise(i, (brain, far))) for i in contrasts)
-    return Pair(*_splines(images), brain, grid, scales, centre, _noise(images, (brain, far)), further, other)
+    further = tuple(
+        Contrast(*_splines(i), CONTRAST_NOISE_FACTOR * difference_noise(i, (brain, far))) for i in contrasts
+    )
+    return Pair(*_splines(images), brain, grid, scales, centre, difference_noise(images, (brain, far)), further, other)
+
+
+def expecting(pair: Pair, coarser: Pair, field: torch.Tensor) -> Pair:
+    """The pair with its roughness counted from that of `field` (a, b, y), the estimate of the `coarser` level.
+
+    Penalties R flatten the field, above all where it is strong. What a coarser level found in spite of them, c, stays:
+    R(f) is replaced by its Bregman distance R(f) - R(c) - <R'(c), f - c> (Osher et al. 2005, doi 10.1137/040605412).
+    """
+    gradient, _ = penalty_gradient(field, coarser.grid.voxel_sizes, _smoothness(coarser))
+    volume_ratio = float(np.prod(pair.grid.voxel_sizes) / np.prod(coarser.grid.voxel_sizes))
+    return replace(pair, expected=volume_ratio * resized(gradient, pair.grid.shape))
 
 
 def compare(pair: Pair, state: State) -> Comparison:
@@ -233,7 +250,8 @@ def cost(pair: Pair, state: State, compared: Comparison, limits: tuple[float, ..
     """Objective function: misfit, roughness of the field and barrier; infinite where the field folds.
 
     The misfit is Cauchy's, limit²/2 log(1 + r²/limit²) in units of the noise, with limits from `outlier_limits`. The
-    Laplacian is penalised quadratically up to `LINEAR_LAPLACIAN` and linearly beyond.
+    Laplacian is penalised quadratically up to `LINEAR_LAPLACIAN` and linearly beyond. With `pair.expected`, roughness
+    is counted from that of the coarser level's estimate, less a constant.
     """
     if is_folded(pair, state, compared):
         return float("inf")
@@ -242,13 +260,10 @@ def cost(pair: Pair, state: State, compared: Comparison, limits: tuple[float, ..
         0.5 * (limit / noise) ** 2 * (part.inside * torch.log1p((part.residual / limit) ** 2)).sum()
         for (part, noise), limit in zip(_parts(pair, compared), limits, strict=True)
     )
-    smoothness = _smoothness(pair)
-    lap, knee = laplacian(state.field, pair.grid.voxel_sizes), smoothness.linear_from
-    roughness = smoothness.laplacian_weight * knee**2 * (torch.sqrt(1 + (lap / knee) ** 2) - 1).sum()
-    # the sum of -f lap(f) is that of the squared gradient
-    return float(
-        misfit + roughness - 0.5 * smoothness.gradient_weight * (lap * state.field).sum() + BARRIER_WEIGHT * folding
-    )
+    rough = roughness(state.field, pair.grid.voxel_sizes, _smoothness(pair))
+    if pair.expected is not None:
+        rough = rough - (pair.expected.double() * state.field).sum()
+    return float(misfit + rough + BARRIER_WEIGHT * folding)
 
 
 def gauss_newton_equations(
@@ -265,6 +280,8 @@ def gauss_newton_equations(
     pose += torch.diag(torch.tensor(POSE_PRIOR, device=pose.device))
     spacing, smoothness = pair.grid.voxel_sizes, _smoothness(pair)
     curvature, laplacian_weight = add_penalties(field_gradient, state.field, spacing, pair.steepness, smoothness)
+    if pair.expected is not None:
+        field_gradient -= pair.expected
     normal = NormalEquations(
         terms.by_field,
         terms.by_slope,
@@ -302,25 +319,6 @@ def displacement_between(pair: Pair, before: State, after: State) -> float:
 def _splines(images: Images) -> Images:
     """Spline coefficients along lines of blip 0, and along all axes of blip 1."""
     return line_coefficients(images[0]), spline_coefficients(images[1][None])[0]
-
-
-def _noise(images: Images, brains: Images) -> float:
-    """Standard deviation of the difference of correctly aligned images, `MODEL_ERROR` included.
-
-    Estimated from differences along all three axes at once, which remove most of the anatomy, in the smoothest tenth of
-    the brain.
-    """
-    total = MODEL_ERROR**2
-    for image, brain in zip(images, brains, strict=True):
-        difference, mask = image, brain
-        for axis in range(3):
-            if image.shape[axis] > 1:
-                difference = torch.diff(difference, dim=axis) / 2**0.5
-                mask = mask.narrow(axis, 1, image.shape[axis] - 1)
-        local = gaussian((difference * difference)[None].contiguous(), NOISE_WINDOW)[0][mask]
-        if local.numel():
-            total += float(local.kthvalue(int(0.1 * local.numel()) + 1).values)
-    return float(total**0.5)
 
 
 def _outlier_limit(brain: torch.Tensor, compared: Comparison, noise: float) -> float:

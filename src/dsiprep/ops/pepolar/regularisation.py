@@ -18,6 +18,8 @@ __all__ = [
     "central_difference",
     "central_difference_transpose",
     "laplacian",
+    "penalty_gradient",
+    "roughness",
 ]
 
 BARRIER_WEIGHT = 0.5
@@ -108,6 +110,23 @@ def barrier(field: torch.Tensor, steepness: float) -> tuple[torch.Tensor, torch.
     return (square * square / margin).sum(), steepness * slope, steepness**2 * curvature
 
 
+def roughness(field: torch.Tensor, spacing: np.ndarray, smoothness: Smoothness) -> torch.Tensor:
+    """Sum of the smoothness penalties of a field (a, b, y) in mm; parameters as in `add_penalties`."""
+    lap, knee = laplacian(field, spacing), smoothness.linear_from
+    of_laplacian = smoothness.laplacian_weight * knee**2 * (torch.sqrt(1 + (lap / knee) ** 2) - 1).sum()
+    # the sum of -f lap(f) is that of the squared gradient
+    return of_laplacian - 0.5 * smoothness.gradient_weight * (lap * field).sum()
+
+
+def penalty_gradient(
+    field: torch.Tensor, spacing: np.ndarray, smoothness: Smoothness
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of `roughness` with respect to the field, and the weight of the squared Laplacian, (a, b, y) each."""
+    lap = laplacian(field, spacing)
+    laplacian_weight = smoothness.laplacian_weight / torch.sqrt(1 + (lap / smoothness.linear_from) ** 2)
+    return laplacian(laplacian_weight * lap - smoothness.gradient_weight * field, spacing), laplacian_weight
+
+
 def add_penalties(
     gradient: torch.Tensor, field: torch.Tensor, spacing: np.ndarray, steepness: float, smoothness: Smoothness
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -132,9 +151,8 @@ def add_penalties(
         As in `NormalEquations`.
     """
     _, slope, curvature = barrier(field, steepness)
-    lap = laplacian(field, spacing)
-    laplacian_weight = smoothness.laplacian_weight / torch.sqrt(1 + (lap / smoothness.linear_from) ** 2)
-    gradient += laplacian(laplacian_weight * lap - smoothness.gradient_weight * field, spacing)
+    of_smoothness, laplacian_weight = penalty_gradient(field, spacing, smoothness)
+    gradient += of_smoothness
     gradient[..., 1:] += BARRIER_WEIGHT * slope
     gradient[..., :-1] -= BARRIER_WEIGHT * slope
     return BARRIER_WEIGHT * curvature, laplacian_weight
