@@ -181,7 +181,8 @@ def test_pairs_along_two_axes_give_one_output(tmp_path: Path) -> None:
         find_units(dataset.root, no_structural, distortion_group_merge="average")
 
 
-def test_three_phase_encodings_give_a_pair_and_a_single_unit(tmp_path: Path) -> None:
+def test_third_phase_encoding_is_corrected_with_one_of_the_pair(tmp_path: Path) -> None:
+    """LR alone is corrected with AP, which is orthogonal, and so joined with the pair."""
     dataset = Dataset(tmp_path / "bids")
     for name in ("AP", "PA", "LR"):
         dataset.dwi(f"sub-01_dir-{name}", {"PhaseEncodingDirection": PAIRS[name], "TotalReadoutTime": 0.05})
@@ -189,12 +190,21 @@ def test_three_phase_encodings_give_a_pair_and_a_single_unit(tmp_path: Path) -> 
     units = find_units(dataset.root, Settings(), distortion_group_merge="concat")
     assert sorted(len({run.pe for run in unit.runs}) for unit in units) == [1, 2]
     single = next(unit for unit in units if len(unit.runs) == 1)
-    assert not single.output
-    assert not single.reversed_pairs()
-    assert any("distortion is not corrected" in note for note in single.notes)
+    assert single.reversed_pairs() == ["i", "j-"]
+    assert any("another phase-encoding axis" in note for note in single.notes)
     pair = next(unit for unit in units if len(unit.runs) == 2)
-    assert not pair.output
-    assert any("none to join" in note for note in pair.notes)
+    assert single.output == pair.output != ""
+
+
+def test_uncorrected_unit_is_not_joined(tmp_path: Path) -> None:
+    dataset = Dataset(tmp_path / "bids")
+    for name in ("AP", "PA"):
+        dataset.dwi(f"sub-01_dir-{name}", {"PhaseEncodingDirection": PAIRS[name], "TotalReadoutTime": 0.05})
+    dataset.dwi("sub-01_acq-unknown", {})
+    dataset.image("sub-01_T1w", 1, {})
+    units = find_units(dataset.root, Settings(), distortion_group_merge="concat")
+    assert len(units) == 2
+    assert [unit.output for unit in units] == ["", ""]
 
 
 def test_joined_derivatives_are_one_series(tmp_path: Path) -> None:

@@ -102,12 +102,20 @@ def _case_of_subject(label: str, units: list[Unit], b0_threshold: float) -> Case
     return Case(
         shelled=schemes[0].shelled,
         anatomy=anatomy,
-        pairs=any(unit.reversed_pairs() for unit in units),
+        pairs=any(_has_opposite_axes(unit) for unit in units),
         fieldmap=any(unit.gre for unit in units),
         spacing=round(spacing, 2),
         subjects=(label,),
         schemes=tuple(dict.fromkeys(scheme.description for scheme in schemes)),
     )
+
+
+def _has_opposite_axes(unit: Unit) -> bool:
+    """Whether QSIPrep can correct the unit as a pair: by the axes of the files, and with none orthogonal."""
+    encodings = {
+        (pe.axis, pe.polarity) for pe in (*(run.pe for run in unit.runs), *(epi.pe for epi in unit.epis)) if pe
+    }
+    return any((axis, -polarity) in encodings for axis, polarity in encodings)
 
 
 def _scheme(unit: Unit, b0_threshold: float) -> SamplingScheme:
