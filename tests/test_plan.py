@@ -69,7 +69,7 @@ def test_fieldmap_that_cannot_be_used_is_a_warning(dataset: Dataset, sidecar: di
     (text,) = warnings_for(dataset.unit(), SETTINGS)
     assert "NOT corrected" in text
     assert "sub-01_phasediff.nii.gz: it needs PhaseEncodingDirection and TotalReadoutTime" in text
-    assert stage(dataset).startswith("none: NOT CORRECTED")
+    assert stage(dataset).startswith("none: distortion is not corrected")
 
 
 def test_pair_without_the_direction_of_the_series_is_a_warning(dataset: Dataset) -> None:
@@ -96,7 +96,7 @@ def test_warnings_are_shown_at_the_end_of_the_run_and_in_the_report(
     assert run_and_show([job], 1, False) == 0
     shown = capsys.readouterr().err
     assert "done, with warnings" in shown
-    assert shown.rstrip().endswith(f"WARNING {told.unit.name}: Distortion is NOT corrected, for a reason.")
+    assert f"\nWARNING {told.unit.name}: Distortion is NOT corrected, for a reason.\n" in shown
     writer = FigureWriter(tmp_path, "sub-01", told.unit.name)
     assert summary(told, writer).notes[0] == "WARNING: Distortion is NOT corrected, for a reason."
     assert distortion(told, writer).notes[0] == "Distortion is NOT corrected, for a reason."
