@@ -185,13 +185,13 @@ def warnings_for(unit: Unit, settings: Settings, corrected: bool | None = None, 
         return ()
     if doubt:
         return (*unit.warnings, doubt)
-    if not (unit.unused or unit.gre):
+    if not (unit.rejected_fieldmaps or unit.gre):
         return unit.warnings
     if corrected is None:
         corrected = plan_distortion(unit, settings)[0] != "none"
     if corrected:
         return unit.warnings
-    reasons = unit.unused or (
+    reasons = unit.rejected_fieldmaps or (
         f"{unit.gre.images[0].name if unit.gre else ''}: it needs PhaseEncodingDirection and TotalReadoutTime of the "
         "series; add them to its sidecar",
     )

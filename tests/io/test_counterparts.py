@@ -50,7 +50,7 @@ def test_series_with_slightly_different_readout_times_form_one_unit(dataset: Dat
     unit = dataset.unit()
     assert [run.pe.readout_time for run in unit.runs if run.pe] == [ap, pa]
     assert unit.reversed_pairs() == ["j", "j-"]
-    assert not unit.unused
+    assert not unit.rejected_fieldmaps
 
 
 def test_series_with_other_readout_times_correct_each_other(dataset: Dataset) -> None:
@@ -122,7 +122,7 @@ def test_image_that_covers_too_little_is_not_used(dataset: Dataset) -> None:
     dataset.image("sub-01_dir-PA_epi", 1, {**PA, **LINK}, affine=moved)
     unit = dataset.unit()
     assert not unit.epis
-    assert "it covers 22% of the field of view" in unit.unused[0]
+    assert "it covers 22% of the field of view" in unit.rejected_fieldmaps[0]
 
 
 @pytest.mark.parametrize("ignore", [frozenset(), frozenset({"shims"})])
@@ -134,7 +134,7 @@ def test_different_shims_are_paired_on_request(dataset: Dataset, ignore: frozens
         assert [len(unit.runs) for unit in units] == [2]
     else:
         assert len(units) == 2
-        assert "use --ignore shims to pair them" in units[0].unused[0]
+        assert "use --ignore shims to pair them" in units[0].rejected_fieldmaps[0]
 
 
 @pytest.mark.parametrize("link", ["IntendedFor", "B0FieldIdentifier"])
@@ -218,7 +218,7 @@ def test_intended_for_another_file_is_reported(dataset: Dataset) -> None:
     unit = dataset.unit()
     assert not unit.epis
     assert has_note(unit, "does not match any file")
-    assert "it is not linked to a series" in unit.unused[0]
+    assert "it is not linked to a series" in unit.rejected_fieldmaps[0]
 
 
 @pytest.mark.parametrize("link", [LINK, {"B0FieldIdentifier": "f"}])
@@ -295,16 +295,19 @@ def test_images_that_are_not_used_are_reported(dataset: Dataset) -> None:
     dataset.image("sub-01_phasediff", 1, {"EchoTime1": 0.01, "EchoTime2": 0.012})
     dataset.image("sub-01_magnitude1", 1, {})
     unit = dataset.unit()
-    assert [text.split(":")[0] for text in unit.unused] == ["sub-01_dir-PA_epi.nii.gz", "sub-01_phasediff.nii.gz"]
-    assert all("add IntendedFor" in text for text in unit.unused)
-    assert not dataset.unit(ignore=frozenset({"fieldmaps"})).unused
-    assert not dataset.unit(ignore=frozenset({"sdc"})).unused
+    assert [text.split(":")[0] for text in unit.rejected_fieldmaps] == [
+        "sub-01_dir-PA_epi.nii.gz",
+        "sub-01_phasediff.nii.gz",
+    ]
+    assert all("add IntendedFor" in text for text in unit.rejected_fieldmaps)
+    assert not dataset.unit(ignore=frozenset({"fieldmaps"})).rejected_fieldmaps
+    assert not dataset.unit(ignore=frozenset({"sdc"})).rejected_fieldmaps
 
 
 def test_linked_image_of_the_same_phase_encoding_is_reported(dataset: Dataset) -> None:
     dataset.dwi("sub-01", AP)
     dataset.image("sub-01_dir-PA_epi", 1, {**AP, **LINK})
-    assert "has the same phase encoding (j-); check PhaseEncodingDirection" in dataset.unit().unused[0]
+    assert "has the same phase encoding (j-); check PhaseEncodingDirection" in dataset.unit().rejected_fieldmaps[0]
 
 
 def test_readout_times_beyond_a_factor_of_three_still_raise(dataset: Dataset) -> None:

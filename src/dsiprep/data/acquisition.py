@@ -162,7 +162,7 @@ class Unit:
         Sentences on how files were grouped, what was inferred and what cannot be done.
     warnings : tuple of str
         Contradictions in the sidecars that may have spoilt the grouping.
-    unused : tuple of str
+    rejected_fieldmaps : tuple of str
         Images that could determine the distortion of the series, and why they do not; empty if others do.
     output : str
         Name of the joined output that includes this unit's corrected series; empty if the unit has its own output.
@@ -181,7 +181,7 @@ class Unit:
     gre: GreFieldmap | None = None
     output: str = ""
     warnings: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
+    rejected_fieldmaps: tuple[str, ...] = ()
     left_out: tuple[UnusedImage, ...] = ()
 
     def files(self) -> tuple[Path, ...]:

@@ -297,7 +297,7 @@ def _as_unit(subject: SubjectFiles, planned: PreprocUnit, split: bool) -> Unit:
         tuple(dict.fromkeys(notes)),
         None if is_pair else gre,
         warnings=label_warnings(subject, session),
-        unused=() if is_pair or "sdc" in ignore else choice.unused + unused_fieldmaps(planned, ignore),
+        rejected_fieldmaps=() if is_pair or "sdc" in ignore else choice.unused + unused_fieldmaps(planned, ignore),
     )
 
 
