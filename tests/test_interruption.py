@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dsiprep.cache import Cache
 from dsiprep.cli import app as cli
 from dsiprep.phantom import make_phantom
 from helpers.small_run import SMALL, command, fingerprint
@@ -53,6 +55,33 @@ def test_run_killed_again_and_again_finishes_with_identical_outputs(
     assert fingerprint(out) == fingerprint(undisturbed)
     assert listing(out) == listing(undisturbed)
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("lost", ["work", "bids"])
+@pytest.mark.parametrize("step", ["motion-up", "resample"])
+def test_folder_that_disappears_during_a_run_is_named_or_made_again(
+    phantom: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], lost: str, step: str,
+) -> None:  # fmt: skip
+    shutil.copytree(phantom / "bids", tmp_path / "bids")
+    begin = Cache._timed
+
+    def remove_first(self: Cache, name: str, function: object, inputs: tuple[object, ...]) -> object:
+        if name == step:
+            shutil.rmtree(tmp_path / lost)
+        return begin(self, name, function, inputs)  # type: ignore[arg-type]
+
+    arguments = [str(tmp_path / "bids"), *command(phantom, tmp_path / "out")[1:]]
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "_timed", remove_first)
+        code = cli.main(arguments)
+    message = " ".join(capsys.readouterr().err.split())
+    assert "unexpected" not in message
+    assert "Traceback" not in message
+    assert not code or str(tmp_path / lost) in message
+    shutil.copytree(phantom / "bids", tmp_path / "bids", dirs_exist_ok=True)
+    assert cli.main(arguments) == 0
+    assert fingerprint(tmp_path / "out") == fingerprint(undisturbed)
 
 
 @pytest.fixture
