@@ -185,7 +185,7 @@ def test_dsiprep_accepts_the_same_arguments(
     plan = capsys.readouterr().out
     assert "SHORELine with 3dSHORE" in plan
     assert "up to 2 rounds" in plan
-    assert "drbuddi: phase encodings j and j-" in plan
+    assert "drbuddi: blip-up/blip-down correction of phase encodings j and j-" in plan
 
 
 def test_eddy_config_matches_the_defaults_of_the_release_except_for_cuda(release: tuple[str, argparse.ArgumentParser],

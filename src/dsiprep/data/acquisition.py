@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dsiprep.data.grid import Grid
+from dsiprep.data.summary import Summarised
 
 AXES = "ijk"
 
@@ -140,8 +141,8 @@ class GreFieldmap:
         return (*self.images, self.magnitude)
 
 
-@dataclass(frozen=True)
-class Unit:
+@dataclass(frozen=True, repr=False)
+class Unit(Summarised):
     """Files processed together into one output: DWI runs of one subject and session, and the images they need.
 
     Attributes
