@@ -78,7 +78,7 @@ def _b0_shift_facts(motions: tuple[Motion, ...]) -> tuple[Fact, ...]:
     if not measured:
         return ()
     applied = max(float(shift.applied.max()) for shift in shifts)
-    remark = f"corrected by {applied:.2f} mm" if applied else "too little to be told from none; not corrected"
+    remark = f"corrected by {applied:.2f} mm" if applied else "not significant, so not corrected"
     return (Fact("Diffusion against b=0", f"{max(measured):.2f} mm measured", remark),)
 
 
