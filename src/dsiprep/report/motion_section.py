@@ -44,7 +44,7 @@ def motion(results: UnitResults, figures: FigureWriter) -> Section:
         pictures += _blip_pictures(results, result, figures)
     facts = _motion_facts(results, fd, parameters, int(outliers.sum()))
     facts += _b0_shift_facts(results.motions) + _eddy_facts(results.motions)
-    notes = tuple(note for result in results.motions for note in result.notes)
+    notes = tuple(dict.fromkeys(note for result in results.motions for note in result.notes))
     return Section("motion", "Head motion", _motion_lead(results.motions), pictures, facts, notes)
 
 
