@@ -40,7 +40,7 @@ def _stage_notes(results: UnitResults) -> tuple[str, ...]:
         "Coregistration": list(results.coregistration.notes),
         "Quality": list(results.quality.notes),
     }
-    return tuple(f"{stage}: {note}" for stage, notes in stages.items() for note in notes)
+    return tuple(f"{stage}: {note}" for stage, notes in stages.items() for note in dict.fromkeys(notes))
 
 
 def summary(results: UnitResults, figures: FigureWriter) -> Section:
