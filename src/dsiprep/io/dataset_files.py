@@ -17,7 +17,6 @@ from dsiprep.io.bids_filters import entities
 LABEL = re.compile(r"[0-9A-Za-z+]+")
 DATATYPES = ("anat", "dwi", "fmap")
 IMAGE_LIKE = re.compile(r"\.(nii(\.\w+)?|img|hdr|mgz|mgh|nrrd|mnc)(\.gz)?$", re.IGNORECASE)
-EPI_SUFFIXES = ("dwi", "epi", "sbref")
 FIELDMAP_SUFFIXES = ("epi", "fieldmap", "phasediff", "phase1", "phase2", "magnitude", "magnitude1", "magnitude2")
 USED_SUFFIXES = {"anat": ("T1w", "T2w"), "dwi": ("dwi", "sbref"), "fmap": (*FIELDMAP_SUFFIXES, "dwi", "sbref")}
 REFERENCES = (("dwi", "sbref"), ("fmap", "dwi"), ("fmap", "sbref"))  # EPI images that can only show the distortion

@@ -64,7 +64,7 @@ def describe_images(root: Path, label: str, images: SubjectImages, b0_threshold:
         If a sidecar of a series or fieldmap cannot be read, is ambiguous or links files by invalid names.
     """
     found, sidecars = SubjectRecords(), SidecarFiles(root)
-    series = set(images.by_kind["dwi"])
+    series, primaries = set(images.by_kind["dwi"]), {phase: magnitude for magnitude, phase in images.phases.items()}
     for datatype, kinds in (("dwi", ("dwi",)), ("fmap", ("fmap",)), ("anat", ("t1w", "t2w"))):
         for path in sorted(path for kind in kinds for path in images.by_kind[kind]):
             fields, notes = _metadata(sidecars, path, datatype, images.phases.get(path))
@@ -72,12 +72,10 @@ def describe_images(root: Path, label: str, images: SubjectImages, b0_threshold:
             record = _record(path, datatype, fields, images.phases.get(path))
             if datatype == "dwi":
                 record = _with_tables(record, sidecars, b0_threshold)
-            if datatype == "fmap":
-                primaries = {phase: magnitude for magnitude, phase in images.phases.items()}
-                targets = resolve_intended_for(
+            if datatype == "fmap":  # for its issues; `fieldmap_links` finds the series
+                resolve_intended_for(
                     tuple(fields.get("IntendedFor", ())), path, str(root), label, series, found.issues, primaries
                 )
-                record = replace(record, intended_for=targets)
             found.records.append(record)
     for path in images.by_kind["reference"]:
         try:

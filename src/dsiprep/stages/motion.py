@@ -33,7 +33,7 @@ from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.outlier_slices import judge_slices
 from dsiprep.ops.motion.pose_prior import estimate_pose_prior
 from dsiprep.ops.motion.poses import decompose, remove_gradient_trend
-from dsiprep.ops.motion.pyramid import PyramidLevel, build_pyramid
+from dsiprep.ops.motion.pyramid import COARSE_MM, PyramidLevel, build_pyramid
 from dsiprep.ops.motion.registration import register_to_predictions, rest_lost_volumes, restart_poor_fits
 from dsiprep.ops.motion.slice_replacement import remove_loss, slice_replacements
 from dsiprep.ops.motion.volume_agreement import MIN_WEIGHT, agreement, volume_weights
@@ -82,8 +82,7 @@ METHODS = {
 __all__ = ["METHODS", "estimate_motion", "explain_model"]
 
 log = logging.getLogger("dsiprep")
-COARSE_MM = (8.0, 5.0)  # voxel sizes of the pyramid levels above that of the series itself
-COARSE_ROUNDS = 10  # maximum rounds at each of these
+COARSE_ROUNDS = 10  # maximum rounds at each voxel size of `COARSE_MM`
 INITIAL_PASSES = 2  # of prediction that only initialise the volume weights
 RESTART_ROUND = 2  # in which poorly fitting volumes are restarted
 JUDGED_ROUNDS = 3  # at each level, in which outlier slices are found anew

@@ -15,11 +15,9 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.motion.b0_alignment import align_b0s
 from dsiprep.ops.motion.motion_state import MotionState
-from dsiprep.ops.motion.pyramid import build_pyramid
+from dsiprep.ops.motion.pyramid import COARSE_MM, build_pyramid
 
 __all__ = ["aligned_mean", "reference_blip"]
-
-COARSE_MM = (8.0, 5.0)
 
 
 def reference_blip(epis: Sequence[RawEpi], name: str) -> Blip:

@@ -14,8 +14,9 @@ from dsiprep.ops.image.point_set import PointSet, average_blocks, point_set
 from dsiprep.ops.motion.gauss_newton import MovingVolumes, sample_volumes
 from dsiprep.ops.motion.motion_state import MotionState
 
-__all__ = ["VOLUMES_PER_CHUNK", "PyramidLevel", "build_pyramid", "chunks"]
+__all__ = ["COARSE_MM", "VOLUMES_PER_CHUNK", "PyramidLevel", "build_pyramid", "chunks"]
 
+COARSE_MM = (8.0, 5.0)  # voxel sizes of the levels above that of the series itself
 VOLUMES_PER_CHUNK = 16  # processed at a time, to bound memory
 MIN_VOXELS = 500  # of brain; coarser levels are skipped
 FULL = "full"  # name of the level on the voxels of the series itself
