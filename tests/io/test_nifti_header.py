@@ -107,7 +107,11 @@ def test_extra_dimensions_of_one_voxel(tmp_path: Path) -> None:
     assert read_volume(tmp_path / "a.nii").data.shape == (4, 5, 3)
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8b", b"\x1f\x8b\x08\x00" + b"\x00" * 96, gzip.compress(b"x" * 3000), b""])
+@pytest.mark.parametrize(
+    "content",
+    [b"\x1f\x8b", b"\x1f\x8b\x08\x00" + b"\x00" * 96, gzip.compress(b"x" * 3000), b""],
+    ids=["magic number", "header of zeros", "no NIfTI inside", "empty"],
+)
 def test_short_compressed_files_are_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "a.nii.gz").write_bytes(content)
     for read in (read_header, read_image):
