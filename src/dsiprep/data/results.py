@@ -76,17 +76,23 @@ class Denoised(Summarised):
     ----------
     dwi : DWI
     noise : Volume or None
-        Noise standard deviation per voxel.
+        Noise standard deviation per voxel; of magnitudes, that of one channel.
     rank : Volume or None
         Mean number of principal components kept per voxel.
     method : str
         What was done, for log and report.
+    floor : str
+        How the noise floor of magnitudes was removed: "koay", "vst" or "none".
+    coils : float or None
+        Effective number of coils with which it was removed; None if it was not.
     """
 
     dwi: DWI
     noise: Volume | None
     rank: Volume | None
     method: str
+    floor: str = "none"
+    coils: float | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

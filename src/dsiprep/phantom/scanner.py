@@ -118,11 +118,26 @@ def scan(
     return np.ascontiguousarray(np.moveaxis(out, (0, 1, 2), order))
 
 
-def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Magnitude of the image plus complex Gaussian noise (Rician noise), float32."""
-    real = image + np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
-    imaginary = np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
-    return np.sqrt(real * real + imaginary * imaginary)
+def add_noise(image: np.ndarray, sigma: float | np.ndarray, rng: np.random.Generator, coils: int = 1) -> np.ndarray:
+    """Magnitude of the image plus complex Gaussian noise, float32: Rician, or the root sum of squares of several coils.
+
+    Parameters
+    ----------
+    image : ndarray
+    sigma : float or ndarray
+        Noise standard deviation of the real and imaginary parts, the same in all coils.
+    rng : Generator
+    coils : int
+        Without correlation. The signal lies in one of them, which has the same distribution (non-central chi of twice
+        as many degrees of freedom) as signal spread over all.
+    """
+    sigma = np.asarray(sigma, np.float32)
+    real = image + sigma * rng.standard_normal(image.shape, np.float32)
+    square = real * real
+    for _ in range(2 * coils - 1):
+        other = sigma * rng.standard_normal(image.shape, np.float32)
+        square += other * other
+    return np.sqrt(square)
 
 
 @inlined

@@ -211,6 +211,7 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
     return [
         *_acquisition_paragraphs(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
+        *([] if results.denoised.floor == "none" else [denoise.METHODS[results.denoised.floor]]),
         *(text for model in models for text in _matching(motion.METHODS, model)),
         *(_matching(motion.METHODS, "eddy") if any(result.eddy is not None for result in results.motions) else []),
         *(_matching(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
