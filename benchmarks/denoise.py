@@ -38,7 +38,7 @@ from dsiprep.ops.intensity.magnitude_noise import expected_magnitude
 from dsiprep.phantom.dataset import FIELD_OF_VIEW
 from dsiprep.phantom.head import Head, make_head, slabs
 from dsiprep.phantom.interpolation import interpolate
-from dsiprep.phantom.scanner import add_noise
+from dsiprep.phantom.scanner import add_noise, noise_map
 from dsiprep.phantom.schemes import load_scheme
 from dsiprep.phantom.session import Session, plan_session
 from dsiprep.phantom.settings import PhantomSettings
@@ -82,13 +82,6 @@ def fraction(head: Head, session: Session, name: str) -> np.ndarray:
         for _, points in slabs(session.grid)
     ]
     return np.concatenate(parts).reshape(session.grid.shape).astype(np.float32)
-
-
-def noise_map(brain: np.ndarray, sigma: float, variation: float) -> np.ndarray:
-    """Noise standard deviation, (i, j, k): `sigma` at the edge of the head, `variation` times more in the middle."""
-    centre = ndimage.center_of_mass(brain)
-    axes = np.meshgrid(*((np.arange(n) - c) / 30 for n, c in zip(brain.shape, centre, strict=True)), indexing="ij")
-    return (sigma * (1 + variation * np.exp(-sum(a**2 for a in axes) / 2))).astype(np.float32)
 
 
 def run_one(method: str, folder: Path) -> None:
@@ -197,7 +190,9 @@ def main() -> None:
     print(f"{case['data'].shape}, {case['inside'].sum()} voxels of brain, {args.noise} noise, {args.coils} coils")
     print(f"{'SNR':>4s} {'method':16s}   error  signal   lost  edges  noise ± sd   high b     CPU  memory", flush=True)
     for snr in args.snr:
-        case["sigma"] = noise_map(case["inside"], b0 / snr, args.variation)
+        grid = Grid(case["inside"].shape, case["affine"])
+        centre = grid.to_world(np.argwhere(case["inside"])).mean(0)
+        case["sigma"] = noise_map(grid, centre, b0 / snr, args.variation)
         noisy = write_noisy(work, case, args)
         for method in args.methods:
             found, sigma, seconds, memory = run_method(method, work)

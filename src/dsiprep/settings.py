@@ -83,10 +83,17 @@ def _problem(value: Any, default: Any, metadata: Any) -> str:
 
 @dataclass(frozen=True)
 class AcquisitionSettings(Checked):
-    """b=0 threshold and concatenation of runs."""
+    """b=0 threshold, drift of the signal and concatenation of runs."""
 
     b0_threshold: float = option(
         100.0, "b-values at or below this (s/mm²) count as b=0", "--b0-threshold", metavar="B", least=0
+    )
+    drift: str = option(
+        "auto",
+        "drift of the signal over a run: auto divides out a linear or quadratic function of time where it is "
+        "significant, from the b=0 volumes or, without enough of them, from the gain of volumes over their prediction",
+        "--signal-drift",
+        choices=("auto", "none"),
     )
     harmonize_b0: bool = option(True, "do not scale runs to a common mean b=0 intensity", "--no-b0-harmonization")
 

@@ -185,10 +185,11 @@ def _anatomical_paragraphs(results: UnitResults) -> list[str]:
 
 def _acquisition_paragraphs(results: UnitResults) -> list[str]:
     """Recognition of the sampling scheme and, with several runs, their concatenation."""
-    several_runs = len(results.unit.runs) > 1
+    several_runs, drift = len(results.unit.runs) > 1, results.acquired.drift
     steps = {
         "scheme": results.acquired.scheme.kind in ("DSI", "CS-DSI"),
         "conform": several_runs,
+        "drift": drift is not None and bool((drift.gains != 1).any()),
         "harmonize_b0": several_runs and results.settings.acquisition.harmonize_b0,
         "references": bool(results.distortion) and any(blip.grid for blip in results.acquired.blips),
     }

@@ -33,7 +33,7 @@ def test_inverse_of_the_expectation(coils: int) -> None:
     sampled = magnitudes(AMPLITUDES, coils, 100_000).double().mean(0).numpy()
     assert np.abs(expected - sampled).max() < 0.015
     found = noise.amplitude(torch.from_numpy(expected.astype(np.float32)))
-    assert np.abs(found.numpy() - AMPLITUDES).max() < 3e-3
+    assert (np.abs(found.numpy() - AMPLITUDES) / (1 + AMPLITUDES)).max() < 5e-4
     assert float(noise.amplitude(torch.tensor([0.0, 0.9 * noise.floor, -3.0])).abs().max()) == 0
 
 
@@ -43,7 +43,7 @@ def test_variance_is_stabilised_and_inverted_without_bias(coils: int) -> None:
     values = noise.stabilise(magnitudes(AMPLITUDES, coils, 100_000)).double()
     assert float((values.std(0) - 1).abs().max()) < 0.05
     found = noise.destabilise(values.mean(0).float()).numpy()
-    assert np.abs(found - AMPLITUDES)[AMPLITUDES > 0.5].max() < 0.06
+    assert (np.abs(found - AMPLITUDES) / (1 + AMPLITUDES))[AMPLITUDES > 0.5].max() < 0.01
     assert np.abs(found - AMPLITUDES).max() < 0.2  # the expectation is flat at the floor
 
 
