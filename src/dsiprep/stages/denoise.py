@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -11,8 +11,9 @@ from torch.nn import functional
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Denoised, Motion
+from dsiprep.ops.image.filters import gaussian
 from dsiprep.ops.intensity.magnitude_noise import MagnitudeNoise, effective_coils, magnitude_noise
-from dsiprep.ops.intensity.mppca import default_window, mppca, noise_level
+from dsiprep.ops.intensity.mppca import correlation_factor, default_window, mppca, noise_level
 from dsiprep.ops.intensity.patch2self import patch2self
 from dsiprep.settings import DenoiseSettings
 
@@ -54,7 +55,9 @@ NAMES = {"dwidenoise": "MP-PCA", "dwidenoise2": "MP-PCA with shrinkage", "svht":
 MIN_VOLUMES = 10  # per run; fewer give too few eigenvalues to estimate the noise
 MIN_BACKGROUND = 500  # voxels from which the number of coils is estimated
 AWAY_VOXELS = 3  # of the background from the rough brain mask
+LEAST_CORRELATION, MOST_CORRELATION = 0.03, 2.5  # of `correlation_factor`: less is chance, more is no noise
 DARKEST = 0.3  # share of the voxels away from the brain that are taken for background
+MOST_NEGATIVE = 0.01  # of the values of a series of magnitudes: interpolation may have left a few
 HIGH_B = 0.6  # of the largest b-value; above it, the background is read
 
 
@@ -71,8 +74,8 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
     Parameters
     ----------
     dwi : DWI
-        Raw data that have not been interpolated. A series with negative values is not one of magnitudes, and has no
-        noise floor.
+        Raw data that have not been interpolated. A series with many negative values is not one of magnitudes, and has
+        no noise floor.
     mask : Volume
         Rough brain mask. What lies less than about a patch width outside is denoised too, since the final mask may
         reach there; intensities farther away are unchanged.
@@ -91,17 +94,18 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
     if not denoisable:
         return Denoised(dwi, None, None, f"Denoising was skipped because {_describe_short_runs(runs)}.")
     inside = mask.data.to(dwi.data.device) > 0
-    is_magnitude = bool((dwi.data >= 0).all())
-    counted = [_coils(dwi, volumes, inside) for volumes in denoisable] if is_magnitude else []
-    found = [coils for coils in counted if coils is not None]
+    is_magnitude = _negative_share(dwi.data) < MOST_NEGATIVE
+    air = [_read_background(dwi, v, inside, settings.window) if is_magnitude else _Background() for v in denoisable]
+    found = [read.coils for read in air if read.coils is not None]
     magnitude = magnitude_noise(round(float(np.median(found)), 2) if found else 1.0) if is_magnitude else None
     data = dwi.data.clone()
     variance, rank = torch.zeros_like(data[0]), torch.zeros_like(data[0])
     total = sum(len(volumes) for volumes in denoisable)
-    for volumes in denoisable:
+    for volumes, read in zip(denoisable, air, strict=True):
         index = torch.as_tensor(volumes, device=data.device)
         run = _select_volumes(dwi.data, volumes)
-        clean, sigma, components = _denoise_run(run, inside, dwi.is_b0[volumes], magnitude, settings)
+        sigma = noise_level(run, inside, settings.window, magnitude, read.factor)
+        clean, sigma, components = _denoise_run(run, inside, sigma, dwi.is_b0[volumes], magnitude, settings)
         data[index] = clean
         variance += sigma**2 * (len(volumes) / total)
         rank += components * (len(volumes) / total)
@@ -110,7 +114,7 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
         dwi.with_data(data),
         Volume(variance.sqrt(), dwi.grid),
         None if settings.method == "patch2self" else Volume(rank, dwi.grid),
-        _describe(runs, denoisable, settings) + _describe_floor(floor, magnitude, bool(found)),
+        _describe(runs, denoisable, settings) + _describe_noise(air) + _describe_floor(floor, magnitude, bool(found)),
         floor,
         None if floor == "none" or magnitude is None else magnitude.coils,
     )
@@ -140,13 +144,13 @@ def without_floor(motion: Motion, denoised: Denoised) -> Motion:
 def _denoise_run(
     data: torch.Tensor,
     inside: torch.Tensor,
+    sigma: torch.Tensor,
     is_b0: np.ndarray,
     magnitude: MagnitudeNoise | None,
     settings: DenoiseSettings,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Denoised series, noise standard deviation of one channel and number of components of one run."""
+    """Denoised series of one run, `sigma` where it was denoised, and the number of components."""
     method, floor = settings.method, floor_method(settings)
-    sigma = noise_level(data, inside, settings.window, magnitude)
     if method == "patch2self":
         clean, rank = patch2self(data, inside, is_b0), torch.zeros_like(sigma)
         sigma = torch.where(functional.max_pool3d(inside[None].float(), 3, 1, 1)[0] > 0, sigma, 0.0)
@@ -162,23 +166,40 @@ def _denoise_run(
     return torch.where(denoised_here, clean, data), sigma, rank
 
 
-def _coils(dwi: DWI, volumes: np.ndarray, inside: torch.Tensor) -> float | None:
-    """Effective number of coils from the background of a run; None where there is none or it was processed.
+def _negative_share(data: torch.Tensor) -> float:
+    """Share of negative values among those that are not zero."""
+    negative = sum(int((volume < 0).sum()) for volume in data)
+    return negative / max(1, sum(int((volume != 0).sum()) for volume in data))
+
+
+@dataclass(frozen=True)
+class _Background:
+    """What air tells about the noise of a run: number of coils, and `correlation_factor`; None if air was processed."""
+
+    coils: float | None = None
+    factor: float = 1.0
+
+
+def _read_background(dwi: DWI, volumes: np.ndarray, inside: torch.Tensor, window: int) -> _Background:
+    """Noise in the air around the head.
 
     Voxels are chosen by volumes of low b, and the noise is read from those of high b, so that the choice has no part in
     it.
     """
     high = dwi.bvals[volumes] >= HIGH_B * dwi.bvals[volumes].max()
-    if high.sum() < 5 or high.all():
-        return None
+    if high.sum() < MIN_VOLUMES or high.all():
+        return _Background()
     near = functional.max_pool3d(inside[None].float(), 2 * AWAY_VOXELS + 1, 1, AWAY_VOXELS)[0] > 0
     read = _select_volumes(dwi.data, volumes[high])
-    usable = (~near & (read > 0).all(0)).flatten()
+    usable = ~near & (read > 0).all(0)
     if int(usable.sum()) < MIN_BACKGROUND / DARKEST:
-        return None
-    brightness = _select_volumes(dwi.data, volumes[~high]).mean(0).flatten()[usable]
-    darkest = brightness <= torch.quantile(brightness[:: max(1, len(brightness) // 100_000)], DARKEST)
-    return effective_coils(read.flatten(1)[:, usable][:, darkest])
+        return _Background()
+    brightness = gaussian(_select_volumes(dwi.data, volumes[~high]).mean(0)[None], AWAY_VOXELS)[0]
+    values = brightness[usable]
+    dark = usable & (brightness <= torch.quantile(values[:: max(1, len(values) // 100_000)], DARKEST))
+    coils = effective_coils(read[:, dark])
+    factor = 1.0 if coils is None else correlation_factor(read, dark, window)
+    return _Background(coils, factor if 1 + LEAST_CORRELATION < factor < MOST_CORRELATION else 1.0)
 
 
 def _select_volumes(data: torch.Tensor, volumes: np.ndarray) -> torch.Tensor:
@@ -200,9 +221,14 @@ def _describe(runs: list[np.ndarray], denoisable: list[np.ndarray], settings: De
     return text + "."
 
 
+def _describe_noise(air: list[_Background]) -> str:
+    most = max(read.factor for read in air)
+    return f" Noise is correlated between voxels: its level was raised by up to {most - 1:.0%}." if most > 1 else ""
+
+
 def _describe_floor(floor: str, magnitude: MagnitudeNoise | None, counted: bool) -> str:
     if magnitude is None:
-        return " The series has negative values, and so no noise floor of magnitudes."
+        return " The series has negative values throughout, and so no noise floor of magnitudes."
     if floor == "none":
         return " The noise floor of magnitudes remains."
     how = "expectation of magnitudes inverted" if floor == "koay" else "unbiased inverse of the stabilised variance"

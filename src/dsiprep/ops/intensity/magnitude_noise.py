@@ -69,6 +69,12 @@ class MagnitudeNoise:
         """Amplitude whose expected magnitude this is; zero where it lies below the noise floor."""
         return _amplitude(magnitude, self.floor, self._ratio)
 
+    def variance(self, magnitude: torch.Tensor) -> torch.Tensor:
+        """Variance of magnitudes with this expectation."""
+        expected = magnitude.clamp(min=self.floor)
+        amplitude = self.amplitude(expected)
+        return (2 * self.coils + (amplitude - expected) * (amplitude + expected)).clamp_(max=1)
+
     def stabilise(self, magnitude: torch.Tensor) -> torch.Tensor:
         """Transform magnitudes so that their noise has standard deviation 1 whatever their amplitude."""
         beyond = (magnitude - self._end).clamp(min=0)  # the slope is 1 there

@@ -15,12 +15,16 @@ from dsiprep.ops.image.filters import gaussian
 from dsiprep.ops.intensity.magnitude_noise import MagnitudeNoise
 from dsiprep.ops.intensity.patches import in_batches, patch_grid, thread_pool
 
-__all__ = ["SHRINKAGE", "default_window", "mppca", "noise_level", "noise_variance"]
+__all__ = ["SHRINKAGE", "correlation_factor", "default_window", "mppca", "noise_level", "noise_variance"]
 
 Estimate = tuple[torch.Tensor, torch.Tensor]
 # Share of the noise of kept components that remains in the average of overlapping patches, for which they are shrunk
 SHRINKAGE = {"none": 0.0, "overlap": 0.5, "single": 1.0}
 MAGNITUDE_ROUNDS = 2  # of the noise level of magnitudes; it changes by less than 1 % in the second
+BRIGHTNESS_GROUPS = 8  # of volumes, over which expected magnitudes are averaged
+BISECTIONS = 10
+LEAST_PURE = 0.8  # share of voxels without signal in a patch from which the correlation of the noise is judged
+LEAST_PATCHES, MOST_PATCHES = 8, 100  # number of those patches
 BELOW_EDGE = 0.95  # of the largest noise eigenvalue: what lies above it is not counted when the noise is estimated
 ROUNDS = 8  # of counting components and estimating the noise of a patch; most settle after three
 LEAST_SMOOTHING = 2.5  # voxels, standard deviation; small windows alone tell the noise level within 5 %
@@ -114,6 +118,7 @@ def noise_level(
     mask: torch.Tensor | None = None,
     window: int = 0,
     magnitude: MagnitudeNoise | None = None,
+    factor: float = 1.0,
 ) -> torch.Tensor:
     """Noise standard deviation of a series, smooth on the scale of a patch, (i, j, k).
 
@@ -124,6 +129,8 @@ def noise_level(
     magnitude : MagnitudeNoise, optional
         Return the standard deviation of one channel, which exceeds that of magnitudes where there is little signal: the
         level with which the noise of magnitudes has standard deviation 1 once its variance is stabilised.
+    factor : float
+        From `correlation_factor`: by how much patches underestimate the noise.
     """
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
@@ -137,7 +144,7 @@ def noise_level(
             for planes, index in grid.slabs(data.device):
                 voxels, valid = _samples(data[:, planes])
                 before = None if level is None else level[planes].reshape(-1)
-                work = partial(_patch_variance, voxels, valid, before, magnitude)
+                work = partial(_patch_variance, voxels, valid, before, magnitude, factor)
                 sums = torch.zeros(len(voxels), 2, device=data.device)
                 for part, variance in in_batches(work, index, needs, pool):
                     weight = valid[part] * (variance > 0)[:, None]
@@ -145,9 +152,43 @@ def noise_level(
                     sums.index_add_(0, part.reshape(-1), row.reshape(-1, 2))
                 maps[:, planes] += sums.T.reshape(2, *data[0, planes].shape)
         relative = _smoothed(maps, max(width / 2, LEAST_SMOOTHING))
+        if magnitude is None or level is not None:
+            relative *= factor
         level = relative if level is None else level * relative
     assert level is not None
     return level
+
+
+def correlation_factor(data: torch.Tensor, inside: torch.Tensor, window: int = 0) -> float:
+    """Standard deviation of the noise over that which patches find, from voxels without signal; 1 if there are too few.
+
+    Noise that is correlated between voxels, by interpolation or a filter of k-space, has fewer degrees of freedom than
+    voxels, and its lower eigenvalues are smaller than those of independent noise.
+
+    Parameters
+    ----------
+    data : Tensor, (n, i, j, k), float32
+        At least two volumes.
+    inside : Tensor, (i, j, k)
+        Voxels without signal.
+    window : int
+        As in `mppca`.
+    """
+    n, shape = data.shape[0], tuple(data.shape[1:])
+    width = window or default_window(n)
+    grid = patch_grid(shape, width, width, None)
+    ratios = []
+    for planes, index in grid.slabs(data.device):
+        usable = inside[planes].reshape(-1).float()
+        pure = index[usable[index].mean(1) >= LEAST_PURE]
+        if len(pure):
+            voxels, _ = _samples(data[:, planes])
+            some = pure[:: max(1, len(pure) * len(grid.starts[0]) // MOST_PATCHES)]
+            found = _patch_variance(voxels, usable, None, None, 1.0, some)
+            direct = (voxels.var(1) * usable)[some].sum(1) / usable[some].sum(1)
+            ratios.append(direct / found.clamp(min=TINY))
+    together = torch.cat(ratios) if ratios else torch.zeros(0)
+    return float(together.median().sqrt()) if len(together) >= LEAST_PATCHES else 1.0
 
 
 def default_window(volumes: int) -> int:
@@ -255,11 +296,42 @@ def _patch_variance(
     valid: torch.Tensor,
     level: torch.Tensor | None,
     magnitude: MagnitudeNoise | None,
+    factor: float,
     index: torch.Tensor,
 ) -> torch.Tensor:
     """Noise variance (b,) of patches, relative to `level` if magnitudes are stabilised with it."""
-    patches, _, count = _centred(voxels, valid, level, magnitude, index)
-    return noise_variance(torch.linalg.eigvalsh(_gram(patches)), *_freedom(count, voxels.shape[1])).float()
+    patches, mean, count = _centred(voxels, valid, level, magnitude, index)
+    variance = noise_variance(torch.linalg.eigvalsh(_gram(patches)), *_freedom(count, voxels.shape[1])).float()
+    if magnitude is None or level is not None:
+        return variance
+    return _channel_variance(patches + mean, mean[:, 0], valid[index], variance * factor**2, magnitude)
+
+
+def _channel_variance(
+    patches: torch.Tensor,
+    mean: torch.Tensor,
+    sample: torch.Tensor,
+    variance: torch.Tensor,
+    magnitude: MagnitudeNoise,
+) -> torch.Tensor:
+    """Noise variance (b,) of one channel for which magnitudes have a given mean variance, by bisection.
+
+    The expected magnitudes are means over volumes of similar brightness in each voxel.
+    """
+    volumes = patches.shape[2]
+    size = max(1, volumes // BRIGHTNESS_GROUPS)
+    order = mean.argsort(1)[:, : volumes - volumes % size]
+    grouped = patches.gather(2, order[:, None].expand(-1, patches.shape[1], -1)).unflatten(2, (-1, size)).mean(3)
+    count = sample.sum(1).clamp(min=1) * grouped.shape[2]
+    low = variance.clamp(min=TINY).sqrt()
+    high = low / magnitude.variance(torch.zeros(1, device=low.device)).sqrt()
+    middle = (low + high) / 2
+    for _ in range(BISECTIONS):
+        relative = magnitude.variance(grouped / middle[:, None, None]) * sample[..., None]
+        above = middle**2 * relative.sum((1, 2)) / count > variance
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        middle = (low + high) / 2
+    return middle**2
 
 
 def _denoise(
