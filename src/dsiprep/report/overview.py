@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsiprep.data.results import Blip, UnitResults
+from dsiprep.data.results import Acquired, Blip, UnitResults
 from dsiprep.errors import printable
 from dsiprep.io.quality_columns import column_meaning
 from dsiprep.report import plots
-from dsiprep.report.page_parts import Fact, FigureWriter, Section
+from dsiprep.report.page_parts import Fact, FigureWriter, Picture, Section
 from dsiprep.report.wording import (
     BLIPS,
     DISTORTION_METHODS,
@@ -159,14 +159,7 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
         "Where points overlap in a projection, the one with the lowest b-value is shown.",
     )
     drift = acquired.drift
-    if drift is not None and np.isfinite(drift.measured).any():
-        pictures += figures.single(
-            "signalDrift",
-            plots.signal_drift(drift, acquired.dwi.run),
-            "Signal of the brain over the scan, and the drift that was divided out.",
-            "Signal of the brain in single volumes relative to the start of the run (points), and the drift that was "
-            "divided out (line; at 1 where there was none of significance).",
-        )
+    pictures += _drift_picture(acquired, figures)
     unused = tuple((printable(image.path.name), printable(image.reason)) for image in unit.left_out)
     rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(
@@ -181,6 +174,20 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
             ("Input files", ("File", "Type", "Phase encoding", "Volumes", "Intensity scaling"), tuple(rows)),
             *((("Images of the subject that are not used", ("File", "Reason"), unused),) if unused else ()),
         ),
+    )
+
+
+def _drift_picture(acquired: Acquired, figures: FigureWriter) -> tuple[Picture, ...]:
+    """Drift of the signal, if it was measured."""
+    drift = acquired.drift
+    if drift is None or not np.isfinite(drift.measured).any():
+        return ()
+    return figures.single(
+        "signalDrift",
+        plots.signal_drift(drift, acquired.dwi.run),
+        "Signal of the brain over the scan, and the drift that was divided out.",
+        "Signal of the brain in single volumes relative to the start of the run (points), and the drift that was "
+        "divided out (line; at 1 where there was none of significance).",
     )
 
 

@@ -13,7 +13,8 @@ from dsiprep.data.grid import Volume
 from dsiprep.data.results import Denoised, Motion
 from dsiprep.ops.image.filters import gaussian
 from dsiprep.ops.intensity.magnitude_noise import MagnitudeNoise, effective_coils, magnitude_noise
-from dsiprep.ops.intensity.mppca import correlation_factor, default_window, mppca, noise_level
+from dsiprep.ops.intensity.mppca import mppca
+from dsiprep.ops.intensity.noise_level import correlation_factor, default_window, noise_level
 from dsiprep.ops.intensity.patch2self import patch2self
 from dsiprep.settings import DenoiseSettings
 

@@ -8,7 +8,8 @@ import torch
 from scipy import stats
 
 from dsiprep.ops.intensity.magnitude_noise import effective_coils, expected_magnitude, magnitude_noise
-from dsiprep.ops.intensity.mppca import mppca, noise_level
+from dsiprep.ops.intensity.mppca import mppca
+from dsiprep.ops.intensity.noise_level import noise_level
 
 AMPLITUDES = np.array([0.0, 0.3, 0.8, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0])
 

@@ -9,7 +9,7 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.ops.intensity import mppca as module
-from dsiprep.ops.intensity.mppca import default_window, mppca, noise_variance
+from dsiprep.ops.intensity.mppca import mppca
 from dsiprep.settings import DenoiseSettings
 from dsiprep.stages.denoise import denoise
 from helpers.grids import make_grid
@@ -117,22 +117,6 @@ def test_single_voxel_masks_and_chunked_processing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(module, "in_batches", lambda work, index, size, pool: pooled(work, index, size, None))
     chunked, _, _ = mppca(noisy, mask)
     torch.testing.assert_close(chunked, denoised, rtol=1e-4, atol=1e-2)
-
-
-@pytest.mark.parametrize(("rows", "columns", "rank"), [(40, 90, 5), (60, 61, 12), (107, 124, 0), (12, 26, 2)])
-def test_noise_variance_of_matrices_of_known_rank(rows: int, columns: int, rank: int) -> None:
-    """Strong signal does not count as noise; d.o.f. are those that the signal leaves."""
-    rng = np.random.default_rng(3)
-    shape = (count := 3000 // rows, rows, columns)
-    signal = rng.normal(size=(count, rows, rank)) @ rng.normal(size=(count, rank, columns))
-    matrices = rng.normal(size=shape) * 3 + 20 * signal
-    values = torch.from_numpy(np.linalg.eigvalsh(matrices @ matrices.transpose(0, 2, 1)))
-    variance = noise_variance(values, torch.full((count,), rows), torch.full((count,), columns))
-    assert float(variance.mean().sqrt()) == pytest.approx(3, rel=0.025)
-
-
-def test_default_window_width() -> None:
-    assert [default_window(n) for n in (2, 27, 28, 125, 126, 270, 344)] == [3, 3, 5, 5, 7, 7, 9]
 
 
 def series(sigmas: list[tuple[int, float]]) -> tuple[DWI, torch.Tensor, Volume]:
