@@ -125,7 +125,7 @@ def series(sigmas: list[tuple[int, float]]) -> tuple[DWI, torch.Tensor, Volume]:
     parts = [phantom(n, grid.shape, sigma) for n, sigma in sigmas]
     n = sum(count for count, _ in sigmas)
     run = np.repeat(np.arange(len(sigmas)), [count for count, _ in sigmas])
-    truth, data = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    truth, data = (200 + torch.cat([part[i] for part in parts]) for i in (0, 1))  # far above the noise floor
     mask = torch.zeros(grid.shape)
     mask[1:-1, 1:-1, 1:-1] = 1
     dwi = DWI(data, grid, np.arange(n) * 10.0, np.eye(3)[np.arange(n) % 3], run, np.zeros(n, int))
