@@ -25,7 +25,7 @@ METHODS = {
         "The runs were concatenated on the voxel grid of the first run. Runs with a different field of view were "
         "resampled onto it with cubic B-splines."
     ),
-    "drift": DRIFT_METHODS,
+    **DRIFT_METHODS,
     "harmonize_b0": ("Each run was scaled to the same mean b=0 intensity in the brain."),
     "references": (
         "The b=0 volumes of the phase encoding that served only to estimate the distortion were aligned rigidly and "

@@ -11,11 +11,13 @@ from dsiprep.data.grid import Volume
 from dsiprep.data.results import Drift
 from dsiprep.ops.qspace.prediction import choose_model, predict
 
-METHODS = (
-    "Drift of the signal over the scan was estimated from the b=0 volumes of each run, or, without enough of them, "
-    "from the gain of each volume over its prediction by the others with a 3dSHORE model. A linear or quadratic "
-    "function of time was fitted and, where significant, divided out [@vos2017]."
-)
+METHODS = {
+    "drift": (
+        "Drift of the signal over the scan was estimated from the b=0 volumes of each run, or, without enough of them, "
+        "from the gain of each volume over its prediction by the others with a 3dSHORE model. A linear or quadratic "
+        "function of time was fitted and, where significant, divided out [@vos2017]."
+    )
+}
 LEAST_B0S = 5  # over most of a run; fewer do not tell drift from the scatter of single volumes
 LEAST_COVERED = 0.6  # of the run, between its first and last b=0
 SIGNIFICANT = 0.01
