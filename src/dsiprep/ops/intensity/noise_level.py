@@ -26,7 +26,6 @@ __all__ = [
     "samples",
 ]
 
-MAGNITUDE_ROUNDS = 2  # of the noise level of magnitudes; it changes by less than 1 % in the second
 BRIGHTNESS_GROUPS = 8  # of volumes, over which expected magnitudes are averaged
 BISECTIONS = 10
 LEAST_PURE = 0.8  # share of voxels without signal in a patch from which the correlation of the noise is judged
@@ -62,7 +61,7 @@ def noise_level(
     size = int(np.prod(grid.widths))
     needs = 16 * size * n + 16 * min(size, n) ** 2
     level: torch.Tensor | None = None
-    for _ in range(1 if magnitude is None else 1 + MAGNITUDE_ROUNDS):
+    for _ in range(1 if magnitude is None else 2):  # magnitudes: a start, and once more with stabilised variance
         maps = torch.zeros(2, *shape, device=data.device)  # weight, variance
         with thread_pool(data.device) as pool:
             for planes, index in grid.slabs(data.device):
@@ -116,9 +115,12 @@ def correlation_factor(data: torch.Tensor, inside: torch.Tensor, window: int = 0
 
 
 def default_window(volumes: int) -> int:
-    """Smallest odd width, at least 3, whose cube has at least as many voxels as there are volumes."""
-    width = 3
-    while width**3 < volumes:
+    """Odd width of a patch: 3 up to 27 volumes, then at least 5, and so that its cube has a third as many voxels.
+
+    Wider patches hold more components, and cost more: with 270 volumes, 5 voxels have an error 2 % below that of 7.
+    """
+    width = 3 if volumes <= 27 else 5
+    while 3 * width**3 < volumes:
         width += 2
     return width
 
