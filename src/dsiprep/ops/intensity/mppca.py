@@ -27,7 +27,6 @@ __all__ = ["SHRINKAGE", "mppca"]
 Estimate = tuple[torch.Tensor, torch.Tensor]
 # Share of the noise of kept components that remains in the average of overlapping patches, for which they are shrunk
 SHRINKAGE = {"none": 0.0, "overlap": 0.5, "single": 1.0}
-KEEP_FROM = 0.95  # of the largest noise eigenvalue: what hides there is as much signal as noise, and is kept whole
 TINY = 1e-30
 
 
@@ -128,8 +127,7 @@ def _denoise(
     side = values.shape[1]
     square = valid if magnitude is not None else valid * level**2
     variance = (square[index].sum(1) / count.clamp(min=1)).double()
-    edge = noise_edge(variance, rows, columns) * (1.0 if remaining else KEEP_FROM)
-    kept = (values.double() > edge[:, None]).sum(1).minimum(rows)
+    kept = (values.double() > noise_edge(variance, rows, columns)[:, None]).sum(1).minimum(rows)
     most = int(kept.max())
     component = torch.arange(side - most, side, device=voxels.device)[None]
     basis = vectors[:, :, side - most :] * (component >= (side - kept)[:, None])[:, None]

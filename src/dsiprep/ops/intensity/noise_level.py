@@ -26,6 +26,7 @@ __all__ = [
     "samples",
 ]
 
+MAGNITUDE_ROUNDS = 2  # of the noise level of magnitudes with stabilised variance
 BRIGHTNESS_GROUPS = 8  # of volumes, over which expected magnitudes are averaged
 BISECTIONS = 10
 LEAST_PURE = 0.8  # share of voxels without signal in a patch from which the correlation of the noise is judged
@@ -61,7 +62,7 @@ def noise_level(
     size = int(np.prod(grid.widths))
     needs = 16 * size * n + 16 * min(size, n) ** 2
     level: torch.Tensor | None = None
-    for _ in range(1 if magnitude is None else 2):  # magnitudes: a start, and once more with stabilised variance
+    for _ in range(1 if magnitude is None else 1 + MAGNITUDE_ROUNDS):
         maps = torch.zeros(2, *shape, device=data.device)  # weight, variance
         with thread_pool(data.device) as pool:
             for planes, index in grid.slabs(data.device):
