@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Denoised
+from dsiprep.ops.intensity.background_phase import without_background_phase
 from dsiprep.ops.intensity.mppca import default_window, mppca
 from dsiprep.settings import DenoiseSettings
 
@@ -19,9 +23,39 @@ METHODS = {
         "mean squared error [@gavish2017]."
     ),
     "none": "The data were not denoised.",
+    "complex": (
+        "The series was acquired as complex data. The background phase of each slice, the mean slope and a smooth "
+        "remainder, was removed, the data were processed as complex numbers, and the real part was kept, whose noise "
+        "has zero mean [@corderogrande2019]."
+    ),
 }
 
 MIN_VOLUMES = 10  # per run; fewer give too few eigenvalues to estimate the noise
+
+
+def denoise_complex(
+    dwi: DWI, phase: torch.Tensor, mask: Volume, settings: DenoiseSettings, slice_axes: Sequence[int]
+) -> Denoised:
+    """Remove background phase and noise from a complex series, and keep the real part.
+
+    Parameters
+    ----------
+    dwi : DWI
+        Magnitudes.
+    phase : Tensor, (n, i, j, k)
+        Radians.
+    mask, settings
+        As for `denoise`.
+    slice_axes : sequence of int
+        Voxel axis across the slices of each run.
+    """
+    data = torch.empty_like(dwi.data, dtype=torch.complex64)
+    for v, run in enumerate(dwi.run):
+        data[v] = without_background_phase(dwi.data[v], phase[v].to(dwi.data.device), slice_axes[run])
+    found = denoise(dwi.with_data(data), mask, settings)
+    real = replace(found.dwi.with_data(found.dwi.data.real.contiguous()), signed=True)
+    text = f"{found.method} Complex data: background phase removed, real part kept."
+    return replace(found, dwi=real, method=text)
 
 
 def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
@@ -50,7 +84,7 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
         return Denoised(dwi, None, None, f"MP-PCA was skipped because {_describe_short_runs(runs)}.")
     data = dwi.data.clone()
     inside = mask.data.to(dwi.data.device) > 0
-    variance, rank = torch.zeros_like(data[0]), torch.zeros_like(data[0])
+    variance, rank = torch.zeros(2, *dwi.grid.shape, device=data.device)
     total = sum(len(volumes) for volumes in denoisable)
     for volumes in denoisable:
         index = torch.as_tensor(volumes, device=data.device)

@@ -34,7 +34,7 @@ def mppca(
 
     Parameters
     ----------
-    data : Tensor, (n, i, j, k), float32
+    data : Tensor, (n, i, j, k), float32 or complex64
         At least two volumes, with noise independent between voxels and volumes.
     mask : Tensor, (i, j, k), optional
         Voxels to denoise, all by default. Patches that contain one of them are denoised entirely, so that the result
@@ -47,7 +47,7 @@ def mppca(
     denoised : Tensor, (n, i, j, k)
         Zero where no patch was denoised.
     sigma : Tensor, (i, j, k)
-        Noise standard deviation; zero where no patch was denoised.
+        Noise standard deviation, of complex data that of the real part; zero where no patch was denoised.
     rank : Tensor, (i, j, k)
         Number of components kept, mean included: weighted average over the patches that contain the voxel, zero
         where no patch was denoised.
@@ -62,7 +62,7 @@ def mppca(
     Manjon et al. 2013, PLoS ONE 8:e73021, doi 10.1371/journal.pone.0073021 (overlapping patches, their
         weights).
     """
-    data = data.float()
+    data = data if data.is_complex() else data.float()
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
     widths = [min(width, size) for size in shape]
@@ -79,7 +79,8 @@ def mppca(
                 _denoise_slab(data[:, planes], index, denoised[:, planes], maps[:, planes], pool)
     weight = maps[0].clamp(min=torch.finfo(torch.float32).tiny)
     denoised /= weight
-    return denoised, maps[1] / weight, maps[2] / weight
+    sigma = maps[1] / weight
+    return denoised, sigma / 2**0.5 if data.is_complex() else sigma, maps[2] / weight
 
 
 def default_window(volumes: int) -> int:
@@ -205,7 +206,7 @@ def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> 
     patches = (patches - mean) * sample[..., None]
     n = voxels.shape[1]
     tall = index.shape[1] >= n
-    gram = patches.mT @ patches if tall else patches @ patches.mT
+    gram = patches.mH @ patches if tall else patches @ patches.mH
     values, vectors = torch.linalg.eigh(gram)
     freedom = (count - 1).clamp(min=0)
     rows, columns = freedom.clamp(max=n), freedom.clamp(min=n)
@@ -217,7 +218,7 @@ def _denoise(voxels: torch.Tensor, valid: torch.Tensor, index: torch.Tensor) -> 
         component = torch.arange(side - most, side, device=voxels.device)[None]
         basis = vectors[:, :, side - most :] * (component >= (side - kept)[:, None])[:, None]
         scaled = basis * _shrinkage(values[:, side - most :], variance, rows, columns)[:, None]
-        patches = (patches @ scaled) @ basis.mT if tall else scaled @ (basis.mT @ patches)
+        patches = (patches @ scaled) @ basis.mH if tall else scaled @ (basis.mH @ patches)
     return patches + mean, variance.float(), (kept + 1).float()
 
 
