@@ -262,9 +262,8 @@ class Unit(Summarised):
 
     def sidecar_fields(self) -> list[object]:
         """Phase encodings and acquisition metadata of `files`, from the sidecars."""
-        return [[run.pe, run.metadata, run.use_phase] for run in self.runs] + [
-            [epi.pe, epi.metadata] for epi in self.epis
-        ]
+        series: list[object] = [[run.pe, run.metadata, run.use_phase] for run in self.runs]
+        return series + [[epi.pe, epi.metadata] for epi in self.epis]
 
 
 @dataclass(frozen=True)

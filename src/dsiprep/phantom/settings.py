@@ -9,6 +9,7 @@ from dsiprep.settings import option
 
 ORIENTATIONS = ("RAS", "LAS", "LPS", "PSR", "oblique")
 DEGREES_PER_MM = 1.8
+K_SPACE = {"full": 1.0, "7/8": 7 / 8, "6/8": 6 / 8, "5/8": 5 / 8}  # fraction that is sampled
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,31 @@ class PhantomSettings:
         "--dropout",
         metavar="FRACTION",
     )
+    k_space: str = option(
+        "",
+        "sample k-space, so that images ring: full, or partial Fourier 5/8, 6/8 or 7/8 along the phase-encoding axis; "
+        "by default a voxel is the mean of what it contains",
+        "--k-space",
+        choices=("", *K_SPACE),
+    )
+    complex: bool = option(
+        False, "write the DWI as magnitude and phase; k-space is sampled fully unless --k-space is given", "--complex"
+    )
     orientation: str = option(
         "LAS", "voxel axes of the DWI; oblique is LAS, tilted", "--orientation", choices=ORIENTATIONS
     )
     ideal: bool = option(True, "do not write the ideal DWI (halves the run time)", "--no-ideal")
     seed: int = option(1, "seed of the random anatomy, motion and noise", "--seed", metavar="N")
 
+    @property
+    def sampled_fraction(self) -> float:
+        """Part of k-space that is sampled; 0 if images are not made from k-space."""
+        return K_SPACE[self.k_space] if self.k_space else float(self.complex)
+
     def described(self) -> dict[str, object]:
-        """Settings by name, without shifts of the whole image where there are none."""
-        shifts = ("eddy_constant", "drift")
-        return {name: value for name, value in asdict(self).items() if value or name not in shifts}
+        """Settings by name, without shifts of the whole image and sampling of k-space where there are none."""
+        unless_set = ("eddy_constant", "drift", "k_space", "complex")
+        return {name: value for name, value in asdict(self).items() if value or name not in unless_set}
 
     def check(self) -> None:
         """Raise a SettingsError for values out of range."""
