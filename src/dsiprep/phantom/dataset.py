@@ -100,7 +100,7 @@ def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, r
 def _write_scans(
     bids: Path, truth: Path, head: Head, session: Session, settings: PhantomSettings, rng: np.random.Generator
 ) -> None:
-    grid, count = session.grid, len(session.bvals)
+    grid = session.grid
     tissue = make_tissue(head, head.box(np.asarray(FIELD_OF_VIEW) + 36, settings.resolution / 2))
     ideal_b0 = session.ideal(tissue, 0.0, np.zeros(3))
     brain = _brain_in_scanner(head, session)

@@ -38,13 +38,19 @@ def draw_phase(fine: Grid, diffusion_weighted: bool, static: np.ndarray, rng: np
 
 
 def sample(
-    fine: np.ndarray, phase: np.ndarray, axis: int, fraction: float, sigma: float, rng: np.random.Generator
+    fine: np.ndarray,
+    phase: np.ndarray,
+    axis: int,
+    fraction: float,
+    sigma: float,
+    rng: np.random.Generator,
+    refinement: int = REFINEMENT,
 ) -> np.ndarray:
     """Complex image (i, j, k) from the k-space of a fine image.
 
     Parameters
     ----------
-    fine, phase : ndarray, (i * REFINEMENT, j * REFINEMENT, k)
+    fine, phase : ndarray, (i * refinement, j * refinement, k)
         Magnitude and phase (rad) of the object.
     axis : int
         Of phase encoding, 0 or 1.
@@ -53,12 +59,14 @@ def sample(
     sigma : float
         Noise standard deviation of real and imaginary part of an image from full k-space.
     rng : Generator
+    refinement : int
+        Fine voxels per voxel along each axis of the plane.
     """
-    spectrum = np.fft.fft2(fine * np.exp(1j * phase), axes=(0, 1)) / REFINEMENT**2
-    shape = fine.shape[0] // REFINEMENT, fine.shape[1] // REFINEMENT, fine.shape[2]
+    spectrum = np.fft.fft2(fine * np.exp(1j * phase), axes=(0, 1)) / refinement**2
+    shape = fine.shape[0] // refinement, fine.shape[1] // refinement, fine.shape[2]
     rows, columns = (np.rint(np.fft.fftfreq(n) * n).astype(int) for n in shape[:2])
     spectrum = spectrum[np.ix_(rows, columns, np.arange(shape[2]))]
-    between = 1j * np.pi * (REFINEMENT - 1)  # the centre of a voxel lies between those of fine ones
+    between = 1j * np.pi * (refinement - 1)  # the centre of a voxel lies between those of fine ones
     spectrum *= np.exp(between * (rows[:, None] / fine.shape[0] + columns[None] / fine.shape[1]))[..., None]
     if sigma:
         scale = sigma * np.sqrt(shape[0] * shape[1])
