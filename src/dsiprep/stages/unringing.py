@@ -34,7 +34,12 @@ METHODS = {
     "none": "Gibbs ringing was not removed.",
 }
 
-SAMPLED_VOLUMES = 8  # from which the sampling of k-space is determined
+NAMES = {
+    "none": "Gibbs ringing is not removed",
+    "mrdegibbs": "Gibbs ringing is removed by local subvoxel shifts",
+    "rpg": "Gibbs ringing is removed by restoring the missing half of k-space and by local subvoxel shifts",
+}
+SAMPLED_VOLUMES = 8  # at most, from which the sampling of k-space is determined
 INTERPOLATED = 12.0  # dB within a tenth of a cycle per voxel
 LEAST_LINES = 24  # along each axis of the plane, to determine it
 
@@ -101,12 +106,13 @@ def unring_b0(acquired: Acquired, settings: UnringingSettings) -> DWI:
 
 
 def _choices(acquired: Acquired, settings: UnringingSettings) -> list[_Choice]:
-    """The choice for each run, from some of its volumes as measured."""
+    """The choice for each run, from its volumes with the lowest b-values: the noise of others hides where it ends."""
     choices = []
     for run, k_space in enumerate(acquired.k_space):
         volumes = np.flatnonzero(acquired.dwi.run == run)
-        sample = volumes[np.linspace(0, len(volumes) - 1, min(len(volumes), SAMPLED_VOLUMES)).round().astype(int)]
-        choices.append(_choose(acquired.dwi.data[torch.as_tensor(sample)], k_space, settings))
+        lowest = volumes[np.argsort(acquired.dwi.bvals[volumes], kind="stable")]
+        b0 = lowest[: max(1, min(SAMPLED_VOLUMES, int(acquired.dwi.is_b0[volumes].sum())))]
+        choices.append(_choose(acquired.dwi.data[torch.as_tensor(b0)], k_space, settings))
     return choices
 
 
@@ -156,9 +162,8 @@ def _choose(volumes: torch.Tensor, k_space: KSpace | None, settings: UnringingSe
     band = half_sampled_band(profiles[k_space.pe_axis], profiles[other], k_space.partial_fourier)
     if band is None:
         missing = "the missing part of k-space was not left at zero"
-        return _Choice("mrdegibbs", f"{reason}, but the power spectrum shows no step there: {missing}")
-    edge = f"half measured from {band.edge:.2f} cycles per voxel on, a step of {band.step:.1f} dB"
-    return _Choice("rpg", f"{reason}, {edge}", band)
+        return _Choice("mrdegibbs", f"{reason}, but the power spectrum has no step: {missing}")
+    return _Choice("rpg", reason, band)
 
 
 def _unring_volume(
@@ -175,14 +180,14 @@ def _unring_volume(
 
 
 def _describe(choices: Sequence[_Choice]) -> str:
-    """One sentence for each distinct choice, with its runs if there are several."""
-    distinct: dict[tuple[str, str], list[str]] = {}
-    for number, choice in enumerate(choices, 1):
-        distinct.setdefault((choice.method, choice.reason), []).append(str(number))
-    names = {"none": "Gibbs ringing is not removed", "mrdegibbs": "Gibbs ringing is removed by local subvoxel shifts"}
-    names["rpg"] = names["mrdegibbs"] + " after the half-measured band of k-space is restored"
+    """One sentence for each distinct choice, with its images if there are several."""
+    distinct: dict[tuple[str, str], list[int]] = {}
+    for number, choice in enumerate(choices):
+        distinct.setdefault((choice.method, choice.reason), []).append(number)
     parts = []
-    for (method, reason), runs in distinct.items():
-        which = f" ({'image' if len(runs) == 1 else 'images'} {', '.join(runs)})" if len(distinct) > 1 else ""
-        parts.append(f"{names[method]}{which}: {reason}.")
+    for (method, reason), members in distinct.items():
+        which = f" (series {', '.join(str(member + 1) for member in members)})" if len(distinct) > 1 else ""
+        bands = [f"{band.edge:.2f} ({band.step:.1f} dB)" for member in members if (band := choices[member].band)]
+        edge = f", where half of k-space is missing beyond {' and '.join(bands)} cycles per voxel" if bands else ""
+        parts.append(f"{NAMES[method]}{which}: {reason}{edge}.")
     return " ".join(parts)

@@ -33,9 +33,7 @@ def without_background_phase(magnitude: torch.Tensor, phase: torch.Tensor, slice
     """
     planes = torch.polar(magnitude.float(), phase.float()).movedim(slice_axis, 0)
     flat = planes * _ramp(planes).conj()
-    smooth, own = _blurred(flat, 1)
-    smooth, centre = _blurred(smooth, 2)
-    smooth = smooth - own * centre * flat
+    smooth = _blurred(_blurred(flat, 1), 2) - flat
     length = smooth.abs()
     turned = torch.where(length > 0, smooth.conj() / length.clamp(min=torch.finfo(torch.float32).tiny), 1)
     return (flat * turned).movedim(0, slice_axis)
@@ -53,13 +51,9 @@ def _ramp(planes: torch.Tensor) -> torch.Tensor:
     return torch.polar(torch.ones_like(total), total)
 
 
-def _blurred(planes: torch.Tensor, axis: int) -> tuple[torch.Tensor, float]:
-    """Planes (m, i, j) under a periodic Gaussian along an axis, and the weight of a voxel's own value."""
-    size = planes.shape[axis]
-    distance = np.minimum(np.arange(size), size - np.arange(size))
-    kernel = np.exp(-0.5 * (distance / BLUR) ** 2)
-    kernel /= kernel.sum()
-    matrix = kernel[(np.arange(size)[:, None] - np.arange(size)[None]) % size]
+def _blurred(planes: torch.Tensor, axis: int) -> torch.Tensor:
+    """Planes (m, i, j) under a Gaussian along an axis that gives a voxel's own value a weight of 1."""
+    place = np.arange(planes.shape[axis])
+    matrix = np.exp(-0.5 * ((place[:, None] - place[None]) / BLUR) ** 2)
     weights = torch.as_tensor(matrix, device=planes.device).to(planes.dtype)
-    blurred = torch.matmul(weights, planes) if axis == 1 else torch.matmul(planes, weights.T)
-    return blurred, float(kernel[0])
+    return torch.matmul(weights, planes) if axis == 1 else torch.matmul(planes, weights)

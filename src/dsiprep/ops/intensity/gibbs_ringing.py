@@ -23,8 +23,8 @@ __all__ = ["unring"]
 STEPS = 20  # shifts per half voxel
 OVERSAMPLING = 4  # samples per voxel of the finely sampled lines
 TAPS = 4  # of the interpolator between them
-NEAREST, FARTHEST = 1, 3  # neighbours whose differences are compared
-MARGIN = FARTHEST + 1  # voxels by which periodic lines are continued at both ends
+COMPARED = 3  # differences between neighbours, from the nearest neighbour on
+MARGIN = COMPARED + 2  # voxels by which periodic lines are continued at both ends
 
 
 def unring(planes: torch.Tensor) -> torch.Tensor:
@@ -82,17 +82,19 @@ def _refinement(size: int) -> np.ndarray:
 def _interpolator() -> np.ndarray:
     """Weights (2 * STEPS + 1, 1 + TAPS) of all shifts: the first sample, relative to a voxel's own, then its weights.
 
-    Weights are least squares for all frequencies of the band, which fills 1/OVERSAMPLING of the fine lines' spectrum.
+    Weights are least squares over the band, which fills 1/OVERSAMPLING of the fine lines' spectrum, with errors divided
+    by frequency, as the amplitude of edges is; constants are exact.
     """
     table = np.empty((2 * STEPS + 1, 1 + TAPS), np.float32)
     frequency = np.linspace(0, np.pi / OVERSAMPLING, 65)
+    weight = np.tile(1 / np.maximum(frequency, 1e-4), 2)
     for row, step in enumerate(range(-STEPS, STEPS + 1)):
         position = step / (2 * STEPS) * OVERSAMPLING
         first = int(np.floor(position)) - TAPS // 2 + 1
         distance = np.arange(first, first + TAPS) - position
         waves = np.concatenate([np.cos(frequency[:, None] * distance), np.sin(frequency[:, None] * distance)])
         wanted = np.r_[np.ones(65), np.zeros(65)]
-        table[row] = [first, *np.linalg.lstsq(waves, wanted, rcond=None)[0]]
+        table[row] = [first, *np.linalg.lstsq(waves * weight[:, None], wanted * weight, rcond=None)[0]]
     return table
 
 
@@ -104,13 +106,13 @@ def _least_variation(fine: np.ndarray, table: np.ndarray, out: np.ndarray) -> No
         padded = np.empty(((size + 2 * MARGIN) * OVERSAMPLING, lanes), np.float32)
         for row in range(padded.shape[0]):
             padded[row] = fine[m, (row - MARGIN * OVERSAMPLING) % (size * OVERSAMPLING)]
-        shifted = np.empty((size + FARTHEST, lanes), np.float32)
+        shifted = np.empty((size + COMPARED, lanes), np.float32)
         least = np.full((size, lanes), np.float32(3e38))
         chosen = np.zeros((size, lanes), np.int32)
         for step in range(table.shape[0]):
             start = int(table[step, 0]) + MARGIN * OVERSAMPLING
             a, b, c, d = table[step, 1], table[step, 2], table[step, 3], table[step, 4]
-            for x in range(size + FARTHEST):
+            for x in range(size + COMPARED):
                 r = start + OVERSAMPLING * x
                 for y in range(lanes):
                     shifted[x, y] = (
@@ -127,7 +129,7 @@ def _least_variation(fine: np.ndarray, table: np.ndarray, out: np.ndarray) -> No
                     least[x, y] = variation if better else least[x, y]
                     chosen[x, y] = step if better else chosen[x, y]
         for x in range(size):
-            left, right = (x - NEAREST - FARTHEST) % size, (x + NEAREST) % size
+            left, right = (x - COMPARED - 1) % size, (x + 1) % size
             for y in range(lanes):
                 step = chosen[left, y] if least[left, y] < least[right, y] else chosen[right, y]
                 r = int(table[step, 0]) + OVERSAMPLING * (x + MARGIN)
@@ -142,17 +144,17 @@ def _least_variation(fine: np.ndarray, table: np.ndarray, out: np.ndarray) -> No
 def _least_variation_torch(fine: torch.Tensor, table: np.ndarray) -> torch.Tensor:
     """Unringed lines (m, x, y) from finely sampled ones (m, OVERSAMPLING * x, y); as `_least_variation`."""
     least = torch.full_like(fine[:, ::OVERSAMPLING], torch.inf)
-    best = [torch.zeros_like(least), torch.zeros_like(least)]  # for the voxel to the left, and to the right
+    from_left, from_right = torch.zeros_like(least), torch.zeros_like(least)  # values of the voxels beyond the window
     for step, (first, *weights) in enumerate(table.tolist()):
         rows = [torch.roll(fine, -int(first) - t, 1)[:, ::OVERSAMPLING] for t in range(TAPS)]
-        shifted = sum(w * row for w, row in zip(weights, rows, strict=True))
+        shifted = sum((w * row for w, row in zip(weights, rows, strict=True)), torch.zeros_like(least))
         change = (shifted.roll(-1, 1) - shifted).abs()
         variation = change + change.roll(-1, 1) + change.roll(-2, 1)
         share, towards = abs(step - STEPS) / (2 * STEPS), 1 if step > STEPS else -1
         value = (1 - share) * shifted + share * shifted.roll(towards, 1)
         better = variation < least
         least = torch.where(better, variation, least)
-        for side, distance in enumerate((-NEAREST - FARTHEST, NEAREST)):
-            best[side] = torch.where(better, value.roll(distance, 1), best[side])
-    from_left = least.roll(NEAREST + FARTHEST, 1) < least.roll(-NEAREST, 1)
-    return torch.where(from_left, best[0].roll(NEAREST + FARTHEST, 1), best[1].roll(-NEAREST, 1))
+        from_left = torch.where(better, value.roll(-COMPARED - 1, 1), from_left)
+        from_right = torch.where(better, value.roll(1, 1), from_right)
+    left_is_less = least.roll(COMPARED + 1, 1) < least.roll(-1, 1)
+    return torch.where(left_is_less, from_left.roll(COMPARED + 1, 1), from_right.roll(-1, 1))

@@ -14,7 +14,7 @@ SPAN = 0.1  # cycles per voxel over which a fall is measured
 SMOOTH = 3  # lines
 FIRST = 0.08  # cycles per voxel; below, the power is that of the shape of the head
 TREND = 2  # degree of the polynomial by which the two axes of an evenly sampled plane differ
-LEAST_STEP = 3.5  # dB; half the amplitude is 6.02 dB
+LEAST_STEP = 3.0  # dB; half the amplitude is 6.02 dB
 OFF_CENTRE, WIDEST = 0.06, 0.08  # cycles per voxel; of the edge from where the sidecar puts it, and its half width
 
 
