@@ -1,6 +1,6 @@
 """Bias of the mean signal of magnitudes and of complex data: `python benchmarks/complex_series.py PHANTOM`.
 
-PHANTOM is a folder of `dsiprep-tools phantom PHANTOM --complex --moved 0 --max-motion 0.01 --distortion 0 --snr 20`: its
+PHANTOM is made by `dsiprep-tools phantom PHANTOM --complex --moved 0 --max-motion 0.01 --distortion 0 --snr 20`: the
 series lies where its ideal does. It is denoised as complex numbers, the real part kept, and, with `--ignore phase`, as
 magnitudes. The table has the mean over white matter (voxels with its b=0 signal, within 10 %, and their neighbours in
 the plane) and over volumes of a range of b: truth, and bias in percent of the mean at b=0; RMS error per sample in the
