@@ -12,6 +12,7 @@ import torch
 
 from dsiprep.cache import Cache, CachedResult
 from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, Unit
+from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
@@ -162,10 +163,9 @@ def _undistort(
     unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: CachedResult[Acquired]
 ) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[Distortion | None], str, str]:
     """Motion of each blip, the distortion, why it is corrected in that way, and why it is not in spite of a pair."""
+    b0s = cache.run(unringing, "unringing-b0", unringing.unring_b0, acquired, settings.unringing)
     motions = tuple(
-        cache.run(
-            motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion, settings.unringing
-        )
+        cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b0s, b, settings.motion)
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
@@ -276,19 +276,18 @@ def _unring(device: torch.device, acquired: Acquired, denoised: Denoised, settin
     )
 
 
-def _motion(
-    device: torch.device, acquired: Acquired, blip: int, settings: MotionSettings, ringing: UnringingSettings
-) -> Motion:
+def _motion(device: torch.device, acquired: Acquired, b0s: DWI, blip: int, settings: MotionSettings) -> Motion:
     """Motion is estimated on the series as acquired: denoised volumes would carry anatomy into each other.
 
     The b=0 volumes, of which the b=0 reference is made, are unringed, as their counterparts in fmap/ are.
     """
-    acquired = replace(acquired, dwi=unringing.unring_b0(acquired, ringing))
     chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
+    series = acquired.dwi.select(chosen)  # a copy
+    series.data[torch.as_tensor(series.is_b0)] = b0s.select(b0s.blip == blip).data
     moved = with_cpu_fallback(
         lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband, acquired.slice_axis),
         device,
-        (acquired.dwi.select(chosen), acquired.mask),
+        (series, acquired.mask),
     )
     return replace(moved, volumes=np.flatnonzero(chosen))
 

@@ -117,8 +117,8 @@ def test_b0_volumes_and_references() -> None:
     sampled = KSpace(2, 1, 0.75)
     whole, _ = unringed(data, sampled)
     for_motion = unring_b0(acquired(data, sampled), AUTO).data
+    assert len(for_motion) == 1
     assert torch.equal(for_motion[0], whole[0])
-    assert torch.equal(for_motion[1], data[1])
     epi = RawEpi("epi", data, grid(tuple(data.shape[1:])), PhaseEncoding(1, -1), sampled)
     (done,), text = unring_references((epi,), AUTO)
     torch.testing.assert_close(done.data, whole, atol=0.05, rtol=0)

@@ -95,14 +95,15 @@ def unring_series(acquired: Acquired, denoised: Denoised, settings: UnringingSet
         Sharing the memory of `denoised` if no run is changed.
     """
     choices = _choices(acquired, settings)
-    unringed = _unring(denoised.dwi, acquired.k_space, choices, np.ones(len(denoised.dwi), bool))
+    unringed = _unring(denoised.dwi, acquired.k_space, choices)
     description = _describe(choices) + (f" {acquired.references}" if acquired.references else "")
     return Unringed(unringed, tuple(choice.method for choice in choices), description)
 
 
 def unring_b0(acquired: Acquired, settings: UnringingSettings) -> DWI:
-    """The series as acquired, with its b=0 volumes unringed."""
-    return _unring(acquired.dwi, acquired.k_space, _choices(acquired, settings), acquired.dwi.is_b0)
+    """The b=0 volumes as acquired, but unringed."""
+    b0 = acquired.dwi.select(acquired.dwi.is_b0)
+    return _unring(b0, acquired.k_space, _choices(acquired, settings))
 
 
 def _choices(acquired: Acquired, settings: UnringingSettings) -> list[_Choice]:
@@ -116,13 +117,13 @@ def _choices(acquired: Acquired, settings: UnringingSettings) -> list[_Choice]:
     return choices
 
 
-def _unring(dwi: DWI, sampled: Sequence[KSpace | None], choices: Sequence[_Choice], volumes: np.ndarray) -> DWI:
-    """The series with these volumes (n,) bool unringed, in a copy if there are any."""
+def _unring(dwi: DWI, sampled: Sequence[KSpace | None], choices: Sequence[_Choice]) -> DWI:
+    """The series unringed, in a copy unless no run is to be changed."""
     data = dwi.data
     for run, (k_space, choice) in enumerate(zip(sampled, choices, strict=True)):
         if choice.method != "none" and k_space is not None:
             data = data.clone() if data is dwi.data else data
-            for v in np.flatnonzero((dwi.run == run) & volumes):
+            for v in np.flatnonzero(dwi.run == run):
                 data[int(v)] = _unring_volume(dwi.data[int(v)], k_space, choice.band, dwi.signed)
     return dwi.with_data(data)
 
