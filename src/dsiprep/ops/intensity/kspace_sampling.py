@@ -10,6 +10,7 @@ import torch
 __all__ = ["HalfSampled", "half_sampled_band", "power_profile", "steepest_fall"]
 
 OTHER_AXIS = (0.15, 0.3)  # cycles per voxel along the other axis of the plane: inside any matrix, away from the centre
+LAST = 0.47  # cycles per voxel; beyond, filters and the highest frequency itself
 SPAN = 0.1  # cycles per voxel over which a fall is measured
 SMOOTH = 3  # lines
 FIRST = 0.08  # cycles per voxel; below, the power is that of the shape of the head
@@ -93,7 +94,7 @@ def half_sampled_band(profile: np.ndarray, readout: np.ndarray, fraction: float)
         None if the power does not fall at the edge: the missing half was not left at zero but reconstructed.
     """
     frequency = np.linspace(0, 0.5, len(profile))
-    used = frequency >= FIRST
+    used = (frequency >= FIRST) & (frequency <= LAST)
     x = frequency[used]
     y = profile[used] - np.interp(x, np.linspace(0, 0.5, len(readout)), readout)
     trend = np.polynomial.polynomial.polyvander(4 * x - 1, TREND)
