@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import deepbet
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from dsiprep.data.acquisition import PhaseEncoding
-from dsiprep.data.grid import Volume
+from dsiprep.data.acquisition import KSpace, PhaseEncoding
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.raw import RawEpi
 from dsiprep.data.results import Blip, UnitResults
 from dsiprep.io.bids import find_units
 from dsiprep.io.templates import load_template
@@ -20,11 +23,22 @@ from dsiprep.ops.image.filters import resample_to_spacing
 from dsiprep.ops.registration.diffeomorphic import register_diffeomorphic
 from dsiprep.phantom import PhantomSettings, make_phantom
 from dsiprep.pipeline import preprocess
-from dsiprep.settings import AnatomySettings, DistortionSettings, MotionSettings, ResampleSettings, Settings
+from dsiprep.settings import (
+    AnatomySettings,
+    DenoiseSettings,
+    DistortionSettings,
+    MotionSettings,
+    ResampleSettings,
+    Settings,
+    UnringingSettings,
+)
+from dsiprep.stages.denoise import denoise_complex
 from dsiprep.stages.distortion import correct_distortion
+from dsiprep.stages.unringing import unring_references
 from helpers import epi_pair as simulation
 from helpers import tissue_head as tissues
 from helpers.pretend_gpu import GPU, pretend_gpu
+from helpers.ringing_slices import ellipses, scanned
 
 CPU = torch.device("cpu")
 
@@ -72,6 +86,37 @@ def test_pepolar_field_matches_the_cpu() -> None:
     on_cpu, on_gpu = run_on_both(work)
     assert float(on_cpu.abs().max()) > 2
     assert float((on_cpu - on_gpu).norm(dim=0).max()) < 0.001
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.75])
+def test_unringing_matches_the_cpu(fraction: float) -> None:
+    image = torch.from_numpy(np.abs(scanned(ellipses(count=4), fraction)).astype(np.float32))
+    epi = RawEpi("epi", image[None], Grid(tuple(image.shape), np.eye(4)), PhaseEncoding(1, 1), KSpace(2, 1, fraction))
+
+    def work(device: torch.device) -> torch.Tensor:
+        (done,), text = unring_references((replace(epi, data=epi.data.to(device)),), UnringingSettings())
+        assert "Gibbs ringing is removed" in text
+        return done.data.cpu()
+
+    on_cpu, on_gpu = run_on_both(work)
+    differing = (on_cpu - on_gpu).abs() > 0.05  # of 250; two shifts that are equally good up to rounding
+    assert float(differing.float().mean()) < 2e-3
+
+
+def test_complex_denoising_matches_the_cpu() -> None:
+    rng = np.random.default_rng(0)
+    image = 50 + rng.normal(size=(20, 12, 12, 8)) + 1j * rng.normal(size=(20, 12, 12, 8))
+    magnitude, phase = (torch.from_numpy(f(image).astype(np.float32)) for f in (np.abs, np.angle))
+    grid, none = Grid((12, 12, 8), np.eye(4)), np.zeros(20, int)
+    dwi = DWI(magnitude, grid, np.full(20, 1000.0), np.tile([1.0, 0, 0], (20, 1)), none, none)
+    mask = Volume(torch.ones(grid.shape), grid)
+
+    def work(device: torch.device) -> torch.Tensor:
+        found = denoise_complex(dwi.to(device), phase, mask.to(device), DenoiseSettings(), [2])
+        return found.dwi.data.cpu()
+
+    on_cpu, on_gpu = run_on_both(work)
+    torch.testing.assert_close(on_gpu, on_cpu, atol=0.01, rtol=0)
 
 
 def test_fieldmapless_field_matches_the_cpu() -> None:

@@ -17,7 +17,7 @@ from dsiprep.plan import doubt_axis, plan_stages, warnings_for
 from dsiprep.report.overview import summary
 from dsiprep.report.page_parts import FigureWriter
 from dsiprep.report.sections import distortion
-from dsiprep.settings import DistortionSettings, Settings
+from dsiprep.settings import DistortionSettings, Settings, UnringingSettings
 from dsiprep.stages.axis_check import check_axis
 from helpers.bids_dataset import SETTINGS, Dataset
 from helpers.epi_pair import Case, make_grid, rigid
@@ -134,3 +134,21 @@ def test_axis_of_orthogonal_encodings_is_not_doubted() -> None:
     assert check.axes == (1,)
     assert doubt_axis(check) == ""
     assert doubt_axis(AxisCheck((1, 0, 2), (100.0, 76.0, 90.0))) == ""
+
+
+def test_ringing_and_phase_are_planned(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset.dwi("sub-01_part-mag", {**AP, "PartialFourier": 0.75})
+    unit = dataset.unit()
+    stages = plan_stages(unit, None, SETTINGS, unit)
+    assert stages["denoise"] == "dwidenoise"
+    assert stages["unringing"].startswith("rpg: partial Fourier 0.75 along j, unless the images")
+    dataset.image("sub-01_part-phase_dwi", 20, AP)
+    dataset.dwi("sub-01_part-mag", AP)
+    unit = dataset.unit()
+    assert plan_stages(unit, None, SETTINGS, unit)["denoise"] == "dwidenoise, complex"
+    print_plan(plan_units([unit], SETTINGS))
+    shown = capsys.readouterr().out
+    assert "Not done: Gibbs ringing is not removed: the sidecar does not give PartialFourier; add it" in shown
+    assert "sub-01_part-phase_dwi.nii.gz" in shown
+    chosen = replace(SETTINGS, unringing=UnringingSettings("mrdegibbs"))
+    assert plan_stages(unit, None, chosen, unit)["unringing"] == "mrdegibbs: requested"

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         MotionSettings,
         ResampleSettings,
         Settings,
+        UnringingSettings,
     )
 
 # Waiting threads sleep instead of spinning: on a shared machine spinning cost three times the CPU time, and more wall
@@ -69,6 +70,7 @@ __all__ = [
     "ResampleSettings",
     "Settings",
     "SettingsError",
+    "UnringingSettings",
     "__version__",
     "add_normalization",
     "align_series",
@@ -107,6 +109,7 @@ _MODULES = {
         "MotionSettings",
         "ResampleSettings",
         "Settings",
+        "UnringingSettings",
     ),
     "dsiprep.api.add_normalization": ("add_normalization",),
     "dsiprep.api.blip_pair": ("correct_pair", "write_pair"),

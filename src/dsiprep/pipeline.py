@@ -12,6 +12,7 @@ import torch
 
 from dsiprep.cache import Cache, CachedResult
 from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, Unit
+from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
@@ -25,6 +26,7 @@ from dsiprep.data.results import (
     Preprocessed,
     Reference,
     UnitResults,
+    Unringed,
 )
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
@@ -45,6 +47,7 @@ from dsiprep.settings import (
     MotionSettings,
     ResampleSettings,
     Settings,
+    UnringingSettings,
 )
 from dsiprep.stages import (
     acquisition,
@@ -59,9 +62,10 @@ from dsiprep.stages import (
     motion,
     quality,
     resample,
+    unringing,
 )
 
-STEPS = ("acquisition", "denoise", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
+STEPS = ("acquisition", "denoise", "unringing", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
 T = TypeVar("T")
 
 
@@ -106,6 +110,7 @@ def preprocess(
         check_engines(unit, settings, on)
     acquired = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
+    unringed = cache.run(unringing, "unringing", partial(_unring, on), acquired, denoised, settings.unringing)
     motions, corrected, reason, doubt = _undistort(unit, settings, cache, on, acquired)
     modality = settings.anatomy.modality
     follows = lead is not None and lead.name != unit.name and not unit.structural(modality)
@@ -121,7 +126,7 @@ def preprocess(
     )
     aligned = (motions, corrected, coregistered, anatomical)
     preprocessed = cache.run(
-        resample, "resample", partial(_resample, on), denoised, aligned, settings.resample, settings.denoise
+        resample, "resample", partial(_resample, on), denoised, unringed, aligned, settings.resample, settings.denoise
     )
     measured = cache.run(
         quality, "quality", quality.measure_quality, unit.name, acquired, denoised, *aligned, preprocessed
@@ -131,6 +136,7 @@ def preprocess(
         settings=settings,
         acquired=acquired.value,
         denoised=denoised.value,
+        unringed=unringed.value,
         motions=tuple(kept.value for kept in motions),
         distortion=corrected.value,
         distortion_reason=reason,
@@ -149,15 +155,17 @@ def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acqui
     raw = cache.files(
         unit_reader, unit.files(), [unit.sidecar_fields(), settings.acquisition], lambda: read_unit(unit, settings)
     )
-    return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition)
+    ringing = settings.unringing if unit.epis else UnringingSettings("none")  # of the series, a later stage's affair
+    return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition, ringing)
 
 
 def _undistort(
     unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: CachedResult[Acquired]
 ) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[Distortion | None], str, str]:
     """Motion of each blip, the distortion, why it is corrected in that way, and why it is not in spite of a pair."""
+    b0s = cache.run(unringing, "unringing-b0", unringing.unring_b0, acquired, settings.unringing)
     motions = tuple(
-        cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b, settings.motion)
+        cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b0s, b, settings.motion)
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
@@ -247,18 +255,39 @@ def _without_fieldmap(
 
 
 def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings) -> Denoised:
+    phase = acquired.phase
+    if phase is not None:
+        axes = [sampled.slice_axis if sampled else 2 for sampled in acquired.k_space]
+        return with_cpu_fallback(
+            lambda dwi, mask: denoise.denoise_complex(dwi, phase, mask, settings, axes),
+            device,
+            (acquired.dwi, acquired.mask),
+        )
     return with_cpu_fallback(
         lambda dwi, mask: denoise.denoise(dwi, mask, settings), device, (acquired.dwi, acquired.mask)
     )
 
 
-def _motion(device: torch.device, acquired: Acquired, blip: int, settings: MotionSettings) -> Motion:
-    """Motion is estimated on the series as acquired: denoised volumes would carry anatomy into each other."""
+def _unring(device: torch.device, acquired: Acquired, denoised: Denoised, settings: UnringingSettings) -> Unringed:
+    return with_cpu_fallback(
+        lambda series: unringing.unring_series(acquired, replace(denoised, dwi=series), settings),
+        device,
+        (denoised.dwi,),
+    )
+
+
+def _motion(device: torch.device, acquired: Acquired, b0s: DWI, blip: int, settings: MotionSettings) -> Motion:
+    """Motion is estimated on the series as acquired: denoised volumes would carry anatomy into each other.
+
+    The b=0 volumes, of which the b=0 reference is made, are unringed, as their counterparts in fmap/ are.
+    """
     chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
+    series = acquired.dwi.select(chosen)  # a copy
+    series.data[torch.as_tensor(series.is_b0)] = b0s.select(b0s.blip == blip).data
     moved = with_cpu_fallback(
         lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband, acquired.slice_axis),
         device,
-        (acquired.dwi.select(chosen), acquired.mask),
+        (series, acquired.mask),
     )
     return replace(moved, volumes=np.flatnonzero(chosen))
 
@@ -335,6 +364,7 @@ def _coregister(
 def _resample(
     device: torch.device,
     denoised: Denoised,
+    unringed: Unringed,
     aligned: tuple[tuple[Motion, ...], Distortion | None, Coregistration, Anatomy],
     settings: ResampleSettings,
     denoising: DenoiseSettings,
@@ -343,7 +373,7 @@ def _resample(
     return with_cpu_fallback(
         lambda dwi: resample.resample(dwi, moved, *aligned[1:], settings, denoising.biascorrect),
         device,
-        (denoised.dwi,),
+        (unringed.dwi,),
     )
 
 

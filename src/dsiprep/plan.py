@@ -16,6 +16,7 @@ from dsiprep.io.templates import load_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
 from dsiprep.stages import denoise, motion
+from dsiprep.stages.unringing import plan_unringing
 
 __all__ = [
     "check_anatomy",
@@ -153,6 +154,8 @@ def not_done(unit: Unit, settings: Settings) -> list[str]:
         sentences.append("Head motion is not corrected: disabled.")
     if settings.denoise.method == "none":
         sentences.append("Noise is not removed: disabled.")
+    choices = dict.fromkeys(plan_unringing(run.k_space, settings.unringing) for run in unit.runs)
+    sentences += [f"Gibbs ringing is not removed: {reason}." for chosen, reason in choices if chosen == "none"]
     return sentences
 
 
@@ -199,6 +202,23 @@ def warnings_for(unit: Unit, settings: Settings, corrected: bool | None = None, 
         *unit.warnings,
         "Distortion is NOT corrected, although there are images that could determine it. " + "; ".join(reasons) + ".",
     )
+
+
+def _is_complex(unit: Unit) -> bool:
+    return all(run.complex_part is not None and run.use_phase for run in unit.runs)
+
+
+def _describe_denoising(unit: Unit, settings: Settings) -> str:
+    """Method, and what is done about the noise floor of magnitudes."""
+    floor = "complex" if _is_complex(unit) else f"noise floor {denoise.floor_method(settings.denoise)}"
+    return f"{settings.denoise.method}, {floor}"
+
+
+def _describe_unringing(unit: Unit, settings: Settings) -> str:
+    """Method and reason of each run, as far as the sidecars tell."""
+    choices = dict.fromkeys(plan_unringing(run.k_space, settings.unringing) for run in unit.runs)
+    unless = ", unless the images turn out to be interpolated" if settings.unringing.method == "auto" else ""
+    return "; ".join(f"{method}: {reason}" + (unless if method != "none" else "") for method, reason in choices)
 
 
 def expected_cost(units: Sequence[Unit]) -> tuple[float, int]:
@@ -251,8 +271,8 @@ def plan_stages(
     engines = engines_for(unit, settings)
     return {
         **({"engines": ", ".join(engines) + ": checked before processing starts"} if engines else {}),
-        "denoise": f"{settings.denoise.method}, noise floor {denoise.floor_method(settings.denoise)}, "
-        f"unringing {settings.denoise.unringing}",
+        "denoise": _describe_denoising(unit, settings),
+        "unringing": _describe_unringing(unit, settings),
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": f"{method}: {reason[0].lower()}{reason[1:].rstrip('.')}",
         "anatomy": (

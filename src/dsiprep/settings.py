@@ -100,7 +100,7 @@ class AcquisitionSettings(Checked):
 
 @dataclass(frozen=True)
 class DenoiseSettings(Checked):
-    """Noise, Gibbs ringing and receive bias field."""
+    """Noise and receive bias field."""
 
     method: str = option(
         "dwidenoise",
@@ -125,7 +125,6 @@ class DenoiseSettings(Checked):
         metavar="VOXELS",
         least=0,
     )
-    unringing: str = option("none", "Gibbs-ringing removal", "--unringing-method", choices=("none",))
     biascorrect: str = option(
         "n4",
         "N4 bias correction of the DWI, estimated on the b=0 reference",
@@ -149,6 +148,20 @@ class DenoiseSettings(Checked):
                 f"--noise-floor vst is part of denoising by dwidenoise or dwidenoise2; with --denoise-method "
                 f"{self.method} use --noise-floor koay or none"
             )
+
+
+@dataclass(frozen=True)
+class UnringingSettings(Checked):
+    """Gibbs ringing."""
+
+    method: str = option(
+        "auto",
+        "removal of Gibbs ringing: mrdegibbs (local subvoxel shifts, named after MRtrix3's program), rpg (the same "
+        "for partial Fourier acquisitions) or none; auto takes the one that fits PartialFourier, and none where it is "
+        "unknown or k-space shows that the images were interpolated",
+        "--unringing-method",
+        choices=("auto", "mrdegibbs", "rpg", "none"),
+    )
 
 
 @dataclass(frozen=True)
@@ -341,6 +354,7 @@ class Settings:
 
     acquisition: AcquisitionSettings = AcquisitionSettings()
     denoise: DenoiseSettings = DenoiseSettings()
+    unringing: UnringingSettings = UnringingSettings()
     motion: MotionSettings = MotionSettings()
     distortion: DistortionSettings = DistortionSettings()
     anatomy: AnatomySettings = AnatomySettings()

@@ -19,8 +19,8 @@ from dsiprep.pipeline import preprocess
 from dsiprep.settings import ResampleSettings, Settings
 from helpers.bids_dataset import LAS, Dataset
 
-AP: dict[str, Any] = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
-PA: dict[str, Any] = {"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}
+AP: dict[str, Any] = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05, "PartialFourier": 1}
+PA: dict[str, Any] = {"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05, "PartialFourier": 1}
 CHOSEN = Settings(resample=ResampleSettings(resolution=2.0))
 
 

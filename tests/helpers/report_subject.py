@@ -22,6 +22,7 @@ from dsiprep.data.results import (
     Preprocessed,
     Quality,
     UnitResults,
+    Unringed,
 )
 from dsiprep.data.transform import Affine, Chain, DisplacementField, EddyCurrents
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
@@ -34,6 +35,7 @@ PHASE_ENCODINGS = (PhaseEncoding(1, -1, 0.05), PhaseEncoding(1, 1, 0.05))
 SECONDS = {
     "acquisition": 3.1,
     "denoise": 41.0,
+    "unringing": 4.0,
     "motion-up": 88.0,
     "motion-down": 61.0,
     "distortion": 35.5,
@@ -184,6 +186,7 @@ def make_subject(
         settings=Settings(),
         acquired=Acquired(series(noisy), blip_list, _scheme(bvals, radius), mask, np.ones(blips)),
         denoised=Denoised(series(clean), volume(sigma, grid), None, "MP-PCA denoising with windows of 5x5x5 voxels."),
+        unringed=Unringed(series(0.99 * clean), ("mrdegibbs",), "Gibbs ringing is removed by local subvoxel shifts."),
         motions=motions,
         distortion=_distortion(encodings, grid, hz, dwiref, before) if blips == 2 else None,
         distortion_reason="Blip-up/blip-down correction with phase encodings j- and j."

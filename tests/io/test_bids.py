@@ -290,13 +290,37 @@ def test_four_phase_encodings_form_one_unit_per_axis(dataset: Dataset) -> None:
     assert sorted(map(tuple, axes)) == [(0,), (1,)]
 
 
-def test_phase_images_are_not_used(dataset: Dataset) -> None:
+def test_phase_image_makes_a_series_complex(dataset: Dataset) -> None:
     dataset.dwi("sub-01_part-mag", AP)
     dataset.image("sub-01_part-phase_dwi", 20, AP)
     unit = dataset.unit()
-    assert (unit.name, len(unit.runs)) == ("sub-01", 1)
-    assert has_note(unit, "part-phase", "not used")
-    assert not has_note(dataset.unit(ignore=frozenset({"phase"})), "part-phase")
+    assert (unit.name, len(unit.runs), unit.left_out) == ("sub-01", 1, ())
+    (run,) = unit.runs
+    assert run.complex_part is not None
+    assert (run.complex_part.name, run.is_cartesian) == ("sub-01_part-phase_dwi.nii.gz", False)
+    ignoring = dataset.unit(ignore=frozenset({"phase"}))
+    assert ignoring.runs[0].complex_part is None
+    assert [image.path.name for image in ignoring.left_out] == ["sub-01_part-phase_dwi.nii.gz"]
+
+
+def test_phase_of_one_run_alone_is_not_used(dataset: Dataset) -> None:
+    dataset.dwi("sub-01_run-1_part-mag", AP)
+    dataset.image("sub-01_run-1_part-phase_dwi", 20, AP)
+    dataset.dwi("sub-01_run-2_part-mag", AP)
+    assert has_note(dataset.unit(), "Phase is not used", "sub-01_run-2_part-mag_dwi.nii.gz has none")
+
+
+def test_real_and_imaginary_part_are_one_series(dataset: Dataset) -> None:
+    dataset.dwi("sub-01_part-real", AP)
+    dataset.image("sub-01_part-imag_dwi", 20, AP)
+    unit = dataset.unit()
+    (run,) = unit.runs
+    assert (unit.name, run.image.name, run.is_cartesian) == ("sub-01", "sub-01_part-real_dwi.nii.gz", True)
+    assert run.use_phase
+    assert not dataset.unit(ignore=frozenset({"phase"})).runs[0].use_phase
+    (dataset.root / "sub-01/dwi/sub-01_part-imag_dwi.nii.gz").unlink()
+    with pytest.raises(InputError, match="no diffusion-weighted series"):
+        dataset.units()
 
 
 def test_series_on_different_grids_are_separate_units(dataset: Dataset) -> None:

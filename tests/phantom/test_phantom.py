@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
+import torch
 from scipy import stats
 from scipy.ndimage import distance_transform_edt, map_coordinates
 from scipy.spatial.transform import Rotation
@@ -20,13 +21,16 @@ from scipy.spatial.transform import Rotation
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import GradientError, OutputError, SettingsError
+from dsiprep.io.bids import find_units, read_unit
 from dsiprep.phantom import PhantomSettings, make_phantom
+from dsiprep.phantom.k_space import sample
 from dsiprep.phantom.scanner import Source, add_noise, eddy_basis, noise_map, phase_encoding, scan, scanner_grid
 from dsiprep.phantom.schemes import SCHEMES, gradient_table, half_lattice
 from dsiprep.phantom.session import Session, from_fsl, to_fsl
 from dsiprep.phantom.signal import BUNDLE, Tissue
 from dsiprep.phantom.slice_acquisition import remaining_signal, slice_timing
 from dsiprep.score.read import Image, apply, read_image, read_truth
+from dsiprep.settings import Settings
 from helpers.grids import make_grid
 
 CENTRE = np.array([3.0, -5.0, 8.0])
@@ -454,3 +458,34 @@ def test_deepbet_finds_the_brain(tmp_path: Path) -> None:
     predicted = BrainExtraction(no_gpu=True).run(image)[1].get_fdata() > 0
     true = read_truth(tmp_path / "p/truth").image("T1w_brain_mask").data > 0
     assert 2 * (predicted & true).sum() / (predicted.sum() + true.sum()) > 0.95
+
+
+def test_k_space_holds_what_was_sampled() -> None:
+    """Full sampling leaves smooth objects as they are; partial sampling leaves one side of k-space empty."""
+    x, y = (np.linspace(-1, 1, 3 * n) for n in (20, 24))
+    smooth = np.exp(-(x[:, None] ** 2) / 0.1 - y**2 / 0.15)[..., None] * np.ones(2)
+    still, rng = np.zeros_like(smooth), np.random.default_rng(0)
+    full = sample(smooth, still, 1, 1.0, 0.0, rng)
+    np.testing.assert_allclose(full.real, smooth[1::3, 1::3], atol=2e-3)  # the middle of three fine voxels
+    assert np.abs(full.imag).max() < 1e-3
+    noisy = sample(smooth, still, 1, 6 / 8, 5.0, rng)
+    lines = np.abs(np.fft.fft(noisy, axis=1)).max((0, 2))[np.argsort(np.fft.fftfreq(24))]
+    assert np.array_equal(lines > 1e-3, np.fft.fftshift(np.fft.fftfreq(24)) >= -0.25)
+    noise = sample(0 * smooth, still, 0, 1.0, 5.0, rng)
+    assert abs(noise.std() / (5 * 2**0.5) - 1) < 0.1
+
+
+def test_complex_phantom_is_a_bids_dataset(tmp_path: Path) -> None:
+    settings = replace(
+        TINY, scheme="hasc55", resolution=8.0, t1w_resolution=4.0, ideal=False, k_space="6/8", complex=True
+    )
+    out = make_phantom(tmp_path, settings)
+    (unit,) = find_units(out / "bids", Settings())
+    (run,) = unit.runs
+    assert (run.k_space.partial_fourier, run.k_space.pe_axis) == (0.75, 1)
+    assert run.complex_part is not None
+    (raw,) = read_unit(unit, Settings()).runs
+    assert raw.phase is not None
+    spectrum = torch.fft.fft(torch.polar(raw.data, raw.phase), dim=2).abs().mean((0, 1, 3))
+    frequency = np.fft.fftfreq(len(spectrum))
+    assert float(spectrum[frequency < -0.27].max()) < 0.1 * float(spectrum[frequency > 0.27].min())

@@ -113,3 +113,14 @@ def test_boilerplate_files_are_consistent(subject: UnitResults, tmp_path: Path) 
     fragment = methods_html(subject)
     assert {f'id="ref-{key}"' for key in keys} <= set(re.findall(r'id="ref-[^"]+"', fragment))
     assert "[@" not in (tmp_path / "logs" / "CITATION.html").read_text(encoding="utf-8")
+
+
+def test_ringing_and_complex_data_are_described(subject: UnitResults) -> None:
+    assert "@kellner2016" in methods_text(subject)
+    assert "complex" not in methods_text(subject)
+    dwi = replace(subject.denoised.dwi, signed=True)
+    unringed = replace(subject.unringed, methods=("rpg", "rpg"))
+    text = methods_text(replace(subject, denoised=replace(subject.denoised, dwi=dwi), unringed=unringed))
+    assert "@lee2021" in text
+    assert text.count("homodyne") == 1
+    assert "the real part was kept" in text

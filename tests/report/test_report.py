@@ -14,7 +14,7 @@ from PIL import Image
 
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
-from dsiprep.data.results import UnitResults
+from dsiprep.data.results import UnitResults, Unringed
 from dsiprep.report import html, plots, sections
 from dsiprep.report.html import render_report
 from dsiprep.report.wording import duration, encoding
@@ -177,11 +177,15 @@ def test_report_without_structural_image_and_with_single_phase_encoding(tmp_path
     quality = replace(subject.quality, cnr=None, tsnr=None, confounds={})
     denoised = replace(subject.denoised, dwi=subject.acquired.dwi, noise=None, method="The data were not denoised.")
     not_needed = replace(subject.coregistration, metric="none", score_before=np.nan, score_after=np.nan)
-    subject = replace(subject, anatomy=no_anatomy, coregistration=not_needed, quality=quality, denoised=denoised)
+    unringed = Unringed(subject.denoised.dwi, ("none",), "Gibbs ringing is not removed: disabled.")
+    subject = replace(subject, anatomy=no_anatomy, coregistration=not_needed, quality=quality)
+    subject = replace(subject, denoised=denoised, unringed=unringed)
     text = render_report([subject], tmp_path, "1").read_text(encoding="utf-8")
     assert "could not be rendered" not in text
     assert "was itself rotated to ACPC space" in text
     assert "The data were not denoised." in text
+    assert "Gibbs ringing is not removed: disabled." in text
+    assert "Signal removed by unringing" not in text
     between_series = replace(
         not_needed, metric="cc", score_before=0.41, score_after=0.93, target_unit="sub-01_acq-first"
     )

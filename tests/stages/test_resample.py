@@ -83,16 +83,18 @@ def test_loop_and_tensor_implementations_agree() -> None:
     sampled = sample_displacement(phase_encoding_field(source, 1, 3.0), target, np.eye(4))
     eddy = EddyCurrents(np.random.default_rng(1).normal(0, 2, (1, 10)), source.directions, source.centre, 1)
     loop = warp_volume(volume, source, target, TILT, sampled, TILT[:3, :3], eddy)
+    signed = warp_volume(volume, source, target, TILT, sampled, TILT[:3, :3], eddy, signed=True)
     coefficients = spline_coefficients(volume[None])
     direction = np.linalg.solve(TILT[:3, :3], sampled.direction)
     torch.testing.assert_close(
         _warp_tensors(coefficients, source, target, TILT, sampled, direction, eddy_on_grid(eddy, source)),
-        loop,
+        signed,
         rtol=1e-4,
         atol=0.03,
     )
     torch.testing.assert_close(_spline_coefficients_tensors(volume[None]), coefficients, rtol=1e-4, atol=1e-2)
-    assert float(loop.min()) == 0  # negative overshoot is clipped
+    assert float(signed.min()) < -10  # overshoot, which is clipped unless intensities may be negative
+    assert torch.equal(loop, signed.clamp(min=0))
 
 
 def test_jacobian_matches_finite_differences(orientation: str) -> None:

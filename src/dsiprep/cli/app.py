@@ -37,6 +37,7 @@ log = logging.getLogger("dsiprep")
 SETTINGS_GROUPS = {
     "acquisition": settings.AcquisitionSettings,
     "denoise": settings.DenoiseSettings,
+    "unringing": settings.UnringingSettings,
     "motion": settings.MotionSettings,
     "distortion": settings.DistortionSettings,
     "anatomy": settings.AnatomySettings,

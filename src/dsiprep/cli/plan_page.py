@@ -108,6 +108,7 @@ def _unit_as_json(plan: PlannedUnit, root: Path) -> dict[str, Any]:
                 "image": _relative(run.image, root),
                 "bval": _relative(run.bval, root),
                 "bvec": _relative(run.bvec, root),
+                "complex_part": _relative(run.complex_part, root) if run.complex_part else None,
                 **_encoding_as_json(run.pe),
             }
             for run in unit.runs

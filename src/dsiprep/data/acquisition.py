@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -74,8 +76,40 @@ class AxisCheck:
 
 
 @dataclass(frozen=True)
+class KSpace:
+    """How the k-space of a series was sampled, along the voxel axes of its file.
+
+    Attributes
+    ----------
+    slice_axis : int
+        Across slices; k-space has the other two.
+    pe_axis : int or None
+        Of phase encoding; None where unknown.
+    partial_fourier : float or None
+        Fraction sampled along `pe_axis`; 1 if all of it was, None where unknown.
+    """
+
+    slice_axis: int
+    pe_axis: int | None
+    partial_fourier: float | None
+
+
+@dataclass(frozen=True)
 class Run:
-    """Files of one DWI run. `entities` are the BIDS entities by their short names, in file-name order."""
+    """Files of one DWI run.
+
+    Attributes
+    ----------
+    image, bval, bvec : Path
+    pe : PhaseEncoding or None
+    entities : dict
+        BIDS entities by their short names, in file-name order.
+    metadata : dict
+    complex_part : Path or None
+        The image that makes the series complex: the phase of a magnitude, or the imaginary part of a real part.
+    use_phase : bool
+        Whether the phase of a complex series is used.
+    """
 
     image: Path
     bval: Path
@@ -83,6 +117,8 @@ class Run:
     pe: PhaseEncoding | None
     entities: dict[str, str] = field(default_factory=dict)
     metadata: dict[str, object] = field(default_factory=dict)
+    complex_part: Path | None = None
+    use_phase: bool = True
 
     @property
     def axis(self) -> int | None:
@@ -91,6 +127,28 @@ class Run:
         if self.pe is None:
             return AXES.index(axis) if isinstance(axis, str) and axis in tuple(AXES) else None
         return self.pe.axis
+
+    @property
+    def is_cartesian(self) -> bool:
+        """Whether `image` is the real part of a complex series, not its magnitude."""
+        return self.complex_part is not None and "_part-imag" in self.complex_part.name
+
+    @property
+    def k_space(self) -> KSpace:
+        """Sampling of k-space."""
+        return k_space(self.metadata, self.axis)
+
+
+def k_space(metadata: Mapping[str, object], pe_axis: int | None) -> KSpace:
+    """Sampling of k-space from sidecar fields; slices lie along k unless SliceEncodingDirection is another axis."""
+    direction, fraction = metadata.get("SliceEncodingDirection"), metadata.get("PartialFourier")
+    slice_axis = AXES.index(direction[0]) if isinstance(direction, str) and direction[:1] in tuple(AXES) else 2
+    if str(metadata.get("PartialFourierDirection", "phase")).lower() != "phase":
+        fraction = None
+    elif fraction is None and str(metadata.get("PartialFourierEnabled")).lower() == "no":
+        fraction = 1.0
+    known = isinstance(fraction, int | float) and 0.5 < fraction <= 1
+    return KSpace(slice_axis, pe_axis, float(cast(float, fraction)) if known else None)
 
 
 @dataclass(frozen=True)
@@ -103,6 +161,7 @@ class EpiReference:
     image: Path
     pe: PhaseEncoding
     bval: Path | None = None
+    metadata: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -187,7 +246,7 @@ class Unit(Summarised):
 
     def files(self) -> tuple[Path, ...]:
         """Files of the DWI runs and EPI references."""
-        series = [path for run in self.runs for path in (run.image, run.bval, run.bvec)]
+        series = [path for run in self.runs for path in (run.image, run.complex_part, run.bval, run.bvec) if path]
         references = [path for epi in self.epis for path in (epi.image, epi.bval) if path is not None]
         return (*series, *references)
 
@@ -203,7 +262,8 @@ class Unit(Summarised):
 
     def sidecar_fields(self) -> list[object]:
         """Phase encodings and acquisition metadata of `files`, from the sidecars."""
-        return [[run.pe, run.metadata] for run in self.runs] + [epi.pe for epi in self.epis]
+        series: list[object] = [[run.pe, run.metadata, run.use_phase] for run in self.runs]
+        return series + [[epi.pe, epi.metadata] for epi in self.epis]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ class DWI(Summarised):
         Index of the `Blip` of the unit for each volume (0 or 1).
     b0_threshold : float
         b-values at or below this (s/mm²) count as b=0.
+    signed : bool
+        Whether intensities are the real part of complex data, which noise makes negative, and not magnitudes.
     """
 
     data: torch.Tensor
@@ -39,6 +41,7 @@ class DWI(Summarised):
     run: np.ndarray
     blip: np.ndarray
     b0_threshold: float = 100.0
+    signed: bool = False
 
     def __len__(self) -> int:
         return len(self.bvals)
@@ -64,6 +67,7 @@ class DWI(Summarised):
             self.run[index],
             self.blip[index],
             self.b0_threshold,
+            self.signed,
         )
 
     def with_data(self, data: torch.Tensor) -> DWI:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import PhaseEncoding
+from dsiprep.data.acquisition import KSpace, PhaseEncoding
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.summary import Summarised
 
@@ -32,6 +32,10 @@ class RawRun(Summarised):
         Excitation time of each slice along `slice_axis` in s; empty where unknown.
     slice_axis : int or None
         Voxel axis across slices; None where the sidecar does not give it.
+    k_space : KSpace or None
+        None if the series is not as it was sampled.
+    phase : Tensor, (n, i, j, k), float32, or None
+        Phase in radians of complex data, of which `data` is the magnitude.
     """
 
     name: str
@@ -42,6 +46,8 @@ class RawRun(Summarised):
     pe: PhaseEncoding | None
     slice_times: tuple[float, ...] = ()
     slice_axis: int | None = None
+    k_space: KSpace | None = None
+    phase: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,6 +58,7 @@ class RawEpi(Summarised):
     data: torch.Tensor
     grid: Grid
     pe: PhaseEncoding
+    k_space: KSpace | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)

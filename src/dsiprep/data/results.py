@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit
+from dsiprep.data.acquisition import KSpace, PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.motion import Motion, eddy_currents
@@ -78,6 +78,12 @@ class Acquired(Summarised):
         Voxel axis across slices, from the sidecars; None where they do not give it or differ.
     drift : Drift or None
         Divided out of `dwi`; None if it was not estimated.
+    k_space : tuple of KSpace or None
+        Of each run; None for runs that were resampled.
+    phase : Tensor, (n, i, j, k), or None
+        Phase in radians where all runs are complex; `dwi` holds magnitudes.
+    references : str
+        What was done about Gibbs ringing in the images that serve only to estimate the distortion.
     """
 
     dwi: DWI
@@ -88,6 +94,9 @@ class Acquired(Summarised):
     multiband: tuple[tuple[int, ...], ...] = ()
     slice_axis: int | None = None
     drift: Drift | None = None
+    k_space: tuple[KSpace | None, ...] = ()
+    phase: torch.Tensor | None = None
+    references: str = ""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -115,6 +124,29 @@ class Denoised(Summarised):
     method: str
     floor: str = "none"
     coils: float | None = None
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Unringed(Summarised):
+    """The series without Gibbs ringing.
+
+    Attributes
+    ----------
+    dwi : DWI
+    methods : tuple of str
+        Of each run: "mrdegibbs", "rpg" or "none".
+    description : str
+        What was done and why, for log and report.
+    """
+
+    dwi: DWI
+    methods: tuple[str, ...]
+    description: str
+
+    @property
+    def applied(self) -> bool:
+        """Whether ringing was removed from any run."""
+        return any(method != "none" for method in self.methods)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -318,6 +350,7 @@ class UnitResults(Summarised):
     settings: Settings
     acquired: Acquired
     denoised: Denoised
+    unringed: Unringed
     motions: tuple[Motion, ...]
     distortion: Distortion | None
     distortion_reason: str
@@ -344,5 +377,6 @@ __all__ = [
     "Preprocessed",
     "Quality",
     "UnitResults",
+    "Unringed",
     "eddy_currents",
 ]

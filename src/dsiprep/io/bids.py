@@ -347,7 +347,12 @@ def _run(subject: SubjectFiles, planned: PreprocUnit, path: str) -> Run:
         for kind, file in (("bval", record.bval_file), ("bvec", record.bvec_file))
     ]
     names = {key: value for key, value in entities(path).items() if key != "suffix"}
-    return Run(image, tables[0], tables[1], subject.encodings.get(path), names, relevant_fields(record.metadata))
+    wanted, part = "phase" not in subject.options.ignore, Path(record.phase_path) if record.phase_path else None
+    if part is not None and not wanted and "_part-imag" not in part.name:
+        part = None
+    names.pop("part", None)
+    fields, pe = relevant_fields(record.metadata), subject.encodings.get(path)
+    return Run(image, tables[0], tables[1], pe, names, fields, part, wanted)
 
 
 def _with_unique_names(units: list[Unit]) -> list[Unit]:

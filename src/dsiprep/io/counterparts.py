@@ -8,7 +8,7 @@ file may run either way. `ops.pepolar.second_blip` models all of that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +43,8 @@ class EpiImage:
         ShimSetting.
     bval : Path or None
         b-values that tell which volumes are b=0; None if all are.
+    metadata : dict
+        Sidecar fields.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class EpiImage:
     session: str | None = None
     shim: tuple[float, ...] | None = None
     bval: Path | None = None
+    metadata: dict[str, object] = field(default_factory=dict)
 
     @property
     def per_hz(self) -> float:
@@ -118,7 +121,7 @@ def choose_counterpart(
             f"{left_out}: not used for the distortion, because {chosen[0].path.name} determines it better and only two "
             "phase encodings are combined."
         )
-    epis = tuple(EpiReference(image.path, image.pe, image.bval) for image in chosen)
+    epis = tuple(EpiReference(image.path, image.pe, image.bval, image.metadata) for image in chosen)
     return Choice(epis, tuple(notes), is_orthogonal=_angle(series, chosen[0]) < OPPOSITE)
 
 

@@ -19,6 +19,8 @@ DATATYPES = ("anat", "dwi", "fmap")
 IMAGE_LIKE = re.compile(r"\.(nii(\.\w+)?|img|hdr|mgz|mgh|nrrd|mnc)(\.gz)?$", re.IGNORECASE)
 FIELDMAP_SUFFIXES = ("epi", "fieldmap", "phasediff", "phase1", "phase2", "magnitude", "magnitude1", "magnitude2")
 USED_SUFFIXES = {"anat": ("T1w", "T2w"), "dwi": ("dwi", "sbref"), "fmap": (*FIELDMAP_SUFFIXES, "dwi", "sbref")}
+CARTESIAN = ("real", "imag")
+PARTS = ("mag", "phase", *CARTESIAN)
 REFERENCES = (("dwi", "sbref"), ("fmap", "dwi"), ("fmap", "sbref"))  # EPI images that can only show the distortion
 
 
@@ -29,9 +31,9 @@ class SubjectImages:
     Attributes
     ----------
     by_kind : dict
-        Sorted paths by kind ("dwi", "fmap", "t1w", "t2w", "reference"), magnitudes only.
+        Sorted paths by kind ("dwi", "fmap", "t1w", "t2w", "reference"): magnitudes, or real parts of complex series.
     phases : dict
-        Phase image by magnitude.
+        What makes an image complex: its phase image if it is a magnitude, its imaginary part if it is a real part.
     unused : dict
         Why an image is not used, by path.
     notes : dict
@@ -119,9 +121,10 @@ def _sort_folder(folder: Path, datatype: str, label: str, found: SubjectImages) 
             found.notes[path] = f"{name}: BIDS allows no dot in a label; rename the file."
         part = values.pop("part", "mag")
         members = parts.setdefault(tuple(sorted(values.items())), {})
-        if part not in ("mag", "phase"):
-            found.unused[path] = f"part-{part} of a complex image; only magnitudes are used"
-        elif part in members:
+        if part not in PARTS or (part in CARTESIAN and datatype != "dwi"):
+            found.unused[path] = f"part-{part} of a complex image; of {datatype}/ only magnitudes are used"
+            continue
+        if part in members:
             found.unused[path] = f"{Path(members[part]).name} of the same acquisition is used"
         members.setdefault(part, path)
     for members in parts.values():
@@ -149,8 +152,18 @@ def _why_unused(name: str, datatype: str, label: str, images: list[str]) -> str:
 
 
 def _add_acquisition(members: dict[str, str], datatype: str, found: SubjectImages) -> None:
-    """Add the magnitude of one acquisition; its phase image is kept beside it."""
+    """Add the magnitude of one acquisition, or its real part; the phase or imaginary part is kept beside it."""
     magnitude, phase = members.get("mag"), members.get("phase")
+    cartesian = [members[part] for part in CARTESIAN if part in members]
+    if len(cartesian) == 2 and not (magnitude and phase) and entities(cartesian[0])["suffix"] == "dwi":
+        real, imaginary = cartesian
+        found.by_kind["dwi"].append(real)
+        found.phases[real] = imaginary
+        found.unused.update({path: "the real and imaginary parts are used" for path in (magnitude, phase) if path})
+        return
+    for path in cartesian:
+        beside = "magnitude and phase are used" if magnitude and phase else "the other part is missing"
+        found.unused[path] = f"one part of a complex image; {beside}"
     if magnitude is not None:
         suffix = entities(magnitude)["suffix"]
         kind = suffix.lower() if datatype == "anat" else "reference" if (datatype, suffix) in REFERENCES else datatype

@@ -100,9 +100,10 @@ def grouping_notes(
             "is processed separately."
         )
     notes += _fov_shift_note(planned) + _gre_fieldmap_note(planned, ignore, is_pair)
-    phases = [Path(path).name for path in planned.dwi_phase_files.values()]
-    if phases and "phase" not in ignore:
-        notes.append(f"{', '.join(phases)}: phase images are not used (--ignore phase hides this note).")
+    phases = list(planned.dwi_phase_files)
+    if phases and len(phases) < len(planned.dwi_files) and "phase" not in ignore:
+        alone = ", ".join(Path(path).name for path in planned.dwi_files if path not in phases)
+        notes.append(f"Phase is not used: {alone} has none, and the runs are processed alike.")
     return notes + [_warning_text(issue) for issue in planned.grouping.warnings if _concerns(issue, planned)]
 
 

@@ -122,7 +122,7 @@ def _record(path: str, datatype: str, fields: dict[str, Any], phase: str | None)
         b0field_sources=tuple(fields.get("B0FieldSource", ())),
         multipart_id=tuple(fields.get("MultipartID", ())),
         metadata=fields,
-        part=values.get("part"),
+        part=None if values.get("part") == "real" else values.get("part"),  # to qsiplan, the primary image
         phase_path=phase,
     )
 

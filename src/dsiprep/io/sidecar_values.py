@@ -33,6 +33,8 @@ TEXTS = (
     "PhaseEncodingDirection",
     "PhaseEncodingAxis",
     "SliceEncodingDirection",
+    "PartialFourierDirection",
+    "PartialFourierEnabled",
     "Units",
     "Manufacturer",
     "ManufacturersModelName",

@@ -21,6 +21,8 @@ RELEVANT_FIELDS = (
     "MultibandAccelerationFactor",
     "ParallelReductionFactorInPlane",
     "PartialFourier",
+    "PartialFourierDirection",
+    "PartialFourierEnabled",
     "EchoTime",
     "RepetitionTime",
     "FlipAngle",

@@ -18,7 +18,7 @@ from dsiprep.io.grouping_notes import Options
 from dsiprep.io.nifti_header import count_volumes, read_grid
 from dsiprep.io.protocols import separate_protocols
 from dsiprep.io.records import SubjectRecords
-from dsiprep.io.sidecars import phase_encoding
+from dsiprep.io.sidecars import phase_encoding, relevant_fields
 from dsiprep.io.structural_choice import StructuralChoice, choose_structural_images
 
 __all__ = ["SubjectFiles", "choose_references", "label_warnings", "without_reference_units"]
@@ -99,6 +99,7 @@ class SubjectFiles:
                 record.session,
                 tuple(record.metadata.get("ShimSetting") or ()) or None,
                 table_of(record),
+                relevant_fields(record.metadata),
             )
         return images
 

@@ -65,6 +65,11 @@ def check_header(path: Path, kind: str) -> Header:
 def _check_run(run: Run, b0_threshold: float) -> np.ndarray:
     """b-values of a run, after checking its header and b-table."""
     header = check_header(run.image, "series")
+    if run.complex_part is not None and check_header(run.complex_part, "series").shape != header.shape:
+        raise InputError(
+            f"{run.complex_part}: its shape differs from that of {run.image.name}; convert both again, or run with "
+            "--ignore phase"
+        )
     if min(header.shape[:3]) < MIN_SLICES:
         raise InputError(
             f"{run.image}: {min(header.shape[:3])} slices; head motion is estimated in three dimensions, "

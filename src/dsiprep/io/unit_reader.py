@@ -5,15 +5,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit
+from dsiprep.data.acquisition import EpiReference, PhaseEncoding, Run, SamplingScheme, Unit, k_space
+from dsiprep.data.grid import Grid
 from dsiprep.data.raw import RawEpi, RawRun, RawUnit
-from dsiprep.errors import GradientError
+from dsiprep.errors import GradientError, InputError
 from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import read_fieldmap
 from dsiprep.io.files import check_file
 from dsiprep.io.gradients import read_gradients, require_b0
 from dsiprep.io.nifti import read_image, read_series, read_volume
 from dsiprep.io.number_tables import read_numbers
+from dsiprep.io.phase_values import to_radians
 from dsiprep.io.sidecars import slice_axis, slice_times
 from dsiprep.settings import Settings
 
@@ -75,10 +77,29 @@ def _direction(run: RawRun) -> str:
 
 
 def _read_run(run: Run, b0_threshold: float) -> RawRun:
-    data, grid = read_series(run.image)
+    data, grid, phase = _read_complex(run)
     bvals, bvecs = read_gradients(run.bval, run.bvec, grid, len(data), b0_threshold, need_b0=False)
     times, axis = slice_times(run.metadata, grid.shape), slice_axis(run.metadata, grid.shape)
-    return RawRun(run.image.name, torch.from_numpy(data), grid, bvals, bvecs, run.pe, times, axis)
+    return RawRun(run.image.name, data, grid, bvals, bvecs, run.pe, times, axis, run.k_space, phase)
+
+
+def _read_complex(run: Run) -> tuple[torch.Tensor, Grid, torch.Tensor | None]:
+    """Magnitudes of a series, its grid, and its phase in radians if it is complex and the phase is wanted."""
+    data, grid = read_series(run.image)
+    first = torch.from_numpy(data)
+    if run.complex_part is None:
+        return first, grid, None
+    data, other = read_series(run.complex_part)
+    if len(data) != len(first) or not other.matches(grid, 0.01):
+        raise InputError(
+            f"{run.complex_part}: its grid or number of volumes differs from that of {run.image.name}; convert both "
+            "again, or run with --ignore phase"
+        )
+    second = torch.from_numpy(data)
+    if run.is_cartesian:
+        return torch.hypot(first, second), grid, torch.atan2(second, first) if run.use_phase else None
+    (radians,), _ = to_radians([second], (run.complex_part,), "or run with --ignore phase")
+    return first, grid, radians
 
 
 def _read_epi(epi: EpiReference, b0_threshold: float) -> RawEpi:
@@ -88,7 +109,13 @@ def _read_epi(epi: EpiReference, b0_threshold: float) -> RawEpi:
         bvals = read_bvals(epi.bval, len(volumes))
         require_b0(bvals, b0_threshold, str(epi.bval))
         volumes = volumes[bvals <= b0_threshold]
-    return RawEpi(epi.image.name, torch.from_numpy(np.ascontiguousarray(volumes)), grid, epi.pe)
+    return RawEpi(
+        epi.image.name,
+        torch.from_numpy(np.ascontiguousarray(volumes)),
+        grid,
+        epi.pe,
+        k_space(epi.metadata, epi.pe.axis),
+    )
 
 
 def scheme_of(unit: Unit, b0_threshold: float) -> SamplingScheme | None:
@@ -111,7 +138,9 @@ def scheme_of(unit: Unit, b0_threshold: float) -> SamplingScheme | None:
 def explain(unit: Unit, scheme: SamplingScheme | None) -> str:
     """Describe one unit for `--dry-run`: its files, its sampling scheme and the notes on its grouping."""
     lines = [unit.name]
-    lines += [f"  DWI    {run.image.name}  ({_describe_encoding(run.pe)})" for run in unit.runs]
+    for run in unit.runs:
+        lines.append(f"  DWI    {run.image.name}  ({_describe_encoding(run.pe)})")
+        lines += [f"         {run.complex_part.name}"] if run.complex_part else []
     lines += [f"  b=0    {epi.image.name}  ({_describe_encoding(epi.pe)})" for epi in unit.epis]
     lines += [f"  field  {path.name}" for path in (unit.gre.files() if unit.gre else ())]
     lines += [f"  T1w    {path.name}" for path in unit.t1w]

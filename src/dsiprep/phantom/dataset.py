@@ -15,13 +15,15 @@ from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
 from dsiprep.phantom.interpolation import interpolate
+from dsiprep.phantom.k_space import PHASE_TERMS, STATIC_PHASE, draw_phase, sample
 from dsiprep.phantom.scanner import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise, noise_map
 from dsiprep.phantom.schemes import load_scheme
 from dsiprep.phantom.session import Session, plan_session, to_fsl
 from dsiprep.phantom.settings import PhantomSettings
-from dsiprep.phantom.signal import fibre_image, make_tissue
-from dsiprep.phantom.slice_acquisition import MULTIBAND, REPETITION_TIME, slice_timing
+from dsiprep.phantom.signal import Tissue, fibre_image, make_tissue
+from dsiprep.phantom.slice_acquisition import B0_LIMIT, MULTIBAND, REPETITION_TIME, slice_timing
 
+PHASE_CYCLE = 4096  # integers of a stored phase image, as Siemens writes them
 IDEAL_SLOPE = 1 / 8  # scaling of the ideal DWI, stored as integers
 T1_WEIGHT = {"csf": 0.16, "wm": 0.9, "fluid": 0.14, "bone": 0.07, "marrow": 0.45, "fat": 0.9, "muscle": 0.42}
 T1_SCALE = 700.0  # intensity of white matter
@@ -98,7 +100,7 @@ def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, r
 def _write_scans(
     bids: Path, truth: Path, head: Head, session: Session, settings: PhantomSettings, rng: np.random.Generator
 ) -> None:
-    grid, count = session.grid, len(session.bvals)
+    grid = session.grid
     tissue = make_tissue(head, head.box(np.asarray(FIELD_OF_VIEW) + 36, settings.resolution / 2))
     ideal_b0 = session.ideal(tissue, 0.0, np.zeros(3))
     brain = _brain_in_scanner(head, session)
@@ -106,19 +108,43 @@ def _write_scans(
     sigma = noise_map(session.grid, head.centre, level, settings.noise_variation)
     write_image(truth / "ideal_b0.nii.gz", ideal_b0, grid)
     write_image(truth / "ideal_brain_mask.nii.gz", brain.astype(np.uint8), grid)
-    series = np.zeros((*grid.shape, count), np.int16, order="F")
-    for v in range(count):
-        series[..., v] = np.rint(add_noise(session.acquire(tissue, v), sigma, rng, settings.coils))
-    epis = np.zeros((*grid.shape, len(session.epi_poses)), np.int16, order="F")
-    for v, pose in enumerate(session.epi_poses):
-        epis[..., v] = np.rint(add_noise(session.image(tissue, pose, session.reversed_pe), sigma, rng, settings.coils))
-    _write_runs(bids, session, series, epis)
+    series, epis, phases = _acquire(tissue, session, settings, sigma, rng)
+    _write_runs(bids, session, settings, series, epis, phases)
     if settings.noise_variation:
         write_image(truth / "noise.nii.gz", sigma, session.grid)
     if settings.ideal:
         for v, (bval, bvec) in enumerate(zip(session.bvals, session.bvecs, strict=True)):
             series[..., v] = np.rint(session.ideal(tissue, bval, bvec) / IDEAL_SLOPE)
         write_image(truth / "ideal_dwi.nii.gz", series, grid, slope=IDEAL_SLOPE)
+
+
+def _acquire(
+    tissue: Tissue, session: Session, settings: PhantomSettings, sigma: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Magnitudes of the DWI (i, j, k, n) and of the fieldmap, and the phase of the DWI if it is complex."""
+    shape, count, fraction = session.grid.shape, len(session.bvals), settings.sampled_fraction
+    series = np.zeros((*shape, count), np.int16, order="F")
+    epis = np.zeros((*shape, len(session.epi_poses)), np.int16, order="F")
+    if not fraction:
+        for v in range(count):
+            series[..., v] = np.rint(add_noise(session.acquire(tissue, v), sigma, rng, settings.coils))
+        for v, pose in enumerate(session.epi_poses):
+            image = session.image(tissue, pose, session.reversed_pe)
+            epis[..., v] = np.rint(add_noise(image, sigma, rng, settings.coils))
+        return series, epis, None
+    fine, axis = session.refined(), session.pe.axis
+    static = STATIC_PHASE * rng.standard_normal(PHASE_TERMS)
+    phases = np.zeros(series.shape, np.int16, order="F")
+    for v in range(count):
+        phase = draw_phase(fine.grid, session.bvals[v] > B0_LIMIT, static, rng)
+        image = sample(fine.acquire(tissue, v), phase, axis, fraction, float(sigma.flat[0]), rng)
+        series[..., v] = np.rint(np.abs(image))
+        phases[..., v] = np.rint((np.angle(image) / np.pi + 1) * PHASE_CYCLE / 2) % PHASE_CYCLE
+    for v, pose in enumerate(session.epi_poses):
+        phase = draw_phase(fine.grid, False, static, rng)
+        image = sample(fine.image(tissue, pose, fine.reversed_pe), phase, axis, fraction, float(sigma.flat[0]), rng)
+        epis[..., v] = np.rint(np.abs(image))
+    return series, epis, phases if settings.complex else None
 
 
 def _brain_in_scanner(head: Head, session: Session) -> np.ndarray:
@@ -131,20 +157,34 @@ def _brain_in_scanner(head: Head, session: Session) -> np.ndarray:
     return brain
 
 
-def _write_runs(bids: Path, session: Session, series: np.ndarray, epis: np.ndarray) -> None:
-    stem = bids / "sub-01" / "dwi" / "sub-01_dir-PA_dwi"
+def _write_runs(
+    bids: Path,
+    session: Session,
+    settings: PhantomSettings,
+    series: np.ndarray,
+    epis: np.ndarray,
+    phases: np.ndarray | None,
+) -> None:
+    stem = bids / "sub-01" / "dwi" / f"sub-01_dir-PA{'' if phases is None else '_part-mag'}_dwi"
+    sampled = settings.sampled_fraction
     write_image(_with(stem, ".nii.gz"), series, session.grid)
     np.savetxt(_with(stem, ".bval"), session.bvals[None], fmt="%.1f")
     np.savetxt(_with(stem, ".bvec"), to_fsl(session.bvecs, session.grid).T, fmt="%.8f")
-    _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.pe), "B0FieldSource": "pepolar"})
+    sidecar = {**_sidecar(session.grid, session.pe, sampled), "B0FieldSource": "pepolar"}
+    _write_json(_with(stem, ".json"), sidecar)
+    if phases is not None:
+        beside = stem.with_name("sub-01_dir-PA_part-phase_dwi")
+        write_image(_with(beside, ".nii.gz"), phases, session.grid)
+        _write_json(_with(beside, ".json"), {**sidecar, "Units": "arbitrary"})
+    target = {"IntendedFor": [f"bids::sub-01/dwi/{stem.name}.nii.gz"]}
     stem = bids / "sub-01" / "fmap" / "sub-01_dir-AP_epi"
     write_image(_with(stem, ".nii.gz"), epis, session.grid)
-    target = {"IntendedFor": ["bids::sub-01/dwi/sub-01_dir-PA_dwi.nii.gz"]}
-    _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.reversed_pe), **target})
+    _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.reversed_pe, sampled), **target})
 
 
-def _sidecar(grid: Grid, pe: PhaseEncoding) -> dict[str, object]:
+def _sidecar(grid: Grid, pe: PhaseEncoding, sampled: float) -> dict[str, object]:
     return {
+        **({"PartialFourier": sampled} if sampled else {}),
         "Modality": "MR",
         "Manufacturer": "Simulated",
         "MagneticFieldStrength": 3,

@@ -13,6 +13,7 @@ from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.phantom.head import Head, slabs
 from dsiprep.phantom.interpolation import interpolate
+from dsiprep.phantom.k_space import fine_grid
 from dsiprep.phantom.scanner import (
     FIELD_OF_VIEW,
     READOUT_TIME,
@@ -111,6 +112,13 @@ class Session:
         gradient = pose[:3, :3].T @ (np.zeros(3) if bvec is None else bvec)
         source = Source(tissue.signal(bval, gradient), tissue.grid, self.field, self.field_grid)
         return scan(source, self.grid, pe, pose, eddy)
+
+    def refined(self) -> Session:
+        """The same session on a grid that is finer in the plane of the slices, for images from k-space."""
+        fine = fine_grid(self.grid)
+        ratio = fine.shape[self.pe.axis] / self.grid.shape[self.pe.axis]
+        encodings = [replace(pe, readout_time=(pe.readout_time or 0) * ratio) for pe in (self.pe, self.reversed_pe)]
+        return replace(self, grid=fine, pe=encodings[0], reversed_pe=encodings[1])
 
 
 def plan_session(

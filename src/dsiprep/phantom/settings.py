@@ -9,6 +9,7 @@ from dsiprep.settings import option
 
 ORIENTATIONS = ("RAS", "LAS", "LPS", "PSR", "oblique")
 DEGREES_PER_MM = 1.8
+K_SPACE = {"full": 1.0, "7/8": 7 / 8, "6/8": 6 / 8, "5/8": 5 / 8}  # fraction that is sampled
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,42 @@ class PhantomSettings:
         "--dropout",
         metavar="FRACTION",
     )
+    k_space: str = option(
+        "",
+        "sample k-space, so that images ring: full, or partial Fourier 5/8, 6/8 or 7/8 along the phase-encoding axis; "
+        "by default a voxel is the mean of what it contains",
+        "--k-space",
+        choices=("", *K_SPACE),
+    )
+    complex: bool = option(
+        False, "write the DWI as magnitude and phase; k-space is sampled fully unless --k-space is given", "--complex"
+    )
     orientation: str = option(
         "LAS", "voxel axes of the DWI; oblique is LAS, tilted", "--orientation", choices=ORIENTATIONS
     )
     ideal: bool = option(True, "do not write the ideal DWI (halves the run time)", "--no-ideal")
     seed: int = option(1, "seed of the random anatomy, motion and noise", "--seed", metavar="N")
 
+    @property
+    def sampled_fraction(self) -> float:
+        """Part of k-space that is sampled; 0 if images are not made from k-space."""
+        return K_SPACE[self.k_space] if self.k_space else float(self.complex)
+
     def described(self) -> dict[str, object]:
         """Settings by name, without effects that are not there."""
-        absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0}
+        absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0, "k_space": ""}
+        absent |= {"complex": False}
         return {name: value for name, value in asdict(self).items() if absent.get(name) != value}
 
     def check(self) -> None:
         """Raise a SettingsError for values out of range."""
         if not 0.5 <= self.resolution <= 10 or not 0.5 <= self.t1w_resolution <= 4:
             raise SettingsError("voxel sizes of the phantom must be 0.5 to 10 mm (DWI) and 0.5 to 4 mm (T1w)")
+        if self.sampled_fraction and (self.coils > 1 or self.noise_variation):
+            raise SettingsError(
+                "noise of images from k-space is that of one coil, the same everywhere: leave out "
+                "--coils and --noise-variation, or --k-space and --complex"
+            )
         if self.coils < 1:
             raise SettingsError(f"--coils {self.coils}: expected at least 1")
         for name in ("moved", "dropout", "signal_drift"):

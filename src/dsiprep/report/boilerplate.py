@@ -29,6 +29,7 @@ from dsiprep.stages import (
     quality,
     resample,
     structural_average,
+    unringing,
 )
 
 BIBLIOGRAPHY = Path(__file__).with_name("references.bib")
@@ -213,6 +214,8 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
         *_acquisition_paragraphs(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
         *([] if results.denoised.floor == "none" else [denoise.METHODS[results.denoised.floor]]),
+        *([denoise.METHODS["complex"]] if results.denoised.dwi.signed else []),
+        *(unringing.METHODS[method] for method in dict.fromkeys(results.unringed.methods)),
         *(text for model in models for text in _matching(motion.METHODS, model)),
         *(_matching(motion.METHODS, "eddy") if any(result.eddy is not None for result in results.motions) else []),
         *(_matching(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),

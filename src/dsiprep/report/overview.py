@@ -77,6 +77,7 @@ def _summary_facts(results: UnitResults) -> tuple[Fact, ...]:
             for blip in acquired.blips
         ),
         Fact("Denoising", results.denoised.method),
+        Fact("Gibbs ringing", results.unringed.description),
         Fact("Head motion correction", " and ".join(MOTION_MODELS.get(model, model) for model in models)),
         Fact("Susceptibility distortion correction", correction),
         Fact("Structural image", results.anatomy.modality),

@@ -22,7 +22,7 @@ def denoising(results: UnitResults, figures: FigureWriter) -> Section:
     denoised = results.denoised
     if denoised.noise is None:
         return Section("denoising", "Denoising", denoised.method)
-    frames, removed = slice_figures.denoising(results.acquired, denoised)
+    frames, removed = slice_figures.removal(results.acquired.dwi, denoised.dwi, results.acquired.mask)
     pictures = figures.multiple(
         "denoise",
         frames,
@@ -46,6 +46,29 @@ def denoising(results: UnitResults, figures: FigureWriter) -> Section:
     )
     lead = "Denoising is applied before motion and distortion correction."
     return Section("denoising", "Denoising", f"{lead} {denoised.method}", pictures, _noise_facts(results))
+
+
+def unringing(results: UnitResults, figures: FigureWriter) -> Section:
+    """Images before and after the removal of Gibbs ringing, and what was removed."""
+    result, title = results.unringed, "Gibbs ringing"
+    if not result.applied:
+        return Section("unringing", title, result.description)
+    frames, removed = slice_figures.removal(results.denoised.dwi, result.dwi, results.acquired.mask)
+    pictures = figures.multiple(
+        "unringing",
+        frames,
+        "Axial slices of a b=0 volume and of the volume with the highest b-value, before and after unringing.",
+        "A b=0 volume and the volume with the highest b-value, before and after the removal of Gibbs ringing.",
+    )
+    pictures += figures.single(
+        "unringingRemoved",
+        removed,
+        "Signal removed by unringing: the difference between the images before and after.",
+        "Removed signal (before minus after): bands along edges, alternately bright and dark, that get weaker away "
+        "from the edge.",
+        "Bands far from any edge, or a blurred copy of the anatomy, indicate that k-space was not sampled as assumed.",
+    )
+    return Section("unringing", title, result.description, pictures)
 
 
 def _noise_facts(results: UnitResults) -> tuple[Fact, ...]:
@@ -282,4 +305,4 @@ def _fibre_pictures(result: Preprocessed, figures: FigureWriter) -> tuple[Pictur
     return pictures
 
 
-SECTIONS = (summary, acquisition, denoising, motion, distortion, anatomy, coregistration, output, quality)
+SECTIONS = (summary, acquisition, denoising, unringing, motion, distortion, anatomy, coregistration, output, quality)

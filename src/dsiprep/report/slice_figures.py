@@ -10,10 +10,8 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import (
-    Acquired,
     Anatomy,
     Coregistration,
-    Denoised,
     Distortion,
     Motion,
     Preprocessed,
@@ -58,18 +56,17 @@ def _mean_volume(dwi: DWI, selected: np.ndarray) -> Volume:
     return Volume(total / max(len(index), 1), dwi.grid)
 
 
-def denoising(acquired: Acquired, denoised: Denoised) -> tuple[list[tuple[str, bytes]], bytes]:
-    """Frames before and after denoising, and a figure of the removed signal.
+def removal(dwi: DWI, cleaned: DWI, mask: Volume) -> tuple[list[tuple[str, bytes]], bytes]:
+    """Frames before and after noise or ringing was removed, and a figure of the removed signal.
 
     Axial slices of a b=0 volume and of the volume with the highest b-value. Both frames have the same windows.
     """
-    dwi = acquired.dwi
     volumes = (int(np.argmin(dwi.bvals)), int(np.argmax(dwi.bvals)))
-    view = View.of(acquired.mask, 6)
+    view = View.of(mask, 6)
     layout = Layout.rows(view, ("axial", "axial"), tuple(f"b = {dwi.bvals[v]:.0f}" for v in volumes))
     before = layout.paint_groups([dwi.volume(v) for v in volumes])
-    after = layout.paint_groups([denoised.dwi.volume(v) for v in volumes])
-    inside = layout.paint(acquired.mask)
+    after = layout.paint_groups([cleaned.volume(v) for v in volumes])
+    inside = layout.paint(mask)
     frames = [
         (name, render_png(layout, _window_like(layout, canvas, after, inside)))
         for name, canvas in (("before", before), ("after", after))

@@ -15,6 +15,7 @@ BLIPS = {"up": "blip-up", "down": "blip-down", "only": "single phase encoding"}
 STAGES = {
     "acquisition": "Input",
     "denoise": "Denoising",
+    "unringing": "Gibbs ringing",
     "motion": "Head motion",
     "distortion": "Distortion",
     "anatomy": "Anatomy",

@@ -15,10 +15,11 @@ from dsiprep.data.results import Acquired, Blip
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.sampling_scheme import recognise
-from dsiprep.settings import AcquisitionSettings
+from dsiprep.settings import AcquisitionSettings, UnringingSettings
 from dsiprep.stages.drift import METHODS as DRIFT_METHODS
 from dsiprep.stages.drift import estimate_drift, without_drift
 from dsiprep.stages.reference_blip import reference_blip
+from dsiprep.stages.unringing import unring_references
 
 METHODS = {
     "conform": (
@@ -39,13 +40,15 @@ METHODS = {
 SAME_TIME_S = 0.004  # slices with times closer than this are excited together
 
 
-def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
+def conform(raw: RawUnit, settings: AcquisitionSettings, unringing: UnringingSettings | None = None) -> Acquired:
     """Combine the runs of a unit into one series.
 
     Parameters
     ----------
     raw : RawUnit
     settings : AcquisitionSettings
+    unringing : UnringingSettings, optional
+        For b=0 images of fmap/, which are aligned and averaged here.
 
     Returns
     -------
@@ -56,7 +59,8 @@ def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
     runs = [_resample_run(run, grid) for run in raw.runs]
     counts = [len(run.bvals) for run in runs]
     data = runs[0].data if len(runs) == 1 else torch.cat([run.data for run in runs])
-    blips, blip_of_run = _group_blips(runs, raw.epis)
+    epis, references = unring_references(raw.epis, unringing) if unringing else (raw.epis, "")
+    blips, blip_of_run = _group_blips(runs, epis)
     dwi = DWI(
         data,
         grid,
@@ -75,7 +79,18 @@ def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
     scheme = recognise(dwi.bvals, dwi.bvecs, settings.b0_threshold)
     axes = {run.slice_axis for run in runs}
     groups = multiband_groups([run.slice_times for run in runs])
-    return Acquired(dwi, blips, scheme, mask, scales, groups, axes.pop() if len(axes) == 1 else None, drift)
+    return Acquired(
+        dwi, blips, scheme, mask, scales, groups, axes.pop() if len(axes) == 1 else None, drift,
+        tuple(run.k_space for run in runs), _joined_phase(runs), references,
+    )  # fmt: skip
+
+
+def _joined_phase(runs: list[RawRun]) -> torch.Tensor | None:
+    """Phase of all volumes; None if a run has none, or was resampled."""
+    phases = [run.phase for run in runs if run.phase is not None]
+    if not phases or len(phases) < len(runs):
+        return None
+    return phases[0] if len(phases) == 1 else torch.cat(phases)
 
 
 def _resample_run(run: RawRun, grid: Grid) -> RawRun:
@@ -84,7 +99,16 @@ def _resample_run(run: RawRun, grid: Grid) -> RawRun:
     pe = _convert_phase_encoding(run.pe, run.grid, grid) if run.pe else None
     axis = None if run.slice_axis is None else _convert_axis(run.slice_axis, run.grid, grid)
     # slices of the first run's grid are not those that were excited, so their times are unknown
-    return replace(run, data=_resample(run.data, run.grid, grid), grid=grid, pe=pe, slice_times=(), slice_axis=axis)
+    return replace(
+        run,
+        data=_resample(run.data, run.grid, grid),
+        grid=grid,
+        pe=pe,
+        slice_times=(),
+        slice_axis=axis,
+        k_space=None,
+        phase=None,
+    )
 
 
 def _convert_axis(axis: int, source: Grid, target: Grid) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Denoised, Motion
 from dsiprep.ops.image.filters import gaussian
+from dsiprep.ops.intensity.background_phase import without_background_phase
 from dsiprep.ops.intensity.magnitude_noise import MagnitudeNoise, effective_coils, magnitude_noise
 from dsiprep.ops.intensity.mppca import mppca
 from dsiprep.ops.intensity.noise_level import correlation_factor, default_window, noise_level
@@ -50,6 +52,11 @@ METHODS = {
         "The noise floor of magnitude images was removed by the unbiased inverse of the stabilising transform, with an "
         "effective number of coils estimated from the background."
     ),
+    "complex": (
+        "The series was acquired as complex data. The background phase of each slice, the mean slope and a smooth "
+        "remainder, was removed, the data were processed as complex numbers, and the real part was kept, whose noise "
+        "has zero mean [@corderogrande2019]."
+    ),
 }
 NAMES = {"dwidenoise": "MP-PCA", "dwidenoise2": "MP-PCA with shrinkage", "svht": "Singular-value shrinkage"}
 
@@ -67,6 +74,31 @@ def floor_method(settings: DenoiseSettings) -> str:
     if settings.noise_floor != "auto":
         return settings.noise_floor
     return {"none": "none", "dwidenoise2": "vst"}.get(settings.method, "koay")
+
+
+def denoise_complex(
+    dwi: DWI, phase: torch.Tensor, mask: Volume, settings: DenoiseSettings, slice_axes: Sequence[int]
+) -> Denoised:
+    """Remove background phase and noise from a complex series, and keep the real part.
+
+    Parameters
+    ----------
+    dwi : DWI
+        Magnitudes.
+    phase : Tensor, (n, i, j, k)
+        Radians.
+    mask, settings
+        As for `denoise`.
+    slice_axes : sequence of int
+        Voxel axis across the slices of each run.
+    """
+    data = torch.empty_like(dwi.data, dtype=torch.complex64)
+    for v, run in enumerate(dwi.run):
+        data[v] = without_background_phase(dwi.data[v], phase[v].to(dwi.data.device), slice_axes[run])
+    found = denoise(dwi.with_data(data.real.contiguous() if settings.method == "patch2self" else data), mask, settings)
+    real = replace(found.dwi.with_data(found.dwi.data.real.contiguous()), signed=True)
+    text = f"{found.method} Complex data: background phase removed, real part kept."
+    return replace(found, dwi=real, method=text)
 
 
 def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
@@ -95,12 +127,12 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
     if not denoisable:
         return Denoised(dwi, None, None, f"Denoising was skipped because {_describe_short_runs(runs)}.")
     inside = mask.data.to(dwi.data.device) > 0
-    is_magnitude = _negative_share(dwi.data) < MOST_NEGATIVE
+    is_magnitude = not dwi.data.is_complex() and _negative_share(dwi.data) < MOST_NEGATIVE
     air = [_read_background(dwi, v, inside, settings.window) if is_magnitude else _Background() for v in denoisable]
     found = [read.coils for read in air if read.coils is not None]
     magnitude = magnitude_noise(round(float(np.median(found)), 2) if found else 1.0) if is_magnitude else None
     data = dwi.data.clone()
-    variance, rank = torch.zeros_like(data[0]), torch.zeros_like(data[0])
+    variance, rank = torch.zeros(2, *dwi.grid.shape, device=data.device)
     total = sum(len(volumes) for volumes in denoisable)
     for volumes, read in zip(denoisable, air, strict=True):
         index = torch.as_tensor(volumes, device=data.device)
@@ -110,6 +142,8 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
         data[index] = clean
         variance += sigma**2 * (len(volumes) / total)
         rank += components * (len(volumes) / total)
+    if data.is_complex():  # of the real part
+        variance /= 2
     floor = floor_method(settings) if is_magnitude else "none"
     return Denoised(
         dwi.with_data(data),

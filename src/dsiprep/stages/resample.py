@@ -142,13 +142,14 @@ def resample(
         for row, v in enumerate(blip.volumes):
             volume = blip.motion.with_replaced_slices(row, dwi.data[int(v)])
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
-            warped = warp_volume(volume, dwi.grid, grid, blip.matrices[row], sampled, blip.linear[row], eddy)
+            to_volume, linear = blip.matrices[row], blip.linear[row]
+            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed)
             density = blip.motion.density(row)
             data[int(v)] = warped if density == 1 else warped * density
             reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy).cpu()
             covered += reached
             b0_covered |= reached & bool(dwi.is_b0[int(v)])
-    series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold)
+    series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold, dwi.signed)
     if groups:
         series = _merge(series, groups, weights if len(weights) > 1 else None, dwi.blip)
     coverage = Volume(covered / len(dwi), grid)
@@ -186,7 +187,8 @@ def _merge(
     """One volume per group; `owner` is the blip or part of each volume, the key of its weights."""
     bvals, bvecs = merged_gradients(series.bvals, series.bvecs, list(groups))
     data, first = combine(series.data, list(groups), weights, owner), [group[0] for group in groups]
-    return DWI(data, series.grid, bvals, bvecs, series.run[first], series.blip[first], series.b0_threshold)
+    run, blip = series.run[first], series.blip[first]
+    return DWI(data, series.grid, bvals, bvecs, run, blip, series.b0_threshold, series.signed)
 
 
 def join(
@@ -231,7 +233,8 @@ def join(
     sources = tuple(
         tuple(int(v + start) for v in s) for start, rows in zip(starts, part_sources, strict=False) for s in rows
     )
-    series = DWI(data, grid, bvals, bvecs, owner, owner, parts[0].dwi.b0_threshold)
+    signed = any(part.dwi.signed for part in parts)
+    series = DWI(data, grid, bvals, bvecs, owner, owner, parts[0].dwi.b0_threshold, signed)
     if harmonize_b0:
         _harmonise_b0(series, owner, mask)
     if merge != "concat":

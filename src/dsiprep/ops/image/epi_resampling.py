@@ -71,8 +71,9 @@ def warp_volume(
     susceptibility: SampledDisplacement | None = None,
     linear: np.ndarray | None = None,
     eddy: EddyCurrents | None = None,
+    signed: bool = False,
 ) -> torch.Tensor:
-    """Resample a volume at w(x) = matrix @ x + u(x), times the Jacobian determinant of u; never negative.
+    """Resample a volume at w(x) = matrix @ x + u(x), times the Jacobian determinant of u.
 
     Parameters
     ----------
@@ -88,6 +89,8 @@ def warp_volume(
         along p and slope g, the Jacobian relative to that of A is det(A + p g') / det(A) = 1 + g . inv(A) p.
     eddy : EddyCurrents, optional
         Of this volume alone: it is sampled at w(x) + e(w(x)) d, and the Jacobian is multiplied by that of e.
+    signed : bool
+        Whether intensities may be negative; otherwise negative ones, where cubic splines overshoot, become 0.
 
     Returns
     -------
@@ -100,7 +103,8 @@ def warp_volume(
         direction = np.linalg.solve(np.eye(3) if linear is None else linear, susceptibility.direction)
     eddy_voxels = eddy_on_grid(eddy, source)
     if volume.device.type != "cpu":
-        return _warp_tensors(coefficients, source, target, matrix, susceptibility, direction, eddy_voxels)
+        warped = _warp_tensors(coefficients, source, target, matrix, susceptibility, direction, eddy_voxels)
+        return warped if signed else warped.clamp(min=0)
     world_to_voxel = np.linalg.inv(source.affine)
     empty = np.zeros((3, 0, 0, 0), np.float32)
     out = np.zeros(target.shape, np.float32)
@@ -114,6 +118,7 @@ def warp_volume(
         eddy_voxels.coefficients,
         eddy_voxels.frame,
         eddy_voxels.along,
+        -float(np.finfo(np.float32).max) if signed else 0.0,
         out,
     )
     return torch.from_numpy(out)
@@ -159,7 +164,7 @@ def _warp_tensors(
     if susceptibility is not None:
         along_pe = torch.as_tensor(direction, device=values.device).float()
         values = values * (1 + torch.einsum("a,aijk->ijk", along_pe, susceptibility.slope)).clamp(min=0)
-    return values.clamp(min=0)
+    return values
 
 
 @compiled(parallel=True)
@@ -173,6 +178,7 @@ def _warp_loop(
     eddy: np.ndarray,
     frame: np.ndarray,
     along: int,
+    least: float,
     out: np.ndarray,
 ) -> None:
     ni, nj, nk = coefficients.shape
@@ -220,4 +226,4 @@ def _warp_loop(
                         q = mirrored(j0 - 1 + b, nj)
                         for c in range(4):
                             value += wx[a] * wy[b] * wz[c] * coefficients[p, q, mirrored(k0 - 1 + c, nk)]
-            out[i, j, k] = max(np.float32(0), value * max(np.float32(0), jacobian))
+            out[i, j, k] = max(np.float32(least), value * max(np.float32(0), jacobian))

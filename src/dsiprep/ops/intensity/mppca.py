@@ -49,7 +49,7 @@ def mppca(
 
     Parameters
     ----------
-    data : Tensor, (n, i, j, k), float32
+    data : Tensor, (n, i, j, k), float32 or complex64
         At least two volumes, with noise independent between voxels and volumes.
     mask : Tensor, (i, j, k), optional
         Voxels to denoise, all by default. Patches that contain one of them are denoised entirely, so that the result
@@ -69,7 +69,7 @@ def mppca(
     denoised : Tensor, (n, i, j, k)
         Zero where no patch was denoised.
     sigma : Tensor, (i, j, k)
-        Noise standard deviation; zero where no patch was denoised.
+        Noise standard deviation, of complex data that of the real part; zero where no patch was denoised.
     rank : Tensor, (i, j, k)
         Number of components kept, mean included: weighted average over the patches that contain the voxel, zero
         where no patch was denoised.
@@ -88,7 +88,7 @@ def mppca(
     width = window or default_window(n)
     sigma = noise_level(data, mask, width, magnitude) if sigma is None else sigma
     grid = patch_grid(shape, width, max(1, width // 2), mask)
-    denoised = torch.zeros(data.shape, device=data.device)
+    denoised = torch.zeros(data.shape, dtype=data.dtype if data.is_complex() else torch.float32, device=data.device)
     maps = torch.zeros(2, *shape, device=data.device)  # weight, rank
     size = int(np.prod(grid.widths))
     needs = 16 * size * n + 24 * min(size, n) ** 2
@@ -109,7 +109,7 @@ def mppca(
     if magnitude is not None:
         for volume in denoised:
             volume.copy_(magnitude.destabilise(volume).mul_(sigma))
-    return denoised, sigma, maps[1] / weight
+    return denoised, sigma / 2**0.5 if data.is_complex() else sigma, maps[1] / weight
 
 
 def _denoise(
@@ -135,7 +135,7 @@ def _denoise(
     if remaining:
         scaled = basis * _shrinkage(values[:, side - most :], variance, rows, columns, remaining)[:, None]
     tall = patches.shape[1] >= patches.shape[2]
-    patches = (patches @ scaled) @ basis.mT if tall else scaled @ (basis.mT @ patches)
+    patches = (patches @ scaled) @ basis.mH if tall else scaled @ (basis.mH @ patches)
     return patches + mean, (kept + 1).float()
 
 

@@ -188,7 +188,8 @@ def _lower_half_table(entries: int = 101, nodes: int = 4000) -> np.ndarray:
 
 def samples(data: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Voxels of a slab as rows (m, n), and 1 for those that are not zero in all volumes, (m,)."""
-    voxels = data.reshape(data.shape[0], -1).T.contiguous().float()
+    voxels = data.reshape(data.shape[0], -1).T.contiguous()
+    voxels = voxels if voxels.is_complex() else voxels.float()
     return voxels, (voxels != 0).any(1).float()
 
 
@@ -209,7 +210,7 @@ def centred(
 
 
 def gram(patches: torch.Tensor) -> torch.Tensor:
-    return patches.mT @ patches if patches.shape[1] >= patches.shape[2] else patches @ patches.mT
+    return patches.mH @ patches if patches.shape[1] >= patches.shape[2] else patches @ patches.mH
 
 
 def degrees_of_freedom(count: torch.Tensor, n: int) -> tuple[torch.Tensor, torch.Tensor]:
