@@ -36,12 +36,14 @@ log = logging.getLogger("dsiprep")
 
 SETTINGS_GROUPS = {
     "acquisition": settings.AcquisitionSettings,
+    "gradients": settings.GradientSettings,
     "denoise": settings.DenoiseSettings,
     "motion": settings.MotionSettings,
     "distortion": settings.DistortionSettings,
     "anatomy": settings.AnatomySettings,
     "coregister": settings.CoregisterSettings,
     "resample": settings.ResampleSettings,
+    "lattice": settings.LatticeSettings,
 }
 
 # Keys allowed in QSIPrep's --shoreline-config file.

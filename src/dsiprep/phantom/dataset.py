@@ -13,6 +13,7 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
+from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
 from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.scanner import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise
@@ -111,7 +112,7 @@ def _write_scans(
     epis = np.zeros((*grid.shape, len(session.epi_poses)), np.int16, order="F")
     for v, pose in enumerate(session.epi_poses):
         epis[..., v] = np.rint(add_noise(session.image(tissue, pose, session.reversed_pe), sigma, rng))
-    _write_runs(bids, session, series, epis)
+    _write_runs(bids, session, settings, series, epis)
     if settings.ideal:
         for v, (bval, bvec) in enumerate(zip(session.bvals, session.bvecs, strict=True)):
             series[..., v] = np.rint(session.ideal(tissue, bval, bvec) / IDEAL_SLOPE)
@@ -128,11 +129,13 @@ def _brain_in_scanner(head: Head, session: Session) -> np.ndarray:
     return brain
 
 
-def _write_runs(bids: Path, session: Session, series: np.ndarray, epis: np.ndarray) -> None:
+def _write_runs(bids: Path, session: Session, settings: PhantomSettings, series: np.ndarray, epis: np.ndarray) -> None:
     stem = bids / "sub-01" / "dwi" / "sub-01_dir-PA_dwi"
     write_image(_with(stem, ".nii.gz"), series, session.grid)
-    np.savetxt(_with(stem, ".bval"), session.bvals[None], fmt="%.1f")
-    np.savetxt(_with(stem, ".bvec"), to_fsl(session.bvecs, session.grid).T, fmt="%.8f")
+    frame = next(matrix for matrix in axis_frames() if describe_frame(matrix) == settings.bvec_rows)
+    bvals = session.bvals[::-1] if settings.reversed_bvals else session.bvals
+    np.savetxt(_with(stem, ".bval"), bvals[None], fmt="%.1f")
+    np.savetxt(_with(stem, ".bvec"), frame @ to_fsl(session.bvecs, session.grid).T, fmt="%.8f")
     _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.pe), "B0FieldSource": "pepolar"})
     stem = bids / "sub-01" / "fmap" / "sub-01_dir-AP_epi"
     write_image(_with(stem, ".nii.gz"), epis, session.grid)

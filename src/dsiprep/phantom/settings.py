@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from dsiprep.errors import SettingsError
+from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame
 from dsiprep.settings import option
 
 ORIENTATIONS = ("RAS", "LAS", "LPS", "PSR", "oblique")
 DEGREES_PER_MM = 1.8
+RIGHT_ROWS = "x y z"
 
 
 @dataclass(frozen=True)
@@ -76,13 +78,23 @@ class PhantomSettings:
     orientation: str = option(
         "LAS", "voxel axes of the DWI; oblique is LAS, tilted", "--orientation", choices=ORIENTATIONS
     )
+    bvec_rows: str = option(
+        RIGHT_ROWS,
+        "rows that are written to the .bvec, in terms of the right ones: '-x y z' or 'x z y', for a wrong table",
+        "--bvec-rows",
+        metavar="ROWS",
+    )
+    reversed_bvals: bool = option(False, "write the b-values in reversed order, for a wrong table", "--reversed-bvals")
     ideal: bool = option(True, "do not write the ideal DWI (halves the run time)", "--no-ideal")
     seed: int = option(1, "seed of the random anatomy, motion and noise", "--seed", metavar="N")
 
     def described(self) -> dict[str, object]:
-        """Settings by name, without shifts of the whole image where there are none."""
-        shifts = ("eddy_constant", "drift")
-        return {name: value for name, value in asdict(self).items() if value or name not in shifts}
+        """Settings by name, without shifts of the whole image and errors of the b-table where there are none."""
+        unusual = ("eddy_constant", "drift", "reversed_bvals")
+        settings = {name: value for name, value in asdict(self).items() if value or name not in unusual}
+        if self.bvec_rows == RIGHT_ROWS:
+            del settings["bvec_rows"]
+        return settings
 
     def check(self) -> None:
         """Raise a SettingsError for values out of range."""
@@ -94,6 +106,8 @@ class PhantomSettings:
         for name in ("snr", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if self.bvec_rows not in map(describe_frame, axis_frames()):
+            raise SettingsError(f"--bvec-rows {self.bvec_rows}: expected x, y and z once each, at most one negated")
         if self.orientation not in ORIENTATIONS:
             raise SettingsError(f"--orientation {self.orientation}: expected one of {', '.join(ORIENTATIONS)}")
 

@@ -25,7 +25,10 @@ from dsiprep.stages import (
     distortion,
     fieldmap,
     fieldmapless,
+    gradient_check,
+    lattice,
     motion,
+    qspace_quality,
     quality,
     resample,
     structural_average,
@@ -210,6 +213,8 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
     metric = results.coregistration.metric
     return [
         *_acquisition_paragraphs(results),
+        *([gradient_check.METHODS["checked"]] if results.gradients and results.gradients.lengths else []),
+        *([gradient_check.METHODS["corrected"]] if results.gradients and results.gradients.corrected else []),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
         *(text for model in models for text in _matching(motion.METHODS, model)),
         *(_matching(motion.METHODS, "eddy") if any(result.eddy is not None for result in results.motions) else []),
@@ -220,7 +225,9 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
         *_matching(resample.METHODS, "resample"),
         *_matching(resample.METHODS, biascorrect),
         *_merge_paragraphs(results),
+        *(lattice.METHODS.values() if results.lattice else ()),
         *quality.METHODS.values(),
+        *(qspace_quality.METHODS.values() if results.quality.qspace else ()),
     ]
 
 

@@ -14,12 +14,14 @@ OUTLIER_HANDLING = {
 BLIPS = {"up": "blip-up", "down": "blip-down", "only": "single phase encoding"}
 STAGES = {
     "acquisition": "Input",
+    "gradients": "b-table check",
     "denoise": "Denoising",
     "motion": "Head motion",
     "distortion": "Distortion",
     "anatomy": "Anatomy",
     "coregister": "Coregistration",
     "resample": "Resampling",
+    "lattice": "q-space lattice",
     "quality": "Quality control",
 }
 DISTORTION_METHODS = {
