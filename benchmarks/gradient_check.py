@@ -1,9 +1,9 @@
 """The b-table check on real people and phantoms: `python benchmarks/gradient_check.py [--quick] BIDS [BIDS ...]`.
 
-For each series: the answer for the b-vectors as given and for each of the 23 other flips and permutations of their rows,
-and how often the correction restores the given ones. Then the answers for reduced series: random directions (6 to 12),
-half of the brain, noise of 5 % of the b=0 signal added. A wrong answer for right b-vectors, and "right" for wrong ones,
-are errors. The b-vectors of the datasets are taken as right.
+For each series: the answer for the b-vectors as given and for each of the 23 other flips and permutations of their
+rows, and how often the correction restores the given ones. Then the answers for reduced series: random directions (6 to
+12), half of the brain, noise of 5 % of the b=0 signal added. A wrong answer for right b-vectors, and "right" for wrong
+ones, are errors. The b-vectors of the datasets are taken as right.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def main() -> None:
             answers[found.answer] += 1
             restored += same_axes(with_corrected_gradients(wrong, found).dwi.bvecs, series.dwi.bvecs)
         print(
-            f"{name}: given {given.answer} (ratio {given.ratio:.2f}, z {given.z:.1f}, {seconds:.1f} CPU s, signal falls "
-            f"with b {given.order:.1%}); others {dict(answers)}, restored {restored}",
+            f"{name}: given {given.answer} (ratio {given.ratio:.2f}, z {given.z:.1f}, {seconds:.1f} CPU s, "
+            f"signal falls with b {given.order:.1%}); others {dict(answers)}, restored {restored}",
             flush=True,
         )
         for kind in ("directions", "half brain", "noise"):

@@ -52,8 +52,8 @@ def _signal(ax: Axes, quality: QSpaceQuality, q: np.ndarray) -> None:
     ax.vlines(q, quality.signal[:, 0], quality.signal[:, 2], colors=OTHER, linewidth=0.8, zorder=1)
     ax.scatter(q, quality.signal[:, 1], s=13, color=AXIS_COLOURS[2], edgecolors=BACKGROUND, linewidths=0.3, zorder=2)
     ax.axhline(quality.floor, color=FLOOR, linestyle="--", linewidth=1)
-    ax.annotate("noise floor", (q.max(), quality.floor), xytext=(0, -3), textcoords="offset points", color=FOREGROUND,
-                ha="right", va="top", fontsize=8)  # fmt: skip
+    ax.annotate("noise floor", (0, quality.floor), xytext=(4, -3), textcoords="offset points", color=FOREGROUND,
+                ha="left", va="top", fontsize=8)  # fmt: skip
     ax.set_yscale("log")
     ax.set_title("Signal in the brain / b=0")
 
@@ -62,8 +62,8 @@ def _errors(ax: Axes, quality: QSpaceQuality, q: np.ndarray, weighted: np.ndarra
     ax.scatter(q[weighted], quality.left_out[weighted], s=13, color=AXIS_COLOURS[2], edgecolors=BACKGROUND,
                linewidths=0.3)  # fmt: skip
     ax.axhline(quality.noise, color=MUTED, linestyle="--", linewidth=1)
-    ax.annotate("noise left in the series", (q.max(), quality.noise), xytext=(0, -3), textcoords="offset points",
-                color=FOREGROUND, ha="right", va="top", fontsize=8)  # fmt: skip
+    ax.annotate("noise left in the series", (0, quality.noise), xytext=(4, -3), textcoords="offset points",
+                color=FOREGROUND, ha="left", va="top", fontsize=8)  # fmt: skip
     ax.set_ylim(bottom=0)
     ax.set_title("Error of prediction / b=0")
 

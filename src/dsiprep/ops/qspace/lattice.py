@@ -15,6 +15,7 @@ ORDERS = (8, 6, 4, 2)
 SCALES = (0.6, 0.8, 1.0)  # of the basis in units of `ZETA`, up to b 7000; larger in proportion beyond
 TOP_B = 7000.0  # s/mm²
 TRIAL_ITERATIONS = 10  # of the prior, for the choice of order and scale
+LIGHT_PRIOR = 0.01  # of the estimated penalty, where samples are at least twice as many as basis functions
 SAME_POINT = 1.02  # fraction of the largest |q| up to which a point lies within the acquired ball
 
 
@@ -82,7 +83,10 @@ def predict_at(
     """Predict samples at points of q-space by 3dSHORE with a normal prior estimated from the samples.
 
     This is a Gaussian process whose covariance has the rotation-invariant form that the prior of 3dSHORE gives it. The
-    radial order and the scale of the basis are those that predict samples best from the others.
+    radial order and the scale of the basis are those that predict samples best from the others. Each sample is
+    predicted from the others with the whole prior. At `points` the prior is light where the samples suffice without:
+    shrinkage lowers the error of each point, but what it takes is the same in all of them, and reconstruction sums over
+    the points, in which noise averages out and a bias towards isotropy does not.
 
     Parameters
     ----------
@@ -103,7 +107,8 @@ def predict_at(
     order, zeta = _best_basis(q, second_moment, weights)
     basis, target = shore_basis(q, order, zeta), shore_basis(points, order, zeta)
     penalty = shore_prior(second_moment, basis, order, weights)
-    posterior = np.linalg.inv((basis * weights[:, None]).T @ basis + penalty)
+    share = LIGHT_PRIOR if len(q) >= 2 * basis.shape[1] else 1.0
+    posterior = np.linalg.inv((basis * weights[:, None]).T @ basis + share * penalty)
     matrix = target @ posterior @ (basis * weights[:, None]).T
     left_out = leave_one_out(basis, penalty, near_neighbours(q), weights)
     hat = basis @ posterior @ (basis * weights[:, None]).T
