@@ -130,6 +130,12 @@ class Cache:
             self.seconds[name] = json.loads((target / "result.json").read_text())["about"]["seconds"]
         return CachedResult(key, lambda: _load(target))
 
+    def derive(self, function: Callable[..., T], *inputs: CachedResult[Any]) -> CachedResult[T]:
+        """`function(*inputs)` where it is too cheap to be stored; its key follows from those of its inputs."""
+        lineage = [_source_of(function), [item.key for item in inputs]]
+        key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
+        return CachedResult(key, lambda: function(*(item.value for item in inputs)))
+
     def _timed(self, name: str, function: Callable[..., T], inputs: tuple[object, ...]) -> T:
         if self.only_found:
             raise InputError(

@@ -308,7 +308,7 @@ def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None
 def _write_joined(name: str, finished: list[UnitResults], job: Job, on_step: StepCallback) -> None:
     """Write the output that is joined from several finished units."""
     from dsiprep.io.derivatives import write_joined
-    from dsiprep.pipeline import join_units
+    from dsiprep.joining import join_units
 
     parts = [results for results in finished if results.unit.output == name]
     expected = {unit.name for unit in job.units if unit.output == name}

@@ -21,7 +21,8 @@ from dsiprep.data.results import (
     Coregistration,
     Denoised,
     Distortion,
-    Joined,
+    GradientCheck,
+    Lattice,
     Motion,
     Preprocessed,
     Reference,
@@ -31,14 +32,22 @@ from dsiprep.data.results import (
 from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
 from dsiprep.engines.selection import anatomical_steps, check_engines, distortion_step, engine_fingerprints
-from dsiprep.io import fieldmaps, nifti, templates, unit_reader
+from dsiprep.io import fieldmaps, nifti, q_grid_table, templates, unit_reader
 from dsiprep.io.bids import read_unit
 from dsiprep.io.fieldmaps import read_fieldmap
+from dsiprep.io.gradients import fsl_axes
 from dsiprep.io.nifti import read_volume
+from dsiprep.io.q_grid_table import read_q_grid
 from dsiprep.io.templates import load_template
 from dsiprep.io.unit_check import check_unit
 from dsiprep.io.user_mask import find_mask
-from dsiprep.plan import AXIS_CONTRADICTED, choose_distortion, choose_structural, doubt_axis, warnings_for
+from dsiprep.plan import (
+    AXIS_CONTRADICTED,
+    choose_distortion,
+    choose_structural,
+    doubt_axis,
+    warnings_for,
+)
 from dsiprep.settings import (
     AnatomySettings,
     CoregisterSettings,
@@ -59,13 +68,27 @@ from dsiprep.stages import (
     dwiref,
     fieldmap,
     fieldmapless,
+    gradient_check,
+    lattice,
     motion,
     quality,
     resample,
     unringing,
 )
 
-STEPS = ("acquisition", "denoise", "unringing", "motion", "distortion", "anatomy", "coregister", "resample", "quality")
+STEPS = (
+    "acquisition",
+    "gradients",
+    "denoise",
+    "unringing",
+    "motion",
+    "distortion",
+    "anatomy",
+    "coregister",
+    "resample",
+    "lattice",
+    "quality",
+)
 T = TypeVar("T")
 
 
@@ -108,7 +131,7 @@ def preprocess(
     cache, on = cache or Cache(None), torch.device(device)
     if not cache.only_found:
         check_engines(unit, settings, on)
-    acquired = _acquire(unit, settings, cache)
+    acquired, checked = _acquire(unit, settings, cache)
     denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
     unringed = cache.run(unringing, "unringing", partial(_unring, on), acquired, denoised, settings.unringing)
     motions, corrected, reason, doubt = _undistort(unit, settings, cache, on, acquired)
@@ -118,7 +141,7 @@ def preprocess(
     reference = leading = _reference(cache, motions[0], corrected)
     if lead is not None and target_unit:
         other = cache.for_other_unit()
-        moved, undistorted, *_ = _undistort(lead, settings, other, on, _acquire(lead, settings, other))
+        moved, undistorted, *_ = _undistort(lead, settings, other, on, _acquire(lead, settings, other)[0])
         leading = _reference(other, moved[0], undistorted)
     anatomical = prepare_anatomy(unit, settings, cache, on, leading)
     coregistered = cache.run(
@@ -128,6 +151,7 @@ def preprocess(
     preprocessed = cache.run(
         resample, "resample", partial(_resample, on), denoised, unringed, aligned, settings.resample, settings.denoise
     )
+    on_lattice = None if unit.output else _evaluate_lattice(cache, acquired, preprocessed, settings)
     measured = cache.run(
         quality, "quality", quality.measure_quality, unit.name, acquired, denoised, *aligned, preprocessed
     )
@@ -146,17 +170,35 @@ def preprocess(
         quality=measured.value,
         seconds=dict(cache.seconds),
         device=str(on),
-        warnings=warnings_for(unit, settings, corrected.value is not None, doubt),
+        warnings=(
+            *warnings_for(unit, settings, corrected.value is not None, doubt),
+            *(gradient_check.doubt_gradients(checked) if checked else ()),
+        ),
+        gradients=checked,
+        lattice=on_lattice,
     )
 
 
-def _acquire(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[Acquired]:
+def _acquire(unit: Unit, settings: Settings, cache: Cache) -> tuple[CachedResult[Acquired], GradientCheck | None]:
+    """The conformed series, its b-vectors corrected if asked for and found wrong, and how they fit the brain."""
     check_unit(unit, settings)
     raw = cache.files(
         unit_reader, unit.files(), [unit.sidecar_fields(), settings.acquisition], lambda: read_unit(unit, settings)
     )
     ringing = settings.unringing if unit.epis else UnringingSettings("none")  # of the series, a later stage's affair
-    return cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition, ringing)
+    acquired = cache.run(acquisition, "acquisition", acquisition.conform, raw, settings.acquisition, ringing)
+    if settings.gradients.check == "off":
+        return acquired, None
+    found = cache.run(gradient_check, "gradients", _check_gradients, acquired)
+    check = found.value
+    if settings.gradients.check == "warn" or not check.remedy:
+        return acquired, check
+    corrected = cache.derive(gradient_check.with_corrected_gradients, acquired, found)
+    return corrected, replace(check, corrected=True)
+
+
+def _check_gradients(acquired: Acquired) -> GradientCheck:
+    return gradient_check.check_gradients(acquired, fsl_axes(acquired.dwi.grid))
 
 
 def _undistort(
@@ -377,23 +419,12 @@ def _resample(
     )
 
 
-def join_units(name: str, parts: list[UnitResults]) -> Joined:
-    """Join finished units of one session into one series in ACPC space.
-
-    Parameters
-    ----------
-    name : str
-        Prefix of the output.
-    parts : list of UnitResults
-        Units that share a structural image and settings.
-    """
-    settings, anatomical = parts[0].settings, parts[0].anatomy
-    series = tuple(part.preprocessed for part in parts)
-    asked = tuple(part.acquired.dwi for part in parts)
-    merge = settings.resample.merge
-    together = resample.join(series, asked, anatomical, merge, settings.acquisition.harmonize_b0)
-    model = parts[0].motions[0].model
-    found, runs = tuple(part.quality for part in parts), tuple(dwi.run for dwi in asked)
-    measured = quality.measure_joined(name, found, runs, anatomical, together, model)
-    files = tuple(part.unit.runs[run].image.name for part in parts for run in part.acquired.dwi.run)
-    return Joined(name, tuple(part.unit.name for part in parts), merge, files, together, measured, model)
+def _evaluate_lattice(
+    cache: Cache, acquired: CachedResult[Acquired], preprocessed: CachedResult[Preprocessed], settings: Settings
+) -> Lattice | None:
+    grid = settings.lattice.grid
+    if grid == "none":
+        return None
+    table = read_q_grid(grid)
+    points = cache.files(q_grid_table, (Path(grid),) if table else (), grid, lambda: table)
+    return cache.run(lattice, "lattice", lattice.evaluate_lattice, preprocessed, acquired, grid, points).value

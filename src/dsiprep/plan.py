@@ -15,7 +15,7 @@ from dsiprep.io.nifti_header import read_shape
 from dsiprep.io.templates import load_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
-from dsiprep.stages import denoise, motion
+from dsiprep.stages import denoise, lattice, motion
 from dsiprep.stages.unringing import plan_unringing
 
 __all__ = [
@@ -152,6 +152,8 @@ def not_done(unit: Unit, settings: Settings) -> list[str]:
         sentences.append("The structural image is not normalised to a template: disabled.")
     if settings.motion.method == "none":
         sentences.append("Head motion is not corrected: disabled.")
+    if settings.gradients.check == "off":
+        sentences.append("The b-table is not checked against the images: disabled.")
     if settings.denoise.method == "none":
         sentences.append("Noise is not removed: disabled.")
     choices = dict.fromkeys(plan_unringing(run.k_space, settings.unringing) for run in unit.runs)
@@ -170,6 +172,13 @@ def doubt_axis(check: AxisCheck) -> str:
         f"{other} make the images of both phase encodings agree much better (misfit {best / given:.0%}). Correct "
         "PhaseEncodingDirection, or use --sdc-method drbuddi to correct along the given axis nevertheless."
     )
+
+
+def lattice_not_done(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> str:
+    """Why the series will not be evaluated on a lattice although that was asked for; empty if it will."""
+    if settings.lattice.grid == "none" or scheme is None or unit.output:
+        return ""
+    return lattice.why_not(settings.lattice.grid, scheme)
 
 
 def warnings_for(unit: Unit, settings: Settings, corrected: bool | None = None, doubt: str = "") -> tuple[str, ...]:
@@ -271,6 +280,14 @@ def plan_stages(
     engines = engines_for(unit, settings)
     return {
         **({"engines": ", ".join(engines) + ": checked before processing starts"} if engines else {}),
+        **(
+            {
+                "gradients": "b-vectors against their 23 flips and permutations, order of volumes against b: "
+                + ("wrong b-vectors are corrected" if settings.gradients.check == "fix" else "warning only")
+            }
+            if settings.gradients.check != "off"
+            else {}
+        ),
         "denoise": _describe_denoising(unit, settings),
         "unringing": _describe_unringing(unit, settings),
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
@@ -285,4 +302,12 @@ def plan_stages(
         "coregister": f"{settings.coregister.dof} degrees of freedom" if images else b0_registration,
         "resample": f"one cubic B-spline interpolation at {settings.resample.resolution:g} mm, "
         f"bias correction {settings.denoise.biascorrect}",
+        **_lattice_plan(unit, scheme, settings),
     }
+
+
+def _lattice_plan(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> dict[str, str]:
+    if settings.lattice.grid == "none":
+        return {}
+    reason = lattice_not_done(unit, scheme, settings)
+    return {"lattice": f"none: {reason}" if reason else f"the series at the points of {settings.lattice.grid}, too"}

@@ -99,6 +99,19 @@ class AcquisitionSettings(Checked):
 
 
 @dataclass(frozen=True)
+class GradientSettings(Checked):
+    """Check of the b-table against the images."""
+
+    check: str = option(
+        "warn",
+        "compare the b-vectors with their 23 flips and permutations by the length of streamlines, and the order of the "
+        "volumes with their b-values: warn of a wrong table, fix wrong b-vectors if the right ones are clear, or off",
+        "--bvec-check",
+        choices=("warn", "fix", "off"),
+    )
+
+
+@dataclass(frozen=True)
 class DenoiseSettings(Checked):
     """Noise and receive bias field."""
 
@@ -349,10 +362,25 @@ SMALLEST_VOXEL_MM = 0.5
 
 
 @dataclass(frozen=True)
+class LatticeSettings(Checked):
+    """The preprocessed series on a Cartesian lattice in q-space, in addition to the series itself."""
+
+    grid: str = option(
+        "none",
+        "evaluate the corrected series on a lattice, from which heads that turned have moved it: that which was "
+        "acquired, the half (dsi257) or full (dsi515) lattice of radius 5 up to the largest acquired b-value, or the "
+        "gradients in a text file with x y z b per row (world RAS+ of the output)",
+        "--q-grid",
+        metavar="none|acquired|dsi257|dsi515|FILE",
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a run, by stage."""
 
     acquisition: AcquisitionSettings = AcquisitionSettings()
+    gradients: GradientSettings = GradientSettings()
     denoise: DenoiseSettings = DenoiseSettings()
     unringing: UnringingSettings = UnringingSettings()
     motion: MotionSettings = MotionSettings()
@@ -360,6 +388,7 @@ class Settings:
     anatomy: AnatomySettings = AnatomySettings()
     coregister: CoregisterSettings = CoregisterSettings()
     resample: ResampleSettings = ResampleSettings()
+    lattice: LatticeSettings = LatticeSettings()
 
     def __post_init__(self) -> None:
         for entry in fields(self):

@@ -18,8 +18,8 @@ from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.io import derivatives
 from dsiprep.io.bids import find_units
+from dsiprep.joining import join_units
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
-from dsiprep.pipeline import join_units
 from dsiprep.settings import AnatomySettings, ResampleSettings, Settings
 from dsiprep.stages.resample import join, resample
 from helpers.bids_dataset import Dataset

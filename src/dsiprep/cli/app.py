@@ -36,6 +36,7 @@ log = logging.getLogger("dsiprep")
 
 SETTINGS_GROUPS = {
     "acquisition": settings.AcquisitionSettings,
+    "gradients": settings.GradientSettings,
     "denoise": settings.DenoiseSettings,
     "unringing": settings.UnringingSettings,
     "motion": settings.MotionSettings,
@@ -43,6 +44,7 @@ SETTINGS_GROUPS = {
     "anatomy": settings.AnatomySettings,
     "coregister": settings.CoregisterSettings,
     "resample": settings.ResampleSettings,
+    "lattice": settings.LatticeSettings,
 }
 
 # Keys allowed in QSIPrep's --shoreline-config file.

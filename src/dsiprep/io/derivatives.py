@@ -16,13 +16,13 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import Unit
-from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Joined, Preprocessed, Quality, UnitResults, eddy_currents
 from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
+from dsiprep.io.lattice_files import write_lattice
 from dsiprep.io.nifti import ALIGNED, MNI, write_image
 from dsiprep.io.provenance import anatomical_uri, anatomy_stem, dataset_description, raw_uris, space_uri
 from dsiprep.io.qc_tables import outlier_slices, write_json, write_tables
@@ -128,6 +128,8 @@ def write_joined(joined: Joined, results: list[UnitResults], out: Path) -> list[
         folder = stage / relative
         folder.mkdir(parents=True)
         _write_preprocessed(folder, joined.name, joined.preprocessed, joined.quality, sidecar, joined.model)
+        if joined.lattice is not None:
+            write_lattice(folder, joined.name, joined.lattice, joined.preprocessed.mask, sidecar)
         write_tables(folder / joined.name, joined.quality, joined.files, results, joined.preprocessed.sources)
         written = {out / path.relative_to(stage) for path in stage.rglob("*") if path.is_file()}
     _remove_stale(out / relative, (f"{joined.name}_space-*",), written)
@@ -213,6 +215,8 @@ def _write_series(results: UnitResults, folder: Path) -> None:
         sidecar["VolumesMerged"] = results.settings.resample.merge
     model, quality = results.motions[0].model, results.quality
     _write_preprocessed(folder, results.unit.name, results.preprocessed, quality, sidecar, model)
+    if results.lattice is not None:
+        write_lattice(folder, results.unit.name, results.lattice, results.preprocessed.mask, sidecar)
 
 
 def _write_preprocessed(
@@ -224,7 +228,7 @@ def _write_preprocessed(
     seconds = sidecar.get("RepetitionTime")
     repetition_time = seconds if isinstance(seconds, float) else None
     write_image(_with(stem, ".nii.gz"), dwi.data, dwi.grid, space=ALIGNED, repetition_time=repetition_time)
-    write_json(_with(stem, ".json"), sidecar | {"GradientTables": _write_gradients(stem, dwi)})
+    write_json(_with(stem, ".json"), sidecar | {"GradientTables": gradients.write_every_frame(stem, dwi)})
     _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, False, reference)
     _write_map(folder / f"{name}_desc-brain_mask", preprocessed.mask, True, reference)
     if preprocessed.coverage is not None:
@@ -234,26 +238,6 @@ def _write_preprocessed(
         _write_map(folder / f"{name}_model-{kind}_stat-cnr_dwimap", quality.cnr, False, reference)
     if quality.tsnr is not None:
         _write_map(folder / f"{name}_stat-tsnr_dwimap", quality.tsnr, False, reference)
-
-
-def _write_gradients(stem: Path, dwi: DWI) -> dict[str, dict[str, str]]:
-    """Write the gradient tables of a preprocessed series; their frames and readers by file name, for the sidecar.
-
-    FSL's table has a suffix of its own, so that no query for `.bvec`, or for the suffix `dwi`, matches two files.
-    """
-    gradients.write_bvals(_with(stem, ".bval"), dwi.bvals)
-    bvec, b, b_table = (_with(stem, extension) for extension in (".bvec", ".b", ".b_table.txt"))
-    fsl = stem.with_name(stem.name.removesuffix("_dwi") + "_fslbvecs.txt")
-    gradients.write_image_bvecs(bvec, dwi.bvecs, dwi.grid)
-    gradients.write_fsl_bvecs(fsl, dwi.bvecs, dwi.grid)
-    gradients.write_mrtrix_b(b, dwi.bvals, dwi.bvecs)
-    gradients.write_dsi_studio(b_table, dwi.bvals, dwi.bvecs, dwi.grid)
-    return {
-        bvec.name: gradients.IMAGE_AXES,
-        fsl.name: gradients.FSL_FRAME,
-        b.name: gradients.MRTRIX_FRAME,
-        b_table.name: gradients.DSI_STUDIO_FRAME,
-    }
 
 
 def _write_transforms(results: UnitResults, session: Path) -> None:

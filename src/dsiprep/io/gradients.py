@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid
 from dsiprep.errors import GradientError
 from dsiprep.io.b_tables import read_b_table
@@ -78,12 +79,12 @@ def read_gradients(
 
 def from_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
     """Convert b-vectors (n, 3) from FSL's convention for images on `grid` to world RAS+."""
-    return np.asarray(bvecs, float) @ _fsl_axes(grid).T
+    return np.asarray(bvecs, float) @ fsl_axes(grid).T
 
 
 def to_fsl(bvecs: np.ndarray, grid: Grid) -> np.ndarray:
     """Convert b-vectors (n, 3) from world RAS+ to FSL's convention, the inverse of `from_fsl`."""
-    return np.asarray(bvecs, float) @ _fsl_axes(grid)
+    return np.asarray(bvecs, float) @ fsl_axes(grid)
 
 
 def require_b0(bvals: np.ndarray, b0_threshold: float, where: str, fixed: bool = False) -> None:
@@ -144,13 +145,28 @@ def write_dsi_studio(path: Path, bvals: np.ndarray, bvecs: np.ndarray, grid: Gri
     Path(path).write_text("\n".join(rows) + "\n")
 
 
+def write_every_frame(stem: Path, dwi: DWI) -> dict[str, dict[str, str]]:
+    """Write the gradient tables of a series; their frames and readers by file name, for the sidecar.
+
+    FSL's table has a suffix of its own, so that no query for `.bvec`, or for the suffix `dwi`, matches two files.
+    """
+    bval, bvec, b, b_table = (stem.with_name(stem.name + end) for end in (".bval", ".bvec", ".b", ".b_table.txt"))
+    fsl = stem.with_name(f"{stem.name.rpartition('_')[0]}_fslbvecs.txt")
+    write_bvals(bval, dwi.bvals)
+    write_image_bvecs(bvec, dwi.bvecs, dwi.grid)
+    write_fsl_bvecs(fsl, dwi.bvecs, dwi.grid)
+    write_mrtrix_b(b, dwi.bvals, dwi.bvecs)
+    write_dsi_studio(b_table, dwi.bvals, dwi.bvecs, dwi.grid)
+    return {bvec.name: IMAGE_AXES, fsl.name: FSL_FRAME, b.name: MRTRIX_FRAME, b_table.name: DSI_STUDIO_FRAME}
+
+
 def _directions(grid: Grid) -> np.ndarray:
     """The orthonormal axes closest to the voxel axes, one per column, with their handedness preserved."""
     u, _, vt = np.linalg.svd(grid.directions)
     return u @ vt
 
 
-def _fsl_axes(grid: Grid) -> np.ndarray:
+def fsl_axes(grid: Grid) -> np.ndarray:
     """FSL's axes in world RAS+, one per column: world = axes @ fsl."""
     axes = _directions(grid)
     if np.linalg.det(grid.affine[:3, :3]) > 0:

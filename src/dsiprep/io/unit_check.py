@@ -13,6 +13,7 @@ from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import OR_IGNORE
 from dsiprep.io.gradients import require_b0
 from dsiprep.io.nifti_header import Header, check_extent, check_kind, oriented, read_header
+from dsiprep.io.q_grid_table import read_q_grid
 from dsiprep.io.unit_reader import require_files
 from dsiprep.settings import Settings
 
@@ -27,9 +28,10 @@ def check_unit(unit: Unit, settings: Settings) -> None:
     InputError
         If a file is missing or not an image of its kind, its header is damaged, or the series has too few slices.
     GradientError
-        If a b-table is invalid, or the runs of a phase-encoding direction have no b=0 volume.
+        If a b-table or the table of --q-grid is invalid, or the runs of a phase-encoding direction have no b=0 volume.
     """
     modality, threshold = settings.anatomy.modality, settings.acquisition.b0_threshold
+    read_q_grid(settings.lattice.grid)
     require_files(unit, modality)
     by_direction: dict[str, list[tuple[Run, np.ndarray]]] = {}
     for run in unit.runs:

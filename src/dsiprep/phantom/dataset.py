@@ -13,6 +13,7 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
+from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
 from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.k_space import PHASE_TERMS, STATIC_PHASE, draw_phase, sample
@@ -168,8 +169,10 @@ def _write_runs(
     stem = bids / "sub-01" / "dwi" / f"sub-01_dir-PA{'' if phases is None else '_part-mag'}_dwi"
     sampled = settings.sampled_fraction
     write_image(_with(stem, ".nii.gz"), series, session.grid)
-    np.savetxt(_with(stem, ".bval"), session.bvals[None], fmt="%.1f")
-    np.savetxt(_with(stem, ".bvec"), to_fsl(session.bvecs, session.grid).T, fmt="%.8f")
+    frame = next(matrix for matrix in axis_frames() if describe_frame(matrix) == settings.bvec_rows)
+    bvals = session.bvals[::-1] if settings.reversed_bvals else session.bvals
+    np.savetxt(_with(stem, ".bval"), bvals[None], fmt="%.1f")
+    np.savetxt(_with(stem, ".bvec"), frame @ to_fsl(session.bvecs, session.grid).T, fmt="%.8f")
     sidecar = {**_sidecar(session.grid, session.pe, sampled), "B0FieldSource": "pepolar"}
     _write_json(_with(stem, ".json"), sidecar)
     if phases is not None:

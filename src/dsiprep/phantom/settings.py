@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from dsiprep.errors import SettingsError
+from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame
 from dsiprep.settings import option
 
 ORIENTATIONS = ("RAS", "LAS", "LPS", "PSR", "oblique")
 DEGREES_PER_MM = 1.8
 K_SPACE = {"full": 1.0, "7/8": 7 / 8, "6/8": 6 / 8, "5/8": 5 / 8}  # fraction that is sampled
+RIGHT_ROWS = "x y z"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,13 @@ class PhantomSettings:
     orientation: str = option(
         "LAS", "voxel axes of the DWI; oblique is LAS, tilted", "--orientation", choices=ORIENTATIONS
     )
+    bvec_rows: str = option(
+        RIGHT_ROWS,
+        "rows that are written to the .bvec, in terms of the right ones: '-x y z' or 'x z y', for a wrong table",
+        "--bvec-rows",
+        metavar="ROWS",
+    )
+    reversed_bvals: bool = option(False, "write the b-values in reversed order, for a wrong table", "--reversed-bvals")
     ideal: bool = option(True, "do not write the ideal DWI (halves the run time)", "--no-ideal")
     seed: int = option(1, "seed of the random anatomy, motion and noise", "--seed", metavar="N")
 
@@ -110,7 +119,7 @@ class PhantomSettings:
     def described(self) -> dict[str, object]:
         """Settings by name, without effects that are not there."""
         absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0, "k_space": ""}
-        absent |= {"complex": False}
+        absent |= {"complex": False, "reversed_bvals": False, "bvec_rows": RIGHT_ROWS}
         return {name: value for name, value in asdict(self).items() if absent.get(name) != value}
 
     def check(self) -> None:
@@ -133,6 +142,8 @@ class PhantomSettings:
         for name in amounts:
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if self.bvec_rows not in map(describe_frame, axis_frames()):
+            raise SettingsError(f"--bvec-rows {self.bvec_rows}: expected x, y and z once each, at most one negated")
         if self.orientation not in ORIENTATIONS:
             raise SettingsError(f"--orientation {self.orientation}: expected one of {', '.join(ORIENTATIONS)}")
 

@@ -25,7 +25,10 @@ from dsiprep.stages import (
     distortion,
     fieldmap,
     fieldmapless,
+    gradient_check,
+    lattice,
     motion,
+    qspace_quality,
     quality,
     resample,
     structural_average,
@@ -212,6 +215,8 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
     metric = results.coregistration.metric
     return [
         *_acquisition_paragraphs(results),
+        *([gradient_check.METHODS["checked"]] if results.gradients and results.gradients.lengths else []),
+        *([gradient_check.METHODS["corrected"]] if results.gradients and results.gradients.corrected else []),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
         *([] if results.denoised.floor == "none" else [denoise.METHODS[results.denoised.floor]]),
         *([denoise.METHODS["complex"]] if results.denoised.dwi.signed else []),
@@ -225,7 +230,9 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
         *_matching(resample.METHODS, "resample"),
         *_matching(resample.METHODS, biascorrect),
         *_merge_paragraphs(results),
+        *(lattice.METHODS.values() if results.lattice else ()),
         *quality.METHODS.values(),
+        *(qspace_quality.METHODS.values() if results.quality.qspace else ()),
     ]
 
 

@@ -14,6 +14,7 @@ from dsiprep.report import plots, slice_figures
 from dsiprep.report.motion_section import motion
 from dsiprep.report.overview import acquisition, quality, summary
 from dsiprep.report.page_parts import Fact, FigureWriter, Picture, Section
+from dsiprep.report.qspace_section import gradients, qspace
 from dsiprep.report.wording import BLIPS, SIMILARITIES, describe_grid, encoding
 
 
@@ -305,4 +306,17 @@ def _fibre_pictures(result: Preprocessed, figures: FigureWriter) -> tuple[Pictur
     return pictures
 
 
-SECTIONS = (summary, acquisition, denoising, unringing, motion, distortion, anatomy, coregistration, output, quality)
+SECTIONS = (
+    summary,
+    acquisition,
+    gradients,
+    denoising,
+    unringing,
+    motion,
+    distortion,
+    anatomy,
+    coregistration,
+    output,
+    qspace,
+    quality,
+)

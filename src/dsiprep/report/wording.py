@@ -14,6 +14,7 @@ OUTLIER_HANDLING = {
 BLIPS = {"up": "blip-up", "down": "blip-down", "only": "single phase encoding"}
 STAGES = {
     "acquisition": "Input",
+    "gradients": "b-table check",
     "denoise": "Denoising",
     "unringing": "Gibbs ringing",
     "motion": "Head motion",
@@ -21,6 +22,7 @@ STAGES = {
     "anatomy": "Anatomy",
     "coregister": "Coregistration",
     "resample": "Resampling",
+    "lattice": "q-space lattice",
     "quality": "Quality control",
 }
 DISTORTION_METHODS = {

@@ -24,6 +24,7 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.motion.framewise_displacement import framewise_displacement
 from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection
 from dsiprep.ops.qspace.tensor import main_directions, tensor_projection
+from dsiprep.stages.qspace_quality import measure_qspace, qspace_row
 
 METHODS = {
     "quality": (
@@ -82,11 +83,19 @@ def measure_quality(
         table |= {f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in CNR_SUMMARY}
     if distortion is not None and distortion.fieldmap_hz is not None:
         table |= _fieldmap_metrics(distortion.fieldmap_hz, motions[0].mask)
+    qspace = measure_qspace(dwi, preprocessed.mask, _prescribed(acquired, preprocessed), denoised.noise)
+    table |= qspace_row(qspace, ~dwi.is_b0)
     table["coregistration_score"] = float(coregistration.score_after)
     table |= _file_entities(unit_name)
     slices = _all_slice_z(motions, len(raw))
     notes = (*_notes(motions, distortion), *_missing_maps(dwi, cnr), *_coverage_note(table))
-    return Quality(table, confounds, slices, cnr, tsnr, notes)
+    return Quality(table, confounds, slices, cnr, tsnr, notes, qspace)
+
+
+def _prescribed(acquired: Acquired, preprocessed: Preprocessed) -> tuple[np.ndarray, np.ndarray]:
+    """b-values and b-vectors of the preprocessed volumes as they were prescribed; the first of those merged."""
+    first = [members[0] for members in preprocessed.sources] or list(range(len(acquired.dwi)))
+    return acquired.dwi.bvals[first], acquired.dwi.bvecs[first]
 
 
 def measure_joined(
