@@ -311,6 +311,22 @@ SMALLEST_VOXEL_MM = 0.5
 
 
 @dataclass(frozen=True)
+class ReportSettings(Checked):
+    """The report of a subject."""
+
+    bounds: str = option(
+        "",
+        "TOML file of bounds for the verdicts at the top of the report, such as the group_bounds.toml of a cohort; "
+        "checks that it does not name keep dsiprep's bounds",
+        "--report-bounds",
+        metavar="FILE",
+    )
+    single_file: bool = option(
+        False, "also write sub-X_report.html, one file with all figures inside it, to be mailed", "--report-single-file"
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a run, by stage."""
 
@@ -321,6 +337,7 @@ class Settings:
     anatomy: AnatomySettings = AnatomySettings()
     coregister: CoregisterSettings = CoregisterSettings()
     resample: ResampleSettings = ResampleSettings()
+    report: ReportSettings = ReportSettings()
 
     def __post_init__(self) -> None:
         for entry in fields(self):

@@ -42,6 +42,7 @@ SETTINGS_GROUPS = {
     "anatomy": settings.AnatomySettings,
     "coregister": settings.CoregisterSettings,
     "resample": settings.ResampleSettings,
+    "report": settings.ReportSettings,
 }
 
 # Keys allowed in QSIPrep's --shoreline-config file.

@@ -14,7 +14,10 @@ from markupsafe import Markup
 from dsiprep.data.results import UnitResults
 from dsiprep.report.boilerplate import methods_html
 from dsiprep.report.page_parts import FigureWriter, Section, write_atomically
+from dsiprep.report.quality_record import write_record
 from dsiprep.report.sections import SECTIONS
+from dsiprep.report.verdict_bounds import read_bounds
+from dsiprep.report.verdicts import Verdict, judge
 from dsiprep.report.wording import duration
 
 LOG = logging.getLogger(__name__)
@@ -23,11 +26,20 @@ STAGE_COLOURS = ("#94a3b8", "#22a7c3", "#3f7fdb", "#7c5cd6", "#c2529c", "#e07b1f
 
 @dataclass(frozen=True)
 class UnitReport:
-    """The sections of one unit."""
+    """The verdicts and sections of one unit."""
 
     name: str
     anchor: str
     sections: tuple[Section, ...]
+    verdicts: tuple[Verdict, ...] = ()
+
+    def link(self, verdict: Verdict) -> str:
+        """Link to the picture of a verdict; to its section where there is no such picture."""
+        for section in self.sections:
+            for picture in section.pictures:
+                if verdict.figure and picture.name.startswith(verdict.figure):
+                    return f"#{self.anchor}-figure-{picture.name}"
+        return f"#{self.anchor}-{verdict.section}"
 
 
 def render_report(
@@ -63,7 +75,7 @@ def render_report(
         If there are neither results nor failures, or if they belong to more than one subject.
     """
     subject = _subject(results, failures)
-    reports = tuple(_unit_report(unit, out, subject) for unit in results)
+    reports = tuple(_unit_report(unit, out, subject, version) for unit in results)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -91,7 +103,7 @@ def _subject(results: Sequence[UnitResults], failures: Sequence[tuple[str, str]]
     return subjects.pop()
 
 
-def _unit_report(results: UnitResults, out: Path, subject: str) -> UnitReport:
+def _unit_report(results: UnitResults, out: Path, subject: str, version: str) -> UnitReport:
     writer = FigureWriter(out, subject, results.unit.name)
     sections = []
     for build in SECTIONS:
@@ -105,4 +117,7 @@ def _unit_report(results: UnitResults, out: Path, subject: str) -> UnitReport:
             )
             sections.append(Section(build.__name__, build.__name__.capitalize(), "", notes=(problem,)))
     writer.remove_stale()
-    return UnitReport(results.unit.name, re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name), tuple(sections))
+    anchor = re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name)
+    verdicts = judge(results, read_bounds(results.settings.report.bounds))
+    write_record(results, verdicts, out, version)
+    return UnitReport(results.unit.name, anchor, tuple(sections), verdicts)

@@ -48,8 +48,7 @@ def summary(results: UnitResults, figures: FigureWriter) -> Section:
     return Section(
         "summary",
         "Summary",
-        "Overview of the acquisition and processing. The report gives no automatic pass/fail verdict: read the notes "
-        "and inspect the figures below before using the data.",
+        "Overview of the acquisition and processing.",
         facts=_summary_facts(results),
         notes=(*(f"WARNING: {text}" for text in results.warnings), *_stage_notes(results)),
         shares=_seconds_by_stage(results.seconds),

@@ -24,13 +24,15 @@ class Frame:
 class Picture:
     """A figure of one frame, or of several equally sized frames that the reader can switch between.
 
-    `caption` describes the figure, `alt` is the text alternative, and `hint` states what to look for.
+    `caption` describes the figure, `alt` is the text alternative, and `hint` states what to look for. `name` is that of
+    its files, by which the page links to it.
     """
 
     frames: tuple[Frame, ...]
     alt: str
     caption: str
     hint: str = ""
+    name: str = ""
 
     @property
     def has_several_frames(self) -> bool:
@@ -127,7 +129,7 @@ class FigureWriter:
 
     def single(self, name: str, content: bytes | None, alt: str, caption: str, hint: str = "") -> tuple[Picture, ...]:
         """A figure of one frame; an empty tuple where `content` is None."""
-        return () if content is None else (Picture((self.write(name, content),), alt, caption, hint),)
+        return () if content is None else (Picture((self.write(name, content),), alt, caption, hint, name),)
 
     def multiple(
         self, name: str, frames: list[tuple[str, bytes]], alt: str, caption: str, hint: str = ""
@@ -136,7 +138,7 @@ class FigureWriter:
         written = tuple(
             self.write(name + re.sub(r"[^A-Za-z0-9]", "", label.title()), content, label) for label, content in frames
         )
-        return (Picture(written, alt, caption, hint),)
+        return (Picture(written, alt, caption, hint, name),)
 
     def remove_stale(self) -> None:
         """Delete figures of this unit that an earlier run wrote and this run did not."""
