@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsiprep import __version__, settings
+from dsiprep.cli.group_level import add_group_options, run_group
 from dsiprep.cli.legacy_options import add_legacy_options
 from dsiprep.cli.unsupported import UNSUPPORTED_OPTIONS, RejectOption, reject_eddy, take_eddy, value_converter
 from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError, printable
@@ -69,7 +70,9 @@ def build_parser() -> Parser:
     parser.add_argument("bids_dir", type=Path, help="root of the BIDS dataset (read only)")
     parser.add_argument("output_dir", type=Path, help="output folder for the derivatives")
     parser.add_argument(
-        "analysis_level", choices=("participant",), help="level of the analysis; only participant is available"
+        "analysis_level",
+        choices=("participant", "group"),
+        help="participant: preprocess each subject; group: compare all subjects that are in the output folder",
     )
     _add_selection(parser.add_argument_group("input selection"))
     _add_running(parser.add_argument_group("execution"))
@@ -78,6 +81,7 @@ def build_parser() -> Parser:
         for entry in dataclasses.fields(settings_class):
             if entry.metadata.get("flags"):
                 add_setting(group, name, entry)
+    add_group_options(parser.add_argument_group("group level", "The page that compares all subjects."))
     add_legacy_options(parser)
     for flag in UNSUPPORTED_OPTIONS:
         parser.add_argument(flag, nargs="?", const=True, action=RejectOption, help=argparse.SUPPRESS)
@@ -270,6 +274,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
                         format="%(levelname)s: %(message)s")  # fmt: skip
     try:
+        if options.analysis_level == "group":
+            return run_group(options)
         chosen = read_settings(options)
         check_folders(options)
         if options.fs_license_file:

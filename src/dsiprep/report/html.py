@@ -16,6 +16,7 @@ from dsiprep.report.boilerplate import methods_html
 from dsiprep.report.page_parts import FigureWriter, Section, write_atomically
 from dsiprep.report.quality_record import write_record
 from dsiprep.report.sections import SECTIONS
+from dsiprep.report.thumbnails import write_thumbnail
 from dsiprep.report.verdict_bounds import read_bounds
 from dsiprep.report.verdicts import Verdict, judge
 from dsiprep.report.wording import duration
@@ -116,6 +117,7 @@ def _unit_report(results: UnitResults, out: Path, subject: str, version: str) ->
                 "The preprocessed data are not affected."
             )
             sections.append(Section(build.__name__, build.__name__.capitalize(), "", notes=(problem,)))
+    write_thumbnail(writer)
     writer.remove_stale()
     anchor = re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name)
     verdicts = judge(results, read_bounds(results.settings.report.bounds))
