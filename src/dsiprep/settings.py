@@ -139,7 +139,12 @@ class MotionSettings(Checked):
         choices=("auto", "3dSHORE", "tensor", "none"),
     )
     iters: int = option(
-        4, "largest number of rounds of prediction and registration", "--shoreline-iters", metavar="N", least=1
+        4,
+        "largest number of rounds of prediction and registration at the resolution of the series; up to 10 at each of two "
+        "coarser ones precede them",
+        "--shoreline-iters",
+        metavar="N",
+        least=1,
     )
     transform: str = option("Rigid", "transform of each volume", "--hmc-transform", choices=("Rigid", "Affine"))
     eddy: str = option(

@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsiprep import __version__, settings
+from dsiprep.cli.config_file import expand_config_file
 from dsiprep.cli.group_level import add_group_options, run_group
 from dsiprep.cli.legacy_options import add_legacy_options
+from dsiprep.cli.suggestions import suggest_options
 from dsiprep.cli.unsupported import UNSUPPORTED_OPTIONS, RejectOption, reject_eddy, take_eddy, value_converter
 from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError, printable
 from dsiprep.io.files import read_json
@@ -56,13 +58,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        self.exit(2, f"dsiprep: {message}\n")
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        self.exit(2, f"dsiprep: {suggest_options(message, known)}\n")
 
 
 def build_parser() -> Parser:
     """Return the parser of the `dsiprep` command."""
     parser = Parser(
         prog="dsiprep",
+        usage="dsiprep BIDS_DIR OUTPUT_DIR {participant,group} --output-resolution MM [options]",
         description="Preprocess diffusion spectrum imaging (DSI) and other diffusion MRI from a BIDS dataset. "
         "Output names follow QSIPrep.",
         allow_abbrev=False,
@@ -74,12 +78,14 @@ def build_parser() -> Parser:
         choices=("participant", "group"),
         help="participant: preprocess each subject; group: compare all subjects that are in the output folder",
     )
+    required = parser.add_argument_group("required")
+    add_setting(required, "resample", settings.ResampleSettings.__dataclass_fields__["resolution"])
     _add_selection(parser.add_argument_group("input selection"))
     _add_running(parser.add_argument_group("execution"))
     for name, settings_class in SETTINGS_GROUPS.items():
         group = parser.add_argument_group(name, (settings_class.__doc__ or "").splitlines()[0])
         for entry in dataclasses.fields(settings_class):
-            if entry.metadata.get("flags"):
+            if entry.metadata.get("flags") and entry.name != "resolution":
                 add_setting(group, name, entry)
     add_group_options(parser.add_argument_group("group level", "The page that compares all subjects."))
     add_legacy_options(parser)
@@ -112,12 +118,14 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         help="keep the work folder (needed by --reports-only and --boilerplate-only)")  # fmt: skip
     add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N",
         help="compute device (default: auto, a GPU if available)")  # fmt: skip
-    add("--nprocs", "--nthreads", "--n-cpus", type=int, default=os.cpu_count() or 1, metavar="N",
+    add("--nprocs", "--nthreads", "--n-cpus", "--n_cpus", type=int, default=os.cpu_count() or 1, metavar="N",
         help="total number of CPU cores (default: all)")  # fmt: skip
     add("--omp-nthreads", type=int, default=0, metavar="N",
         help="CPU cores per subject; if lower than --nprocs, subjects run in parallel (default: --nprocs)")  # fmt: skip
-    add("--mem", "--mem-mb", type=_megabytes, default=0, metavar="MB",
+    add("--mem", "--mem-mb", "--mem_mb", type=_megabytes, default=0, metavar="MB",
         help="total memory, which limits the number of subjects that run in parallel (default: no limit)")  # fmt: skip
+    add("--config-file", type=Path, metavar="FILE",
+        help="logs/dsiprep.toml of an earlier run, whose options are repeated; those given here take precedence")  # fmt: skip
     add("--dry-run", action="store_true", help="check all files except voxels, print the plan and exit")
     add("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     add("--validate", action="store_true", help="run bids-validator-deno first and stop if it finds errors")
@@ -133,6 +141,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     )
     add("--sloppy", action="store_true", help="fast, low-quality processing for testing only")
     add("-v", "--verbose", action="count", default=0, help="more log messages; -vv for debugging")
+    add("--notrack", action="store_true", help="accepted and without effect: dsiprep sends nothing to anyone")
     add("--version", action="version", version=f"dsiprep {__version__}")
 
 
@@ -145,7 +154,8 @@ def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclass
         group.add_argument(*flags, help=entry.metadata["help"], **storage)
         return
     metavar = entry.metadata["metavar"] or "|".join(str(choice) for choice in choices) or None
-    suffix = "" if entry.metadata["help"].endswith("(required)") else f" (default: {entry.default})"
+    shown = entry.default != "" and not entry.metadata["help"].endswith("(required)")
+    suffix = f" (default: {entry.default})" if shown else ""
     group.add_argument(
         *flags,
         type=value_converter(flags[0], type(entry.default), choices),
@@ -270,7 +280,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    options = build_parser().parse_args(arguments)
+    try:
+        words = expand_config_file(sys.argv[1:] if arguments is None else arguments)
+    except SettingsError as error:
+        print(f"dsiprep: {error}", file=sys.stderr)
+        return 2
+    options = build_parser().parse_args(words)
     logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
                         format="%(levelname)s: %(message)s")  # fmt: skip
     try:

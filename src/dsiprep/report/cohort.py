@@ -206,6 +206,8 @@ def cohort_bounds(cohort: Sequence[Series]) -> dict[str, Bound]:
         if scale > 0:
             sign = 1 if check.larger_is_worse else -1
             look, bad = (float(f"{median + sign * z * scale:.4g}") for z in (LOOK_Z, BAD_Z))
-            source = f"cohort of {len(known)} series: {LOOK_Z:g} and {BAD_Z:g} robust standard deviations from the median"
+            source = (
+                f"cohort of {len(known)} series: {LOOK_Z:g} and {BAD_Z:g} robust standard deviations from the median"
+            )
             bounds[check.key] = Bound(look, bad, source)
     return bounds

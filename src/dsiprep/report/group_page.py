@@ -89,7 +89,9 @@ def write_group(out: Path, version: str, reference: Path | None = None, ratings:
     names = metric_names(cohort)
     compared = read_reference(reference) if reference else {name: values_of(cohort, name) for name in names}
     scores = {
-        name: robust_z(values_of(cohort, name), compared[name]) for name in names if name in compared and is_quality(name)
+        name: robust_z(values_of(cohort, name), compared[name])
+        for name in names
+        if name in compared and is_quality(name)
     }
     given = ratings or (out / RATINGS_FILE if (out / RATINGS_FILE).is_file() else None)
     rows = _rows(cohort, scores, read_ratings(given) if given else {}, out)
@@ -213,7 +215,11 @@ def _render(
             strips.append((name, meaning(name, cohort), text, strip(z, order)))
     folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template("group.html.j2").render(
         rows=rows,

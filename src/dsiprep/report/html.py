@@ -16,9 +16,11 @@ from dsiprep.report.boilerplate import methods_html
 from dsiprep.report.page_parts import FigureWriter, Section, write_atomically
 from dsiprep.report.quality_record import write_record
 from dsiprep.report.sections import SECTIONS
+from dsiprep.report.single_file import as_single_file
 from dsiprep.report.thumbnails import write_thumbnail
 from dsiprep.report.verdict_bounds import read_bounds
 from dsiprep.report.verdicts import Verdict, judge
+from dsiprep.report.viewer import write_viewer
 from dsiprep.report.wording import duration
 
 LOG = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class UnitReport:
     anchor: str
     sections: tuple[Section, ...]
     verdicts: tuple[Verdict, ...] = ()
+    viewer: str = ""
 
     def link(self, verdict: Verdict) -> str:
         """Link to the picture of a verdict; to its section where there is no such picture."""
@@ -85,7 +88,7 @@ def render_report(
         lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
-    text = environment.get_template("template.html.j2").render(
+    page = environment.get_template("template.html.j2").render(
         subject=subject,
         version=version,
         reports=reports,
@@ -93,8 +96,11 @@ def render_report(
         command=command,
         methods=Markup(methods_html(results)) if results else "",
         colours=STAGE_COLOURS,
+        script=Markup((Path(__file__).parent / "report.js").read_text(encoding="utf-8")),
     )
-    return write_atomically(out / f"{subject}.html", text.encode("utf-8"))
+    if any(unit.settings.report.single_file for unit in results):
+        write_atomically(out / f"{subject}_report.html", as_single_file(page, out).encode("utf-8"))
+    return write_atomically(out / f"{subject}.html", page.encode("utf-8"))
 
 
 def _subject(results: Sequence[UnitResults], failures: Sequence[tuple[str, str]]) -> str:
@@ -118,8 +124,9 @@ def _unit_report(results: UnitResults, out: Path, subject: str, version: str) ->
             )
             sections.append(Section(build.__name__, build.__name__.capitalize(), "", notes=(problem,)))
     write_thumbnail(writer)
+    viewer = write_viewer(results, writer)
     writer.remove_stale()
     anchor = re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name)
     verdicts = judge(results, read_bounds(results.settings.report.bounds))
     write_record(results, verdicts, out, version)
-    return UnitReport(results.unit.name, anchor, tuple(sections), verdicts)
+    return UnitReport(results.unit.name, anchor, tuple(sections), verdicts, viewer)

@@ -13,7 +13,14 @@ from dsiprep.report.page_parts import write_atomically
 from dsiprep.report.verdicts import CHECKS, Verdict
 
 SUFFIX = "_desc-quality_dwi.json"
-ENTITIES = {"subject_id": "sub", "session_id": "ses", "acq_id": "acq", "dir_id": "dir", "run_id": "run", "rec_id": "rec"}
+ENTITIES = {
+    "subject_id": "sub",
+    "session_id": "ses",
+    "acq_id": "acq",
+    "dir_id": "dir",
+    "run_id": "run",
+    "rec_id": "rec",
+}
 SCHEMA = {
     "bids_meta": "BIDS entities of the series",
     "provenance": "Software, version, settings that differ from the defaults, seconds by stage",

@@ -144,7 +144,9 @@ def ringing(acquired: Acquired, denoised: Denoised, slice_axis: int) -> float | 
     """
     volume = acquired.dwi.volume(int(np.argmin(acquired.dwi.bvals))).numpy().astype(float)
     inside = acquired.mask.numpy() > 0.5
-    noise = 0.0 if denoised.noise is None else float(np.mean(denoised.noise.numpy()[inside] ** 2)) if inside.any() else 0
+    noise = (
+        0.0 if denoised.noise is None else float(np.mean(denoised.noise.numpy()[inside] ** 2)) if inside.any() else 0
+    )
     found = []
     for axis in (a for a in range(3) if a != slice_axis):
         if volume.shape[axis] < 8:

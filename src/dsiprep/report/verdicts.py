@@ -95,7 +95,8 @@ def _max_fd(results: UnitResults) -> Measured:
     if not np.isfinite(fd).any():
         return Measured(None, "There is one volume per run.")
     return Measured(
-        float(np.nanmax(fd)), f"volume {int(np.nanargmax(fd))}; {int((fd > 0.5).sum())} of {len(fd)} volumes above 0.5 mm"
+        float(np.nanmax(fd)),
+        f"volume {int(np.nanargmax(fd))}; {int((fd > 0.5).sum())} of {len(fd)} volumes above 0.5 mm",
     )
 
 
@@ -131,7 +132,12 @@ def _b_table(results: UnitResults) -> Measured:
     if found is None:
         return Measured(None, "There are fewer than six directions or no b=0 volume.")
     ratio, best = found
-    return Measured(ratio, f"the orientation {best} fits better" if best else "no other orientation fits better")
+    return Measured(
+        ratio,
+        f"fibre chains are longer with the axes as {best}"
+        if best
+        else "no other order or sign of the axes fits better",
+    )
 
 
 def _coregistration(results: UnitResults) -> Measured:
@@ -139,7 +145,10 @@ def _coregistration(results: UnitResults) -> Measured:
     if found is None:
         return Measured(None, "There is no structural image.")
     score = results.coregistration
-    return Measured(found[0], f"similarity {score.score_before:.3f} → {score.score_after:.3f}")
+    return Measured(
+        found[0],
+        f"distance from the best match with the structural image; similarity {score.score_before:.3f} → {score.score_after:.3f}",
+    )
 
 
 def _coverage(results: UnitResults) -> Measured:
@@ -159,14 +168,19 @@ def _mask_volume(results: UnitResults) -> Measured:
         return Measured(None, "The head is not that of a human.")
     ml = series_checks.mask_millilitres(results.anatomy.mask)
     low, high = BRAIN_ML
-    return Measured(100 * max(low - ml, ml - high, 0.0) / (low if ml < low else high), f"{ml:.0f} ml")
+    return Measured(
+        100 * max(low - ml, ml - high, 0.0) / (low if ml < low else high), f"outside the plausible range; {ml:.0f} ml"
+    )
 
 
 def _distortion(results: UnitResults) -> Measured:
     if results.distortion is None:
         return Measured(None, results.distortion_reason)
     value = series_checks.phase_encoding_misfit(results.distortion, results.motions[0].mask)
-    return Measured(value, "" if value is not None else "There is one phase encoding, so that nothing can be compared.")
+    compared = "difference between the phase encodings, after over before"
+    return Measured(
+        value, compared if value is not None else "There is one phase encoding, so that nothing can be compared."
+    )
 
 
 def _convergence(results: UnitResults) -> Measured:
@@ -180,7 +194,9 @@ def _negative_r2(results: UnitResults) -> Measured:
     r2 = r2[weighted & np.isfinite(r2)]
     if not len(r2):
         return Measured(None, "Without a signal model there are no predictions.")
-    return Measured(100 * float((r2 < 0).mean()), f"{int((r2 < 0).sum())} of {len(r2)} volumes, median {np.median(r2):.2f}")
+    return Measured(
+        100 * float((r2 < 0).mean()), f"{int((r2 < 0).sum())} of {len(r2)} volumes, median {np.median(r2):.2f}"
+    )
 
 
 def _normalisation(results: UnitResults) -> Measured:
@@ -207,19 +223,19 @@ CHECKS = (
           "Models that fit magnitudes are biased there.", _noise_floor),
     Check("ringing", "Gibbs ringing", "", True, "denoising", "denoise",
           "Look for stripes parallel to the ventricles and the edge of the brain.", _ringing),
-    Check("distortion", "Misfit of the phase encodings, after over before", "", True, "distortion", "sdc",
+    Check("distortion", "Distortion correction", "", True, "distortion", "sdc",
           "Check PhaseEncodingDirection of both series.", _distortion),
-    Check("coregistration", "Distance from the best match with the structural image", "mm", True, "coregistration", "coreg",
+    Check("coregistration", "Coregistration", "mm", True, "coregistration", "coreg",
           "Compare the outlines in both images.", _coregistration),
     Check("coverage", "Brain outside the field of view", "%", True, "output", "means",
           "Regions outside the series have no data.", _coverage),
     Check("mask_cut", "Brain-like signal outside the brain mask", "%", True, "output", "means",
           "Give a better mask with --anat-mask.", _mask_cut),
-    Check("mask_volume", "Volume of the brain outside the plausible range", "%", True, "anatomy", "anat",
+    Check("mask_volume", "Volume of the brain", "%", True, "anatomy", "anat",
           "Check the outline of the brain; give a better mask with --anat-mask.", _mask_volume),
     Check("normalisation", "Overlap with the template", "", False, "anatomy", "template",
           "Compare the two frames of the picture.", _normalisation),
-    Check("b_table", "Fibre coherence with the best other b-table over that with the given one", "", True, "output", "sticks",
+    Check("b_table", "Orientation of the b-table", "", True, "output", "sticks",
           "Correct the b-vectors of the raw data.", _b_table),
 )  # fmt: skip
 
