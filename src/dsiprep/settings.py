@@ -140,8 +140,8 @@ class MotionSettings(Checked):
     )
     iters: int = option(
         4,
-        "largest number of rounds of prediction and registration at the resolution of the series; up to 10 at each of two "
-        "coarser ones precede them",
+        "largest number of rounds of prediction and registration at the resolution of the series; up to 10 at each of "
+        "two coarser ones precede them",
         "--shoreline-iters",
         metavar="N",
         least=1,

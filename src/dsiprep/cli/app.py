@@ -125,7 +125,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--mem", "--mem-mb", "--mem_mb", type=_megabytes, default=0, metavar="MB",
         help="total memory, which limits the number of subjects that run in parallel (default: no limit)")  # fmt: skip
     add("--config-file", type=Path, metavar="FILE",
-        help="logs/dsiprep.toml of an earlier run, whose options are repeated; those given here take precedence")  # fmt: skip
+        help="logs/dsiprep.toml of an earlier run, whose options are repeated; those given take precedence")  # fmt: skip
     add("--dry-run", action="store_true", help="check all files except voxels, print the plan and exit")
     add("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     add("--validate", action="store_true", help="run bids-validator-deno first and stop if it finds errors")

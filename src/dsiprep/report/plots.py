@@ -303,8 +303,8 @@ def _pose_changes(ax: Axes, poses: list[tuple[int, np.ndarray]], levels: list[tu
     for first, level in levels:
         if first > iterations[0]:
             ax.axvline(first - 0.5, color=MUTED, linestyle=":", linewidth=1)
-        ax.annotate(level, (max(first, iterations[0]) - 0.4, 1), xycoords=("data", "axes fraction"), va="bottom", size=7.5,
-                    color=MUTED, annotation_clip=False)  # fmt: skip
+        ax.annotate(level, (max(first, iterations[0]) - 0.4, 1), xycoords=("data", "axes fraction"), va="bottom",
+                    size=7.5, color=MUTED, annotation_clip=False)  # fmt: skip
     ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     ax.set(xlabel="round", ylabel="mm")
     ax.legend(fontsize=8.5)

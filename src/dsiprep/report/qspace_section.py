@@ -35,8 +35,8 @@ def qspace(results: UnitResults, figures: FigureWriter) -> Section:
         "qspace",
         _projections(dwi.q, after, error, lost),
         "Three projections of the q-space samples after correction for head motion, coloured by their error.",
-        "q-space samples in the frame of the head, coloured by the part of their variance that the other volumes do not "
-        "predict (1 - R²); lines lead to the position as acquired, rings mark volumes with lost slices.",
+        "q-space samples in the frame of the head, coloured by the part of their variance that the other volumes do "
+        "not predict (1 - R²); lines lead to the position as acquired, rings mark volumes with lost slices.",
         "Samples that stand out from neighbours of the same b-value deserve a look. Gaps after rotation are directions "
         "that were not measured.",
     )
@@ -84,15 +84,12 @@ def _projections(before: np.ndarray, after: np.ndarray, error: np.ndarray, lost:
         for ax, (across, up) in zip(axes, TITLES, strict=True):
             pairs = np.stack([before[:, [across, up]], after[:, [across, up]]], 1)
             ax.add_collection(LineCollection(list(pairs), colors=MUTED, linewidths=0.6))
-            ax.scatter(*after[:, [across, up]].T, s=15, c=np.nan_to_num(error), cmap=ERROR_COLOURMAP, norm=norm,
-                       edgecolors=BACKGROUND, linewidths=0.3, zorder=2)  # fmt: skip
-            marked = lost > 0
-            ax.scatter(
-                *after[marked][:, [across, up]].T, s=46, facecolors="none", edgecolors=FOREGROUND, linewidths=0.9
-            )
-            ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xlabel=LABELS[across],
-                   ylabel=LABELS[up], xticks=[], yticks=[])  # fmt: skip
-            ax.set_title(TITLES[across, up])
+            x, y, marked = after[:, across], after[:, up], lost > 0
+            ax.scatter(x, y, s=15, c=np.nan_to_num(error), cmap=ERROR_COLOURMAP, norm=norm, edgecolors=BACKGROUND,
+                       linewidths=0.3, zorder=2)  # fmt: skip
+            ax.scatter(x[marked], y[marked], s=46, facecolors="none", edgecolors=FOREGROUND, linewidths=0.9)
+            ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[])
+            ax.set(xlabel=LABELS[across], ylabel=LABELS[up], title=TITLES[across, up])
         bar = figure.colorbar(ScalarMappable(norm, ERROR_COLOURMAP), ax=axes, pad=0.02, fraction=0.02, aspect=28)
         bar.set_label("1 - R²")
         bar.outline.set_visible(False)

@@ -98,8 +98,8 @@ def distortion(results: UnitResults, figures: FigureWriter) -> Section:
         "displacement",
         displacement_arrows(result, mask, axis / np.linalg.norm(axis)),
         "Arrows of the displacement over the corrected b=0 image, three planes.",
-        "Displacement of the signal in the first phase encoding, at true length over the corrected b=0 image: from where "
-        "it belongs to where it was acquired. Colours give the sign along the phase-encoding axis.",
+        "Displacement of the signal in the first phase encoding, at true length over the corrected b=0 image: from "
+        "where it belongs to where it was acquired. Colours give the sign along the phase-encoding axis.",
         "All arrows lie along the phase-encoding axis; neighbours should agree.",
     )
     pictures += figures.single(

@@ -45,9 +45,10 @@ def as_single_file(page: str, folder: Path) -> str:
     page = re.sub(r'<a href="(sub-[^"]+_desc-viewer_dwi\.html)">([^<]*)</a>', button, page)
     if not viewers:
         return page
+    quoted = [json.dumps(viewer).replace("<", "\\u003c") for viewer in viewers]
     stored = "".join(
-        f'<script type="application/json" id="viewer-{number}">{json.dumps(viewer).replace("<", chr(92) + "u003c")}</script>\n'
-        for number, viewer in enumerate(viewers, 1)
+        f'<script type="application/json" id="viewer-{number}">{text}</script>\n'
+        for number, text in enumerate(quoted, 1)
     )
     return page.replace("</body>", f"{stored}<script>{OPEN_VIEWER}</script>\n</body>")
 

@@ -145,10 +145,8 @@ def _coregistration(results: UnitResults) -> Measured:
     if found is None:
         return Measured(None, "There is no structural image.")
     score = results.coregistration
-    return Measured(
-        found[0],
-        f"distance from the best match with the structural image; similarity {score.score_before:.3f} → {score.score_after:.3f}",
-    )
+    similarity = f"similarity {score.score_before:.3f} → {score.score_after:.3f}"
+    return Measured(found[0], f"distance from the best match with the structural image; {similarity}")
 
 
 def _coverage(results: UnitResults) -> Measured:
@@ -168,19 +166,17 @@ def _mask_volume(results: UnitResults) -> Measured:
         return Measured(None, "The head is not that of a human.")
     ml = series_checks.mask_millilitres(results.anatomy.mask)
     low, high = BRAIN_ML
-    return Measured(
-        100 * max(low - ml, ml - high, 0.0) / (low if ml < low else high), f"outside the plausible range; {ml:.0f} ml"
-    )
+    outside = max(low - ml, ml - high, 0.0) / (low if ml < low else high)
+    return Measured(100 * outside, f"outside the plausible range; {ml:.0f} ml")
 
 
 def _distortion(results: UnitResults) -> Measured:
     if results.distortion is None:
         return Measured(None, results.distortion_reason)
     value = series_checks.phase_encoding_misfit(results.distortion, results.motions[0].mask)
-    compared = "difference between the phase encodings, after over before"
-    return Measured(
-        value, compared if value is not None else "There is one phase encoding, so that nothing can be compared."
-    )
+    if value is None:
+        return Measured(None, "There is one phase encoding, so that nothing can be compared.")
+    return Measured(value, "difference between the phase encodings, after over before")
 
 
 def _convergence(results: UnitResults) -> Measured:
@@ -194,9 +190,8 @@ def _negative_r2(results: UnitResults) -> Measured:
     r2 = r2[weighted & np.isfinite(r2)]
     if not len(r2):
         return Measured(None, "Without a signal model there are no predictions.")
-    return Measured(
-        100 * float((r2 < 0).mean()), f"{int((r2 < 0).sum())} of {len(r2)} volumes, median {np.median(r2):.2f}"
-    )
+    negative = int((r2 < 0).sum())
+    return Measured(100 * negative / len(r2), f"{negative} of {len(r2)} volumes, median R² {np.median(r2):.2f}")
 
 
 def _normalisation(results: UnitResults) -> Measured:

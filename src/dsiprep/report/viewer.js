@@ -8,7 +8,7 @@
   const bases = layers.filter((layer) => !layer.overlay);
   const overlays = layers.filter((layer) => layer.overlay);
   const served = location.protocol.startsWith("http");
-  const viewer = new niivue.Niivue({ backColor: [0.07, 0.07, 0.07, 1], show3Dcrosshair: true, isRadiologicalConvention: false });
+  const viewer = new niivue.Niivue({ backColor: [0.07, 0.07, 0.07, 1], crosshairWidth: 0.4, crosshairColor: [1, 0.8, 0.2, 0.7], isRadiologicalConvention: false });
   try {
     await viewer.attachToCanvas(byId("gl"));
   } catch (error) {
@@ -17,7 +17,7 @@
   viewer.setSliceType(viewer.sliceTypeMultiplanar);
 
   const options = (layer, opacity) => ({
-    name: `${layer.name}.nii.gz`, colormap: layer.colourmap, opacity, cal_min: layer.low, cal_max: layer.high, base64: layer.image,
+    name: `${layer.name}.nii.gz`, colormap: layer.colourmap, colormapNegative: layer.negative, opacity, cal_min: layer.low, cal_max: layer.high, base64: layer.image,
   });
   const small = (layer, opacity) => niivue.NVImage.loadFromBase64(options(layer, opacity));
   const load = async (layer) => {

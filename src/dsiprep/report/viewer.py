@@ -41,10 +41,10 @@ class Layer:
     name : str
     overlay : bool
         Shown over another image.
-    colourmap : str
-        NiiVue's name.
+    colourmap, negative : str
+        NiiVue's names of the colour maps of positive and of negative values.
     low, high : float
-        Window.
+        Window of positive values, and of negative ones mirrored; overlays are transparent below it.
     image : str
         NIfTI, compressed, as base64.
     file : str
@@ -54,6 +54,7 @@ class Layer:
     name: str
     overlay: bool
     colourmap: str
+    negative: str
     low: float
     high: float
     image: str
@@ -119,10 +120,10 @@ def _layers(results: UnitResults) -> list[Layer]:
     layers.append(layer("Brain mask", lambda: sample_at(preprocessed.mask, points), "red", True))
     if results.distortion is not None and results.distortion.fieldmap_hz is not None:
         hz, to_dwiref = results.distortion.fieldmap_hz, results.coregistration.dwiref_to_acpc.matrix
-        layers.append(layer("Off-resonance field (Hz)", lambda: sample_at(hz, points, via=to_dwiref), "blue2red", True))
+        layers.append(layer("Off-resonance field (Hz)", lambda: sample_at(hz, points, via=to_dwiref), "warm", True))
     template, chain = anatomy.template_image, anatomy.template_to_acpc
     if template is not None and chain is not None:
-        layers.append(layer("Template", lambda: sample_at(template, chain_points(chain, points)), "winter", True))
+        layers.append(layer("Template", lambda: sample_at(template, chain_points(chain, points)), "bluegrn", True))
     return layers
 
 
@@ -157,4 +158,5 @@ def _layer(name: str, values: np.ndarray, grid: Grid, colourmap: str, overlay: b
     image.header.set_slope_inter((high - low) / 255, low)
     image.header.set_xyzt_units("mm")
     encoded = base64.b64encode(gzip.compress(image.to_bytes(), 9, mtime=0)).decode()
-    return Layer(name, overlay, colourmap, low, high, encoded, file)
+    least = 0.0 if not overlay else 0.05 * high if signed else 0.4 * high
+    return Layer(name, overlay, colourmap, "winter" if signed else "", least, high, encoded, file)
