@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsiprep import __version__, settings
-from dsiprep.cli.config_file import expand_config_file
+from dsiprep.cli.config_file import expand_config_file, run_as_toml
 from dsiprep.cli.group_level import add_group_options, run_group
 from dsiprep.cli.legacy_options import add_legacy_options
 from dsiprep.cli.suggestions import suggest_options
@@ -125,7 +125,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--mem", "--mem-mb", "--mem_mb", type=_megabytes, default=0, metavar="MB",
         help="total memory, which limits the number of subjects that run in parallel (default: no limit)")  # fmt: skip
     add("--config-file", type=Path, metavar="FILE",
-        help="logs/dsiprep.toml of an earlier run, whose options are repeated; those given take precedence")  # fmt: skip
+        help="logs/dsiprep.toml of an earlier run, whose options are repeated; those given here go first")  # fmt: skip
     add("--dry-run", action="store_true", help="check all files except voxels, print the plan and exit")
     add("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     add("--validate", action="store_true", help="run bids-validator-deno first and stop if it finds errors")
@@ -336,6 +336,7 @@ def _report_unexpected(problem: Exception) -> str:
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
     from dsiprep.cli.plan_page import plan_units, validate_dataset
+    from dsiprep.cli.progress import run_log
     from dsiprep.cli.terminal import run_and_show
     from dsiprep.io.bids import find_units
     from dsiprep.jobs import parallel_subjects
@@ -363,13 +364,15 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
     for message in failure_messages.values():
         print(f"dsiprep: {message}", file=sys.stderr)
     template = check_anatomy(units, chosen) if units else ""
-    jobs = _jobs(units, options, chosen, printable("dsiprep " + " ".join(arguments)))
+    command = printable("dsiprep " + " ".join(arguments))
+    jobs = _jobs(units, options, chosen, command)
     if options.dry_run:
         return _show_plan(plan_units(units, chosen, template), failure_messages, options)
     if not units or (failed and options.stop_on_first_crash):
         return 1
     processes = parallel_subjects(jobs, options.nprocs, options.omp_nthreads, options.mem)
-    return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
+    with run_log(options.output_dir.resolve(), run_as_toml(build_parser(), options, chosen, command)):
+        return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
 
 
 def _show_plan(planned: Sequence[PlannedUnit], failed: dict[str, str], options: argparse.Namespace) -> int:

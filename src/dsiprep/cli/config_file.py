@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import tomllib
@@ -13,6 +14,7 @@ from typing import Any
 
 from dsiprep import __version__
 from dsiprep.errors import SettingsError
+from dsiprep.settings import Settings
 
 __all__ = ["expand_config_file", "run_as_toml"]
 
@@ -70,8 +72,14 @@ def _as_words(path: Path, flag: str, value: object) -> list[str]:
     raise SettingsError(f"--config-file {path}: {flag[2:]} is a {type(value).__name__}; give text, a number or a list")
 
 
-def run_as_toml(parser: argparse.ArgumentParser, options: argparse.Namespace, command: str) -> str:
+def run_as_toml(parser: argparse.ArgumentParser, options: argparse.Namespace, chosen: Settings, command: str) -> str:
     """Versions, command and every option of a run with its value, as TOML; options without a value are left out."""
+    settings = {
+        f"{part.name}.{entry.name}": getattr(getattr(chosen, part.name), entry.name)
+        for part in dataclasses.fields(chosen)
+        for entry in dataclasses.fields(getattr(chosen, part.name))
+    }
+    options = argparse.Namespace(**{**vars(options), **settings})
     entries = {"dsiprep": __version__, "python": platform.python_version(), "system": platform.platform()}
     entries |= {name: version(name) for name in LIBRARIES}
     lines = [
