@@ -20,7 +20,17 @@ __all__ = ["expand_config_file", "run_as_toml"]
 
 LIBRARIES = ("numpy", "scipy", "numba", "torch", "nibabel", "SimpleITK", "qsiplan", "cs_dmri")
 # Options of one call, which the next one should not repeat.
-NOT_REPEATED = ("help", "version", "dry_run", "json", "validate", "config_file", "reports_only", "boilerplate_only")
+NOT_REPEATED = (
+    "help",
+    "version",
+    "verbose",
+    "dry_run",
+    "json",
+    "validate",
+    "config_file",
+    "reports_only",
+    "boilerplate_only",
+)
 QSIPREP_SECTIONS = ("environment", "execution", "workflow", "nipype")  # of the config.toml that QSIPrep writes
 
 
@@ -96,9 +106,8 @@ def run_as_toml(parser: argparse.ArgumentParser, options: argparse.Namespace, ch
             continue
         value = _value_of(action, options)
         if value not in (None, "", [], ()):
-            lines.append(
-                f"{action.option_strings[-1 if len(action.option_strings[0]) == 2 else 0][2:]} = {_toml(value)}"
-            )
+            flag = next(name for name in action.option_strings if name.startswith("--"))
+            lines.append(f"{flag[2:]} = {_toml(value)}")
     return "\n".join(lines) + "\n"
 
 

@@ -23,7 +23,7 @@ COSTS = {
     "report": (15.0, 0.0),
 }
 PARALLEL = {"denoise": 0.9, "motion": 0.9, "anatomy": 0.6, "resample": 0.8}  # part that runs on several cores
-PRIOR_SECONDS = 30.0  # of expected time that count as evidence that the model is right
+PRIOR_SECONDS = 10.0  # of expected time that count as evidence that the model is right
 OVERRUN = 0.2  # of the time so far that a step which takes longer than expected is given
 
 

@@ -26,6 +26,8 @@ BRAIN_SIGNAL = 0.45  # of the median in the mask
 NECK_MM = 20.0  # above the lowest point of the mask; below it, spinal cord and mask look alike
 RAYLEIGH_MEAN = np.sqrt(np.pi / 2)  # mean magnitude of pure noise, in standard deviations of one channel
 HEAD_RADIUS_MM = 50.0
+NEAR, STRONG_EDGE, FLAT = 6, 0.15, 0.35  # voxels; of the median signal; steps of a flat place over the nearby edge
+LEAST_PLACES = 200
 TENSOR_B = 3000.0
 FIT_VOXELS = 60_000
 
@@ -135,32 +137,45 @@ def b0_signal_to_noise(acquired: Acquired, denoised: Denoised) -> float | None:
     return float(np.median(b0)) / sigma if sigma > 0 else None
 
 
-def ringing(acquired: Acquired, denoised: Denoised, slice_axis: int) -> float | None:
-    """Correlation between the finest detail of a b=0 image and itself two voxels away, in the plane of the slices.
+def ringing(denoised: Denoised, mask: Volume, slice_axis: int) -> float | None:
+    """Amplitude of the oscillation near edges of a b=0 image over the height of the edges, in the plane of the slices.
 
     Truncated k-space makes the image oscillate from voxel to voxel near edges, so that second differences h along an
-    axis repeat after two voxels: their correlation tends to 1. Edges alone give about 0. White noise of variance s²
-    contributes 6 s² to the variance of h and s² to its covariance at a distance of two, which is subtracted.
+    axis have the same sign two voxels apart, while those of anatomy and noise do not. The root of their mean product is
+    taken over places within `NEAR` voxels of a strong edge that are not on one themselves. None without such places.
+
+    Parameters
+    ----------
+    denoised : Denoised
+    mask : Volume
+        Brain, 0 or 1.
+    slice_axis : int
+        Voxel axis that is left out.
     """
-    volume = acquired.dwi.volume(int(np.argmin(acquired.dwi.bvals))).numpy().astype(float)
-    inside = acquired.mask.numpy() > 0.5
-    noise = (
-        0.0 if denoised.noise is None else float(np.mean(denoised.noise.numpy()[inside] ** 2)) if inside.any() else 0
-    )
-    found = []
-    for axis in (a for a in range(3) if a != slice_axis):
-        if volume.shape[axis] < 8:
-            continue
-        image, brain = np.moveaxis(volume, axis, 0), np.moveaxis(inside, axis, 0)
-        h = 2 * image[1:-1] - image[:-2] - image[2:]
-        both = brain[1:-1][:-2] & brain[1:-1][2:]
-        if both.sum() < 100:
-            continue
-        covariance = np.mean(h[:-2][both] * h[2:][both]) - noise
-        variance = np.mean(h[:-2][both] ** 2) - 6 * noise
-        if variance > 0.1 * noise and variance > 0:
-            found.append(float(covariance / variance))
-    return max(found) if found else None
+    image = denoised.dwi.volume(int(np.argmin(denoised.dwi.bvals))).numpy().astype(float)
+    inside = mask.numpy() > 0.5
+    if not inside.any():
+        return None
+    least = STRONG_EDGE * float(np.median(image[inside]))
+    axes = [axis for axis in range(3) if axis != slice_axis and image.shape[axis] >= 8]
+    found = [_oscillation(np.moveaxis(image, axis, 0), np.moveaxis(inside, axis, 0), least) for axis in axes]
+    known = [value for value in found if value is not None]
+    return max(known) if known else None
+
+
+def _oscillation(image: np.ndarray, inside: np.ndarray, least: float) -> float | None:
+    """`ringing` along the first axis; `least` is the smallest step that counts as a strong edge."""
+    steps = np.abs(np.diff(image, axis=0))
+    nearby = ndimage.maximum_filter1d(steps, 2 * NEAR + 1, axis=0)
+    h = 2 * image[1:-1] - image[:-2] - image[2:]
+    count = len(h) - 2  # pairs of h that are two voxels apart, from the five voxels i to i + 4
+    own = np.max([steps[k : k + count] for k in range(4)], axis=0)
+    edge = nearby[1 : 1 + count]
+    chosen = inside[1 : 1 + count] & inside[3 : 3 + count] & (edge > least) & (own < FLAT * edge)
+    if chosen.sum() < LEAST_PLACES:
+        return None
+    product = float(np.mean(h[:-2][chosen] * h[2:][chosen]))
+    return float(np.sqrt(max(product, 0.0) / np.mean(edge[chosen] ** 2)))
 
 
 def b_table_coherence(preprocessed: Preprocessed) -> tuple[float, str] | None:

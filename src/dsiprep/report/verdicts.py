@@ -123,8 +123,11 @@ def _noise_floor(results: UnitResults) -> Measured:
 
 def _ringing(results: UnitResults) -> Measured:
     axis = results.motions[0].slice_axis if results.motions else 2
-    value = series_checks.ringing(results.acquired, results.denoised, axis)
-    return Measured(value, "b=0 as acquired" if value is not None else "The b=0 image has no detail above its noise.")
+    value = series_checks.ringing(results.denoised, results.acquired.mask, axis)
+    reason = (
+        "oscillation over height of the edges of b=0" if value is not None else "The b=0 image has no strong edges."
+    )
+    return Measured(value, reason)
 
 
 def _b_table(results: UnitResults) -> Measured:
