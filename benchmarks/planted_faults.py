@@ -1,7 +1,7 @@
 """Whether verdicts find faults planted into phantoms: `python benchmarks/planted_faults.py OUT [CASE ...]`.
 
-Each case is a DSI-101 phantom at 5 mm with one fault, preprocessed at 4 mm; two have none. A Markdown table gives the verdicts
-that are not fine. Cases of one seed share the anatomy's cached result.
+Each case is a DSI-101 phantom at 5 mm with one fault, preprocessed at 4 mm; two have none. A Markdown table gives the
+verdicts that are not fine. Cases of one seed share the anatomy's cached result.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""CPU time and size of a report of 257 volumes at 2.5 mm, and of a cohort page: `python benchmarks/report_cost.py OUT [SERIES]`.
+"""CPU time and size of a report of 257 volumes and of a cohort page: `python benchmarks/report_cost.py OUT [SERIES]`.
 
-The subject is that of the report tests at full size; run it with `tests` on PYTHONPATH. The cohort repeats its quality file
-with metrics spread by 15 %.
+The subject is that of the report tests at 2.5 mm; run it with `tests` on PYTHONPATH. The cohort repeats its quality
+file with metrics spread by 15 %.
 """
 
 from __future__ import annotations
@@ -11,12 +11,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from helpers.cohorts import make_cohort
-from helpers.report_subject import make_subject
-
 from dsiprep.report.group_page import write_group
 from dsiprep.report.html import render_report
 from dsiprep.settings import ReportSettings, Settings
+from helpers.cohorts import make_cohort
+from helpers.report_subject import make_subject
 
 
 def megabytes(*paths: Path) -> float:

@@ -15,8 +15,8 @@ from dsiprep.data.results import UnitResults
 from dsiprep.report.html import render_report
 
 KEPT = Path(__file__).parent / "kept_pictures"
-NAMES = ("anat", "colorFA", "contrast", "coregDwiref", "denoiseAfter", "displacement", "fieldmap", "hmcUpAfter", "means",
-         "odf", "sdcDifferenceBefore", "sticks", "templateSubject")  # fmt: skip
+NAMES = ("anat", "colorFA", "contrast", "coregDwiref", "denoiseAfter", "displacement", "fieldmap", "hmcUpAfter",
+         "means", "odf", "sdcDifferenceBefore", "sticks", "templateSubject")  # fmt: skip
 WIDTH = 160
 MEAN_DIFFERENCE, SHARE_OF_OUTLIERS = 3.0, 0.02  # grey levels; pixels that differ by more than 40 of them
 
