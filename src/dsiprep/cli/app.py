@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsiprep import __version__, settings
 from dsiprep.cli.config_file import expand_config_file, run_as_toml
+from dsiprep.cli.folders import check_folders
 from dsiprep.cli.group_level import add_group_options, run_group
 from dsiprep.cli.legacy_options import add_legacy_options
 from dsiprep.cli.suggestions import suggest_options
 from dsiprep.cli.unsupported import UNSUPPORTED_OPTIONS, RejectOption, reject_eddy, take_eddy, value_converter
-from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError, printable
+from dsiprep.errors import DsiprepError, InputError, SettingsError, printable
 from dsiprep.io.files import read_json
+from dsiprep.report.verdict_bounds import read_bounds
 
 if TYPE_CHECKING:
     from dsiprep.cli.plan_page import PlannedUnit
@@ -212,6 +214,7 @@ def _check_combinations(chosen: settings.Settings, options: argparse.Namespace) 
     for valid, message in rules:
         if not valid:
             raise SettingsError(message)
+    read_bounds(chosen.report.bounds)
 
 
 def _shoreline_config(path: Path) -> dict[str, Any]:
@@ -240,39 +243,6 @@ def _read_json(flag: str, path: Path) -> dict[str, Any]:
         return read_json(path)
     except InputError as error:
         raise SettingsError(f"{flag}: {error}") from None
-
-
-def check_folders(options: argparse.Namespace) -> None:
-    """Check that the output and work folders are writable and lie outside the input, before anything is written.
-
-    Raises
-    ------
-    OutputError
-        If the input is not a BIDS dataset, or if a folder is inside the input or cannot be created.
-    """
-    bids, out, work = (path.resolve() for path in (options.bids_dir, options.output_dir, options.work_dir))
-    if not bids.is_dir():
-        raise OutputError(f"{options.bids_dir} is not a folder; give the root folder of a BIDS dataset")
-    if out == bids:
-        raise OutputError("the output folder is the BIDS folder; choose another one, such as its derivatives/dsiprep")
-    if out.is_relative_to(bids) and out.relative_to(bids).parts[0] != "derivatives":
-        raise OutputError(f"the output folder {out} is inside the BIDS folder; only its derivatives/ may hold outputs")
-    if work.is_relative_to(bids):
-        raise OutputError(f"the work folder {work} is inside the BIDS folder; choose another with --work-dir")
-    _check_writable("output", out)
-    _check_writable("work", work)
-    if not options.skip_bids_validation and not (bids / "dataset_description.json").is_file():
-        raise OutputError(
-            f"{bids} has no dataset_description.json, so it is not the root of a BIDS dataset; "
-            "correct the path, or use --skip-bids-validation"
-        )
-
-
-def _check_writable(name: str, folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        reason = "is not writable" if nearest.is_dir() else "is a file"
-        raise OutputError(f"the {name} folder {folder} cannot be created: {nearest} {reason}; choose another folder")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
