@@ -1,7 +1,7 @@
 """Whether verdicts find faults planted into phantoms: `python benchmarks/planted_faults.py OUT [CASE ...]`.
 
 Each case is a DSI-101 phantom at 5 mm with one fault, preprocessed at 4 mm; two have none. A Markdown table gives the
-verdicts that are not fine. Cases of one seed share the anatomy's cached result.
+verdicts that are not fine. Cases share the cached results that a fault does not change.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def run(out: Path, name: str) -> None:
     if not case.exists():
         options = CASES[name](case) or []
     shared = out / FIRST / "work" / "sub-01"
-    for folder in shared.glob("anatomy-*") if name != FIRST else ():
+    for folder in shared.glob("*-*") if name != FIRST else ():
         shutil.copytree(folder, case / "work" / "sub-01" / folder.name, dirs_exist_ok=True)
     coregister.coregister = misplaced if "off by" in name else COREGISTER
     code = preprocess([str(case / "bids"), str(case / "out"), "participant", "--output-resolution", "4", "--keep-work",
