@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -11,11 +12,11 @@ from dsiprep.settings import Settings
 # CPU seconds of each step: constant, and per million voxels of the series, from runs of the phantoms in README.md with
 # 18 and 131 million voxels on one core. Only their proportions matter once a few steps have ended.
 COSTS = {
-    "acquisition": (2.0, 0.03),
+    "acquisition": (20.0, 0.1),
     "denoise": (3.0, 0.35),
     "motion": (15.0, 2.1),
     "distortion": (17.0, 0.0),
-    "anatomy": (100.0, 0.0),
+    "anatomy": (140.0, 0.0),
     "coregister": (6.0, 0.0),
     "resample": (5.0, 0.25),
     "quality": (5.0, 0.15),
@@ -24,7 +25,7 @@ COSTS = {
 }
 PARALLEL = {"denoise": 0.9, "motion": 0.9, "anatomy": 0.6, "resample": 0.8}  # part that runs on several cores
 PRIOR_SECONDS = 10.0  # of expected time that count as evidence that the model is right
-OVERRUN = 0.2  # of the time so far that a step which takes longer than expected is given
+OVERRUN = 0.1  # of the time so far that a step which takes longer than expected is given
 
 
 def step_of(name: str) -> str:
@@ -97,9 +98,16 @@ class TimeModel:
 
     @property
     def learned_pace(self) -> float:
-        """Measured over expected time of the steps that have ended, with the pace so far as prior."""
-        expected = sum(self.expected[step] for step in self._measured)
-        return (self.pace * PRIOR_SECONDS + sum(self._measured.values())) / (PRIOR_SECONDS + expected)
+        """Geometric mean of measured over expected time of the steps that have ended, weighted by expected time.
+
+        The pace so far takes part as a step of `PRIOR_SECONDS`. A short step that compiles or loads much thus counts
+        little, however long it takes.
+        """
+        weight, total = PRIOR_SECONDS, PRIOR_SECONDS * math.log(self.pace)
+        for step, measured in self._measured.items():
+            weight += self.expected[step]
+            total += self.expected[step] * math.log(max(measured, 1e-3) / max(self.expected[step], 1e-3))
+        return math.exp(total / weight)
 
     def seconds_left(self, now: float) -> float:
         """Expected time to the end of the unit."""
