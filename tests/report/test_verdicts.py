@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import UnitResults
+from dsiprep.data.results import Preprocessed, UnitResults
 from dsiprep.errors import SettingsError
 from dsiprep.report import series_checks, verdicts
 from dsiprep.report.verdict_bounds import Bound, read_bounds
 from dsiprep.report.verdicts import BAD, CHECKS, FINE, LOOK, STATES, UNKNOWN, Verdict, judge
+from helpers.shared_data import SHARED
 
 
 def by_key(results: UnitResults, bounds: Path | str = "") -> dict[str, Verdict]:
@@ -116,15 +119,46 @@ def test_dropout_motion_and_noise_are_judged_by_their_metrics(subject: UnitResul
     assert "3.2 mm, above 2 mm" in found["mean_fd"].reason
 
 
-def test_axes_of_the_b_table_that_are_swapped_are_found(subject: UnitResults) -> None:
-    """The fibres of the simulated subject run in one plane, along which a swap is seen."""
-    dwi = subject.preprocessed.dwi
-    given = series_checks.b_table_coherence(subject.preprocessed)
-    flipped = replace(dwi, bvecs=dwi.bvecs * [-1.0, 1.0, 1.0])
-    wrong = series_checks.b_table_coherence(replace(subject.preprocessed, dwi=flipped))
-    assert given is not None
-    assert wrong is not None
-    assert wrong[0] != given[0]
+@pytest.mark.parametrize(
+    ("signs", "expected"), [((1, 1, 1), FINE), ((-1, 1, 1), "-RAS"), ((1, -1, 1), "R-AS"), ((1, 1, -1), "RA-S")]
+)
+def test_a_flipped_axis_is_found_and_named_in_a_real_person(
+    subject: UnitResults, signs: tuple[int, int, int], expected: str
+) -> None:
+    """On the series as acquired; the sign of an axis is seen in fibres that continue into the next voxel."""
+    series = read_person()
+    bound = read_bounds()["b_table"]
+    flipped = replace(series, bvecs=series.bvecs * np.array(signs, float))
+    brain = series.data[1:].mean(0)
+    mask = ndimage.binary_erosion(ndimage.gaussian_filter(brain.numpy(), 1.5) > 0.3 * np.percentile(brain, 98))
+    result = Preprocessed(
+        flipped, subject.preprocessed.dwiref, Volume(torch.from_numpy(mask.astype(np.float32)), series.grid), ""
+    )
+    found = series_checks.b_table_coherence(result)
+    assert found is not None
+    ratio, best = found
+    assert bound.look is not None
+    assert bound.bad is not None
+    if expected == FINE:
+        assert ratio < bound.look
+    else:
+        assert (ratio > bound.bad, best) == (True, expected)
+
+
+def read_person() -> DWI:
+    """The first series of a person, with b-vectors in world coordinates by nibabel's affine."""
+    image_file = SHARED / "bids" / "sub-xa30" / "dwi" / "sub-xa30_dir-AP_dwi.nii.gz"
+    if not image_file.is_file():
+        pytest.skip(f"needs {image_file}")
+    image = nib.load(image_file)
+    stem = str(image_file).removesuffix(".nii.gz")
+    bvals, bvecs = np.loadtxt(f"{stem}.bval"), np.loadtxt(f"{stem}.bvec").T
+    grid = Grid(image.shape[:3], image.affine)
+    flip = -1.0 if np.linalg.det(image.affine[:3, :3]) > 0 else 1.0
+    world = bvecs * [flip, 1, 1] @ np.linalg.inv(grid.directions)
+    data = torch.as_tensor(np.moveaxis(np.asarray(image.dataobj, np.float32), -1, 0).copy())
+    zero = np.zeros(len(bvals), int)
+    return DWI(data, grid, bvals, world, zero, zero)
 
 
 def test_a_check_that_fails_is_told_and_does_not_stop_the_others(

@@ -6,6 +6,7 @@ All of it is computed from the results that are written, so that a fault of the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import permutations
 
 import numpy as np
 import torch
@@ -28,8 +29,23 @@ RAYLEIGH_MEAN = np.sqrt(np.pi / 2)  # mean magnitude of pure noise, in standard 
 HEAD_RADIUS_MM = 50.0
 NEAR, STRONG_EDGE, FLAT = 6, 0.15, 0.35  # voxels; of the median signal; steps of a flat place over the nearby edge
 LEAST_PLACES = 200
+FIBRE_PERCENTILE, PARALLEL = 70.0, np.cos(np.radians(25))  # of FA; of the angle between neighbouring fibres
+OFFSETS = np.array([o for o in np.ndindex(3, 3, 3) if o > (1, 1, 1)]) - 1  # 13 neighbours; the others are opposite
+
+
+def _orientations() -> dict[str, np.ndarray]:
+    """Signed permutations of the axes other than the identity by name; a common sign does not matter."""
+    found = {}
+    for order in permutations(range(3)):
+        for signs in ((1, 1, 1), (-1, 1, 1), (1, -1, 1), (1, 1, -1)):
+            name = "".join(("-" if sign < 0 else "") + "RAS"[axis] for sign, axis in zip(signs, order, strict=True))
+            found[name] = np.eye(3)[list(order)] * np.array(signs)[:, None]
+    del found["RAS"]
+    return found
+
+
+ORIENTATIONS = _orientations()
 TENSOR_B = 3000.0
-FIT_VOXELS = 60_000
 
 
 def best_offset(fixed: Volume, moving: Volume, mask: Volume) -> tuple[float, np.ndarray]:
@@ -179,29 +195,49 @@ def _oscillation(image: np.ndarray, inside: np.ndarray, least: float) -> float |
 
 
 def b_table_coherence(preprocessed: Preprocessed) -> tuple[float, str] | None:
-    """Length of fibre chains with the best orientation of the b-table over that with the given one, and the best one.
+    """Coherence of fibres with the best other orientation of the b-table over that with the given one, and which it is.
 
-    1 if the given one is the best; the orientation is a permutation of the axes with signs, such as "021" or "012fx".
-    None with too few directions.
+    Below 1 the given orientation is the best. The others are the permutations of the axes R, A and S with signs, named
+    as in "R-AS". Tensors turn with their b-table, so that one fit serves all. None with too few directions.
 
     References
     ----------
     Schilling et al. 2019, doi 10.1016/j.mri.2019.01.018.
     """
-    from cs_dmri import qc
-
     dwi, inside = preprocessed.dwi, preprocessed.mask.numpy() > 0.5
     low_b = dwi.bvals <= TENSOR_B
     used = low_b if (low_b & ~dwi.is_b0).sum() >= 12 else np.ones(len(dwi), bool)
     if (used & ~dwi.is_b0).sum() < 6 or not dwi.is_b0.any() or not inside.any():
         return None
     signals = np.stack([dwi.volume(int(v)).numpy()[inside] for v in np.flatnonzero(used)])
-    fa, direction = main_directions(signals, dwi.bvals[used], dwi.bvecs[used])
-    maps = np.zeros((*inside.shape, 4), np.float32)
-    maps[inside] = np.column_stack([fa, direction])
-    table = qc.fixel_coherence(maps[..., 1:], maps[..., 0], inside, dwi.grid.affine, world_directions=True)
-    found = table["gradient_table"]
-    return float(table["gradient_table_ratio"]), "" if found["current_is_best"] else str(found["best"])
+    fa, direction = main_directions(signals, np.where(dwi.is_b0, 0, dwi.bvals)[used], dwi.bvecs[used])
+    agreement = _agreement_with_neighbours(inside, fa, direction)
+    strong = fa > np.percentile(fa, FIBRE_PERCENTILE)
+    offsets = OFFSETS / np.linalg.norm(OFFSETS, axis=1, keepdims=True)
+    towards = dwi.grid.directions @ offsets.T  # world directions of the neighbours
+
+    def coherence(axes: np.ndarray) -> float:
+        nearest = np.abs(direction[strong] @ axes.T @ towards).argmax(1)
+        return float(agreement[strong, nearest].mean())
+
+    given = coherence(np.eye(3))
+    others = {name: coherence(axes) for name, axes in ORIENTATIONS.items()}
+    best = max(others, key=lambda name: others[name])
+    return (others[best] / given if given > 0 else np.inf), best
+
+
+def _agreement_with_neighbours(inside: np.ndarray, fa: np.ndarray, direction: np.ndarray) -> np.ndarray:
+    """FA of the neighbours at either side of each voxel if their fibres are parallel to its own, (voxels, OFFSETS)."""
+    number = np.full(np.add(inside.shape, 2), -1)
+    number[1:-1, 1:-1, 1:-1][inside] = np.arange(int(inside.sum()))
+    voxels = np.argwhere(inside) + 1
+    total = np.zeros((len(voxels), len(OFFSETS)))
+    for o, offset in enumerate(OFFSETS):
+        for side in (1, -1):
+            other = number[tuple((voxels + side * offset).T)]
+            parallel = np.abs((direction * direction[other]).sum(1)) > PARALLEL
+            total[:, o] += np.where((other >= 0) & parallel, fa[other], 0)
+    return total
 
 
 def phase_encoding_misfit(distortion: Distortion, mask: Volume) -> float | None:

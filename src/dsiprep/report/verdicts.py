@@ -137,9 +137,7 @@ def _b_table(results: UnitResults) -> Measured:
     ratio, best = found
     return Measured(
         ratio,
-        f"fibre chains are longer with the axes as {best}"
-        if best
-        else "no other order or sign of the axes fits better",
+        f"coherence of fibres with the axes as {best} over that with those given",
     )
 
 
