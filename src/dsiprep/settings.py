@@ -190,7 +190,12 @@ class MotionSettings(Checked):
         choices=("auto", "3dSHORE", "tensor", "none"),
     )
     iters: int = option(
-        4, "largest number of rounds of prediction and registration", "--shoreline-iters", metavar="N", least=1
+        4,
+        "largest number of rounds of prediction and registration at the resolution of the series; up to 10 at each of "
+        "two coarser ones precede them",
+        "--shoreline-iters",
+        metavar="N",
+        least=1,
     )
     transform: str = option("Rigid", "transform of each volume", "--hmc-transform", choices=("Rigid", "Affine"))
     eddy: str = option(
@@ -376,6 +381,22 @@ class LatticeSettings(Checked):
 
 
 @dataclass(frozen=True)
+class ReportSettings(Checked):
+    """The report of a subject."""
+
+    bounds: str = option(
+        "",
+        "TOML file of bounds for the verdicts at the top of the report, such as the group_bounds.toml of a cohort; "
+        "checks that it does not name keep dsiprep's bounds",
+        "--report-bounds",
+        metavar="FILE",
+    )
+    single_file: bool = option(
+        False, "also write sub-X_report.html, one file with all figures inside it, to be mailed", "--report-single-file"
+    )
+
+
+@dataclass(frozen=True)
 class Settings:
     """All settings of a run, by stage."""
 
@@ -389,6 +410,7 @@ class Settings:
     coregister: CoregisterSettings = CoregisterSettings()
     resample: ResampleSettings = ResampleSettings()
     lattice: LatticeSettings = LatticeSettings()
+    report: ReportSettings = ReportSettings()
 
     def __post_init__(self) -> None:
         for entry in fields(self):

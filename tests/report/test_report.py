@@ -67,19 +67,22 @@ def test_figures_exist_with_names_sizes_and_alternative_texts(page: Path, subjec
     for source in sources:
         path = page.parent / source
         assert path.is_file()
-        assert re.fullmatch(rf"{subject.unit.name}_desc-[A-Za-z0-9]+_dwi\.(png|svg)", path.name)
+        assert re.fullmatch(rf"{subject.unit.name}_desc-[A-Za-z0-9]+_dwi\.(png|webp|svg)", path.name)
         assert path.stat().st_size < 400_000
     assert all(len(alt) > 20 for alt in reader.attributes("img", "alt"))
     assert len(reader.attributes("img", "alt")) == len(sources)
-    assert sorted(p.name for p in (page.parent / "sub-01" / "figures").iterdir()) == sorted(
-        Path(source).name for source in sources
+    others = ("quality_dwi.json", "thumbnail_dwi.webp", "viewer_dwi.html")
+    written = [p.name for p in (page.parent / "sub-01" / "figures").iterdir()]
+    assert sorted(written) == sorted(
+        [Path(source).name for source in sources] + [f"{subject.unit.name}_desc-{other}" for other in others]
     )
     assert page.stat().st_size < 150_000
 
 
-def test_page_requires_no_network_and_no_script(page: Path) -> None:
+def test_page_requires_no_network_and_loads_no_script(page: Path) -> None:
     reader = Reader(page)
-    assert not [tag for tag, _ in reader.tags if tag in ("script", "link", "iframe", "object")]
+    assert not [tag for tag, _ in reader.tags if tag in ("link", "iframe", "object")]
+    assert not reader.attributes("script", "src")
     assert not re.search(r"url\(|@import", page.read_text(encoding="utf-8"))
     external = [href for href in reader.attributes("a", "href") if href.startswith("http")]
     assert all(href.startswith(("https://doi.org/", "https://papers.neurips.cc/")) for href in external)
@@ -99,10 +102,12 @@ def test_internal_links_and_accessibility(page: Path) -> None:
 def test_page_contains_all_sections_failures_and_command(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     for title in (
+        "Verdicts",
         "Summary",
         "Acquisition",
         "Denoising",
         "Head motion",
+        "q-space",
         "Susceptibility distortion",
         "Anatomy",
         "Coregistration",

@@ -22,10 +22,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dsiprep import __version__, settings
+from dsiprep.cli.config_file import expand_config_file, run_as_toml
+from dsiprep.cli.folders import check_folders
+from dsiprep.cli.group_level import add_group_options, run_group
 from dsiprep.cli.legacy_options import add_legacy_options
+from dsiprep.cli.suggestions import suggest_options
 from dsiprep.cli.unsupported import UNSUPPORTED_OPTIONS, RejectOption, reject_eddy, take_eddy, value_converter
-from dsiprep.errors import DsiprepError, InputError, OutputError, SettingsError, printable
+from dsiprep.errors import DsiprepError, InputError, SettingsError, printable
 from dsiprep.io.files import read_json
+from dsiprep.report.verdict_bounds import read_bounds
 
 if TYPE_CHECKING:
     from dsiprep.cli.plan_page import PlannedUnit
@@ -45,6 +50,7 @@ SETTINGS_GROUPS = {
     "coregister": settings.CoregisterSettings,
     "resample": settings.ResampleSettings,
     "lattice": settings.LatticeSettings,
+    "report": settings.ReportSettings,
 }
 
 # Keys allowed in QSIPrep's --shoreline-config file.
@@ -57,13 +63,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit with code 2."""
-        self.exit(2, f"dsiprep: {message}\n")
+        known = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        self.exit(2, f"dsiprep: {suggest_options(message, known)}\n")
 
 
 def build_parser() -> Parser:
     """Return the parser of the `dsiprep` command."""
     parser = Parser(
         prog="dsiprep",
+        usage="dsiprep BIDS_DIR OUTPUT_DIR {participant,group} --output-resolution MM [options]",
         description="Preprocess diffusion spectrum imaging (DSI) and other diffusion MRI from a BIDS dataset. "
         "Output names follow QSIPrep.",
         allow_abbrev=False,
@@ -71,15 +79,20 @@ def build_parser() -> Parser:
     parser.add_argument("bids_dir", type=Path, help="root of the BIDS dataset (read only)")
     parser.add_argument("output_dir", type=Path, help="output folder for the derivatives")
     parser.add_argument(
-        "analysis_level", choices=("participant",), help="level of the analysis; only participant is available"
+        "analysis_level",
+        choices=("participant", "group"),
+        help="participant: preprocess each subject; group: compare all subjects that are in the output folder",
     )
+    required = parser.add_argument_group("required")
+    add_setting(required, "resample", settings.ResampleSettings.__dataclass_fields__["resolution"])
     _add_selection(parser.add_argument_group("input selection"))
     _add_running(parser.add_argument_group("execution"))
     for name, settings_class in SETTINGS_GROUPS.items():
         group = parser.add_argument_group(name, (settings_class.__doc__ or "").splitlines()[0])
         for entry in dataclasses.fields(settings_class):
-            if entry.metadata.get("flags"):
+            if entry.metadata.get("flags") and entry.name != "resolution":
                 add_setting(group, name, entry)
+    add_group_options(parser.add_argument_group("group level", "The page that compares all subjects."))
     add_legacy_options(parser)
     for flag in UNSUPPORTED_OPTIONS:
         parser.add_argument(flag, nargs="?", const=True, action=RejectOption, help=argparse.SUPPRESS)
@@ -110,12 +123,14 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         help="keep the work folder (needed by --reports-only and --boilerplate-only)")  # fmt: skip
     add("--device", default="auto", metavar="auto|cpu|cuda|cuda:N",
         help="compute device (default: auto, a GPU if available)")  # fmt: skip
-    add("--nprocs", "--nthreads", "--n-cpus", type=int, default=os.cpu_count() or 1, metavar="N",
+    add("--nprocs", "--nthreads", "--n-cpus", "--n_cpus", type=int, default=os.cpu_count() or 1, metavar="N",
         help="total number of CPU cores (default: all)")  # fmt: skip
     add("--omp-nthreads", type=int, default=0, metavar="N",
         help="CPU cores per subject; if lower than --nprocs, subjects run in parallel (default: --nprocs)")  # fmt: skip
-    add("--mem", "--mem-mb", type=_megabytes, default=0, metavar="MB",
+    add("--mem", "--mem-mb", "--mem_mb", type=_megabytes, default=0, metavar="MB",
         help="total memory, which limits the number of subjects that run in parallel (default: no limit)")  # fmt: skip
+    add("--config-file", type=Path, metavar="FILE",
+        help="logs/dsiprep.toml of an earlier run, whose options are repeated; those given here go first")  # fmt: skip
     add("--dry-run", action="store_true", help="check all files except voxels, print the plan and exit")
     add("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     add("--validate", action="store_true", help="run bids-validator-deno first and stop if it finds errors")
@@ -131,6 +146,7 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     )
     add("--sloppy", action="store_true", help="fast, low-quality processing for testing only")
     add("-v", "--verbose", action="count", default=0, help="more log messages; -vv for debugging")
+    add("--notrack", action="store_true", help="accepted and without effect: dsiprep sends nothing to anyone")
     add("--version", action="version", version=f"dsiprep {__version__}")
 
 
@@ -143,7 +159,8 @@ def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclass
         group.add_argument(*flags, help=entry.metadata["help"], **storage)
         return
     metavar = entry.metadata["metavar"] or "|".join(str(choice) for choice in choices) or None
-    suffix = "" if entry.metadata["help"].endswith("(required)") else f" (default: {entry.default})"
+    shown = entry.default != "" and not entry.metadata["help"].endswith("(required)")
+    suffix = f" (default: {entry.default})" if shown else ""
     group.add_argument(
         *flags,
         type=value_converter(flags[0], type(entry.default), choices),
@@ -200,6 +217,7 @@ def _check_combinations(chosen: settings.Settings, options: argparse.Namespace) 
     for valid, message in rules:
         if not valid:
             raise SettingsError(message)
+    read_bounds(chosen.report.bounds)
 
 
 def _shoreline_config(path: Path) -> dict[str, Any]:
@@ -230,48 +248,22 @@ def _read_json(flag: str, path: Path) -> dict[str, Any]:
         raise SettingsError(f"{flag}: {error}") from None
 
 
-def check_folders(options: argparse.Namespace) -> None:
-    """Check that the output and work folders are writable and lie outside the input, before anything is written.
-
-    Raises
-    ------
-    OutputError
-        If the input is not a BIDS dataset, or if a folder is inside the input or cannot be created.
-    """
-    bids, out, work = (path.resolve() for path in (options.bids_dir, options.output_dir, options.work_dir))
-    if not bids.is_dir():
-        raise OutputError(f"{options.bids_dir} is not a folder; give the root folder of a BIDS dataset")
-    if out == bids:
-        raise OutputError("the output folder is the BIDS folder; choose another one, such as its derivatives/dsiprep")
-    if out.is_relative_to(bids) and out.relative_to(bids).parts[0] != "derivatives":
-        raise OutputError(f"the output folder {out} is inside the BIDS folder; only its derivatives/ may hold outputs")
-    if work.is_relative_to(bids):
-        raise OutputError(f"the work folder {work} is inside the BIDS folder; choose another with --work-dir")
-    _check_writable("output", out)
-    _check_writable("work", work)
-    if not options.skip_bids_validation and not (bids / "dataset_description.json").is_file():
-        raise OutputError(
-            f"{bids} has no dataset_description.json, so it is not the root of a BIDS dataset; "
-            "correct the path, or use --skip-bids-validation"
-        )
-
-
-def _check_writable(name: str, folder: Path) -> None:
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        reason = "is not writable" if nearest.is_dir() else "is a file"
-        raise OutputError(f"the {name} folder {folder} cannot be created: {nearest} {reason}; choose another folder")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit code: 0 success, 1 failure, 2 invalid options, 130 interrupted."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
-    options = build_parser().parse_args(arguments)
+    try:
+        words = expand_config_file(sys.argv[1:] if arguments is None else arguments)
+    except SettingsError as error:
+        print(f"dsiprep: {error}", file=sys.stderr)
+        return 2
+    options = build_parser().parse_args(words)
     logging.basicConfig(level=[logging.WARNING, logging.INFO, logging.DEBUG][min(options.verbose, 2)],
                         format="%(levelname)s: %(message)s")  # fmt: skip
     try:
+        if options.analysis_level == "group":
+            return run_group(options)
         chosen = read_settings(options)
         check_folders(options)
         if options.fs_license_file:
@@ -317,6 +309,7 @@ def _report_unexpected(problem: Exception) -> str:
 
 def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
     from dsiprep.cli.plan_page import plan_units, validate_dataset
+    from dsiprep.cli.progress import run_log
     from dsiprep.cli.terminal import run_and_show
     from dsiprep.io.bids import find_units
     from dsiprep.jobs import parallel_subjects
@@ -344,13 +337,15 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
     for message in failure_messages.values():
         print(f"dsiprep: {message}", file=sys.stderr)
     template = check_anatomy(units, chosen) if units else ""
-    jobs = _jobs(units, options, chosen, printable("dsiprep " + " ".join(arguments)))
+    command = printable("dsiprep " + " ".join(arguments))
+    jobs = _jobs(units, options, chosen, command)
     if options.dry_run:
         return _show_plan(plan_units(units, chosen, template), failure_messages, options)
     if not units or (failed and options.stop_on_first_crash):
         return 1
     processes = parallel_subjects(jobs, options.nprocs, options.omp_nthreads, options.mem)
-    return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
+    with run_log(options.output_dir.resolve(), run_as_toml(build_parser(), options, chosen, command)):
+        return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
 
 
 def _show_plan(planned: Sequence[PlannedUnit], failed: dict[str, str], options: argparse.Namespace) -> int:

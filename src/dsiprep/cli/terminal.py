@@ -1,4 +1,4 @@
-"""Terminal output of a run: the progress bars and the table of results."""
+"""Terminal output of a run: progress and the table of results."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 from rich.text import Text
 
 from dsiprep.cli.plan_page import print_unused
+from dsiprep.cli.progress import LiveProgress, as_time
 from dsiprep.errors import printable
 from dsiprep.jobs import Job, Outcome, run_jobs
-from dsiprep.pipeline import STEPS
 from dsiprep.plan import warnings_for
 
 
@@ -23,59 +22,24 @@ def run_and_show(
     stop_on_first_crash: bool,
     grouping_errors: Mapping[str, str] | None = None,
 ) -> int:
-    """Run the jobs with progress bars and print a table of units; return 0 on success and 1 after any failure.
+    """Run the jobs, show where they are, and print a table of units; return 0 on success and 1 after any failure.
 
     `grouping_errors` holds the error message of each subject whose files could not be grouped into units; these
     subjects are listed in the table as failed.
     """
     console = Console(stderr=True, highlight=False)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.fields[step]}"),
-        TimeElapsedColumn(),
-    )
     for unit in (unit for job in jobs if not job.mode for unit in job.units):
         _print_warnings(console, unit.name, warnings_for(unit, jobs[0].settings))
     outcomes = [Outcome(subject, f"sub-{subject}", 0.0, error) for subject, error in (grouping_errors or {}).items()]
-    with Progress(*columns, console=console) as progress:
-        bars = _Bars(progress, jobs)
-        for outcome in run_jobs(jobs, processes, stop_on_first_crash, bars.on_step):
+    with LiveProgress(console, jobs, processes) as progress:
+        for outcome in run_jobs(jobs, processes, stop_on_first_crash, progress.on_step):
             outcomes.append(outcome)
-            bars.finish(outcome)
-        for outcome in outcomes:  # again, because the report step resets the bar of the last unit
-            bars.finish(outcome)
+            progress.finish(outcome)
     planned = [unit.name for job in jobs for unit in job.units]
     names = list(dict.fromkeys([*planned, *(outcome.unit for outcome in outcomes)]))
     _print_table(console, names, outcomes, jobs[0])
     print_unused(console, [unit for job in jobs for unit in job.units])
     return 0 if len(outcomes) == len(planned) and not any(outcome.error for outcome in outcomes) else 1
-
-
-class _Bars:
-    """One progress bar per unit; its length is the number of steps."""
-
-    def __init__(self, progress: Progress, jobs: Sequence[Job]) -> None:
-        self.progress = progress
-        self.tasks: dict[str, TaskID] = {}
-        for job in jobs:
-            for unit in job.units:
-                self.tasks[unit.name] = progress.add_task(unit.name, total=len(STEPS) + 2, step="waiting")
-
-    def on_step(self, unit: str, step: str) -> None:
-        """Show the step that a unit starts; outputs joined from several units have no bar."""
-        order = [*STEPS, "derivatives", "report"]
-        if unit in self.tasks:
-            self.progress.update(self.tasks[unit], completed=order.index(step.split("-")[0]), step=step)
-        if not self.progress.console.is_terminal:
-            self.progress.console.print(f"{unit}: {step}", markup=False)
-
-    def finish(self, outcome: Outcome) -> None:
-        """Complete the bar of a unit; report outcomes have no bar."""
-        if outcome.unit not in self.tasks:
-            return
-        step = "failed" if outcome.error else "done"
-        self.progress.update(self.tasks[outcome.unit], completed=len(STEPS) + 2, step=step)
 
 
 def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outcome], job: Job) -> None:
@@ -90,7 +54,7 @@ def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outc
         result = f"[red]failed[/red]: {escape(outcome.error)}" if outcome.error else done
         if outcome.error and outcome.log:
             result += f"\n(log: {escape(printable(outcome.log))})"
-        table.add_row(escape(name), result, f"{outcome.seconds / 60:.1f} min")
+        table.add_row(escape(name), result, as_time(outcome.seconds))
     console.print(table)
     for outcome in outcomes:
         _print_warnings(console, outcome.unit, outcome.warnings)

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 # QSIPrep options that dsiprep does not have, and the alternative.
 UNSUPPORTED_OPTIONS = {
     "--bids-database-dir": "not needed, because indexing takes a second or two; remove the option",
+    "--use-plugin": "there is no Nipype, so there are no plugins: use --nprocs and --omp-nthreads, and a cluster's own "
+    "scheduler for one job per subject (--participant-label)",
+    "--resource-monitor": "time and memory of each stage are always in the report and in logs/; remove the option",
+    "--write-graph": "there is no workflow graph: the stages run in order, as --dry-run prints them",
+    "--debug": "use -vv for debugging messages; tracebacks of failures are in logs/",
     "--low-mem": "not needed, because series are always memory-mapped; remove the option",
     "--gpu": "one option selects the device for all stages: use --device cuda",
     "--infant": "ages are not read from the dataset: choose a template instead, for example "

@@ -40,6 +40,7 @@ BIDSIGNORE = """\
 *image_qc.*
 *slice_qc.json
 *.html
+group_*
 sub-*/figures
 logs/
 *_dwi.bval

@@ -14,7 +14,13 @@ from markupsafe import Markup
 from dsiprep.data.results import UnitResults
 from dsiprep.report.boilerplate import methods_html
 from dsiprep.report.page_parts import FigureWriter, Section, write_atomically
+from dsiprep.report.quality_record import write_record
 from dsiprep.report.sections import SECTIONS
+from dsiprep.report.single_file import as_single_file
+from dsiprep.report.thumbnails import write_thumbnail
+from dsiprep.report.verdict_bounds import read_bounds
+from dsiprep.report.verdicts import Verdict, judge
+from dsiprep.report.viewer import write_viewer
 from dsiprep.report.wording import duration
 
 LOG = logging.getLogger(__name__)
@@ -23,11 +29,21 @@ STAGE_COLOURS = ("#94a3b8", "#22a7c3", "#3f7fdb", "#7c5cd6", "#c2529c", "#e07b1f
 
 @dataclass(frozen=True)
 class UnitReport:
-    """The sections of one unit."""
+    """The verdicts and sections of one unit."""
 
     name: str
     anchor: str
     sections: tuple[Section, ...]
+    verdicts: tuple[Verdict, ...] = ()
+    viewer: str = ""
+
+    def link(self, verdict: Verdict) -> str:
+        """Link to the picture of a verdict; to its section where there is no such picture."""
+        for section in self.sections:
+            for picture in section.pictures:
+                if verdict.figure and picture.name.startswith(verdict.figure):
+                    return f"#{self.anchor}-figure-{picture.name}"
+        return f"#{self.anchor}-{verdict.section}"
 
 
 def render_report(
@@ -63,7 +79,7 @@ def render_report(
         If there are neither results nor failures, or if they belong to more than one subject.
     """
     subject = _subject(results, failures)
-    reports = tuple(_unit_report(unit, out, subject) for unit in results)
+    reports = tuple(_unit_report(unit, out, subject, version) for unit in results)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -72,7 +88,7 @@ def render_report(
         lstrip_blocks=True,
     )
     environment.filters["duration"] = duration
-    text = environment.get_template("template.html.j2").render(
+    page = environment.get_template("template.html.j2").render(
         subject=subject,
         version=version,
         reports=reports,
@@ -80,8 +96,11 @@ def render_report(
         command=command,
         methods=Markup(methods_html(results)) if results else "",
         colours=STAGE_COLOURS,
+        script=Markup((Path(__file__).parent / "report.js").read_text(encoding="utf-8")),
     )
-    return write_atomically(out / f"{subject}.html", text.encode("utf-8"))
+    if any(unit.settings.report.single_file for unit in results):
+        write_atomically(out / f"{subject}_report.html", as_single_file(page, out).encode("utf-8"))
+    return write_atomically(out / f"{subject}.html", page.encode("utf-8"))
 
 
 def _subject(results: Sequence[UnitResults], failures: Sequence[tuple[str, str]]) -> str:
@@ -91,7 +110,7 @@ def _subject(results: Sequence[UnitResults], failures: Sequence[tuple[str, str]]
     return subjects.pop()
 
 
-def _unit_report(results: UnitResults, out: Path, subject: str) -> UnitReport:
+def _unit_report(results: UnitResults, out: Path, subject: str, version: str) -> UnitReport:
     writer = FigureWriter(out, subject, results.unit.name)
     sections = []
     for build in SECTIONS:
@@ -104,5 +123,10 @@ def _unit_report(results: UnitResults, out: Path, subject: str) -> UnitReport:
                 "The preprocessed data are not affected."
             )
             sections.append(Section(build.__name__, build.__name__.capitalize(), "", notes=(problem,)))
+    write_thumbnail(writer)
+    viewer = write_viewer(results, writer)
     writer.remove_stale()
-    return UnitReport(results.unit.name, re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name), tuple(sections))
+    anchor = re.sub(r"[^A-Za-z0-9_-]", "-", results.unit.name)
+    verdicts = judge(results, read_bounds(results.settings.report.bounds))
+    write_record(results, verdicts, out, version)
+    return UnitReport(results.unit.name, anchor, tuple(sections), verdicts, viewer)

@@ -130,8 +130,9 @@ def _prediction_pictures(
     pictures = figures.single(
         f"convergence{name_suffix}",
         plots.motion_convergence(result, bvals, is_b0),
-        "Change of pose between iterations, and agreement of each volume with its prediction against b-value.",
-        "Left: change of head pose between successive iterations. Middle and right: agreement of each "
+        "Change of pose between rounds, and agreement of each volume with its prediction against b-value.",
+        "Left: change of head pose between successive rounds, from coarse voxels to those of the series. Middle and "
+        "right: agreement of each "
         f"diffusion-weighted {volume} with its prediction.",
         "Agreement decreases with b-value as noise dominates. Inspect volumes that lie far below others of the same "
         "b-value.",

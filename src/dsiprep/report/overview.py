@@ -31,27 +31,14 @@ def _seconds_by_stage(seconds: dict[str, float]) -> tuple[tuple[str, float], ...
     return tuple(total.items())
 
 
-def _stage_notes(results: UnitResults) -> tuple[str, ...]:
-    """Notes of all stages, each prefixed with the name of the stage."""
-    stages = {
-        "Head motion": [note for motion in results.motions for note in motion.notes],
-        "Distortion": list(results.distortion.notes) if results.distortion else [results.distortion_reason],
-        "Anatomy": list(results.anatomy.notes),
-        "Coregistration": list(results.coregistration.notes),
-        "Quality": list(results.quality.notes),
-    }
-    return tuple(f"{stage}: {note}" for stage, notes in stages.items() for note in dict.fromkeys(notes))
-
-
 def summary(results: UnitResults, figures: FigureWriter) -> Section:
     """Input, processing steps, run time and key metrics."""
     return Section(
         "summary",
         "Summary",
-        "Overview of the acquisition and processing. The report gives no automatic pass/fail verdict: read the notes "
-        "and inspect the figures below before using the data.",
+        "Overview of the acquisition and processing.",
         facts=_summary_facts(results),
-        notes=(*(f"WARNING: {text}" for text in results.warnings), *_stage_notes(results)),
+        notes=tuple(f"WARNING: {text}" for text in results.warnings),
         shares=_seconds_by_stage(results.seconds),
         tables=(("Key metrics", ("Metric", "Value", "Meaning"), _key_metrics(results)),),
     )

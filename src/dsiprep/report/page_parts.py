@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from PIL import Image
 
 
 @dataclass(frozen=True)
@@ -24,13 +27,16 @@ class Frame:
 class Picture:
     """A figure of one frame, or of several equally sized frames that the reader can switch between.
 
-    `caption` describes the figure, `alt` is the text alternative, and `hint` states what to look for.
+    `caption` describes the figure, `alt` is the text alternative, and `hint` states what to look for. `name` is that of
+    its files, by which the page links to it; `folded` figures are shown on demand.
     """
 
     frames: tuple[Frame, ...]
     alt: str
     caption: str
     hint: str = ""
+    name: str = ""
+    folded: bool = False
 
     @property
     def has_several_frames(self) -> bool:
@@ -52,7 +58,8 @@ class Section:
     """One section of the page.
 
     `lead` is the introductory paragraph; `notes` are shown directly below it; `shares` are the segments of a
-    stacked bar (label, value); `tables` are (caption, header, rows).
+    stacked bar (label, value); `tables` are (caption, header, rows); `interactive` holds the q-space samples, as JSON,
+    for the script of the page.
     """
 
     key: str
@@ -63,6 +70,7 @@ class Section:
     notes: tuple[str, ...] = ()
     shares: tuple[tuple[str, float], ...] = ()
     tables: tuple[tuple[str, tuple[str, ...], tuple[tuple[str, ...], ...]], ...] = ()
+    interactive: str = ""
 
 
 def write_atomically(path: Path, content: bytes) -> Path:
@@ -88,7 +96,10 @@ def _umask() -> int:
 
 
 def _image_size(content: bytes) -> tuple[int, int]:
-    """Width and height of a PNG or SVG in CSS pixels."""
+    """Width and height of a PNG, WebP or SVG in CSS pixels."""
+    if content.startswith(b"RIFF"):
+        with Image.open(io.BytesIO(content)) as picture:
+            return picture.size
     if content.startswith(b"\x89PNG"):
         width, height = struct.unpack(">II", content[16:24])
         return int(width), int(height)
@@ -107,7 +118,7 @@ class FigureWriter:
     subject : str
         "sub-01".
     prefix : str
-        Name of the unit; files are named `<prefix>_desc-<name>_dwi.<png|svg>`.
+        Name of the unit; files are named `<prefix>_desc-<name>_dwi.<png|webp|svg>`.
     written : list of str
         Names of the files written so far.
     """
@@ -119,15 +130,17 @@ class FigureWriter:
 
     def write(self, name: str, content: bytes, label: str = "") -> Frame:
         """Write one image; `name` consists of letters and digits only."""
-        suffix = "png" if content.startswith(b"\x89PNG") else "svg"
+        suffix = "png" if content.startswith(b"\x89PNG") else "webp" if content.startswith(b"RIFF") else "svg"
         file = f"{self.prefix}_desc-{name}_dwi.{suffix}"
         write_atomically(self.out / self.subject / "figures" / file, content)
         self.written.append(file)
         return Frame(label, f"{self.subject}/figures/{file}", *_image_size(content))
 
-    def single(self, name: str, content: bytes | None, alt: str, caption: str, hint: str = "") -> tuple[Picture, ...]:
+    def single(
+        self, name: str, content: bytes | None, alt: str, caption: str, hint: str = "", folded: bool = False
+    ) -> tuple[Picture, ...]:
         """A figure of one frame; an empty tuple where `content` is None."""
-        return () if content is None else (Picture((self.write(name, content),), alt, caption, hint),)
+        return () if content is None else (Picture((self.write(name, content),), alt, caption, hint, name, folded),)
 
     def multiple(
         self, name: str, frames: list[tuple[str, bytes]], alt: str, caption: str, hint: str = ""
@@ -136,7 +149,7 @@ class FigureWriter:
         written = tuple(
             self.write(name + re.sub(r"[^A-Za-z0-9]", "", label.title()), content, label) for label, content in frames
         )
-        return (Picture(written, alt, caption, hint),)
+        return (Picture(written, alt, caption, hint, name),)
 
     def remove_stale(self) -> None:
         """Delete figures of this unit that an earlier run wrote and this run did not."""

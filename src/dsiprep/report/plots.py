@@ -264,7 +264,7 @@ def motion_convergence(result: Motion, bvals: np.ndarray, is_b0: np.ndarray) -> 
     with rc_context(STYLE):
         figure = Figure(figsize=(11, 3.1), layout="constrained")
         left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.2, 1.2))
-        _pose_changes(left, poses_by_iteration(result.trace))
+        _pose_changes(left, poses_by_iteration(result.trace), _level_starts(result.trace))
         norm = _b_value_norm(bvals)
         for ax, values, title in (
             (middle, result.r2, "R² of the prediction"),
@@ -282,16 +282,26 @@ def motion_convergence(result: Motion, bvals: np.ndarray, is_b0: np.ndarray) -> 
         return svg(figure)
 
 
-def _pose_changes(ax: Axes, poses: list[tuple[int, np.ndarray]]) -> None:
-    """Mean and maximum change of pose between successive iterations, with the weights of framewise displacement."""
-    ax.set_title("Change of pose between iterations")
+def _level_starts(trace: Sequence[dict[str, Any]]) -> list[tuple[int, str]]:
+    """First round at each voxel size, with the size as in the trace: [(1, "8 mm"), (11, "4 mm")]."""
+    starts: dict[str, int] = {}
+    for row in trace:
+        level = str(row.get("iter_name", "")).partition(" round ")[0]
+        if level:
+            starts.setdefault(level, int(row["iter_num"]))
+    return [(first, level) for level, first in starts.items()]
+
+
+def _pose_changes(ax: Axes, poses: list[tuple[int, np.ndarray]], levels: list[tuple[int, str]]) -> None:
+    """Mean and maximum change of pose between successive rounds, with the weights of framewise displacement."""
+    ax.set_title("Change of pose between rounds")
     changes = [
         (iteration, np.abs(after - before) @ np.array([1, 1, 1, 50, 50, 50.0]))
         for (_, before), (iteration, after) in pairwise(poses)
         if before.shape == after.shape
     ]
     if not changes:
-        ax.text(0.5, 0.5, "only one iteration", ha="center", va="center", transform=ax.transAxes)
+        ax.text(0.5, 0.5, "only one round", ha="center", va="center", transform=ax.transAxes)
         ax.set_axis_off()
         return
     iterations = [iteration for iteration, _ in changes]
@@ -303,7 +313,13 @@ def _pose_changes(ax: Axes, poses: list[tuple[int, np.ndarray]]) -> None:
     ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.set(xlabel="iteration", ylabel="mm", xticks=iterations)
+    for first, level in levels:
+        if first > iterations[0]:
+            ax.axvline(first - 0.5, color=MUTED, linestyle=":", linewidth=1)
+        ax.annotate(level, (max(first, iterations[0]) - 0.4, 1), xycoords=("data", "axes fraction"), va="bottom",
+                    size=7.5, color=MUTED, annotation_clip=False)  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    ax.set(xlabel="round", ylabel="mm")
     ax.legend(fontsize=8.5)
     ax.grid(True)
 
@@ -321,6 +337,7 @@ def slice_residuals(
         volume, position = np.nonzero(np.zeros(slice_z.shape) if outliers is None else outliers)
         ax.scatter(volume, position, marker="s", s=16, facecolors="none", edgecolors=FOREGROUND, linewidths=0.8)
         ax.set(ylabel=f"slice along {axis}")
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True))
         ax.set_title(f"Outlier slices: {len(volume)}")
         bar = figure.colorbar(shown, ax=[ax, strip], pad=0.01, fraction=0.02, aspect=30)
         bar.set_label("residual (z-score)")

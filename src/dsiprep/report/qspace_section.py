@@ -1,88 +1,107 @@
-"""Report sections on the b-table and on the samples in q-space."""
+"""Report section on q-space: where the samples lie after correction for head motion, and how well each is predicted."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from dsiprep.data.results import Lattice, UnitResults
-from dsiprep.report import qspace_plots
-from dsiprep.report.page_parts import Fact, FigureWriter, Section
-from dsiprep.stages.gradient_check import doubt_gradients
+from dsiprep.data.results import UnitResults
+from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
+from dsiprep.report.page_parts import FigureWriter, Section
+from dsiprep.report.plots import BACKGROUND, FOREGROUND, MUTED, STYLE, svg
+from dsiprep.report.volume_animation import volume_animation
 
-ANSWERS = {
-    "right": "the b-vectors fit the brain",
-    "wrong": "the b-vectors do NOT fit the brain",
-    "undecided": "undecided",
-}
-
-
-def gradients(results: UnitResults, figures: FigureWriter) -> Section:
-    """Whether the b-table fits the brain."""
-    check, title = results.gradients, "b-table check"
-    if check is None:
-        return Section("gradients", title, "The b-table was not compared with the images: disabled.")
-    lead = (
-        "Streamlines through the directions of diffusion tensors are longest if the b-vectors are right. They were "
-        "compared with the 23 other flips and permutations of the rows x, y and z of the .bvec before any correction."
-    )
-    pictures = figures.single(
-        "frames",
-        qspace_plots.frame_lengths(check),
-        "Bar chart of the mean streamline length for 24 flips and permutations of the b-vectors.",
-        "Mean streamline length for each flip and permutation of the rows of the .bvec.",
-        "The bar of the given b-vectors should be clearly the highest. In sparse or noisy series, bars are equal.",
-    )
-    facts = [Fact("Answer", ANSWERS[check.answer], check.why or _margin(check.ratio, check.z))]
-    facts.append(
-        Fact("Signal falls with b", f"{check.order:.1%}", "of pairs of volumes whose b-values are clearly apart")
-    )
-    return Section("gradients", title, lead, pictures, tuple(facts), doubt_gradients(check))
-
-
-def _margin(ratio: float, z: float) -> str:
-    return (
-        f"streamlines {ratio:.2f} times as long as in the best other frame, {abs(z):.1f} standard errors apart; "
-        "an answer takes a factor of 1.2 and 3.5 standard errors"
-    )
+ERROR_COLOURMAP = "viridis_r"
+TITLES = {(0, 1): "from above", (0, 2): "from the front", (1, 2): "from the side"}
+LABELS = ("L ↔ R", "P ↔ A", "I ↔ S")
 
 
 def qspace(results: UnitResults, figures: FigureWriter) -> Section:
-    """Signal, noise floor, places of the samples, and the series on the lattice."""
-    quality, dwi, title = results.quality.qspace, results.preprocessed.dwi, "Samples in q-space"
-    if quality is None:
-        return Section("qspace", title, "There are too few diffusion-weighted volumes to predict one from the others.")
+    """q-space samples as acquired and in the frame of the head, with their errors and lost slices."""
+    dwi = results.acquired.dwi
+    after, error, lost = _samples(results)
+    turned = np.degrees(_angles(dwi.bvecs, after))[~dwi.is_b0]
+    lost_volumes = int((lost > 0).sum())
     lead = (
-        "Each preprocessed volume is one sample of q-space, predicted from all others. Where the head turned, samples "
-        "of a lattice have left their places, and reconstruction that takes them for a lattice is wrong."
+        f"A volume in which the head was turned samples another direction of q-space. The directions moved by up to "
+        f"{turned.max(initial=0):.1f}° (mean {turned.mean() if len(turned) else 0:.1f}°); {lost_volumes} of {len(dwi)} "
+        "volumes have slices with signal dropout."
     )
     pictures = figures.single(
         "qspace",
-        qspace_plots.signal_and_places(quality, dwi.bvals, dwi.is_b0),
-        "Signal, error of prediction and distance from the lattice of each sample against the length of q.",
-        "Signal of each volume in the brain (median; line: 10th to 90th percentile) with the mean of pure noise; "
-        "error of its prediction from the others; and its distance from its lattice point, for schemes on a lattice.",
-        "Signal at the noise floor holds no information. Single volumes far above the others in the middle are lost "
-        "or misaligned. Beyond half a step (red), a sample is nearer to another lattice point.",
+        _projections(dwi.q, after, error, lost),
+        "Three projections of the q-space samples after correction for head motion, coloured by their error.",
+        "q-space samples in the frame of the head, coloured by the part of their variance that the other volumes do "
+        "not predict (1 - R²); lines lead to the position as acquired, rings mark volumes with lost slices.",
+        "Samples that stand out from neighbours of the same b-value deserve a look. Gaps after rotation are directions "
+        "that were not measured.",
     )
-    offset = quality.offset[np.isfinite(quality.offset)]
-    facts = [Fact("Samples at the noise floor", f"{quality.at_floor:.0%}", "at high b, below two standard deviations")]
-    if len(offset):
-        facts += [
-            Fact("Distance from the lattice", f"mean {offset.mean():.2f}, maximum {offset.max():.2f} steps"),
-            Fact("Lattice points lost", f"{quality.lost} of {quality.prescribed}", "no sample within half a step"),
-        ]
-    if quality.antipodal is not None:
-        facts.append(Fact("Antipodal samples", f"{quality.antipodal:.2f}", "RMS difference over that of noise alone"))
-    if results.lattice is not None:
-        facts += _lattice_facts(results.lattice)
-    return Section("qspace", title, lead, pictures, tuple(facts))
+    pictures += figures.single(
+        "volumes",
+        volume_animation(results.preprocessed),
+        "Animation of the middle slices of all preprocessed volumes in order of b-value.",
+        "All preprocessed volumes in order of b-value, each in its own intensity window.",
+        "Nothing but the contrast should change: jumps are residual motion, bands are lost slices.",
+        folded=True,
+    )
+    return Section("qspace", "q-space", lead, pictures, interactive=_as_json(dwi.q, after, dwi.bvals, error, lost))
 
 
-def _lattice_facts(lattice: Lattice) -> list[Fact]:
-    beyond = int(lattice.extrapolated.sum())
-    error = float(np.sqrt(np.mean(lattice.left_out**2))) / lattice.noise
-    return [
-        Fact("Series on a lattice", f"{len(lattice.dwi)} volumes", lattice.model),
-        Fact("Extrapolated points", str(beyond), "outside the acquired q-space, or less certain than a volume"),
-        Fact("Error of left-out volumes", f"{error:.2f}", "RMS, in units of the noise of the preprocessed series"),
-    ]
+def _samples(results: UnitResults) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q after rotation (n, 3), 1 - R² (n,), NaN where unknown, and the share of lost slices (n,)."""
+    dwi = results.acquired.dwi
+    after, error, lost = dwi.q.copy(), np.full(len(dwi), np.nan), np.zeros(len(dwi))
+    for motion in results.motions:
+        length = np.linalg.norm(dwi.q[motion.volumes], axis=1, keepdims=True)
+        after[motion.volumes] = length * rotate_bvecs(dwi.bvecs[motion.volumes], motion.transforms)
+        error[motion.volumes] = 1 - motion.r2
+        if motion.outlier_slices is not None:
+            lost[motion.volumes] = motion.outlier_slices.mean(1)
+    error[dwi.is_b0] = np.nan
+    return after, error, lost
+
+
+def _angles(bvecs: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """Angle between each b-vector and its sample after rotation, rad."""
+    unit = after / np.maximum(np.linalg.norm(after, axis=1, keepdims=True), 1e-12)
+    return np.arccos(np.clip((unit * bvecs).sum(1), -1, 1))
+
+
+def _projections(before: np.ndarray, after: np.ndarray, error: np.ndarray, lost: np.ndarray) -> bytes:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.collections import LineCollection
+    from matplotlib.colors import Normalize
+
+    norm = Normalize(0, max(float(np.nanmax(error)) if np.isfinite(error).any() else 1.0, 0.05))
+    extent = float(np.abs(after).max() or 1) * 1.12
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 3.9), layout="constrained")
+        axes: list[Axes] = list(figure.subplots(1, 3))
+        for ax, (across, up) in zip(axes, TITLES, strict=True):
+            pairs = np.stack([before[:, [across, up]], after[:, [across, up]]], 1)
+            ax.add_collection(LineCollection(list(pairs), colors=MUTED, linewidths=0.6))
+            x, y, marked = after[:, across], after[:, up], lost > 0
+            ax.scatter(x, y, s=15, c=np.nan_to_num(error), cmap=ERROR_COLOURMAP, norm=norm, edgecolors=BACKGROUND,
+                       linewidths=0.3, zorder=2)  # fmt: skip
+            ax.scatter(x[marked], y[marked], s=46, facecolors="none", edgecolors=FOREGROUND, linewidths=0.9)
+            ax.set(xlim=(-extent, extent), ylim=(-extent, extent), aspect="equal", xticks=[], yticks=[])
+            ax.set(xlabel=LABELS[across], ylabel=LABELS[up], title=TITLES[across, up])
+        bar = figure.colorbar(ScalarMappable(norm, ERROR_COLOURMAP), ax=axes, pad=0.02, fraction=0.02, aspect=28)
+        bar.set_label("1 - R²")
+        bar.outline.set_visible(False)
+        return svg(figure)
+
+
+def _as_json(before: np.ndarray, after: np.ndarray, bvals: np.ndarray, error: np.ndarray, lost: np.ndarray) -> str:
+    """One row per volume for the interactive plot: q before and after relative to the largest, b, error, lost share."""
+    scale = max(float(np.abs(before).max()), 1e-12)
+    rows = []
+    for v in range(len(bvals)):
+        measured = round(float(error[v]), 3) if np.isfinite(error[v]) else None
+        coordinates = np.round(np.concatenate([before[v], after[v]]) / scale, 3).tolist()
+        rows.append([*coordinates, round(float(bvals[v])), measured, round(float(lost[v]), 3)])
+    return json.dumps(rows, separators=(",", ":"))

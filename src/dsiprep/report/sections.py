@@ -11,10 +11,13 @@ import numpy as np
 from dsiprep.data.results import Blip, Distortion, Preprocessed, UnitResults
 from dsiprep.ops.image.affine import rigid_parameters
 from dsiprep.report import plots, slice_figures
+from dsiprep.report.displacement_arrows import displacement_arrows
+from dsiprep.report.fibre_glyphs import odf_figure
 from dsiprep.report.motion_section import motion
 from dsiprep.report.overview import acquisition, quality, summary
 from dsiprep.report.page_parts import Fact, FigureWriter, Picture, Section
-from dsiprep.report.qspace_section import gradients, qspace
+from dsiprep.report.qspace_quality_section import gradients, qspace_quality
+from dsiprep.report.qspace_section import qspace
 from dsiprep.report.wording import BLIPS, SIMILARITIES, describe_grid, encoding
 
 
@@ -114,6 +117,14 @@ def distortion(results: UnitResults, figures: FigureWriter) -> Section:
         f"Map of the estimated {quantity}.",
         f"Estimated {quantity} in {unit}.",
         "It should be smooth and largest near the sinuses and ear canals.",
+    )
+    pictures += figures.single(
+        "displacement",
+        displacement_arrows(result, mask, axis / np.linalg.norm(axis)),
+        "Arrows of the displacement over the corrected b=0 image, three planes.",
+        "Displacement of the signal in the first phase encoding, at true length over the corrected b=0 image: from "
+        "where it belongs to where it was acquired. Colours give the sign along the phase-encoding axis.",
+        "All arrows lie along the phase-encoding axis; neighbours should agree.",
     )
     pictures += figures.single(
         "sdcDescent",
@@ -303,6 +314,15 @@ def _fibre_pictures(result: Preprocessed, figures: FigureWriter) -> tuple[Pictur
         "In the coronal view, the segments of the corpus callosum should follow its arch and continue upwards into "
         "both hemispheres; segments that cross the arch indicate a flipped b-vector axis.",
     )
+    pictures += figures.single(
+        "odf",
+        odf_figure(result),
+        "Orientation distribution functions drawn as glyphs over fractional anisotropy, three planes.",
+        "Orientation distribution functions (generalised q-sampling imaging of all volumes) over FA coloured by "
+        "direction; left is left. Open the picture for its full size.",
+        "Glyphs should point along the bundle from voxel to voxel; where bundles cross, as lateral of the ventricles, "
+        "they should have several lobes.",
+    )
     return pictures
 
 
@@ -313,10 +333,11 @@ SECTIONS = (
     denoising,
     unringing,
     motion,
+    qspace,
     distortion,
     anatomy,
     coregistration,
     output,
-    qspace,
+    qspace_quality,
     quality,
 )

@@ -47,7 +47,7 @@ def _window_groups(
     return rgb
 
 
-def _mean_volume(dwi: DWI, selected: np.ndarray) -> Volume:
+def mean_volume(dwi: DWI, selected: np.ndarray) -> Volume:
     """Mean of the selected volumes, summed one at a time so that a memory-mapped series is not loaded as a whole."""
     total = torch.zeros(dwi.grid.shape, dtype=torch.float32)
     index = np.flatnonzero(selected)
@@ -93,9 +93,10 @@ def _removed_signal(layout: Layout, residual: np.ndarray, inside: np.ndarray) ->
 def noise_level(noise: Volume, mask: Volume) -> bytes:
     """Noise standard deviation, axial slices."""
     layout = Layout.rows(View.of(mask, 6), ("axial",))
-    canvas = layout.paint(noise)
-    limits = (0.0, window(canvas, layout.paint(mask))[1])
-    return render_png(layout, apply_colourmap(canvas, limits, "magma"), bars=[ColourBar("magma", limits, "noise SD")])
+    canvas, inside = layout.paint(noise), layout.paint(mask)
+    limits = (0.0, window(canvas, inside)[1])
+    rgb = np.where(canvas[..., None] > 0, apply_colourmap(canvas, limits, "magma"), 0).astype(np.uint8)
+    return render_png(layout, rgb, bars=[ColourBar("magma", limits, "noise SD")])
 
 
 def b0_reference(motion: Motion) -> bytes:
@@ -252,7 +253,7 @@ def mean_images(preprocessed: Preprocessed) -> bytes:
     dwi = preprocessed.dwi
     ranges = b_value_ranges(dwi.bvals, dwi.is_b0)
     layout = Layout.rows(View.of(preprocessed.mask), ("axial",) * len(ranges), tuple(name for name, _ in ranges))
-    canvas = layout.paint_groups([_mean_volume(dwi, selected) for _, selected in ranges])
+    canvas = layout.paint_groups([mean_volume(dwi, selected) for _, selected in ranges])
     inside = layout.paint(preprocessed.mask)
     return render_png(layout, _window_groups(layout, canvas, inside, 99.7), [Contour(inside, BRAIN_COLOUR, 0.9)])
 
@@ -332,6 +333,6 @@ def cnr_and_tsnr(quality: Quality, mask: Volume) -> bytes | None:
     for (name, _), group in zip(maps, layout.groups, strict=True):
         rows = slice(group.tiles[0].y, group.tiles[0].y + group.tiles[0].height)
         limits = (0.0, window(canvas[rows], inside[rows], 99)[1])
-        rgb[rows] = apply_colourmap(canvas[rows], limits, "viridis")
+        rgb[rows] = np.where(inside[rows][..., None] > 0.5, apply_colourmap(canvas[rows], limits, "viridis"), 0)
         bars.append(ColourBar("viridis", limits, name.split()[0]))
     return render_png(layout, rgb, bars=bars)

@@ -116,7 +116,8 @@ def explain_model(scheme: SamplingScheme, settings: MotionSettings) -> str:
     if model.name == "none":
         return f"{model.note}; poses of diffusion-weighted volumes are interpolated between b=0 volumes"
     eddy = "no eddy currents" if settings.eddy == "none" else f"{settings.eddy} eddy currents"
-    return f"SHORELine with {model.name} ({model.note}), {settings.transform}, {eddy}, up to {settings.iters} rounds"
+    rounds = f"up to {settings.iters} rounds at full resolution"
+    return f"SHORELine with {model.name} ({model.note}), {settings.transform}, {eddy}, {rounds}"
 
 
 def estimate_motion(

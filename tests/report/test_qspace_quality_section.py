@@ -11,7 +11,7 @@ import pytest
 from dsiprep.data.results import GradientCheck, UnitResults
 from dsiprep.report.boilerplate import methods_text
 from dsiprep.report.page_parts import FigureWriter
-from dsiprep.report.qspace_section import gradients, qspace
+from dsiprep.report.qspace_quality_section import gradients, qspace_quality
 from dsiprep.stages.lattice import evaluate_lattice
 from dsiprep.stages.qspace_quality import measure_qspace
 from helpers.report_subject import make_subject
@@ -51,7 +51,7 @@ def test_the_section_says_why_nothing_was_compared(subject: UnitResults, tmp_pat
 
 
 def test_samples_and_lattice(subject: UnitResults, tmp_path: Path) -> None:
-    section = qspace(subject, writer(tmp_path))
+    section = qspace_quality(subject, writer(tmp_path))
     facts = {fact.name: fact.value for fact in section.facts}
     assert facts["Lattice points lost"].endswith("of 32")
     assert facts["Series on a lattice"] == "33 volumes"
