@@ -60,6 +60,33 @@ def test_chunks_are_halved_until_they_fit_in_memory(count: int, caplog: pytest.L
     assert ("GPU out of memory: continuing in chunks" in caplog.text) == (count > 3)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_gpu_with_little_memory_takes_smaller_chunks_then_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    gpu, mebibyte = torch.device("cuda", 0), 2**20
+
+    def squares(part: slice) -> torch.Tensor:
+        """Eight items take 256 MiB."""
+        index = torch.arange(part.start, part.stop, device=gpu)
+        return (index[:, None].float() * torch.ones(8 * mebibyte, device=gpu))[:, 0] ** 2
+
+    def stage(values: torch.Tensor) -> torch.Tensor:
+        return values.expand(64, *values.shape).contiguous()[:, 0]
+
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(160 * mebibyte / torch.cuda.get_device_properties(gpu).total_memory, gpu)
+    try:
+        with caplog.at_level(logging.WARNING):
+            done = torch.cat(in_chunks(squares, 8, 1, gpu)).cpu()
+            moved = with_cpu_fallback(stage, gpu, (torch.ones(mebibyte),))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+    assert done.tolist() == [n * n for n in range(8)]
+    assert moved.device.type == "cpu"
+    assert "continuing in chunks" in caplog.text
+    assert "running this stage on the CPU" in caplog.text
+
+
 def test_single_item_that_does_not_fit_raises() -> None:
     def never(part: slice) -> torch.Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")

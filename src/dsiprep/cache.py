@@ -156,21 +156,25 @@ class LockedError(DsiprepError):
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from the results in `folder` meanwhile; the operating system ends a lock with its owner.
 
     Raises
     ------
     LockedError
-        If another process holds the lock.
+        If another process holds the lock and does not release it within `patience` seconds.
     """
     path = folder.with_name(f"{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
+    give_up = time.monotonic() + patience
     while True:
         with path.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if time.monotonic() < give_up:
+                    time.sleep(0.2)
+                    continue
                 owner = path.read_text() or "another process"
                 raise LockedError(
                     f"{folder.name}: {owner} is processing this subject with the work folder {folder.parent}; wait for "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,21 +12,20 @@ from rich.text import Text
 
 from dsiprep.cli.plan_page import print_unused
 from dsiprep.errors import printable
-from dsiprep.jobs import Job, Outcome, run_jobs
+from dsiprep.jobs import Job, Outcome, StepCallback
 from dsiprep.pipeline import STEPS
 from dsiprep.plan import warnings_for
 
 
 def run_and_show(
     jobs: Sequence[Job],
-    processes: int,
-    stop_on_first_crash: bool,
+    run: Callable[[Sequence[Job], StepCallback], Iterator[Outcome]],
     grouping_errors: Mapping[str, str] | None = None,
 ) -> int:
     """Run the jobs with progress bars and print a table of units; return 0 on success and 1 after any failure.
 
-    `grouping_errors` holds the error message of each subject whose files could not be grouped into units; these
-    subjects are listed in the table as failed.
+    `run` yields the outcomes as they come and reports each step that begins. `grouping_errors` holds the error message
+    of each subject whose files could not be grouped into units; these subjects are listed in the table as failed.
     """
     console = Console(stderr=True, highlight=False)
     columns = (
@@ -40,7 +39,7 @@ def run_and_show(
     outcomes = [Outcome(subject, f"sub-{subject}", 0.0, error) for subject, error in (grouping_errors or {}).items()]
     with Progress(*columns, console=console) as progress:
         bars = _Bars(progress, jobs)
-        for outcome in run_jobs(jobs, processes, stop_on_first_crash, bars.on_step):
+        for outcome in run(jobs, bars.on_step):
             outcomes.append(outcome)
             bars.finish(outcome)
         for outcome in outcomes:  # again, because the report step resets the bar of the last unit
