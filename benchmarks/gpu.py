@@ -95,7 +95,7 @@ class Budget:
             raise OutOfTimeError(f"stopped after {seconds:.0f} s")
 
         before = signal.signal(signal.SIGALRM, stop)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again and again: a compiler's callback may swallow it
         try:
             yield
         finally:
@@ -251,7 +251,10 @@ def markdown(content: Row) -> str:
     """All parts as tables."""
     about = {name: value for name, value in content.items() if not isinstance(value, list | dict)}
     lines = ["# Stages on CPU and GPU", "", *(f"- {name}: {value}" for name, value in about.items()), ""]
-    lines += ["| stage | device | s | first run, s | peak GPU MB | mean apart | largest |", "|---|---|---|---|---|---|---|"]
+    lines += [
+        "| stage | device | s | first run, s | peak GPU MB | mean apart | largest |",
+        "|---|---|---|---|---|---|---|",
+    ]
     lines += [_line(row) for row in content["stages"]]
     if content["little memory"]:
         lines += ["", "## Too little GPU memory", "", "| stage | limit MB | s | mean apart | largest | messages |",

@@ -107,9 +107,12 @@ def _signal_of_brain(b0: np.ndarray) -> float:
 def steps(raw: RawUnit, t1w: Volume, template: Template, resolution: float) -> Generator[Step, Any, None]:
     """The stages in the order of the pipeline; each receives the result of the one before by `send`."""
     acquired: Acquired = yield Step(
-        "acquisition", lambda on: conform(raw, AcquisitionSettings()), lambda found: _signals(found.dwi.data, found), "%",
+        "acquisition",
+        lambda on: conform(raw, AcquisitionSettings()),
+        lambda found: _signals(found.dwi.data, found),
+        unit="%",
         on_gpu=False,
-    )  # fmt: skip
+    )
     denoised = yield Step("denoise", partial(_denoise, acquired), lambda found: _signals(found.dwi.data, acquired), "%")
     moved: Motion = yield Step("motion", partial(_motion, acquired), partial(_sent_points, acquired.mask))
     inside = moved.mask.data > 0.5

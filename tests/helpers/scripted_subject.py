@@ -23,7 +23,7 @@ COMMAND = (sys.executable, __file__)
 
 
 def scripted_job(work: Path, subject: str, *behaviour: str) -> Job:
-    """A job that behaves at each try as named: "die", "wait" (until it is killed) or "finish"."""
+    """A job that behaves at each try as named: "die", "wait" (until it is killed), "eat" (3 GB) or "finish"."""
     unit = Unit(subject, None, f"sub-{subject}_dir-AP", (), (), (), (), ())
     return Job(subject, (unit,), Settings(), work / "out", work, command=" ".join(behaviour))
 
@@ -45,6 +45,10 @@ def follow(job: Job, on_step: StepCallback, *_: object) -> Iterator[Outcome]:
         os.kill(os.getpid(), signal.SIGKILL)
     while now == "wait":
         time.sleep(0.1)
+    eaten = []
+    while now == "eat" and len(eaten) < 30:
+        eaten.append(bytearray(os.urandom(1000)) * 100_000)
+        time.sleep(0.2)
     yield Outcome(job.subject, job.units[0].name, 1.0)
 
 

@@ -52,13 +52,16 @@ class Pretended:
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A client of two workers that are threads of this process, with pretended subjects."""
+    """A client of two workers that are threads of this process, with pretended subjects.
+
+    Tasks do not share it, as they could if it were the default client of the process.
+    """
     monkeypatch.setattr(cluster, "SubjectProcess", Pretended)
     with (
         distributed.LocalCluster(
             n_workers=2, threads_per_worker=1, processes=False, protocol="tcp", host="127.0.0.1", **SILENT
         ) as local,
-        distributed.Client(local) as found,
+        distributed.Client(local, set_as_default=False) as found,
     ):
         yield found
 
@@ -93,7 +96,7 @@ def test_nothing_more_is_started_after_a_failure(client: Any, tmp_path: Path) ->
 
 def test_client_comes_back_to_the_same_tasks(client: Any, tmp_path: Path) -> None:
     jobs = [scripted_job(tmp_path, "01", "finish"), scripted_job(tmp_path, "02", "wait")]
-    with distributed.Client(client.cluster.scheduler_address) as first:
+    with distributed.Client(client.cluster.scheduler_address, set_as_default=False) as first:
         run = cluster.run_on_client(jobs, first, ignore)
         assert next(run).subject == "01"
     del run  # the client is gone, the second subject goes on

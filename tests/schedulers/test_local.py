@@ -68,9 +68,7 @@ def test_killed_process_costs_no_other_subject_and_is_tried_twice(
     assert len(steps) == len(started) == 6
 
 
-def test_nothing_more_is_started_after_a_failure(
-    tmp_path: Path, start: Start, started: list[tuple[str, int]]
-) -> None:
+def test_nothing_more_is_started_after_a_failure(tmp_path: Path, start: Start, started: list[tuple[str, int]]) -> None:
     jobs = [scripted_job(tmp_path, f"{n:02}", "fail" if n == 1 else "finish") for n in range(6)]
     outcomes = list(run_in_processes(jobs, lambda unit, step: None, 2, True, start))
     assert len(outcomes) == len(started) < 6
@@ -105,7 +103,12 @@ def test_every_slot_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert gpu_of_slot("auto", 1) == {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert [gpu_of_slot("cuda", slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == ["0,1,2", "1,2,0", "2,0,1", "0,1,2"]
+    assert [gpu_of_slot("cuda", slot)["CUDA_VISIBLE_DEVICES"] for slot in range(4)] == [
+        "0,1,2",
+        "1,2,0",
+        "2,0,1",
+        "0,1,2",
+    ]
     assert gpu_of_slot("cuda:2", 1) == gpu_of_slot("cpu", 1) == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a,5")
     assert gpu_of_slot("auto", 1) == {"CUDA_VISIBLE_DEVICES": "5,GPU-a"}

@@ -61,7 +61,9 @@ subject_process.SubjectProcess(scripted_job(Path(sys.argv[1]), "01", "wait"), Fa
 def test_process_ends_with_its_parent(tmp_path: Path) -> None:
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     started = tmp_path / "tries-01"
-    with subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)], env={**os.environ, "PYTHONPATH": path}
+    ) as parent:
         try:
             wait_until(lambda: started.exists() and started.read_text().endswith("\n"))
         finally:

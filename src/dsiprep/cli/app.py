@@ -29,6 +29,7 @@ from dsiprep.io.files import read_json
 
 if TYPE_CHECKING:
     from dsiprep.cli.plan_page import PlannedUnit
+    from dsiprep.data.acquisition import Unit
 
 log = logging.getLogger("dsiprep")
 
@@ -316,15 +317,10 @@ def _report_unexpected(problem: Exception) -> str:
     return f"unexpected {type(problem).__name__}: {problem}; please report it and attach {log_file}"
 
 
-def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
-    from dsiprep.cli.plan_page import plan_units, validate_dataset
-    from dsiprep.cli.scheduling import make_jobs, scheduler_of
-    from dsiprep.cli.terminal import run_and_show
+def find_selected_units(options: argparse.Namespace, chosen: settings.Settings) -> tuple[list[Unit], dict[str, str]]:
+    """The units of the subjects that the options select, and why some subjects have none, which is printed as well."""
     from dsiprep.io.bids import find_units
-    from dsiprep.plan import check_anatomy
 
-    if options.validate:
-        validate_dataset(options.bids_dir.resolve())
     failed: dict[str, DsiprepError] = {}
     units = find_units(
         options.bids_dir.resolve(),
@@ -344,11 +340,23 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
     }
     for message in failure_messages.values():
         print(f"dsiprep: {message}", file=sys.stderr)
+    return units, failure_messages
+
+
+def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
+    from dsiprep.cli.plan_page import plan_units, validate_dataset
+    from dsiprep.cli.scheduling import make_jobs, scheduler_of
+    from dsiprep.cli.terminal import run_and_show
+    from dsiprep.plan import check_anatomy
+
+    if options.validate:
+        validate_dataset(options.bids_dir.resolve())
+    units, failure_messages = find_selected_units(options, chosen)
     template = check_anatomy(units, chosen) if units else ""
     jobs = make_jobs(units, options, chosen, printable("dsiprep " + " ".join(arguments)))
     if options.dry_run:
         return _show_plan(plan_units(units, chosen, template), failure_messages, options)
-    if not units or (failed and options.stop_on_first_crash):
+    if not units or (failure_messages and options.stop_on_first_crash):
         return 1
     return run_and_show(jobs, scheduler_of(jobs, options), failure_messages)
 

@@ -1,15 +1,16 @@
 """Subjects as tasks of a Dask cluster: one that runs already, or one made of jobs of a batch system.
 
 Each task runs one subject in a process of its own, so that a subject that runs out of memory does not end its worker.
-The scheduler counts the tries of each subject that were begun: a subject is tried twice, whoever died, and a task that
-only waited on a worker that died is not charged. The tasks are published under a name that follows from the run: the
-same command finds them again.
+The scheduler keeps the tries of each subject that were begun, and its outcomes: a subject is tried twice, whoever died;
+a task that only waited on a worker that died is not charged, and a subject whose worker died after it had finished is
+not processed again. The tasks are published under a name that follows from the run: the same command finds them again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -137,7 +138,7 @@ def run_on_client(
         on_step(unit, step)
     client.subscribe_topic(name, lambda event: on_step(*event[1]))
     running = _submit(jobs, client, name, stop_on_first_crash)
-    stream = as_completed(running)
+    stream = as_completed(running, loop=client.loop)
     for future in stream:
         job = running.pop(future)
         if _is_innocent(future, job, client, name):
@@ -163,15 +164,17 @@ def _name_of(job: Job) -> str:
 def _submit(jobs: Sequence[Job], client: Client, name: str, stop_on_first_crash: bool) -> dict[Future, Job]:
     """Tasks of the jobs, those that run already included; what failed before is tried anew."""
     known: dict[str, Future] = client.get_dataset(name) if name in client.list_datasets() else {}
+    before = dict(known)
     for job in jobs:
         future = known.get(job.subject)
         if future is not None and future.status in ("pending", "finished"):
             continue
         if future is None:
-            client.set_metadata([name, job.subject], 0)
+            client.set_metadata([name, job.subject], {})
         key = ("subject", name, job.subject, uuid4().hex)
         known[job.subject] = client.submit(run_on_worker, job, stop_on_first_crash, name, key=key, retries=TRIES)
-    client.publish_dataset(known, name=name, override=True)
+    if known != before:
+        client.publish_dataset(known, name=name, override=True)
     return {known[job.subject]: job for job in jobs}
 
 
@@ -184,14 +187,18 @@ def run_on_worker(job: Job, stop_on_first_crash: bool, name: str) -> list[Outcom
         If the process of the subject was killed.
     """
     worker, client = get_worker(), get_client()
-    tries = client.get_metadata([name, job.subject], 0) + 1
+    known: bytes = client.get_metadata([name, job.subject, "outcomes"], b"")
+    if known:
+        return pickle.loads(known)
+    tries = client.get_metadata([name, job.subject, "tries"], 0) + 1
     if tries > TRIES:
         return killed(job)
-    client.set_metadata([name, job.subject], tries)
+    client.set_metadata([name, job.subject, "tries"], tries)
     process = SubjectProcess(job, stop_on_first_crash)
     outcomes = process.finish(lambda unit, step: worker.log_event(name, (unit, step)))
     if outcomes is None:
         raise SubjectKilledError(f"sub-{job.subject}: its process was killed")
+    client.set_metadata([name, job.subject, "outcomes"], pickle.dumps(outcomes))
     return outcomes
 
 
@@ -199,7 +206,7 @@ def _is_innocent(future: Future, job: Job, client: Client, name: str) -> bool:
     """Whether Dask gave a task up because workers died on which it waited, not because of its own tries."""
     if future.status != "error" or not isinstance(future.exception(), KilledWorker):
         return False
-    return client.get_metadata([name, job.subject], 0) < TRIES
+    return client.get_metadata([name, job.subject, "tries"], 0) < TRIES
 
 
 def _outcomes_of(future: Future, job: Job) -> list[Outcome]:

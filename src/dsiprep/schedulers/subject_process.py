@@ -5,6 +5,7 @@ The process ends with its parent: a subject whose worker died is not processed t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -48,10 +49,8 @@ class SubjectProcess:
             env={**os.environ, **(environment or {})},
         )
         child.close()  # the process's copy alone stays open, so that its death ends the connection
-        try:
+        with contextlib.suppress(OSError):  # it was killed already, which `receive` will report
             self.connection.send((job, stop_on_first_crash))
-        except OSError:  # it was killed already, which `receive` will report
-            pass
 
     def receive(self, on_step: StepCallback) -> tuple[bool, list[Outcome] | None]:
         """Wait for one message: (False, None) after a step, (True, outcomes) at the end, (True, None) if it was killed.
