@@ -94,7 +94,7 @@ class Cache:
         self, reader: ModuleType, paths: tuple[Path, ...], facts: object, read: Callable[[], T]
     ) -> CachedResult[T]:
         """What `read` returns, keyed by the contents of `paths`, by `facts` about them and by the `reader`'s source."""
-        digest = hashlib.sha256(_plain([facts, source_digest(reader.__name__)]).encode())
+        digest = hashlib.sha256(plain_text([facts, source_digest(reader.__name__)]).encode())
         for path in paths:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -116,7 +116,7 @@ class Cache:
         """
         code = [LIBRARIES, source_digest(stage.__name__), _source_of(function)]
         lineage = [name, code, [_lineage(item) for item in inputs]]
-        key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
+        key = hashlib.sha256(plain_text(lineage).encode()).hexdigest()
         if self.folder is None:
             if key not in self._in_memory:
                 self._in_memory[key] = self._timed(name, function, inputs)
@@ -217,7 +217,8 @@ def _lineage(item: object) -> object:
     return [_lineage(part) for part in item] if isinstance(item, tuple) else item
 
 
-def _plain(item: object) -> str:
+def plain_text(item: object) -> str:
+    """Settings, plain values, paths and dataclasses of them as text that is the same in every process."""
     return json.dumps(item, sort_keys=True, default=_describe)
 
 

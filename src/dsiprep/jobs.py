@@ -5,6 +5,7 @@ A failed unit does not stop the others.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 import traceback
@@ -19,6 +20,7 @@ from dsiprep.cache import Cache, LockedError, exclusive
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
 from dsiprep.errors import DsiprepError, printable
+from dsiprep.finished import FinishedSubjects
 from dsiprep.settings import Settings
 
 ADVICE = {
@@ -85,6 +87,8 @@ class Outcome:
         File with the traceback, if it could be written.
     warnings : tuple of str
         What must not be overlooked about a finished unit.
+    unchanged : bool
+        It had finished before, with the same inputs.
     """
 
     subject: str
@@ -93,6 +97,16 @@ class Outcome:
     error: str | None = None
     log: Path | None = None
     warnings: tuple[str, ...] = ()
+    unchanged: bool = False
+
+
+def finished_before(job: Job) -> list[Outcome]:
+    """Outcomes of a job whose subject finished before with the same inputs; empty if it has to be processed."""
+    kept = not job.keep_work or _work_folder(job).is_dir()
+    warnings = FinishedSubjects(job.out, job.settings).warnings_of(job.subject, job.units) if kept else None
+    if job.mode or warnings is None:
+        return []
+    return [Outcome(job.subject, unit.name, 0.0, warnings=warnings[unit.name], unchanged=True) for unit in job.units]
 
 
 def memory_needed(job: Job) -> int:
@@ -140,6 +154,8 @@ def run_subject(
 def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> Iterator[Outcome]:
     finished: list[UnitResults] = []
     failures: list[tuple[str, str]] = []
+    records = FinishedSubjects(job.out, job.settings)
+    records.forget(job.subject)
     for unit in _leads_first(job):
         # the b=0 reference of a failed unit cannot replace another unit's structural image
         usable = tuple(other for other in job.units if other.name not in dict(failures))
@@ -163,8 +179,12 @@ def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> It
         if outcome.error:
             failures.append((name, outcome.error))
             yield outcome
-    if not failures and not job.keep_work and not job.mode:
-        Cache(_work_folder(job)).clear()
+    if not failures and not job.mode:
+        warnings = {results.unit.name: results.warnings for results in finished}
+        with contextlib.suppress(OSError):  # without a record the next run takes the subject up again
+            records.remember(job.subject, job.units, warnings)
+        if not job.keep_work:
+            Cache(_work_folder(job)).clear()
 
 
 def _attempt(job: Job, name: str, step: Callable[[], T]) -> tuple[T | None, Outcome]:

@@ -118,6 +118,8 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
     add("--scheduler-options", type=Path, metavar="FILE",
         help="YAML or JSON file with options of the batch system as dask-jobqueue names them (queue, account, "
         "walltime, memory, ...), and minimum_jobs and maximum_jobs")  # fmt: skip
+    add("--rerun", action="store_true",
+        help="process subjects again that have finished before with the same data, settings and version")  # fmt: skip
     add("--dry-run", action="store_true", help="check all files except voxels, print the plan and exit")
     add("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     add("--validate", action="store_true", help="run bids-validator-deno first and stop if it finds errors")

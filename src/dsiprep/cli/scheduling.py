@@ -15,12 +15,13 @@ from dsiprep.data.acquisition import Unit
 from dsiprep.device import check_name, choose
 from dsiprep.engines.selection import check_engines
 from dsiprep.errors import SettingsError
-from dsiprep.jobs import Job, Outcome, StepCallback
+from dsiprep.jobs import Job, Outcome, StepCallback, finished_before
 from dsiprep.schedulers.local import parallel_subjects, run_locally
 from dsiprep.settings import Settings
 
 __all__ = ["cores_per_subject", "make_jobs", "scheduler_of"]
 
+Run = Callable[[Sequence[Job], StepCallback], Iterator[Outcome]]
 BATCH_SYSTEMS = ("slurm", "pbs", "sge", "lsf", "oar")
 CLUSTER_CORES = 4  # of each subject, unless --omp-nthreads is given
 MODES = ("anat_only", "reports_only", "boilerplate_only")
@@ -64,16 +65,29 @@ def cores_per_subject(options: argparse.Namespace) -> int:
     return int(options.omp_nthreads or (options.nprocs if options.scheduler == "local" else CLUSTER_CORES))
 
 
-def scheduler_of(
-    jobs: Sequence[Job], options: argparse.Namespace
-) -> Callable[[Sequence[Job], StepCallback], Iterator[Outcome]]:
-    """What runs the jobs.
+def scheduler_of(jobs: Sequence[Job], options: argparse.Namespace) -> Run:
+    """What runs the jobs; subjects that finished before with the same inputs are not processed again.
 
     Raises
     ------
     SettingsError
         If Dask is asked for and not installed, or its options cannot be read.
     """
+    run = _chosen_scheduler(jobs, options)
+    return run if options.rerun else partial(_run_unfinished, run=run)
+
+
+def _run_unfinished(jobs: Sequence[Job], on_step: StepCallback, run: Run) -> Iterator[Outcome]:
+    left = []
+    for job in jobs:
+        outcomes = finished_before(job)
+        yield from outcomes
+        left += [] if outcomes else [job]
+    if left:
+        yield from run(left, on_step)
+
+
+def _chosen_scheduler(jobs: Sequence[Job], options: argparse.Namespace) -> Run:
     stop = options.stop_on_first_crash
     if options.scheduler == "local":
         processes = parallel_subjects(jobs, options.nprocs, options.omp_nthreads, options.mem)

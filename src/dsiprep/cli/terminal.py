@@ -86,6 +86,7 @@ def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outc
             table.add_row(escape(name), "not started", "")
             continue
         done = "[yellow]done, with warnings[/yellow]" if outcome.warnings else "[green]done[/green]"
+        done += " before; nothing has changed since" if outcome.unchanged else ""
         result = f"[red]failed[/red]: {escape(outcome.error)}" if outcome.error else done
         if outcome.error and outcome.log:
             result += f"\n(log: {escape(printable(outcome.log))})"
