@@ -19,7 +19,7 @@ from dsiprep.cache import LIBRARIES, plain_text
 from dsiprep.data.acquisition import Unit
 from dsiprep.engines.selection import engine_fingerprints
 from dsiprep.errors import DsiprepError
-from dsiprep.io.templates import load_template
+from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
 from dsiprep.sources import package_digest
@@ -91,7 +91,7 @@ class FinishedSubjects:
 def _common(settings: Settings) -> list[object]:
     """What all subjects depend on besides the settings."""
     anatomy, distortion = settings.anatomy, settings.distortion
-    template = load_template(anatomy.template, anatomy.modality)
+    template = choose_template(anatomy.template, anatomy.modality)
     engines = [engine_fingerprints(anatomy), engine_fingerprints(distortion)]
     return [package_digest(), LIBRARIES, engines, template.name, template.note, _stamps(Path("/"), template.files)]
 

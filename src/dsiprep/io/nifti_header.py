@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,13 @@ def read_header(path: Path) -> Header:
     """
     path = Path(path)
     check_file(path)
+    status = path.stat()
+    return _header_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _header_of(path: Path, size: int, changed: int) -> Header:
+    """The header of a file of this size, last changed at this time: a plan asks for each several times."""
     try:
         with path.open("rb") as raw:
             compressed = raw.read(2) == b"\x1f\x8b"
