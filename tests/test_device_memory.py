@@ -12,7 +12,7 @@ import torch
 
 from dsiprep.api import blip_pair
 from dsiprep.data.results import Distortion
-from dsiprep.device import in_chunks, with_cpu_fallback
+from dsiprep.device import free_bytes, in_chunks, with_cpu_fallback
 from helpers.epi_pair import Case, make_grid
 
 CPU = torch.device("cpu")
@@ -33,6 +33,17 @@ def test_stage_is_repeated_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     assert message == "done"
     assert len(calls) == 2
     assert "running this stage on the CPU" in caplog.text
+
+
+def test_free_memory_without_proc_is_half_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, which has no /proc and whose sysconf does not know free pages."""
+
+    def missing(path: Path, *_: object, **__: object) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**14}.__getitem__)
+    assert free_bytes(CPU) == 2**33
 
 
 def test_other_errors_are_raised() -> None:

@@ -27,6 +27,11 @@ def unit(tmp_path: Path) -> Unit:
     return Unit("01", None, "sub-01_dir-AP", (run,))
 
 
+def finish(folder: Path, unit: Unit) -> None:
+    records = FinishedSubjects(folder, SETTINGS)
+    records.remember("01", (unit,), records.begin("01", (unit,)), WARNINGS)
+
+
 @pytest.fixture
 def out(tmp_path: Path, unit: Unit) -> Path:
     """Outputs of a finished subject."""
@@ -34,7 +39,7 @@ def out(tmp_path: Path, unit: Unit) -> Path:
     (folder / "sub-01" / "dwi").mkdir(parents=True)
     (folder / "sub-01" / "dwi" / "sub-01_dwi.nii.gz").write_text("image")
     (folder / "sub-01.html").write_text("report")
-    FinishedSubjects(folder, SETTINGS).remember("01", (unit,), WARNINGS)
+    finish(folder, unit)
     return folder
 
 
@@ -60,13 +65,21 @@ CHANGES: dict[str, Callable[[Path, Unit], object]] = {
     "output added": lambda out, unit: (out / "sub-01" / "dwi" / "new").touch(),
     "record damaged": lambda out, unit: (out / "logs" / "sub-01_finished.json").write_text("{"),
     "record of another form": lambda out, unit: (out / "logs" / "sub-01_finished.json").write_text("[]"),
-    "forgotten": lambda out, unit: FinishedSubjects(out, SETTINGS).forget("01"),
+    "processed again": lambda out, unit: FinishedSubjects(out, SETTINGS).begin("01", (unit,)),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_change_of_a_file_is_seen(out: Path, unit: Unit, change: Callable[[Path, Unit], object]) -> None:
     change(out, unit)
+    assert not known(out, unit)
+
+
+def test_input_that_changed_during_the_run_is_seen(out: Path, unit: Unit) -> None:
+    records = FinishedSubjects(out, SETTINGS)
+    inputs = records.begin("01", (unit,))
+    unit.runs[0].bvec.write_text("1 0 0")
+    records.remember("01", (unit,), inputs, WARNINGS)
     assert not known(out, unit)
 
 

@@ -27,6 +27,7 @@ from dsiprep.sources import package_digest
 __all__ = ["FinishedSubjects"]
 
 Stamp = list[int]  # size, time of the last change in ns
+Inputs = dict[str, list[Any]]  # stamp and SHA-256 by path
 
 
 class FinishedSubjects:
@@ -55,13 +56,28 @@ class FinishedSubjects:
         except (OSError, ValueError, KeyError, TypeError, DsiprepError):  # no record, or one that is of no use
             return None
 
-    def forget(self, subject: str) -> None:
-        """Remove the record of a subject whose outputs are about to change."""
-        self._record(subject).unlink(missing_ok=True)
+    def begin(self, subject: str, units: Sequence[Unit]) -> Inputs:
+        """Remove the record of a subject whose outputs are about to change; the state of its inputs, for `remember`.
 
-    def remember(self, subject: str, units: Sequence[Unit], warnings: dict[str, tuple[str, ...]]) -> None:
-        """Record that all units of a subject have finished."""
-        inputs = {str(path): [*_stamp(path), _digest(path)] for path in dict.fromkeys(_inputs(units, self.settings))}
+        Empty if an input cannot be read, which will end the processing.
+        """
+        self._record(subject).unlink(missing_ok=True)
+        try:
+            paths = dict.fromkeys(_inputs(units, self.settings))
+            return {str(path): [*_stamp(path), _digest(path)] for path in paths}
+        except (OSError, DsiprepError):
+            return {}
+
+    def remember(
+        self, subject: str, units: Sequence[Unit], inputs: Inputs, warnings: dict[str, tuple[str, ...]]
+    ) -> None:
+        """Record that all units of a subject have finished.
+
+        Raises
+        ------
+        OSError
+            If the record cannot be written.
+        """
         record = {
             "key": self._key(units),
             "inputs": inputs,
@@ -80,7 +96,7 @@ class FinishedSubjects:
     def _key(self, units: Sequence[Unit]) -> str:
         return hashlib.sha256(plain_text([_common(self.settings), self.settings, list(units)]).encode()).hexdigest()
 
-    def _same_inputs(self, units: Sequence[Unit], known: dict[str, list[Any]]) -> bool:
+    def _same_inputs(self, units: Sequence[Unit], known: Inputs) -> bool:
         paths = list(dict.fromkeys(_inputs(units, self.settings)))
         if [str(path) for path in paths] != list(known):
             return False

@@ -155,7 +155,7 @@ def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> It
     finished: list[UnitResults] = []
     failures: list[tuple[str, str]] = []
     records = FinishedSubjects(job.out, job.settings)
-    records.forget(job.subject)
+    inputs = records.begin(job.subject, job.units)
     for unit in _leads_first(job):
         # the b=0 reference of a failed unit cannot replace another unit's structural image
         usable = tuple(other for other in job.units if other.name not in dict(failures))
@@ -182,7 +182,7 @@ def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> It
     if not failures and not job.mode:
         warnings = {results.unit.name: results.warnings for results in finished}
         with contextlib.suppress(OSError):  # without a record the next run takes the subject up again
-            records.remember(job.subject, job.units, warnings)
+            records.remember(job.subject, job.units, inputs, warnings)
         if not job.keep_work:
             Cache(_work_folder(job)).clear()
 

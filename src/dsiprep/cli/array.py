@@ -16,13 +16,13 @@ def add_array_options(tool: argparse.ArgumentParser) -> None:
     """Add the options of `dsiprep-tools array`."""
     tool.add_argument("bids_dir", type=Path, help="root of the BIDS dataset")
     tool.add_argument("output_dir", type=Path, help="output folder for the derivatives")
-    tool.add_argument("options", nargs="*", metavar="-- OPTION",
-                      help="options of dsiprep, after two dashes: -- --output-resolution 2 -w /scratch")  # fmt: skip
     tool.add_argument("--slurm", action="store_true", required=True, help="for SLURM, the only one at present")
     tool.add_argument("--at-once", type=int, default=0, metavar="N", help="run at most N tasks (default: no limit)")
     tool.add_argument("--command", default=shlex.join([sys.executable, "-m", "dsiprep"]), metavar="TEXT",
                       help="what starts dsiprep in a task, such as 'apptainer run --containall dsiprep.sif' "
                       "(default: this installation)")  # fmt: skip
+    tool.add_argument("--options", nargs=argparse.REMAINDER, default=[], metavar="OPTION",
+                      help="all that follows goes to dsiprep: --options --output-resolution 2 -w /scratch")  # fmt: skip
     tool.add_argument("-o", "--out", type=Path, default=Path("dsiprep.sbatch"), metavar="FILE",
                       help="script to write (default: dsiprep.sbatch)")  # fmt: skip
 
