@@ -8,14 +8,18 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dsiprep.cli import app, tools
 from dsiprep.jobs import Job
+from dsiprep.phantom import make_phantom
 from helpers import slurm
 from helpers.scripted_subject import scripted_job, tries
+from helpers.small_run import SMALL, command, fingerprint
 
 pytest.importorskip("dask_jobqueue")
 
@@ -108,3 +112,40 @@ def test_subject_beyond_its_time_is_tried_once_more(options: dict[str, Any], tmp
     errors = run(jobs, {**options, "walltime": "00:01:00"})
     assert errors == {job.subject: None for job in jobs}
     assert tries(jobs[0]) == 2
+
+
+@pytest.fixture(scope="module")
+def two_phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with the subjects 01 and 02, of the same images."""
+    folder = make_phantom(tmp_path_factory.mktemp("phantoms"), replace(SMALL, resolution=6.0, t1w_resolution=3.0))
+    first, second = folder / "bids" / "sub-01", folder / "bids" / "sub-02"
+    for path in first.rglob("*.*"):
+        target = second / path.parent.name / path.name.replace("sub-01", "sub-02")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".json":
+            target.write_text(path.read_text().replace("sub-01", "sub-02"))
+        else:
+            shutil.copy(path, target)
+    return folder
+
+
+def test_array_and_scheduler_write_what_a_local_run_writes(
+    environment: dict[str, str], two_phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on the docs page "On a cluster": a job array, then one command; each finishes both subjects."""
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, environment[name])
+    outs = {name: tmp_path / name / "out" for name in ("local", "array", "scheduler")}
+    assert app.main(command(two_phantoms, outs["local"], "--nprocs", "1")) == 0
+    bids, out, _, *options = command(two_phantoms, outs["array"], "--omp-nthreads", "1")
+    script = tmp_path / "dsiprep.sbatch"
+    assert tools.main(["array", bids, out, "--slurm", "-o", str(script), "--options", *options]) == 0
+    subprocess.run(["sbatch", "--wait", "--mem=4000M", str(script)], env=environment, check=True)
+    file = tmp_path / "slurm.yaml"
+    file.write_text(f"interface: lo\nmemory: 4GB\nlog_directory: {tmp_path}\nlocal_directory: {tmp_path}\n")
+    given = ("--omp-nthreads", "1", "--scheduler", "slurm", "--scheduler-options", str(file))
+    assert app.main(command(two_phantoms, outs["scheduler"], *given)) == 0
+    wanted = fingerprint(outs["local"])
+    assert len([name for name in wanted if "sub-02" in name]) > 20
+    assert fingerprint(outs["array"]) == wanted
+    assert fingerprint(outs["scheduler"]) == wanted
