@@ -12,16 +12,16 @@ USER_ID=12345
 build() {
   local root=$1 work
   mkdir -p "$root"
-  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates --format=directory \
-    "${SUITE:-bookworm}" "$root"
+  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,binutils --format=directory \
+    --dpkgopt='path-exclude=/usr/share/{doc,man,info,locale}/*' "${SUITE:-bookworm}" "$root"
   work=$(mktemp -d)
   python3 -m venv "$work/venv"
   "$work/venv/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work" "$here/.."
   mkdir -p "$root/src"
-  cp "$work"/dsiprep-*.whl "$here"/{install.sh,requirements.lock,torch.version} "$root/src"
+  cp "$work"/dsiprep-*.whl "$here"/{install.sh,slim.sh,requirements.lock,torch.version} "$root/src"
   rm -r "$work"
   inside_with_network "$root" bash -c 'bash /src/install.sh /src/dsiprep-*.whl cpu'
-  inside_with_network "$root" apt-get purge --yes --quiet --quiet python3-venv python3-pip-whl python3-setuptools-whl
+  inside_with_network "$root" apt-get purge --yes --quiet --quiet python3-venv python3-pip-whl python3-setuptools-whl binutils
   inside_with_network "$root" apt-get autoremove --yes --quiet --quiet
   rm -rf "$root/src" "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*
   mkdir -p "$root/templateflow" "$root/data"
@@ -52,7 +52,7 @@ inside() { # FOLDER DATA COMMAND...: read-only but for DATA, which is /data ther
     mount -t tmpfs -o mode=755 tmpfs "$root/dev"
     for node in null zero random urandom; do touch "$root/dev/$node" && mount --bind "/dev/$node" "$root/dev/$node"; done
     mkdir "$root/dev/shm" && chmod 1777 "$root/dev/shm"
-    exec setpriv --reuid "$user" --regid "$user" --clear-groups chroot "$root" env -i \
+    exec chroot --userspec="$user:$user" --groups= "$root" env -i \
       PATH=/opt/dsiprep/bin:/usr/bin:/bin PYTHONNOUSERSITE=1 MPLCONFIGDIR=/tmp/matplotlib \
       TEMPLATEFLOW_HOME=/templateflow TEMPLATEFLOW_AUTOUPDATE=off HOME=/nonexistent "$@"
   ' _ "$root" "$data" "$USER_ID" "$@"

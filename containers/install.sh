@@ -3,8 +3,8 @@
 #
 #   install.sh WHEEL [cpu|cuda]
 #
-# requirements.lock, beside this script, names every package but torch, whose build depends on the variant, and without
-# the GUI toolkit that deepbet asks for: dsiprep uses its network only.
+# requirements.lock, beside this script, names every package but torch, whose build depends on the variant; lock.sh says
+# what it leaves out.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 wheel=$1 variant=${2:-cpu}
@@ -26,10 +26,11 @@ pip install --no-deps --require-hashes --requirement "$here/requirements.lock"
 pip install --no-deps "$wheel"
 pip uninstall --yes pip setuptools 2>/dev/null || true
 
-# What only builds and tests of other packages need
-site=$(echo "$target"/lib/python3*/site-packages)
-rm -rf "$site"/torch/{include,test} "$site"/torch/lib/*.a "$site"/pyarrow/{include,tests} "$site"/pyarrow/*.a
-find "$site" \( -name tests -o -name test \) -type d -path '*/site-packages/*' \
-  ! -path '*/torch/*' ! -path '*/numpy/*' ! -path '*/numba/*' -prune -exec rm -rf {} +
-find "$target" -name '__pycache__' -type d -prune -exec rm -rf {} +
-"$target/bin/python" -m compileall -q -j 0 "$target/lib" || true # a read-only image cannot compile later
+bash "$here/slim.sh" "$target"
+# A read-only image cannot compile what it loads: that is done now, for the modules that a run loads and no others.
+"$target/bin/python" -c "
+import importlib, pkgutil, dsiprep, deepbet, cs_dmri, SimpleITK, qsiplan, matplotlib.pyplot, skimage.restoration, distributed
+for module in pkgutil.walk_packages(dsiprep.__path__, 'dsiprep.'):
+    if not module.name.endswith('__main__'):
+        importlib.import_module(module.name)
+"
