@@ -28,7 +28,7 @@ pip uninstall --yes pip setuptools 2>/dev/null || true
 
 bash "$here/slim.sh" "$target"
 # A read-only image cannot compile what it loads: that is done now, for the modules that a run loads and no others.
-"$target/bin/python" -c "
+env --unset PYTHONDONTWRITEBYTECODE "$target/bin/python" -c "
 import importlib, pkgutil, dsiprep, deepbet, cs_dmri, SimpleITK, qsiplan, matplotlib.pyplot, skimage.restoration, distributed
 for module in pkgutil.walk_packages(dsiprep.__path__, 'dsiprep.'):
     if not module.name.endswith('__main__'):
