@@ -1,8 +1,8 @@
 """Whole cohorts: `python benchmarks/cohort.py OUT [--subjects N] [--planned N]`.
 
-- N phantoms of 6 mm, processed by one worker and by two of one core each, in either order: wall time, whether every byte
-  of the outputs agrees, the largest size of a subject's work folder, the time of a second run, and which sessions are
-  computed after one was added. Kernels are compiled by the first of the phantoms beforehand.
+- N phantoms of 6 mm, processed by one worker and by two of one core each, in either order: wall time, whether every
+  byte of the outputs agrees, the largest size of a subject's work folder, the time of a second run, and which sessions
+  are computed after one was added. Kernels are compiled by the first of the phantoms beforehand.
 - The plan (`--dry-run --json`) of a dataset whose images have a header and no voxels: wall time and peak memory.
 
 One Markdown table. Subjects share the images of three heads, as copies.
@@ -208,12 +208,9 @@ def planning(out: Path, subjects: int) -> Iterator[tuple[str, str]]:
     _, _, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     units = len(plan["units"])
-    yield (
-        f"plan of {subjects} subjects ({units} units)",
-        (
-            f"{seconds:.0f} s of wall time, {usage.ru_utime + usage.ru_stime:.0f} s of CPU, {usage.ru_maxrss / 1024:.0f} MB"
-        ),
-    )
+    used = usage.ru_utime + usage.ru_stime
+    measured = f"{seconds:.0f} s of wall time, {used:.0f} s of CPU, {usage.ru_maxrss / 1024:.0f} MB"
+    yield f"plan of {subjects} subjects ({units} units)", measured
 
 
 def main() -> None:

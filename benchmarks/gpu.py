@@ -38,9 +38,11 @@ from torch.profiler import ProfilerActivity, profile
 from dsiprep.device import choose, use_threads
 from dsiprep.io.bundled_template import bundled_template
 from dsiprep.phantom.settings import PhantomSettings
+from dsiprep.settings import AnatomySettings
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP = PhantomSettings(scheme="hasc55", resolution=6.0, t1w_resolution=3.0, eddy=1.0)
+WARM_UP_FINEST_MM = 4.0
 MEASURED = PhantomSettings(eddy=2.0, dropout=0.005)
 WAITS = re.compile(r"cuda(Stream|Device|Event)Synchronize|cudaMemcpy(Async)?$")
 SMALL_SHARE = 0.6  # of a stage's peak memory, when too little is given
@@ -170,7 +172,8 @@ def all_stages(settings: PhantomSettings, devices: list[torch.device], budget: B
     start = time.perf_counter()
     raw, t1w = simulate(settings)
     print(f"phantom: {time.perf_counter() - start:.1f} s", flush=True)
-    program, done = steps(raw, t1w, bundled_template(), settings.resolution), {}
+    finest_mm = AnatomySettings().finest_mm if settings == MEASURED else WARM_UP_FINEST_MM
+    program, done = steps(raw, t1w, bundled_template(), settings.resolution, finest_mm), {}
     step = next(program)
     with contextlib.suppress(StopIteration):
         while (result := measure(step, devices, budget, report)) is not None:
@@ -236,7 +239,20 @@ def profiled(step: Step, on: torch.device, budget: Budget) -> Row:
 def gpu_tests(budget: Budget) -> Row:
     """The tests that need a GPU, with pytest's summary."""
     files = [str(path) for path in (ROOT / "tests").rglob("test_*.py") if "mark.cuda" in path.read_text()]
-    command = [sys.executable, "-m", "pytest", "-m", "cuda", "-q", "-p", "no:cacheprovider", "-rs", *files]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-m",
+        "cuda",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+        "-rs",
+        *files,
+    ]
     row: Row = {"files": [str(Path(name).relative_to(ROOT)) for name in files]}
 
     def work() -> None:
@@ -296,6 +312,11 @@ def _profile(row: Row) -> list[str]:
     return [f"{shares}, {row['launches']} kernels", "", "| kernel | calls | ms |", "|---|---|---|", *table]
 
 
+def numbered(device: torch.device) -> torch.device:
+    """The device with its number, which limits of memory ask for."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
+
+
 def about_machine(devices: list[torch.device], settings: PhantomSettings, threads: int) -> Row:
     """What was measured, and on what."""
     gpus = [torch.cuda.get_device_name(on) for on in devices if on.type == "cuda"]
@@ -320,7 +341,7 @@ def main() -> None:
     chosen = parser.parse_args()
     budget, settings = Budget(chosen.budget), WARM_UP if chosen.small else MEASURED
     use_threads(chosen.threads)
-    devices = [choose(name) for name in chosen.devices]
+    devices = [numbered(choose(name)) for name in chosen.devices]
     report = Report(chosen.out, about_machine(devices, settings, chosen.threads))
     if not chosen.small:
         all_stages(WARM_UP, devices, budget, None)

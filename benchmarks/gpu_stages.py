@@ -104,8 +104,21 @@ def _signal_of_brain(b0: np.ndarray) -> float:
     return float(head[head > np.median(head)].mean())
 
 
-def steps(raw: RawUnit, t1w: Volume, template: Template, resolution: float) -> Generator[Step, Any, None]:
-    """The stages in the order of the pipeline; each receives the result of the one before by `send`."""
+def steps(
+    raw: RawUnit, t1w: Volume, template: Template, resolution: float, finest_mm: float
+) -> Generator[Step, Any, None]:
+    """The stages in the order of the pipeline; each receives the result of the one before by `send`.
+
+    Parameters
+    ----------
+    raw, t1w
+        From `simulate`.
+    template : Template
+    resolution : float
+        Of the output, mm.
+    finest_mm : float
+        Voxel size at which the registration to the template ends.
+    """
     acquired: Acquired = yield Step(
         "acquisition",
         lambda on: conform(raw, AcquisitionSettings()),
@@ -117,7 +130,9 @@ def steps(raw: RawUnit, t1w: Volume, template: Template, resolution: float) -> G
     moved: Motion = yield Step("motion", partial(_motion, acquired), partial(_sent_points, acquired.mask))
     inside = moved.mask.data > 0.5
     found: Distortion = yield Step("distortion", partial(_distortion, acquired, moved), partial(_field, inside))
-    anatomy: Anatomy = yield Step("anatomy", partial(_anatomy, t1w, template), partial(_normalised, template))
+    anatomy: Anatomy = yield Step(
+        "anatomy", partial(_anatomy, t1w, template, finest_mm), partial(_normalised, template)
+    )
     reference = reference_image(moved, found)
     rigid = CoregisterSettings()
     aligned = yield Step(
@@ -161,8 +176,8 @@ def _distortion(acquired: Acquired, moved: Motion, on: torch.device) -> Distorti
     return with_cpu_fallback(correct, on, (*b0s, *means))
 
 
-def _anatomy(t1w: Volume, template: Template, on: torch.device) -> Anatomy:
-    settings = replace(AnatomySettings(), biascorrect="none")
+def _anatomy(t1w: Volume, template: Template, finest_mm: float, on: torch.device) -> Anatomy:
+    settings = replace(AnatomySettings(), biascorrect="none", finest_mm=finest_mm)
     return with_cpu_fallback(lambda image: process_anatomy((image,), None, None, template, settings), on, (t1w,))
 
 
