@@ -41,6 +41,13 @@ class Grid(Summarised):
         """World position of the centre of the grid in mm, (3,)."""
         return self.to_world((np.asarray(self.shape, float) - 1) / 2)
 
+    @property
+    def likely_slice_axis(self) -> int:
+        """Voxel axis across slices: k, unless voxels are clearly longest along another axis."""
+        sizes = self.voxel_sizes
+        longest = int(sizes.argmax())
+        return longest if sizes[longest] > 1.2 * sizes[2] else 2
+
     def to_world(self, voxels: np.ndarray) -> np.ndarray:
         """Convert voxel coordinates (..., 3) to world RAS+ mm (..., 3)."""
         return np.asarray(voxels, float) @ self.affine[:3, :3].T + self.affine[:3, 3]

@@ -11,7 +11,7 @@ import torch
 
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
 from dsiprep.data.dwi import DWI
-from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.grid import Volume
 from dsiprep.data.motion import B0Shift
 from dsiprep.data.results import Motion
 from dsiprep.errors import InputError
@@ -31,8 +31,8 @@ from dsiprep.ops.motion.eddy_model import (
 from dsiprep.ops.motion.field_shift import attribute_shifts
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.outlier_slices import judge_slices
-from dsiprep.ops.motion.pose_prior import estimate_pose_prior
-from dsiprep.ops.motion.poses import decompose, remove_gradient_trend
+from dsiprep.ops.motion.pose_prior import PosePrior, estimate_pose_prior
+from dsiprep.ops.motion.poses import remove_gradient_trend, trace_rows
 from dsiprep.ops.motion.pyramid import COARSE_MM, PyramidLevel, build_pyramid
 from dsiprep.ops.motion.registration import register_to_predictions, rest_lost_volumes, restart_poor_fits
 from dsiprep.ops.motion.slice_replacement import remove_loss, slice_replacements
@@ -83,6 +83,7 @@ __all__ = ["METHODS", "estimate_motion", "explain_model"]
 
 log = logging.getLogger("dsiprep")
 COARSE_ROUNDS = 10  # maximum rounds at each voxel size of `COARSE_MM`
+COARSE_TOLERANCE = 1 / 40  # of the voxel size: largest movement at which rounds at that voxel size stop
 INITIAL_PASSES = 2  # of prediction that only initialise the volume weights
 RESTART_ROUND = 2  # in which poorly fitting volumes are restarted
 JUDGED_ROUNDS = 3  # at each level, in which outlier slices are found anew
@@ -98,6 +99,7 @@ class _Inputs:
     model: Model
     settings: MotionSettings
     multiband: tuple[tuple[int, ...], ...]
+    finest_eddy: str = ""  # name of the last pyramid level at which eddy currents are estimated
 
     @property
     def weighted(self) -> np.ndarray:
@@ -159,13 +161,13 @@ def estimate_motion(
     _check(dwi, mask)
     levels = build_pyramid(dwi, mask, COARSE_MM)
     identity = np.tile(np.eye(4), (len(dwi), 1, 1))
-    axis = _slice_axis(dwi.grid) if slice_axis is None else slice_axis
+    axis = dwi.grid.likely_slice_axis if slice_axis is None else slice_axis
     state = MotionState(identity, None, np.zeros((10, 3)), np.zeros((len(dwi), 4)), None, axis, dwi.grid)
     if settings.method == "none":
         return _finish(_Inputs(dwi, Model("off", "switched off"), settings, multiband), levels[-1], state, [])
     count = int((~dwi.is_b0).sum())
     n_bvalues = 1 + len(np.unique(np.round(dwi.bvals[~dwi.is_b0] / 100)))  # including b=0
-    inputs = _Inputs(dwi, choose_model(count, n_bvalues, settings.model), settings, multiband)
+    inputs = _Inputs(dwi, choose_model(count, n_bvalues, settings.model), settings, multiband, _finest_eddy(levels))
     has_model = inputs.model.name != "none"
     if pe is not None and choose_terms(settings.eddy, count) and settings.transform == "Rigid" and has_model:
         state = replace(state, eddy=zero_eddy_currents(len(dwi), dwi.grid, pe.axis))
@@ -175,7 +177,7 @@ def estimate_motion(
         state = align_b0s(dwi, level, state)
         if not has_model:
             state = interpolate_from_b0s(dwi, level, state)
-            trace += _trace_rows(state.transforms, level, number + 1)
+            trace += trace_rows(state.transforms, level.points.centre, level.name, number + 1)
             continue
         if number == 0:
             state = state.with_transforms(state.transforms[nearest_b0(dwi)])
@@ -229,12 +231,13 @@ def _shoreline_rounds(
     trace : list of dict
         One row per volume and round.
     """
-    dwi, settings, weighted = inputs.dwi, inputs.settings, inputs.weighted
+    dwi, weighted = inputs.dwi, inputs.weighted
     reference = level.sample(np.flatnonzero(dwi.is_b0), state).mean(0, keepdim=True)
     weights = _known_weights(inputs, state)
     fill: torch.Tensor | None = None
     eddy_fit: EddyFit | None = None
-    trace: list[dict[str, Any]] = []
+    tolerance = max(inputs.settings.tolerance, COARSE_TOLERANCE * level.spacing)
+    eddy_change, state, trace = np.inf, replace(state, fit=None), []
     for number in rounds:
         observed = level.sample(weighted, state, fill)
         if number == 1:
@@ -248,30 +251,45 @@ def _shoreline_rounds(
             level, weights = remove_loss(dwi, level, state, weighted, observed, predicted.values)
         if number == RESTART_ROUND:
             state = restart_poor_fits(dwi, level, state, predicted.values, weights)
-        before, prior = state.transforms[weighted], None
-        if number >= FIRST_PRIOR_ROUND:
-            prior = estimate_pose_prior(dwi, state.transforms, level.points.centre, level.probe_points())
-            if number <= rounds[0] + JUDGED_ROUNDS:
-                state = rest_lost_volumes(level, weighted, state, predicted.values, prior)
-        if prior is not None and _estimates_eddy(level, state):
-            eddy_fit = EddyFit(dwi, level, observed, predicted, prior, choose_terms(settings.eddy, len(weighted)))
-            state = eddy_step(eddy_fit, state)
-        if prior is not None and state.eddy is not None:
-            state = deviation_step(level, weighted, state, predicted)
-        state = register_to_predictions(level, weighted, state, predicted, settings.transform == "Affine", prior)
-        if prior is not None and state.eddy is not None:
-            state = attribute_shifts(dwi, state, level.points.centre, even=False)
+        before, prior = state.transforms[weighted], _pose_prior(inputs, level, state, number)
+        if prior is not None and number <= rounds[0] + JUDGED_ROUNDS:
+            state = rest_lost_volumes(level, weighted, state, predicted.values, prior)
+        if prior is not None and state.eddy is not None and _resolves_eddy(level):
+            terms = choose_terms(inputs.settings.eddy, len(weighted))
+            eddy_fit = EddyFit(dwi, level, observed, predicted, prior, terms)
+            if eddy_change > inputs.settings.tolerance:
+                state, eddy_change = eddy_step(eddy_fit, state)
+        state = _register(inputs, level, state, predicted, prior)
         if number > rounds[0]:
             state = _without_gradient_trend(dwi, level, state)
         fill = predicted.values
-        trace += _trace_rows(state.transforms, level, number)
+        trace += trace_rows(state.transforms, level.points.centre, level.name, number)
         movement = point_displacement(before, state.transforms[weighted], level.probe_points()).mean(1).max()
         log.info("motion: round %d (%s voxels), largest movement %.3f mm", number, level.name, movement)
-        if movement < settings.tolerance:
+        if movement < tolerance:
             break
-    if eddy_fit is not None:
+    if eddy_fit is not None and level.name == inputs.finest_eddy:
         state = shrink_to_significant(eddy_fit, state)
     return state, level, trace
+
+
+def _pose_prior(inputs: _Inputs, level: PyramidLevel, state: MotionState, number: int) -> PosePrior | None:
+    """The pose prior of a round; None in the first rounds."""
+    if number < FIRST_PRIOR_ROUND:
+        return None
+    return estimate_pose_prior(inputs.dwi, state.transforms, level.points.centre, level.probe_points())
+
+
+def _register(
+    inputs: _Inputs, level: PyramidLevel, state: MotionState, predicted: Prediction, prior: PosePrior | None
+) -> MotionState:
+    """Register the diffusion-weighted volumes to their predictions; the field keeps what is not the head's."""
+    fits_field = prior is not None and state.eddy is not None
+    if fits_field and state.fit is not None:
+        state = deviation_step(level, inputs.weighted, state, predicted)
+    affine = inputs.settings.transform == "Affine"
+    state = register_to_predictions(level, inputs.weighted, state, predicted, affine, prior)
+    return attribute_shifts(inputs.dwi, state, level.points.centre, even=False) if fits_field else state
 
 
 def _initial_weights(
@@ -300,24 +318,20 @@ def _predict(
     return predict(observed, reference, inputs.model, bvals, bvecs, transforms, weights)
 
 
-def _estimates_eddy(level: PyramidLevel, state: MotionState) -> bool:
+def _resolves_eddy(level: PyramidLevel) -> bool:
     """Whether eddy currents are estimated at this pyramid level."""
-    return state.eddy is not None and bool(level.grid.voxel_sizes.mean() > MIN_VOXEL_MM)
+    return bool(level.grid.voxel_sizes.mean() > MIN_VOXEL_MM)
+
+
+def _finest_eddy(levels: list[PyramidLevel]) -> str:
+    """Name of the last pyramid level at which eddy currents are estimated; empty if there is none."""
+    return next((level.name for level in reversed(levels) if _resolves_eddy(level)), "")
 
 
 def _without_gradient_trend(dwi: DWI, level: PyramidLevel, state: MotionState) -> MotionState:
     """Remove the component of the poses that is a smooth, even function of the gradient."""
     q = np.where(dwi.is_b0[:, None], 0, dwi.q)
     return state.with_transforms(remove_gradient_trend(state.transforms, q, dwi.run, level.points.centre))
-
-
-def _trace_rows(transforms: np.ndarray, level: PyramidLevel, number: int) -> list[dict[str, Any]]:
-    """Rows of hmcOptimization.csv: shifts in mm and rotations in radians about the centre of the brain."""
-    name = f"{level.name} round {number}"
-    return [
-        {"volume": volume} | decompose(matrix, level.points.centre) | {"iter_num": number, "iter_name": name}
-        for volume, matrix in enumerate(transforms)
-    ]
 
 
 def _finish(
@@ -381,10 +395,3 @@ def _notes(inputs: _Inputs, state: MotionState) -> tuple[str, ...]:
     if not choose_terms(settings.eddy, len(inputs.weighted)):
         reason = "there are too few directions"
     return (*notes, f"Eddy currents were not estimated: {reason}.")
-
-
-def _slice_axis(grid: Grid) -> int:
-    """Voxel axis across slices: k, unless voxels are clearly longest along another axis."""
-    sizes = grid.voxel_sizes
-    longest = int(sizes.argmax())
-    return longest if sizes[longest] > 1.2 * sizes[2] else 2

@@ -9,11 +9,12 @@ from scipy.ndimage import map_coordinates
 
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EddyCurrents
+from dsiprep.ops.image import point_set as point_set_module
 from dsiprep.ops.image.affine import point_displacement, rigid_matrix
 from dsiprep.ops.image.eddy_displacement import eddy_on_grid
 from dsiprep.ops.image.point_set import PointSet, average_blocks, point_set, target_gradients
 from dsiprep.ops.motion import gauss_newton
-from dsiprep.ops.motion.gauss_newton import MovingVolumes, align, make_targets, normal_equations, sample_volumes
+from dsiprep.ops.motion.gauss_newton import Fit, MovingVolumes, align, make_targets, normal_equations, sample_volumes
 from dsiprep.ops.motion.pose_prior import PosePrior
 from helpers.grids import make_grid
 from helpers.motion_subject import CENTRE, signal
@@ -62,7 +63,7 @@ def test_align_recovers_rigid_movements_on_any_grid(orientation: str) -> None:
     aligned = align(MovingVolumes(volumes, grid), points, targets, np.tile(np.eye(4), (2, 1, 1)), steps=25)
     errors = point_displacement(aligned.transforms, truth, world_points(points)).mean(1)
     assert errors.max() < 0.2  # mm, with voxels of 4 to 5 mm
-    np.testing.assert_allclose(aligned.gain, [0.8, 1.3], rtol=0.02)
+    np.testing.assert_allclose(aligned.fit.gain, [0.8, 1.3], rtol=0.02)
 
 
 def test_align_recovers_affine_movements() -> None:
@@ -169,6 +170,33 @@ def test_gradients_of_a_linear_ramp(orientation: str) -> None:
     gradients = target_gradients(ramp, points)[0].numpy()
     interior = (points.neighbours != np.arange(len(points))[:, None]).all(1)
     np.testing.assert_allclose(gradients[interior], np.tile(slope, (interior.sum(), 1)), atol=1e-3)
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_loops_and_tensors_give_the_same_gradients(step: int) -> None:
+    _grid, points = grid_and_points("oblique")
+    values = torch.randn(2, len(points), generator=torch.Generator().manual_seed(1))
+    inverse = torch.as_tensor(np.linalg.inv(points.grid.affine[:3, :3]), dtype=torch.float32)
+    expected = point_set_module._gradients_torch(values, points, inverse, step)
+    torch.testing.assert_close(target_gradients(values, points, step), expected)
+
+
+def test_a_known_fit_saves_steps_and_leads_to_the_same_pose(monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, points = grid_and_points()
+    noise = torch.randn(2, *grid.shape, generator=torch.Generator().manual_seed(1))
+    start = rigid_matrix(POSES / 10, CENTRE)
+    moving = MovingVolumes(b0_images(grid, start) + 20 * noise, grid)
+    targets = reference_values(grid, points).repeat(2, 1)
+    first = align(moving, points, targets, start, steps=15)
+    calls: list[int] = []
+    equations = normal_equations
+    monkeypatch.setattr(gauss_newton, "normal_equations", lambda *args: (calls.append(1), equations(*args))[1])
+    again = align(moving, points, targets, first.transforms, fit=first.fit)
+    assert len(calls) == 1
+    assert point_displacement(again.transforms, first.transforms, world_points(points)).max() < 0.02
+    unknown = align(moving, points, targets, first.transforms, fit=Fit(first.fit.gain, np.full(2, np.inf)))
+    assert len(calls) >= 4
+    assert point_displacement(unknown.transforms, first.transforms, world_points(points)).max() < 0.05
 
 
 def test_block_averages_keep_world_positions(orientation: str) -> None:

@@ -162,20 +162,30 @@ def _cubic_loop(volumes: np.ndarray, points: np.ndarray) -> np.ndarray:
         x, y, z = points[0, p], points[1, p], points[2, p]
         if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
             continue
-        i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
-        weights = np.empty((3, 4), np.float32)
-        for a, f in enumerate((x - np.float32(i0), y - np.float32(j0), z - np.float32(k0))):
-            weights[a, 0], weights[a, 1], weights[a, 2], weights[a, 3] = cubic_weights(f)
-        for di in range(4):
-            i = mirrored(i0 - 1 + di, ni)
-            for dj in range(4):
-                j = mirrored(j0 - 1 + dj, nj)
-                wij = weights[0, di] * weights[1, dj]
-                for dk in range(4):
-                    k = mirrored(k0 - 1 + dk, nk)
-                    w = wij * weights[2, dk]
-                    for v in range(n):
-                        out[v, p] += w * volumes[v, i, j, k]
+        i0, j0, k0 = int(np.floor(x)) - 1, int(np.floor(y)) - 1, int(np.floor(z)) - 1
+        wx = cubic_weights(x - np.float32(i0 + 1))
+        wy = cubic_weights(y - np.float32(j0 + 1))
+        wz0, wz1, wz2, wz3 = cubic_weights(z - np.float32(k0 + 1))
+        if i0 >= 0 and j0 >= 0 and k0 >= 0 and i0 + 3 < ni and j0 + 3 < nj and k0 + 3 < nk:
+            for v in range(n):
+                value = np.float32(0)
+                for a in range(4):
+                    plane = np.float32(0)
+                    for b in range(4):
+                        line = volumes[v, i0 + a, j0 + b, k0 : k0 + 4]
+                        plane += wy[b] * (line[0] * wz0 + line[1] * wz1 + line[2] * wz2 + line[3] * wz3)
+                    value += wx[a] * plane
+                out[v, p] = value
+            continue
+        m0, m1, m2, m3 = mirrored(k0, nk), mirrored(k0 + 1, nk), mirrored(k0 + 2, nk), mirrored(k0 + 3, nk)
+        for a in range(4):
+            i = mirrored(i0 + a, ni)
+            for b in range(4):
+                j = mirrored(j0 + b, nj)
+                for v in range(n):
+                    line = volumes[v, i, j]
+                    value = line[m0] * wz0 + line[m1] * wz1 + line[m2] * wz2 + line[m3] * wz3
+                    out[v, p] += wx[a] * wy[b] * value
     return out
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import numba
 import numpy as np
 import torch
 
+from dsiprep.compiled import compiled
 from dsiprep.data.grid import Grid
 
 __all__ = ["PointSet", "average_blocks", "point_set", "target_gradients"]
@@ -69,13 +71,46 @@ def point_set(mask: torch.Tensor, grid: Grid) -> PointSet:
     )
 
 
-def target_gradients(targets: torch.Tensor, points: PointSet) -> torch.Tensor:
-    """World gradients (n, m, 3) per mm of targets (n, m): central differences, one-sided at the mask's edge."""
-    neighbours = torch.as_tensor(points.neighbours, device=targets.device).long()
-    own = torch.arange(len(points), device=targets.device)
+def target_gradients(targets: torch.Tensor, points: PointSet, step: int = 1) -> torch.Tensor:
+    """World gradients (n, m, 3) per mm of targets (n, m): central differences, one-sided at the mask's edge.
+
+    With `step`, at every `step`-th point only.
+    """
     # voxel index = inverse @ world, so the world gradient is inverse' @ the gradient per voxel
-    inverse = torch.as_tensor(np.linalg.inv(points.grid.affine[:3, :3]), dtype=torch.float32, device=targets.device)
-    out = torch.zeros(*targets.shape, 3, device=targets.device)
+    inverse = np.linalg.inv(points.grid.affine[:3, :3]).astype(np.float32)
+    if targets.device.type == "cpu":
+        out = np.empty((len(targets), -(-len(points) // step), 3), np.float32)
+        _gradients_loop(targets.detach().numpy(), points.neighbours, inverse, step, out)
+        return torch.from_numpy(out)
+    return _gradients_torch(targets, points, torch.as_tensor(inverse, device=targets.device), step)
+
+
+@compiled(parallel=True)
+def _gradients_loop(
+    targets: np.ndarray, neighbours: np.ndarray, inverse: np.ndarray, step: int, out: np.ndarray
+) -> None:
+    """Write `target_gradients` to `out`; `_gradients_torch` is the same in tensor operations."""
+    for v in numba.prange(out.shape[0]):
+        values = targets[v]
+        for p in range(out.shape[1]):
+            own = p * step
+            x, y, z = np.float32(0), np.float32(0), np.float32(0)
+            for axis in range(3):
+                low, high = neighbours[own, 2 * axis], neighbours[own, 2 * axis + 1]
+                slope = values[high] - values[low]
+                if low != own and high != own:
+                    slope *= np.float32(0.5)
+                x += slope * inverse[axis, 0]
+                y += slope * inverse[axis, 1]
+                z += slope * inverse[axis, 2]
+            out[v, p, 0], out[v, p, 1], out[v, p, 2] = x, y, z
+
+
+def _gradients_torch(targets: torch.Tensor, points: PointSet, inverse: torch.Tensor, step: int) -> torch.Tensor:
+    """`_gradients_loop` by tensor operations."""
+    neighbours = torch.as_tensor(points.neighbours[::step], device=targets.device).long()
+    own = torch.arange(0, len(points), step, device=targets.device)
+    out = torch.zeros(len(targets), len(own), 3, device=targets.device)
     for axis in range(3):
         low, high = neighbours[:, 2 * axis], neighbours[:, 2 * axis + 1]
         steps = (low != own).float() + (high != own).float()

@@ -8,7 +8,7 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.ops.image.affine import point_displacement
-from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.image.epi_resampling import field_of_view, warp_volume
 from dsiprep.ops.motion.gauss_newton import align
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.poses import interpolate_poses, median_pose
@@ -94,9 +94,7 @@ def mean_b0(dwi: DWI, transforms: np.ndarray) -> Volume:
     """
     total = torch.zeros(dwi.grid.shape, device=dwi.data.device)
     coverage = torch.zeros_like(total)
-    ones = torch.ones_like(dwi.data[:1])
     for volume in np.flatnonzero(dwi.is_b0):
-        matrix = transforms[volume]
-        total += resample_onto(dwi.data[volume : volume + 1], dwi.grid, dwi.grid, matrix, cubic=True)[0]
-        coverage += resample_onto(ones, dwi.grid, dwi.grid, matrix, cubic=True)[0]
-    return Volume((total / coverage.clamp(min=1e-3)).clamp(min=0) * (coverage > 0.5), dwi.grid)
+        total += warp_volume(dwi.data[int(volume)], dwi.grid, dwi.grid, transforms[volume])
+        coverage += field_of_view(dwi.grid, dwi.grid, transforms[volume]).to(coverage.device)
+    return Volume(total / coverage.clamp(min=1), dwi.grid)

@@ -24,7 +24,6 @@ from dsiprep.ops.qspace.prediction import Prediction
 
 __all__ = ["deviation_step"]
 
-ROBUST_STEPS = 2  # after one with equal weights, which finds the scale of the residual and the gain
 ALONG, ERRORS = slice(6, 9), slice(9, 12)  # parameters of the fit, after those of the pose and before the gain
 
 
@@ -39,7 +38,7 @@ def deviation_step(level: PyramidLevel, weighted: np.ndarray, state: MotionState
     weighted : ndarray, (n,)
         Indices of the diffusion-weighted volumes.
     state : MotionState
-        With `eddy`.
+        With `eddy` and `fit`.
     predicted : Prediction
         Of those volumes.
     """
@@ -66,18 +65,13 @@ def _steps(level: PyramidLevel, some: np.ndarray, state: MotionState, predicted:
     moving, transforms = level.take(some, state.eddy_of(some)), state.transforms[some]
     targets = make_targets(predicted.values[part], level.points)
     assert state.eddy is not None
-    columns = _columns(transforms, state.eddy, level.points)
-    gain, scale = np.ones(len(some)), np.full(len(some), np.inf)
-    solution = np.zeros((len(some), columns.shape[2]))
-    for _ in range(1 + ROBUST_STEPS):
-        hessian, slope, sums = normal_equations(moving, targets, transforms, gain, scale, affine=True)
-        scale = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1)) + 1e-12
-        normal = np.swapaxes(columns, 1, 2) @ hessian @ columns
-        diagonal = np.einsum("nii->ni", normal)
-        normal += 1e-6 * diagonal[:, :, None] * np.eye(columns.shape[2])
-        solution = np.linalg.solve(normal, (np.swapaxes(columns, 1, 2) @ slope[..., None]))[..., 0]
-        gain = gain + solution[:, -1]
-    return solution[:, :-1]
+    assert state.fit is not None
+    fit, columns = state.fit.take(part), _columns(transforms, state.eddy, level.points)
+    hessian, slope, _ = normal_equations(moving, targets, transforms, fit.gain, fit.scale, affine=True)
+    normal = np.swapaxes(columns, 1, 2) @ hessian @ columns
+    diagonal = np.einsum("nii->ni", normal)
+    normal += 1e-6 * diagonal[:, :, None] * np.eye(columns.shape[2])
+    return np.linalg.solve(normal, (np.swapaxes(columns, 1, 2) @ slope[..., None]))[..., :-1, 0]
 
 
 def _columns(transforms: np.ndarray, eddy: EddyCurrents, points: PointSet) -> np.ndarray:

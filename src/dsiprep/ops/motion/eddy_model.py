@@ -50,7 +50,7 @@ log = logging.getLogger("dsiprep")
 MIN_VOXEL_MM = (
     3.9  # mean voxel size above which eddy currents are estimated: noise of smaller voxels enters predictions too
 )
-SAMPLED_POINTS = 2000  # points of the brain that eddy currents are estimated from
+SAMPLED_POINTS = 1000  # points of the brain that eddy currents are estimated from
 PREDICTION_ERROR_MM = 0.025  # eddy currents that prediction errors would mimic if predictions did not follow the data
 INITIAL_SIZE_MM = 0.5  # assumed size of eddy currents before there is an estimate
 MIN_SIZE_MM = 0.1  # lower bound on the size that the penalty assumes
@@ -150,15 +150,20 @@ def rms_displacement(eddy: EddyCurrents, points: np.ndarray) -> float:
     return float(np.sqrt(3 * np.mean(np.square(displacement))))
 
 
-def eddy_step(fit: EddyFit, state: MotionState) -> MotionState:
-    """One Gauss-Newton step of the response to the gradient, jointly with all poses; `state` must have `eddy`."""
+def eddy_step(fit: EddyFit, state: MotionState) -> tuple[MotionState, float]:
+    """One Gauss-Newton step of the response to the gradient; `state` must have `eddy`.
+
+    Poses are fitted along with it, but move only to make up for the change: registration moves them from all points.
+    Also returns the root mean square displacement (mm) by the change of the response.
+    """
     assert state.eddy is not None
     weighted = np.flatnonzero(~fit.dwi.is_b0)
     change, moves = _sampled_step(fit, state.transforms[weighted], state.eddy, state.response)
     response, transforms = state.response - change, state.transforms.copy()
     transforms[weighted], _ = apply_steps(transforms[weighted], moves, fit.level.points)
     eddy = _with_response(state.eddy, response, _gradients(fit.dwi), state.deviation)
-    return replace(state, transforms=transforms, response=response, eddy=eddy)
+    moved = rms_displacement(_with_response(state.eddy, change, _gradients(fit.dwi)), fit.level.probe_points())
+    return replace(state, transforms=transforms, response=response, eddy=eddy), moved
 
 
 def shrink_to_significant(fit: EddyFit, state: MotionState) -> MotionState:
@@ -206,10 +211,10 @@ def _sampled_step(
     weighted = np.flatnonzero(~fit.dwi.is_b0)
     points, predicted = fit.level.points, fit.predicted
     step = max(1, len(points) // SAMPLED_POINTS)
-    slopes = [target_gradients(row[None], points)[0, ::step] for row in predicted.values]
+    slopes = target_gradients(predicted.values, points, step)
     values = predicted.values[:, ::step].contiguous()
     residual = fit.observed[:, ::step] - values
-    sample = ResidualSample(points.subsampled(step), residual, values, torch.stack(slopes), predicted)
+    sample = ResidualSample(points.subsampled(step), residual, values, slopes, predicted)
     expected = rms_displacement(_with_response(eddy, response, _gradients(fit.dwi)), fit.level.probe_points())
     size = max(MIN_SIZE_MM, expected) if response.any() else INITIAL_SIZE_MM
     return joint_step(
@@ -237,7 +242,7 @@ def joint_step(
     response: np.ndarray,
     penalty: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One Gauss-Newton step of R and all rigid poses together.
+    """One Gauss-Newton step of R, fitted together with all rigid poses.
 
     Poses and gains are eliminated volume by volume (Schur complement), which leaves N R = s. In addition to the three
     columns of R there are two for effects of the size of the gradient and its square, which prediction errors have and
@@ -265,7 +270,7 @@ def joint_step(
     change : ndarray, (10, 3)
         To be subtracted from R, mm; zero for the other terms.
     moves : ndarray, (n, 6)
-        Steps of the poses, for `gauss_newton.apply_steps`.
+        Steps of the poses that make up for the change of R, for `gauss_newton.apply_steps`.
 
     References
     ----------
@@ -281,7 +286,7 @@ def joint_step(
     solution = _solve_response(reduced[:, :-1], reduced[:, -1], unpredicted, response, penalty)
     change = np.zeros((10, 3))
     change[:terms] = solution.reshape(terms, 5)[:, :3]
-    return change, (eliminated[:, :, -1] - eliminated[:, :, :-1] @ solution)[:, :6]
+    return change, -(eliminated[:, :6, :-1] @ solution)
 
 
 def _joint_equations(

@@ -24,6 +24,7 @@ from dsiprep.ops.motion.pose_prior import PosePrior, add_pose_prior, rms_extent
 
 __all__ = [
     "Aligned",
+    "Fit",
     "MovingVolumes",
     "Targets",
     "align",
@@ -33,7 +34,7 @@ __all__ = [
     "sample_volumes",
 ]
 
-CONVERGED_MM = 0.005  # root mean square displacement of the points by a step below which a volume has converged
+CONVERGED_MM = 0.02  # root mean square displacement of the points by a step below which a volume has converged
 MAX_STEP_MM = 10.0  # longer steps are shortened to this
 
 
@@ -83,6 +84,26 @@ class Targets:
 
 
 @dataclass(frozen=True, eq=False)
+class Fit:
+    """How n volumes differ from their targets, besides their poses.
+
+    Attributes
+    ----------
+    gain : ndarray, (n,)
+        Intensity of the volume over that of its target.
+    scale : ndarray, (n,)
+        Of the residual (Student t), in the unit of the volumes; infinite if not known.
+    """
+
+    gain: np.ndarray
+    scale: np.ndarray
+
+    def take(self, index: np.ndarray | slice) -> Fit:
+        """The fits of some volumes."""
+        return Fit(self.gain[index], self.scale[index])
+
+
+@dataclass(frozen=True, eq=False)
 class Aligned:
     """Result of `align`.
 
@@ -90,15 +111,11 @@ class Aligned:
     ----------
     transforms : ndarray, (n, 4, 4)
         Points of the reference to points of each volume, world RAS+ mm.
-    gain : ndarray, (n,)
-        Intensity of the volume over that of its target.
-    rms : ndarray, (n,)
-        Scale of the residual (Student t) in the unit of the volumes; smaller is a better fit.
+    fit : Fit
     """
 
     transforms: np.ndarray
-    gain: np.ndarray
-    rms: np.ndarray
+    fit: Fit
 
 
 def make_targets(values: torch.Tensor, points: PointSet) -> Targets:
@@ -190,6 +207,7 @@ def align(
     affine: bool = False,
     steps: int = 10,
     prior: PosePrior | None = None,
+    fit: Fit | None = None,
 ) -> Aligned:
     """Align each volume to its target.
 
@@ -206,9 +224,12 @@ def align(
         12 degrees of freedom instead of 6.
     steps : int
         Maximum number of Gauss-Newton steps; a volume has converged when a step moves its points by no more than
-        0.005 mm (root mean square).
+        0.02 mm (root mean square).
     prior : PosePrior, optional
         Prior on the poses; none by default.
+    fit : Fit, optional
+        Of an earlier alignment at similar poses, to start from. Where the scale is not known, the first step weighs
+        all points equally to find it, and at least three steps are made.
 
     References
     ----------
@@ -217,22 +238,26 @@ def align(
     count = len(moving)
     transforms = np.array(starts, float)
     fixed = make_targets(targets, points)
-    gain, scale = np.ones(count), np.full(count, np.inf)
+    gain, scale = (np.ones(count), np.full(count, np.inf)) if fit is None else (fit.gain.copy(), fit.scale.copy())
+    least = np.where(np.isfinite(scale), 1, 3)  # steps: the first without a scale has equal weights and no prior
     active = np.arange(count)
-    for step in range(steps):
+    for step in range(1, steps + 1):
         hessian, slope, sums = normal_equations(
             moving.take(active), fixed.take(active), transforms[active], gain[active], scale[active], affine
         )
+        weighted = np.isfinite(scale[active])
         scale[active] = np.sqrt(sums[:, 0] / np.maximum(sums[:, 2], 1)) + 1e-12
-        if prior is not None and step > 0:  # the first step has no scale to weigh the prior by
-            add_pose_prior(hessian, slope, transforms[active], prior.take(active), points, scale[active], affine)
+        if prior is not None:
+            add_pose_prior(
+                hessian, slope, transforms[active], prior.take(active), points, weighted * scale[active], affine
+            )
         delta = _solve(hessian, slope)
         gain[active] += delta[:, -1]
         transforms[active], size = apply_steps(transforms[active], delta[:, :-1], points)
-        active = active[(size > CONVERGED_MM) | (step < 2)]
+        active = active[(size > CONVERGED_MM) | (step < least[active])]
         if not len(active):
             break
-    return Aligned(transforms, gain, scale)
+    return Aligned(transforms, Fit(gain, scale))
 
 
 def apply_steps(transforms: np.ndarray, delta: np.ndarray, points: PointSet) -> tuple[np.ndarray, np.ndarray]:

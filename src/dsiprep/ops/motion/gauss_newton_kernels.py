@@ -15,6 +15,7 @@ from dsiprep.ops.image.eddy_displacement import displace_voxel
 __all__ = ["STUDENT_DOF", "equations_loop", "sample_loop"]
 
 STUDENT_DOF = 4.0  # degrees of freedom of the Student t distribution of residuals
+BLOCK = 256  # points whose products are summed in single precision
 
 
 @inlined
@@ -45,6 +46,87 @@ def _map_point(
     if len(eddy) > 0:
         jacobian = displace_voxel(eddy[v], frame, along, at)
     return jacobian
+
+
+@inlined
+def _fill_rows(
+    volume: np.ndarray,
+    voxels: np.ndarray,
+    world: np.ndarray,
+    a: np.ndarray,
+    targets: np.ndarray,
+    gradients: np.ndarray,
+    gain: np.floating,
+    affine: bool,
+    eddy: np.ndarray,
+    v: int,
+    frame: np.ndarray,
+    along: int,
+    first: int,
+    last: int,
+    at: np.ndarray,
+    rows: np.ndarray,
+    residual: np.ndarray,
+) -> int:
+    """Derivatives (width, .) and residuals (.) of the points `first` to `last` inside the volume; their number."""
+    ni, nj, nk = volume.shape
+    count = 0
+    for p in range(first, last):
+        jacobian = _map_point(a, voxels[p], eddy, v, frame, along, at)
+        x, y, z = at[0], at[1], at[2]
+        if not (x >= 0 and y >= 0 and z >= 0 and x <= ni - 1 and y <= nj - 1 and z <= nk - 1):
+            continue
+        residual[count] = jacobian * _linear(volume, x, y, z) - gain * targets[p]
+        gx, gy, gz = gain * gradients[p, 0], gain * gradients[p, 1], gain * gradients[p, 2]
+        wx, wy, wz = world[p, 0], world[p, 1], world[p, 2]
+        if affine:
+            rows[0, count], rows[1, count], rows[2, count] = gx * wx, gx * wy, gx * wz
+            rows[3, count], rows[4, count], rows[5, count] = gy * wx, gy * wy, gy * wz
+            rows[6, count], rows[7, count], rows[8, count] = gz * wx, gz * wy, gz * wz
+            rows[9, count], rows[10, count], rows[11, count] = gx, gy, gz
+            rows[12, count] = targets[p]
+        else:
+            rows[0, count], rows[1, count], rows[2, count] = wy * gz - wz * gy, wz * gx - wx * gz, wx * gy - wy * gx
+            rows[3, count], rows[4, count], rows[5, count] = gx, gy, gz
+            rows[6, count] = targets[p]
+        count += 1
+    return count
+
+
+@inlined
+def _add_products(
+    rows: np.ndarray,
+    residual: np.ndarray,
+    count: int,
+    precision: np.floating,
+    weights: np.ndarray,
+    hessian: np.ndarray,
+    slope: np.ndarray,
+    sums: np.ndarray,
+) -> None:
+    """Add the weighted products of `count` points to `hessian`, `slope` and `sums`; `weights` (2, .) is overwritten."""
+    weight, weighted = weights[0], weights[1]
+    cost, total = np.float32(0), np.float32(0)
+    for q in range(count):
+        r = residual[q]
+        w = np.float32(STUDENT_DOF + 1) / (np.float32(STUDENT_DOF) + r * r * precision)
+        weight[q] = w
+        cost += w * r * r
+        total += w
+    sums[0] += cost
+    sums[1] += total
+    sums[2] += count
+    for b in range(len(rows)):
+        product = np.float32(0)
+        for q in range(count):
+            weighted[q] = weight[q] * rows[b, q]
+            product += weighted[q] * residual[q]
+        slope[b] += product
+        for c in range(b + 1):
+            product = np.float32(0)
+            for q in range(count):
+                product += weighted[q] * rows[c, q]
+            hessian[b, c] += product
 
 
 @compiled(parallel=True)
@@ -88,48 +170,38 @@ def equations_loop(
     along: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sums of `gauss_newton.normal_equations`, lower triangles only; `eddy`, `frame`, `along` as in `sample_loop`."""
-    n, ni, nj, nk = volumes.shape
+    n = volumes.shape[0]
     width = 13 if affine else 7
     hessian = np.zeros((n, width, width))
     slope = np.zeros((n, width))
     sums = np.zeros((n, 3))
     for v in numba.prange(n):
-        a = maps[v]
-        row = np.empty(width, np.float32)
+        rows = np.empty((width, BLOCK), np.float32)
+        residual, weighted = np.empty(BLOCK, np.float32), np.empty((2, BLOCK), np.float32)
         at = np.empty(3, np.float32)
-        h = np.zeros((width, width), np.float64)
-        s = np.zeros(width, np.float64)
         g = np.float32(gain[v])
-        inverse = np.float32(1 / scale[v] ** 2)
-        cost, total, count = np.float64(0), np.float64(0), 0
-        for p in range(voxels.shape[0]):
-            jacobian = _map_point(a, voxels[p], eddy, v, frame, along, at)
-            x, y, z = at[0], at[1], at[2]
-            if not (x >= 0 and y >= 0 and z >= 0 and x <= ni - 1 and y <= nj - 1 and z <= nk - 1):
-                continue
-            r = jacobian * _linear(volumes[v], x, y, z) - g * targets[v, p]
-            w = np.float32((STUDENT_DOF + 1) / (STUDENT_DOF + r * r * inverse))
-            gx, gy, gz = g * gradients[v, p, 0], g * gradients[v, p, 1], g * gradients[v, p, 2]
-            wx, wy, wz = world[p, 0], world[p, 1], world[p, 2]
-            if affine:
-                row[0], row[1], row[2] = gx * wx, gx * wy, gx * wz
-                row[3], row[4], row[5] = gy * wx, gy * wy, gy * wz
-                row[6], row[7], row[8] = gz * wx, gz * wy, gz * wz
-                row[9], row[10], row[11] = gx, gy, gz
-            else:
-                row[0], row[1], row[2] = wy * gz - wz * gy, wz * gx - wx * gz, wx * gy - wy * gx
-                row[3], row[4], row[5] = gx, gy, gz
-            row[width - 1] = targets[v, p]
-            for b in range(width):
-                wb = w * row[b]
-                s[b] += wb * r
-                for c in range(b + 1):
-                    h[b, c] += wb * row[c]
-            cost += w * r * r
-            total += w
-            count += 1
-        hessian[v], slope[v] = h, s
-        sums[v, 0], sums[v, 1], sums[v, 2] = cost, total, count
+        for first in range(0, voxels.shape[0], BLOCK):
+            last = min(first + BLOCK, voxels.shape[0])
+            count = _fill_rows(
+                volumes[v],
+                voxels,
+                world,
+                maps[v],
+                targets[v],
+                gradients[v],
+                g,
+                affine,
+                eddy,
+                v,
+                frame,
+                along,
+                first,
+                last,
+                at,
+                rows,
+                residual,
+            )
+            _add_products(rows, residual, count, np.float32(1 / scale[v] ** 2), weighted, hessian[v], slope[v], sums[v])
     return hessian, slope, sums
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EddyCurrents
+from dsiprep.ops.motion.gauss_newton import Fit
 
 __all__ = ["Dropout", "MotionState"]
 
@@ -54,6 +55,8 @@ class MotionState:
     slice_axis : int
     grid : Grid
         Voxel grid of the series.
+    fit : Fit or None
+        Of the diffusion-weighted volumes to their predictions at the current voxel size; None before the first round.
     """
 
     transforms: np.ndarray
@@ -63,6 +66,7 @@ class MotionState:
     dropout: Dropout | None
     slice_axis: int
     grid: Grid
+    fit: Fit | None = None
 
     def with_transforms(self, transforms: np.ndarray) -> MotionState:
         """Copy with other poses."""

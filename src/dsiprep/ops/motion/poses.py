@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
@@ -17,6 +19,7 @@ __all__ = [
     "pose_scales",
     "relaxed_poses",
     "remove_gradient_trend",
+    "trace_rows",
 ]
 
 KNOT_SPACING = 12  # volumes between the knots of the piecewise linear drift
@@ -164,6 +167,15 @@ def decompose(matrix: np.ndarray, centre: np.ndarray) -> dict[str, float]:
     row |= {f"shear{name}": float(upper[i, j] / scale[i]) for name, i, j in pairs}
     row |= {f"rotate{a}": float(r) for a, r in zip("XYZ", rotation_vector, strict=True)}
     return row | {f"shift{a}": float(s) for a, s in zip("XYZ", shift, strict=True)}
+
+
+def trace_rows(transforms: np.ndarray, centre: np.ndarray, level: str, number: int) -> list[dict[str, Any]]:
+    """Rows of hmcOptimization.csv: the parameters of every volume's pose about `centre` after round `number`."""
+    name = f"{level} round {number}"
+    return [
+        {"volume": volume} | decompose(matrix, centre) | {"iter_num": number, "iter_name": name}
+        for volume, matrix in enumerate(transforms)
+    ]
 
 
 def pose_scales(radius: float) -> np.ndarray:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from dsiprep.data.dwi import DWI
-from dsiprep.ops.image.affine import rigid_matrix
-from dsiprep.ops.motion.gauss_newton import align, sample_volumes
+from dsiprep.ops.image.affine import point_displacement, rigid_matrix
+from dsiprep.ops.motion.gauss_newton import Fit, align, sample_volumes
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.pose_prior import PosePrior, negative_log_prior, resting_poses
 from dsiprep.ops.motion.poses import relaxed_poses
@@ -20,6 +21,7 @@ __all__ = ["register_to_predictions", "rest_lost_volumes", "restart_poor_fits"]
 
 log = logging.getLogger("dsiprep")
 STEPS_PER_ROUND = 3  # Gauss-Newton steps
+SETTLED_MM = 0.5  # mean movement in a round below which the scale of the residual serves the next round as well
 RESTART_STEPS = 12  # Gauss-Newton steps from each alternative start
 RESTART_DEGREES = 10.0  # rotations from the resting pose that are tried, about each axis and in both directions
 POOR_FIT_WEIGHT = 0.45  # volume weight below which other starts are tried: a residual 1.5 times the typical one
@@ -48,9 +50,9 @@ def register_to_predictions(
     prior : PosePrior or None
         Of all volumes.
     """
-    transforms = state.transforms.copy()
+    transforms, fit = state.transforms.copy(), Fit(np.ones(len(volumes)), np.ones(len(volumes)))
     for part, some in chunks(volumes):
-        transforms[some] = align(
+        aligned = align(
             level.take(some, state.eddy_of(some)),
             level.points,
             predicted.values[part],
@@ -58,12 +60,17 @@ def register_to_predictions(
             affine=affine,
             steps=STEPS_PER_ROUND,
             prior=None if prior is None else prior.take(some),
-        ).transforms
+            fit=None if state.fit is None else state.fit.take(part),
+        )
+        moved = point_displacement(transforms[some], aligned.transforms, level.probe_points()).mean(1)
+        transforms[some] = aligned.transforms
+        fit.gain[part] = aligned.fit.gain
+        fit.scale[part] = np.where(moved < SETTLED_MM, aligned.fit.scale, np.inf)
     fraction = 1.0 if affine else predicted.relaxation
     if fraction < 1:
         centre = level.points.centre
         transforms[volumes] = relaxed_poses(state.transforms[volumes], transforms[volumes], fraction, centre)
-    return state.with_transforms(transforms)
+    return replace(state, transforms=transforms, fit=fit)
 
 
 def restart_poor_fits(
@@ -91,8 +98,8 @@ def restart_poor_fits(
     best = np.full(len(poor), np.inf)
     for start in _starting_poses(transforms, volumes, level.points.centre):
         aligned = align(moving, level.points, targets, start, steps=RESTART_STEPS)
-        better = aligned.rms < 0.98 * best  # keep the earlier start unless a later one is clearly better
-        best[better] = aligned.rms[better]
+        better = aligned.fit.scale < 0.98 * best  # keep the earlier start unless a later one is clearly better
+        best[better] = aligned.fit.scale[better]
         transforms[volumes[better]] = aligned.transforms[better]
     log.info("motion: restarted %d poorly fitting volumes from other poses", len(poor))
     return state.with_transforms(transforms)
