@@ -85,6 +85,6 @@ class SidecarFiles:
 @lru_cache(maxsize=256)
 def _list_sidecars(folder: Path, state: object) -> list[tuple[str, dict[str, str]]]:
     """Of a folder in this state: that of the root of a dataset is asked for by every subject."""
-    names = (path.name for path in folder.iterdir())
-    names = sorted(name for name in names if name.endswith(EXTENSIONS) and not name.startswith("."))
+    everything = (path.name for path in folder.iterdir())
+    names = sorted(name for name in everything if name.endswith(EXTENSIONS) and not name.startswith("."))
     return [(name, values) for name in names if (values := entities(name)).get("suffix")]
