@@ -339,8 +339,11 @@ def _resample(
     settings: ResampleSettings,
     denoising: DenoiseSettings,
 ) -> Preprocessed:
+    moved = tuple(denoise.without_floor(motion, denoised) for motion in aligned[0])
     return with_cpu_fallback(
-        lambda dwi: resample.resample(dwi, *aligned, settings, denoising.biascorrect), device, (denoised.dwi,)
+        lambda dwi: resample.resample(dwi, moved, *aligned[1:], settings, denoising.biascorrect),
+        device,
+        (denoised.dwi,),
     )
 
 

@@ -15,7 +15,7 @@ from dsiprep.io.nifti_header import read_shape
 from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
-from dsiprep.stages import motion
+from dsiprep.stages import denoise, motion
 
 __all__ = [
     "check_anatomy",
@@ -251,7 +251,8 @@ def plan_stages(
     engines = engines_for(unit, settings)
     return {
         **({"engines": ", ".join(engines) + ": checked before processing starts"} if engines else {}),
-        "denoise": f"{settings.denoise.method}, unringing {settings.denoise.unringing}",
+        "denoise": f"{settings.denoise.method}, noise floor {denoise.floor_method(settings.denoise)}, "
+        f"unringing {settings.denoise.unringing}",
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": f"{method}: {reason[0].lower()}{reason[1:].rstrip('.')}",
         "anatomy": (

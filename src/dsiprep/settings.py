@@ -83,10 +83,17 @@ def _problem(value: Any, default: Any, metadata: Any) -> str:
 
 @dataclass(frozen=True)
 class AcquisitionSettings(Checked):
-    """b=0 threshold and concatenation of runs."""
+    """b=0 threshold, drift of the signal and concatenation of runs."""
 
     b0_threshold: float = option(
         100.0, "b-values at or below this (s/mm²) count as b=0", "--b0-threshold", metavar="B", least=0
+    )
+    drift: str = option(
+        "auto",
+        "drift of the signal over a run: auto divides out a linear or quadratic function of time where it is "
+        "significant, from the b=0 volumes or, without enough of them, from the gain of volumes over their prediction",
+        "--signal-drift",
+        choices=("auto", "none"),
     )
     harmonize_b0: bool = option(True, "do not scale runs to a common mean b=0 intensity", "--no-b0-harmonization")
 
@@ -97,14 +104,22 @@ class DenoiseSettings(Checked):
 
     method: str = option(
         "dwidenoise",
-        "denoising: MP-PCA (named after MRtrix3's program) or none",
+        "denoising: dwidenoise, MP-PCA (named after MRtrix3's program); dwidenoise2, MP-PCA with stabilised variance "
+        "and shrinkage; svht, optimal shrinkage of singular values; patch2self, each volume from the others; or none",
         "--denoise-method",
-        choices=("dwidenoise", "none"),
+        choices=("dwidenoise", "dwidenoise2", "svht", "patch2self", "none"),
+    )
+    noise_floor: str = option(
+        "auto",
+        "noise floor of magnitude images: koay inverts the expected magnitude with the noise map; vst denoises after "
+        "stabilising the variance and inverts that without bias; auto takes vst with dwidenoise2 and koay otherwise",
+        "--noise-floor",
+        choices=("auto", "koay", "vst", "none"),
     )
     window: int = option(
         0,
-        "MP-PCA window in voxels along each axis (odd); 0 takes the smallest that holds as many voxels as there are "
-        "volumes",
+        "window of MP-PCA and svht in voxels along each axis (odd); 0 takes 3 up to 27 volumes, 5 up to 375, and 7 "
+        "or more beyond",
         "--dwidenoise-window",
         "--dwi-denoise-window",
         metavar="VOXELS",
@@ -123,6 +138,16 @@ class DenoiseSettings(Checked):
         if self.window and self.window % 2 == 0:
             raise SettingsError(
                 f"DenoiseSettings.window (--dwidenoise-window): {self.window} is even; give an odd number of voxels"
+            )
+        if self.noise_floor in ("koay", "vst") and self.method == "none":
+            raise SettingsError(
+                f"--noise-floor {self.noise_floor} needs a denoised series, because single noisy magnitudes cannot be "
+                "inverted without bias; choose a --denoise-method, or --noise-floor none"
+            )
+        if self.noise_floor == "vst" and self.method in ("svht", "patch2self"):
+            raise SettingsError(
+                f"--noise-floor vst is part of denoising by dwidenoise or dwidenoise2; with --denoise-method "
+                f"{self.method} use --noise-floor koay or none"
             )
 
 

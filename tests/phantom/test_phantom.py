@@ -13,6 +13,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK
+from scipy import stats
 from scipy.ndimage import distance_transform_edt, map_coordinates
 from scipy.spatial.transform import Rotation
 
@@ -20,7 +21,7 @@ from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import GradientError, OutputError, SettingsError
 from dsiprep.phantom import PhantomSettings, make_phantom
-from dsiprep.phantom.scanner import Source, add_noise, eddy_basis, phase_encoding, scan, scanner_grid
+from dsiprep.phantom.scanner import Source, add_noise, eddy_basis, noise_map, phase_encoding, scan, scanner_grid
 from dsiprep.phantom.schemes import SCHEMES, gradient_table, half_lattice
 from dsiprep.phantom.session import Session, from_fsl, to_fsl
 from dsiprep.phantom.signal import BUNDLE, Tissue
@@ -197,7 +198,9 @@ def _session(grid: Grid, poses: np.ndarray, bvals: np.ndarray, bvecs: np.ndarray
     no_field = np.zeros((2, 2, 2), np.float32)
     moved, signal_fraction = np.zeros(n, bool), np.ones((n, grid.shape[2]))
     reversed_pe, eddy = replace(pe, polarity=-1), np.zeros((n, 9))
-    return Session(grid, pe, reversed_pe, bvals, bvecs, poses, poses[:1], moved, eddy, signal_fraction, no_field, grid)
+    return Session(
+        grid, pe, reversed_pe, bvals, bvecs, poses, poses[:1], moved, eddy, signal_fraction, np.ones(n), no_field, grid
+    )
 
 
 def test_schemes_have_their_nominal_sampling() -> None:
@@ -266,6 +269,36 @@ def test_noise_is_rician() -> None:
     signal = add_noise(np.full((60, 60, 60), 100, np.float32), 10.0, rng)
     assert air.mean() == pytest.approx(10 * np.sqrt(np.pi / 2), rel=0.01)
     assert np.mean(signal**2) == pytest.approx(100**2 + 2 * 10**2, rel=0.01)
+
+
+def test_noise_of_several_coils_and_its_variation_in_space() -> None:
+    """Magnitudes of air follow SciPy's chi distribution of two degrees of freedom per coil."""
+    air = add_noise(np.zeros((50, 50, 50), np.float32), 10.0, np.random.default_rng(1), coils=4)
+    assert float(air.mean()) == pytest.approx(10 * stats.chi.mean(8), rel=0.01)
+    assert float(air.std()) == pytest.approx(10 * stats.chi.std(8), rel=0.01)
+    grid = make_grid("LAS", (21, 21, 21), (10.0, 10.0, 10.0))
+    level = noise_map(grid, grid.centre, 5.0, 0.5)
+    assert float(level[10, 10, 10]) == pytest.approx(7.5)
+    assert float(level[0, 0, 0]) == pytest.approx(5.0, rel=0.01)
+
+
+def test_signal_drifts_and_the_truth_says_so(tmp_path: Path) -> None:
+    make_phantom(
+        tmp_path / "drift",
+        replace(
+            TINY,
+            scheme="hasc55",
+            resolution=8.0,
+            t1w_resolution=4.0,
+            ideal=False,
+            signal_drift=0.1,
+            noise_variation=0.3,
+        ),
+    )
+    gain = np.array(json.loads((tmp_path / "drift" / "truth" / "truth.json").read_text())["signal_gain"])
+    assert gain[0] == 1
+    assert gain[-1] == pytest.approx(0.9)
+    assert (tmp_path / "drift" / "truth" / "noise.nii.gz").exists()
 
 
 def test_slice_timing_repeats_with_the_multiband_factor() -> None:

@@ -39,6 +39,25 @@ class Blip(Summarised):
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Drift(Summarised):
+    """Drift of the signal over each run.
+
+    Attributes
+    ----------
+    gains : ndarray, (n,)
+        Signal of each volume relative to the first of its run, as fitted; 1 where there is no significant drift.
+    measured : ndarray, (n,)
+        The same as measured in single volumes; NaN where it was not.
+    notes : tuple of str
+        What was found, a sentence for each run with drift.
+    """
+
+    gains: np.ndarray
+    measured: np.ndarray
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Acquired(Summarised):
     """The conformed series, with the voxel axes of the first run's file.
 
@@ -57,6 +76,8 @@ class Acquired(Summarised):
         Simultaneously excited slices, from SliceTiming; empty where unknown.
     slice_axis : int or None
         Voxel axis across slices, from the sidecars; None where they do not give it or differ.
+    drift : Drift or None
+        Divided out of `dwi`; None if it was not estimated.
     """
 
     dwi: DWI
@@ -66,6 +87,7 @@ class Acquired(Summarised):
     scales: np.ndarray
     multiband: tuple[tuple[int, ...], ...] = ()
     slice_axis: int | None = None
+    drift: Drift | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -76,17 +98,23 @@ class Denoised(Summarised):
     ----------
     dwi : DWI
     noise : Volume or None
-        Noise standard deviation per voxel.
+        Noise standard deviation per voxel; of magnitudes, that of one channel.
     rank : Volume or None
         Mean number of principal components kept per voxel.
     method : str
         What was done, for log and report.
+    floor : str
+        How the noise floor of magnitudes was removed: "koay", "vst" or "none".
+    coils : float or None
+        Effective number of coils with which it was removed; None if it was not.
     """
 
     dwi: DWI
     noise: Volume | None
     rank: Volume | None
     method: str
+    floor: str = "none"
+    coils: float | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -309,6 +337,7 @@ __all__ = [
     "Coregistration",
     "Denoised",
     "Distortion",
+    "Drift",
     "Grid",
     "Joined",
     "Motion",

@@ -109,6 +109,7 @@ CONFOUNDS = {
         }
         for name, term in EDDY_TERMS.items()
     },
+    "signal_drift": {"Description": "Signal relative to the first volume of the run, fitted and divided out"},
     "hmc_r2": {"Description": "R² between the aligned volume and its prediction"},
     "hmc_xcorr": {"Description": "Correlation between the aligned volume and its prediction"},
     "b0_shift_measured": {

@@ -15,7 +15,7 @@ from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
 from dsiprep.phantom.interpolation import interpolate
-from dsiprep.phantom.scanner import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise
+from dsiprep.phantom.scanner import EDDY_TERMS, FIELD_OF_VIEW, READOUT_TIME, add_noise, noise_map
 from dsiprep.phantom.schemes import load_scheme
 from dsiprep.phantom.session import Session, plan_session, to_fsl
 from dsiprep.phantom.settings import PhantomSettings
@@ -109,16 +109,19 @@ def _write_scans(
     tissue = make_tissue(head, head.box(np.asarray(FIELD_OF_VIEW) + 36, settings.resolution / 2))
     ideal_b0 = session.ideal(tissue, 0.0, np.zeros(3))
     brain = _brain_in_scanner(head, session)
-    sigma = float(ideal_b0[brain].mean() / settings.snr) if settings.snr else 0.0
+    level = float(ideal_b0[brain].mean() / settings.snr) if settings.snr else 0.0
+    sigma = noise_map(session.grid, head.centre, level, settings.noise_variation)
     write_image(truth / "ideal_b0.nii.gz", ideal_b0, grid)
     write_image(truth / "ideal_brain_mask.nii.gz", brain.astype(np.uint8), grid)
     series = np.zeros((*grid.shape, count), np.int16, order="F")
     for v in range(count):
-        series[..., v] = np.rint(add_noise(session.acquire(tissue, v), sigma, rng))
+        series[..., v] = np.rint(add_noise(session.acquire(tissue, v), sigma, rng, settings.coils))
     epis = np.zeros((*grid.shape, len(session.epi_poses)), np.int16, order="F")
     for v, pose in enumerate(session.epi_poses):
-        epis[..., v] = np.rint(add_noise(session.image(tissue, pose, session.reversed_pe), sigma, rng))
+        epis[..., v] = np.rint(add_noise(session.image(tissue, pose, session.reversed_pe), sigma, rng, settings.coils))
     _write_runs(bids, session, series, epis)
+    if settings.noise_variation:
+        write_image(truth / "noise.nii.gz", sigma, session.grid)
     if settings.ideal:
         for v, (bval, bvec) in enumerate(zip(session.bvals, session.bvecs, strict=True)):
             series[..., v] = np.rint(session.ideal(tissue, bval, bvec) / IDEAL_SLOPE)
@@ -209,6 +212,7 @@ def _truth_table(head: Head, session: Session, settings: PhantomSettings) -> dic
         "eddy_basis": EDDY_TERMS,
         "eddy_mm": session.eddy.tolist(),
         "lost_slices": outliers,
+        **({"signal_gain": session.gain.tolist()} if settings.signal_drift else {}),
     }
 
 

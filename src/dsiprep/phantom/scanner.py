@@ -21,6 +21,7 @@ from dsiprep.phantom.interpolation import trilinear
 READOUT_TIME = 0.05  # s
 EDDY_SCALE = 100.0  # mm; unit of the scanner coordinates in the polynomial
 EDDY_TERMS = "1, x, y, z, xy, xz, yz, x²-y², 2z²-x²-y²; scanner coordinates in units of 100 mm"
+NOISE_WIDTH = 45.0  # mm
 OVERSAMPLING = 2  # points per voxel along each axis
 AXES = {"R": (0, 1), "L": (0, -1), "A": (1, 1), "P": (1, -1), "S": (2, 1), "I": (2, -1)}
 FIELD_OF_VIEW = (200.0, 236.0, 176.0)  # mm, left-right, anterior-posterior, superior-inferior
@@ -118,11 +119,36 @@ def scan(
     return np.ascontiguousarray(np.moveaxis(out, (0, 1, 2), order))
 
 
-def add_noise(image: np.ndarray, sigma: float, rng: np.random.Generator) -> np.ndarray:
-    """Magnitude of the image plus complex Gaussian noise (Rician noise), float32."""
-    real = image + np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
-    imaginary = np.float32(sigma) * rng.standard_normal(image.shape, np.float32)
-    return np.sqrt(real * real + imaginary * imaginary)
+def noise_map(grid: Grid, centre: np.ndarray, level: float, variation: float) -> np.ndarray:
+    """Noise standard deviation, (i, j, k) float32: `level` far from the centre (mm), there `variation` times more.
+
+    As with parallel imaging, whose noise is highest in the middle of the head; the transition is a Gaussian of 45 mm.
+    """
+    axes = np.meshgrid(*(np.arange(n) for n in grid.shape), indexing="ij")
+    squared = ((grid.to_world(np.stack(axes, -1)) - centre) ** 2).sum(-1)
+    return (level * (1 + variation * np.exp(-squared / (2 * NOISE_WIDTH**2)))).astype(np.float32)
+
+
+def add_noise(image: np.ndarray, sigma: float | np.ndarray, rng: np.random.Generator, coils: int = 1) -> np.ndarray:
+    """Magnitude of the image plus complex Gaussian noise, float32: Rician, or the root sum of squares of several coils.
+
+    Parameters
+    ----------
+    image : ndarray
+    sigma : float or ndarray
+        Noise standard deviation of the real and imaginary parts, the same in all coils.
+    rng : Generator
+    coils : int
+        Without correlation. The signal lies in one of them, which has the same distribution (non-central chi of twice
+        as many degrees of freedom) as signal spread over all.
+    """
+    sigma = np.asarray(sigma, np.float32)
+    real = image + sigma * rng.standard_normal(image.shape, np.float32)
+    square = real * real
+    for _ in range(2 * coils - 1):
+        other = sigma * rng.standard_normal(image.shape, np.float32)
+        square += other * other
+    return np.sqrt(square)
 
 
 @inlined

@@ -62,6 +62,8 @@ class Session:
         Eddy-current displacement along the phase-encoding axis in mm, coefficients of `scanner.eddy_basis`.
     signal_fraction : ndarray, (n, slices)
         Remaining fraction of the signal of each slice.
+    gain : ndarray, (n,)
+        Signal of each volume relative to the first, as it drifts.
     field : ndarray, (i, j, k)
         Off-resonance field in Hz on `field_grid`, a grid in the head frame.
     """
@@ -76,6 +78,7 @@ class Session:
     moved: np.ndarray
     eddy: np.ndarray
     signal_fraction: np.ndarray
+    gain: np.ndarray
     field: np.ndarray
     field_grid: Grid
 
@@ -89,7 +92,7 @@ class Session:
         image = self.image(
             tissue, self.poses[volume], self.pe, self.bvals[volume], self.bvecs[volume], self.eddy[volume]
         )
-        return image * self.signal_fraction[volume].astype(np.float32)
+        return image * (self.gain[volume] * self.signal_fraction[volume]).astype(np.float32)
 
     def ideal(self, tissue: Tissue, bval: float, bvec: np.ndarray) -> np.ndarray:
         """Undistorted, noise-free image at the pose of the first volume, (i, j, k) float32."""
@@ -139,6 +142,7 @@ def plan_session(
         moved=moved,
         eddy=_eddy_currents(bvals, bvecs, points, settings, rng),
         signal_fraction=remaining_signal(bvals, grid.shape[2], settings.dropout, rng),
+        gain=1 - settings.signal_drift * np.linspace(0, 1, len(bvals)) ** 0.7,
         field=field,
         field_grid=field_grid,
     )

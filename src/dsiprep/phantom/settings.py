@@ -29,6 +29,15 @@ class PhantomSettings:
         "--snr",
         metavar="RATIO",
     )
+    coils: int = option(
+        1, "coils whose magnitudes are combined by root sum of squares; 1 gives Rician noise", "--coils", metavar="N"
+    )
+    noise_variation: float = option(
+        0.0,
+        "noise in the middle of the head above that at its edge, as a fraction",
+        "--noise-variation",
+        metavar="FRACTION",
+    )
     moved: float = option(
         0.15,
         "fraction of volumes with head motion, in addition to a slow drift",
@@ -67,6 +76,9 @@ class PhantomSettings:
         "--drift",
         metavar="MM",
     )
+    signal_drift: float = option(
+        0.0, "fraction of the signal that is lost over the series", "--signal-drift", metavar="FRACTION"
+    )
     dropout: float = option(
         0.0,
         "fraction of slices of diffusion-weighted volumes with signal dropout",
@@ -80,18 +92,23 @@ class PhantomSettings:
     seed: int = option(1, "seed of the random anatomy, motion and noise", "--seed", metavar="N")
 
     def described(self) -> dict[str, object]:
-        """Settings by name, without shifts of the whole image where there are none."""
-        shifts = ("eddy_constant", "drift")
-        return {name: value for name, value in asdict(self).items() if value or name not in shifts}
+        """Settings by name, without effects that are not there."""
+        absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0}
+        return {name: value for name, value in asdict(self).items() if absent.get(name) != value}
 
     def check(self) -> None:
         """Raise a SettingsError for values out of range."""
         if not 0.5 <= self.resolution <= 10 or not 0.5 <= self.t1w_resolution <= 4:
             raise SettingsError("voxel sizes of the phantom must be 0.5 to 10 mm (DWI) and 0.5 to 4 mm (T1w)")
-        for name in ("moved", "dropout"):
+        if self.coils < 1:
+            raise SettingsError(f"--coils {self.coils}: expected at least 1")
+        for name in ("moved", "dropout", "signal_drift"):
             if not 0 <= getattr(self, name) <= 1:
-                raise SettingsError(f"--{name} {getattr(self, name)}: expected a fraction between 0 and 1")
-        for name in ("snr", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift"):
+                raise SettingsError(
+                    f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction between 0 and 1"
+                )
+        amounts = ("snr", "noise_variation", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift")
+        for name in amounts:
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.orientation not in ORIENTATIONS:

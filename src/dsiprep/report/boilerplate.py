@@ -185,10 +185,11 @@ def _anatomical_paragraphs(results: UnitResults) -> list[str]:
 
 def _acquisition_paragraphs(results: UnitResults) -> list[str]:
     """Recognition of the sampling scheme and, with several runs, their concatenation."""
-    several_runs = len(results.unit.runs) > 1
+    several_runs, drift = len(results.unit.runs) > 1, results.acquired.drift
     steps = {
         "scheme": results.acquired.scheme.kind in ("DSI", "CS-DSI"),
         "conform": several_runs,
+        "drift": drift is not None and bool((drift.gains != 1).any()),
         "harmonize_b0": several_runs and results.settings.acquisition.harmonize_b0,
         "references": bool(results.distortion) and any(blip.grid for blip in results.acquired.blips),
     }
@@ -211,6 +212,7 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
     return [
         *_acquisition_paragraphs(results),
         denoise.METHODS["none" if results.denoised.noise is None else results.settings.denoise.method],
+        *([] if results.denoised.floor == "none" else [denoise.METHODS[results.denoised.floor]]),
         *(text for model in models for text in _matching(motion.METHODS, model)),
         *(_matching(motion.METHODS, "eddy") if any(result.eddy is not None for result in results.motions) else []),
         *(_matching(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),

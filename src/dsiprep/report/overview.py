@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsiprep.data.results import Blip, UnitResults
+from dsiprep.data.results import Acquired, Blip, UnitResults
 from dsiprep.errors import printable
 from dsiprep.io.quality_columns import column_meaning
 from dsiprep.report import plots
-from dsiprep.report.page_parts import Fact, FigureWriter, Section
+from dsiprep.report.page_parts import Fact, FigureWriter, Picture, Section
 from dsiprep.report.wording import (
     BLIPS,
     DISTORTION_METHODS,
@@ -150,6 +150,16 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
     grid = next((blip.grid for blip in acquired.blips if blip.grid), acquired.dwi.grid)
     rows += [(epi.image.name, "b=0 EPI", encoding(epi.pe, grid), "", "") for epi in unit.epis]
     modality = results.settings.anatomy.modality
+    pictures = figures.single(
+        "sampling",
+        plots.sampling(acquired.dwi, acquired.scheme),
+        f"q-space samples coloured by b-value: {acquired.scheme.description}.",
+        "Top: q-space samples as acquired, coloured by b-value; |q| is proportional to √b. Bottom: b-values in "
+        "order of acquisition.",
+        "Where points overlap in a projection, the one with the lowest b-value is shown.",
+    )
+    drift = acquired.drift
+    pictures += _drift_picture(acquired, figures)
     unused = tuple((printable(image.path.name), printable(image.reason)) for image in unit.left_out)
     rows += [(path.name, modality, "", "", "") for path in unit.structural(modality)]
     return Section(
@@ -158,19 +168,26 @@ def acquisition(results: UnitResults, figures: FigureWriter) -> Section:
         "Input files that were processed together, and the q-space samples in scanner coordinates before any "
         "correction. Check that there are no gaps, that the full or half sphere is covered as intended, and that the "
         "b=0 volumes (▲) are distributed over the series.",
-        figures.single(
-            "sampling",
-            plots.sampling(acquired.dwi, acquired.scheme),
-            f"q-space samples coloured by b-value: {acquired.scheme.description}.",
-            "Top: q-space samples as acquired, coloured by b-value; |q| is proportional to √b. Bottom: b-values in "
-            "order of acquisition.",
-            "Where points overlap in a projection, the one with the lowest b-value is shown.",
-        ),
-        notes=tuple(map(printable, unit.notes)),
+        pictures,
+        notes=(*map(printable, unit.notes), *(drift.notes if drift is not None else ())),
         tables=(
             ("Input files", ("File", "Type", "Phase encoding", "Volumes", "Intensity scaling"), tuple(rows)),
             *((("Images of the subject that are not used", ("File", "Reason"), unused),) if unused else ()),
         ),
+    )
+
+
+def _drift_picture(acquired: Acquired, figures: FigureWriter) -> tuple[Picture, ...]:
+    """Drift of the signal, if it was measured."""
+    drift = acquired.drift
+    if drift is None or not np.isfinite(drift.measured).any():
+        return ()
+    return figures.single(
+        "signalDrift",
+        plots.signal_drift(drift, acquired.dwi.run),
+        "Signal of the brain over the scan, and the drift that was divided out.",
+        "Signal of the brain in single volumes relative to the start of the run (points), and the drift that was "
+        "divided out (line; at 1 where there was none of significance).",
     )
 
 

@@ -22,7 +22,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from dsiprep.data.acquisition import SamplingScheme
 from dsiprep.data.dwi import DWI
-from dsiprep.data.results import Motion
+from dsiprep.data.results import Drift, Motion
 
 FOREGROUND, MUTED, BACKGROUND = "#1f2530", "#69727f", "#fefefe"
 AXIS_COLOURS = ("#e5484d", "#2f9e5b", "#3f7fdb")
@@ -175,6 +175,19 @@ def _b_value_series(ax: Axes, dwi: DWI, norm: Normalize) -> None:
     ax.set(
         xlim=(-1, len(index)), ylim=(0, None), xlabel="volume (▲ b=0; dotted line: start of a run)", ylabel="b (s/mm²)"
     )
+
+
+def signal_drift(drift: Drift, run: np.ndarray) -> bytes:
+    """Signal of volumes relative to the first of their run, as measured and as fitted."""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 2.4), layout="constrained")
+        ax, index = figure.add_subplot(), np.arange(len(run))
+        ax.scatter(index, drift.measured, s=14, color=AXIS_COLOURS[2], edgecolors="none")
+        for number in np.unique(run):
+            ax.plot(index[run == number], drift.gains[run == number], color=FOREGROUND, linewidth=1.4)
+        ax.grid(axis="y")
+        ax.set(xlim=(-1, len(run)), xlabel="volume", ylabel="signal, relative")
+        return svg(figure)
 
 
 def motion(parameters: np.ndarray, fd: np.ndarray, bvals: np.ndarray, outliers: np.ndarray, is_b0: np.ndarray) -> bytes:

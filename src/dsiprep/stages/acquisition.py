@@ -16,6 +16,8 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.qspace.sampling_scheme import recognise
 from dsiprep.settings import AcquisitionSettings
+from dsiprep.stages.drift import METHODS as DRIFT_METHODS
+from dsiprep.stages.drift import estimate_drift, without_drift
 from dsiprep.stages.reference_blip import reference_blip
 
 METHODS = {
@@ -23,6 +25,7 @@ METHODS = {
         "The runs were concatenated on the voxel grid of the first run. Runs with a different field of view were "
         "resampled onto it with cubic B-splines."
     ),
+    **DRIFT_METHODS,
     "harmonize_b0": ("Each run was scaled to the same mean b=0 intensity in the brain."),
     "references": (
         "The b=0 volumes of the phase encoding that served only to estimate the distortion were aligned rigidly and "
@@ -47,7 +50,7 @@ def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
     Returns
     -------
     Acquired
-        On the voxel grid of the first run's file; the data of a single run are returned unchanged.
+        On the voxel grid of the first run's file; the data of a single run without drift are returned unchanged.
     """
     grid = raw.runs[0].grid
     runs = [_resample_run(run, grid) for run in raw.runs]
@@ -64,13 +67,15 @@ def conform(raw: RawUnit, settings: AcquisitionSettings) -> Acquired:
         settings.b0_threshold,
     )
     mask = brain_mask_b0(Volume(dwi.data[torch.as_tensor(dwi.is_b0)].mean(0), grid))
+    drift = estimate_drift(dwi, mask) if settings.drift == "auto" else None
+    dwi = dwi if drift is None else without_drift(dwi, drift)
     scales = np.ones(len(runs))
     if settings.harmonize_b0 and (len(runs) > 1 or raw.epis):
         dwi, blips, scales = _harmonise_b0(dwi, blips, mask)
     scheme = recognise(dwi.bvals, dwi.bvecs, settings.b0_threshold)
     axes = {run.slice_axis for run in runs}
     groups = multiband_groups([run.slice_times for run in runs])
-    return Acquired(dwi, blips, scheme, mask, scales, groups, axes.pop() if len(axes) == 1 else None)
+    return Acquired(dwi, blips, scheme, mask, scales, groups, axes.pop() if len(axes) == 1 else None, drift)
 
 
 def _resample_run(run: RawRun, grid: Grid) -> RawRun:

@@ -84,6 +84,7 @@ __all__ = ["METHODS", "estimate_motion", "explain_model"]
 log = logging.getLogger("dsiprep")
 COARSE_ROUNDS = 10  # maximum rounds at each voxel size of `COARSE_MM`
 COARSE_TOLERANCE = 1 / 40  # of the voxel size: largest movement at which rounds at that voxel size stop
+EDDY_TOLERANCE_MM = 0.005  # change of eddy currents in a round below which they stay for the rest of the level
 INITIAL_PASSES = 2  # of prediction that only initialise the volume weights
 RESTART_ROUND = 2  # in which poorly fitting volumes are restarted
 JUDGED_ROUNDS = 3  # at each level, in which outlier slices are found anew
@@ -257,7 +258,7 @@ def _shoreline_rounds(
         if prior is not None and state.eddy is not None and _resolves_eddy(level):
             terms = choose_terms(inputs.settings.eddy, len(weighted))
             eddy_fit = EddyFit(dwi, level, observed, predicted, prior, terms)
-            if eddy_change > inputs.settings.tolerance:
+            if eddy_change > EDDY_TOLERANCE_MM:
                 state, eddy_change = eddy_step(eddy_fit, state)
         state = _register(inputs, level, state, predicted, prior)
         if number > rounds[0]:
@@ -266,7 +267,8 @@ def _shoreline_rounds(
         trace += trace_rows(state.transforms, level.points.centre, level.name, number)
         movement = point_displacement(before, state.transforms[weighted], level.probe_points()).mean(1).max()
         log.info("motion: round %d (%s voxels), largest movement %.3f mm", number, level.name, movement)
-        if movement < tolerance:
+        log.debug("motion: eddy currents changed by %.3f mm", eddy_change)
+        if movement < tolerance and (eddy_fit is None or eddy_change < inputs.settings.tolerance):
             break
     if eddy_fit is not None and level.name == inputs.finest_eddy:
         state = shrink_to_significant(eddy_fit, state)

@@ -165,6 +165,8 @@ def _confounds(
     eddy = eddy_currents(motions, count)
     if eddy is not None:
         columns |= {f"eddy_{name}": eddy.coefficients[:, term] for term, name in enumerate(EDDY_TERMS)}
+    if acquired.drift is not None:
+        columns["signal_drift"] = acquired.drift.gains
     columns |= {"hmc_r2": r2, "hmc_xcorr": xcorr, "run": acquired.dwi.run.astype(int)}
     columns |= _b0_shift(motions, count)
     row = np.arange(count)

@@ -16,6 +16,7 @@ instrument phi dy/dx + phi' y / 2, which is uncorrelated with the noise.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,8 +51,9 @@ log = logging.getLogger("dsiprep")
 MIN_VOXEL_MM = (
     3.9  # mean voxel size above which eddy currents are estimated: noise of smaller voxels enters predictions too
 )
-SAMPLED_POINTS = 1000  # points of the brain that eddy currents are estimated from
+SAMPLED_VALUES = 250_000  # points of the brain times volumes that eddy currents are estimated from
 PREDICTION_ERROR_MM = 0.025  # eddy currents that prediction errors would mimic if predictions did not follow the data
+SIZE_ITERATIONS = 30  # of the size of eddy currents and the penalty that depends on it
 INITIAL_SIZE_MM = 0.5  # assumed size of eddy currents before there is an estimate
 MIN_SIZE_MM = 0.1  # lower bound on the size that the penalty assumes
 MIN_DIRECTIONS_LINEAR, MIN_DIRECTIONS_QUADRATIC = 12, 45
@@ -158,12 +160,13 @@ def eddy_step(fit: EddyFit, state: MotionState) -> tuple[MotionState, float]:
     """
     assert state.eddy is not None
     weighted = np.flatnonzero(~fit.dwi.is_b0)
-    change, moves = _sampled_step(fit, state.transforms[weighted], state.eddy, state.response)
+    gradients, points = _gradients(fit.dwi), fit.level.probe_points()
+    size = _size_of_response(state.eddy, gradients, points)
+    change, moves = _sampled_step(fit, state.transforms[weighted], state.eddy, state.response, size)
     response, transforms = state.response - change, state.transforms.copy()
     transforms[weighted], _ = apply_steps(transforms[weighted], moves, fit.level.points)
-    eddy = _with_response(state.eddy, response, _gradients(fit.dwi), state.deviation)
-    moved = rms_displacement(_with_response(state.eddy, change, _gradients(fit.dwi)), fit.level.probe_points())
-    return replace(state, transforms=transforms, response=response, eddy=eddy), moved
+    eddy = _with_response(state.eddy, response, gradients, state.deviation)
+    return replace(state, transforms=transforms, response=response, eddy=eddy), size(change)
 
 
 def shrink_to_significant(fit: EddyFit, state: MotionState) -> MotionState:
@@ -180,7 +183,8 @@ def shrink_to_significant(fit: EddyFit, state: MotionState) -> MotionState:
     null = 0.0
     for axis in {0, 1, 2} - {state.eddy.along}:
         other = replace(state.eddy, along=axis)
-        change, _ = _sampled_step(fit, state.transforms[weighted], other, np.zeros((10, 3)))
+        none = np.zeros((10, 3))
+        change, _ = _sampled_step(fit, state.transforms[weighted], other, none, lambda _: INITIAL_SIZE_MM)
         null += 0.5 * rms_displacement(_with_response(other, change, gradients), probe_points) ** 2
     log.info("motion: eddy currents of %.3f mm rms, %.3f mm along the other axes", size, null**0.5)
     response = kept_fraction(size, null, len(fit.observed)) * state.response
@@ -205,18 +209,20 @@ def kept_fraction(size: float, null: float, count: int) -> float:
 
 
 def _sampled_step(
-    fit: EddyFit, transforms: np.ndarray, eddy: EddyCurrents, response: np.ndarray
+    fit: EddyFit,
+    transforms: np.ndarray,
+    eddy: EddyCurrents,
+    response: np.ndarray,
+    size: Callable[[np.ndarray], float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """`joint_step` on a sample of the brain, for the (n, 4, 4) transforms of the diffusion-weighted volumes."""
     weighted = np.flatnonzero(~fit.dwi.is_b0)
     points, predicted = fit.level.points, fit.predicted
-    step = max(1, len(points) // SAMPLED_POINTS)
+    step = max(1, len(points) * len(fit.observed) // SAMPLED_VALUES)
     slopes = target_gradients(predicted.values, points, step)
     values = predicted.values[:, ::step].contiguous()
     residual = fit.observed[:, ::step] - values
     sample = ResidualSample(points.subsampled(step), residual, values, slopes, predicted)
-    expected = rms_displacement(_with_response(eddy, response, _gradients(fit.dwi)), fit.level.probe_points())
-    size = max(MIN_SIZE_MM, expected) if response.any() else INITIAL_SIZE_MM
     return joint_step(
         sample,
         transforms,
@@ -224,8 +230,16 @@ def _sampled_step(
         _gradients(fit.dwi)[weighted],
         fit.prior.take(weighted),
         response[: fit.terms],
-        (PREDICTION_ERROR_MM / size) ** 2,
+        size,
     )
+
+
+def _size_of_response(eddy: EddyCurrents, gradients: np.ndarray, points: np.ndarray) -> Callable[[np.ndarray], float]:
+    """The function that gives the root mean square displacement (mm) of `points` (m, 3) by a response (10, 3)."""
+    s = torch.as_tensor((points - eddy.centre) @ eddy.axes / EDDY_MM).T[None]
+    terms = eddy_polynomial(s, eddy.along)[0][:, 0].numpy()
+    products, moments = terms @ terms.T / len(points), gradients.T @ gradients / len(gradients)
+    return lambda response: float(np.sqrt(max(0.0, np.trace(response.T @ products @ response @ moments))))
 
 
 def _gradients(dwi: DWI) -> np.ndarray:
@@ -240,7 +254,7 @@ def joint_step(
     gradients: np.ndarray,
     prior: PosePrior,
     response: np.ndarray,
-    penalty: float,
+    size: Callable[[np.ndarray], float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """One Gauss-Newton step of R, fitted together with all rigid poses.
 
@@ -248,7 +262,8 @@ def joint_step(
     columns of R there are two for effects of the size of the gradient and its square, which prediction errors have and
     eddy currents do not. Displacements common to volumes of similar gradient hardly show in the residuals (N is small
     relative to D, the same sums without predictions), and there model errors mislead most. With errors of s of
-    covariance k² D and a zero-mean prior on R of precision D, R = (N' D^-1 N + k² D)^-1 N' D^-1 s.
+    covariance k² D and a zero-mean prior on R of precision D, R = (N' D^-1 N + k² D)^-1 N' D^-1 s. k is 0.025 mm over
+    the root mean square displacement by R itself, to which it is iterated.
 
     Parameters
     ----------
@@ -262,8 +277,8 @@ def joint_step(
         Of these volumes.
     response : ndarray, (t, 3)
         R of the terms to be estimated, with which the volumes were sampled.
-    penalty : float
-        k², where k is 0.025 mm over the expected root mean square displacement.
+    size : callable
+        Root mean square displacement (mm) by a response (10, 3).
 
     Returns
     -------
@@ -283,9 +298,13 @@ def joint_step(
     inner = inner + 1e-9 * np.trace(inner, axis1=1, axis2=2)[:, None, None] * np.eye(own)
     eliminated = np.linalg.solve(inner, mixed)
     reduced = (sums[:, own:, own:] - sums[:, own:, :own] @ eliminated).sum(axis=0)
-    solution = _solve_response(reduced[:, :-1], reduced[:, -1], unpredicted, response, penalty)
-    change = np.zeros((10, 3))
-    change[:terms] = solution.reshape(terms, 5)[:, :3]
+    before, change = np.pad(response, ((0, 10 - terms), (0, 0))), np.zeros((10, 3))
+    solution, expected = np.zeros(5 * terms), size(before) or INITIAL_SIZE_MM
+    for _ in range(SIZE_ITERATIONS):
+        penalty = (PREDICTION_ERROR_MM / max(MIN_SIZE_MM, expected)) ** 2
+        solution = _solve_response(reduced[:, :-1], reduced[:, -1], unpredicted, response, penalty)
+        change[:terms] = solution.reshape(terms, 5)[:, :3]
+        expected = size(before - change)
     return change, -(eliminated[:, :6, :-1] @ solution)
 
 
