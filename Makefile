@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs image clean
 
 demo: $(VENV)/.installed
 	$(BIN)/dsiprep-tools demo demo
@@ -25,6 +25,12 @@ lint: $(VENV)/.linted
 
 docs: $(VENV)/.documented
 	$(BIN)/mkdocs build --strict --quiet --site-dir site
+
+# The packages of the container in a folder, and a phantom preprocessed in it; needs root and mmdebstrap.
+image:
+	rm -rf build/image
+	containers/chroot.sh build build/image
+	containers/chroot.sh try build/image
 
 clean:
 	rm -rf $(VENV) demo site

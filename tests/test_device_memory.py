@@ -12,7 +12,7 @@ import torch
 
 from dsiprep.api import blip_pair
 from dsiprep.data.results import Distortion
-from dsiprep.device import in_chunks, with_cpu_fallback
+from dsiprep.device import free_bytes, in_chunks, with_cpu_fallback
 from helpers.epi_pair import Case, make_grid
 
 CPU = torch.device("cpu")
@@ -33,6 +33,17 @@ def test_stage_is_repeated_on_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
     assert message == "done"
     assert len(calls) == 2
     assert "running this stage on the CPU" in caplog.text
+
+
+def test_free_memory_without_proc_is_half_of_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS, which has no /proc and whose sysconf does not know free pages."""
+
+    def missing(path: Path, *_: object, **__: object) -> str:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 2**20, "SC_PAGE_SIZE": 2**14}.__getitem__)
+    assert free_bytes(CPU) == 2**33
 
 
 def test_other_errors_are_raised() -> None:
@@ -58,6 +69,33 @@ def test_chunks_are_halved_until_they_fit_in_memory(count: int, caplog: pytest.L
         done = torch.cat(in_chunks(double, count, 1, CPU))
     assert done.tolist() == [2 * i for i in range(count)]
     assert ("GPU out of memory: continuing in chunks" in caplog.text) == (count > 3)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_gpu_with_little_memory_takes_smaller_chunks_then_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    gpu, mebibyte = torch.device("cuda", 0), 2**20
+
+    def squares(part: slice) -> torch.Tensor:
+        """Eight items take 256 MiB."""
+        index = torch.arange(part.start, part.stop, device=gpu)
+        return (index[:, None].float() * torch.ones(8 * mebibyte, device=gpu))[:, 0] ** 2
+
+    def stage(values: torch.Tensor) -> torch.Tensor:
+        return values.expand(64, *values.shape).contiguous()[:, 0]
+
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(160 * mebibyte / torch.cuda.get_device_properties(gpu).total_memory, gpu)
+    try:
+        with caplog.at_level(logging.WARNING):
+            done = torch.cat(in_chunks(squares, 8, 1, gpu)).cpu()
+            moved = with_cpu_fallback(stage, gpu, (torch.ones(mebibyte),))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, gpu)
+    assert done.tolist() == [n * n for n in range(8)]
+    assert moved.device.type == "cpu"
+    assert "continuing in chunks" in caplog.text
+    assert "running this stage on the CPU" in caplog.text
 
 
 def test_single_item_that_does_not_fit_raises() -> None:

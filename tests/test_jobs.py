@@ -1,13 +1,10 @@
-"""Failures of units, reports and worker processes, and how they are reported."""
+"""Failures of units and reports, and how they are reported."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,8 @@ from dsiprep import jobs
 from dsiprep.cli.terminal import run_and_show
 from dsiprep.data.acquisition import Unit, UnusedImage
 from dsiprep.errors import InputError
-from dsiprep.jobs import Job, Outcome, run_jobs, run_subject
+from dsiprep.jobs import Job, run_subject
+from dsiprep.schedulers.local import run_locally
 from dsiprep.settings import Settings
 
 
@@ -36,7 +34,7 @@ def test_failed_report_is_reported_and_keeps_the_work_folder(
     monkeypatch.setattr(jobs, "_write_reports", disk_full)
     kept = tmp_path / "work" / "sub-01" / "motion-0"
     kept.mkdir(parents=True)
-    assert run_and_show([job(tmp_path)], 1, False) == 1
+    assert run_and_show([job(tmp_path)], run_locally) == 1
     message = " ".join(capsys.readouterr().err.split())
     assert "sub-01 report" in message
     assert "No space left on device" in message
@@ -51,40 +49,12 @@ def test_subject_with_grouping_error_is_listed_as_failed(
 ) -> None:
     monkeypatch.setattr(jobs, "_run_unit", lambda unit, job, on_step: None)
     monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
-    assert run_and_show([job(tmp_path)], 1, False, {"07": "no PhaseEncodingDirection"}) == 1
+    assert run_and_show([job(tmp_path)], run_locally, {"07": "no PhaseEncodingDirection"}) == 1
     table = capsys.readouterr().err
     assert "sub-07" in table
     assert "no PhaseEncodingDirection" in table
     assert "done" in table
-    assert run_and_show([job(tmp_path)], 1, False) == 0
-
-
-def die_once(marker: Path) -> None:
-    """Kill this process the first time."""
-    if not marker.exists():
-        marker.touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def send_or_die(job: Job, stop_on_first_crash: bool, sender: Connection) -> None:
-    """In place of a job's process: subject 01 is always killed, 02 once, the others succeed."""
-    if job.subject == "01":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if job.subject == "02":
-        die_once(job.work / "killed")
-    sender.send([Outcome(job.subject, job.units[0].name, 1.0)])
-
-
-def test_killed_process_costs_no_other_subject_and_is_tried_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "work").mkdir()
-    monkeypatch.setattr(jobs, "_send_outcomes", send_or_die)
-    outcomes = {o.subject: o for o in run_jobs([job(tmp_path, f"0{n}") for n in range(1, 5)], 2)}
-    assert sorted(outcomes) == ["01", "02", "03", "04"]
-    assert outcomes["01"].unit == "sub-01_dir-AP"
-    assert "killed twice, probably because memory ran out" in str(outcomes["01"].error)
-    assert [outcomes[subject].error for subject in ("02", "03", "04")] == [None] * 3
+    assert run_and_show([job(tmp_path)], run_locally) == 0
 
 
 def test_second_process_on_a_subject_is_refused_and_leaves_the_first_alone(
@@ -135,7 +105,7 @@ def test_table_shows_brackets_and_unused_images(
     monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
     work = job(tmp_path)
     unit = replace(work.units[0], left_out=(UnusedImage(Path("sub-01_T2w.nii.gz"), "--anat-modality T1w"),))
-    assert run_and_show([replace(work, units=(unit,))], 1, False) == 1
+    assert run_and_show([replace(work, units=(unit,))], run_locally) == 1
     shown = capsys.readouterr().err
     assert "/data [raw]/[/b]: damaged" in " ".join(shown.split())
     assert "Images that are not used:\n  sub-01_T2w.nii.gz: --anat-modality T1w" in shown

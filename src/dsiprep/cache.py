@@ -94,7 +94,7 @@ class Cache:
         self, reader: ModuleType, paths: tuple[Path, ...], facts: object, read: Callable[[], T]
     ) -> CachedResult[T]:
         """What `read` returns, keyed by the contents of `paths`, by `facts` about them and by the `reader`'s source."""
-        digest = hashlib.sha256(_plain([facts, source_digest(reader.__name__)]).encode())
+        digest = hashlib.sha256(plain_text([facts, source_digest(reader.__name__)]).encode())
         for path in paths:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
@@ -116,7 +116,7 @@ class Cache:
         """
         code = [LIBRARIES, source_digest(stage.__name__), _source_of(function)]
         lineage = [name, code, [_lineage(item) for item in inputs]]
-        key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
+        key = hashlib.sha256(plain_text(lineage).encode()).hexdigest()
         if self.folder is None:
             if key not in self._in_memory:
                 self._in_memory[key] = self._timed(name, function, inputs)
@@ -133,7 +133,7 @@ class Cache:
     def derive(self, function: Callable[..., T], *inputs: CachedResult[Any]) -> CachedResult[T]:
         """`function(*inputs)` where it is too cheap to be stored; its key follows from those of its inputs."""
         lineage = [_source_of(function), [item.key for item in inputs]]
-        key = hashlib.sha256(_plain(lineage).encode()).hexdigest()
+        key = hashlib.sha256(plain_text(lineage).encode()).hexdigest()
         return CachedResult(key, lambda: function(*(item.value for item in inputs)))
 
     def _timed(self, name: str, function: Callable[..., T], inputs: tuple[object, ...]) -> T:
@@ -162,21 +162,25 @@ class LockedError(DsiprepError):
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes from the results in `folder` meanwhile; the operating system ends a lock with its owner.
 
     Raises
     ------
     LockedError
-        If another process holds the lock.
+        If another process holds the lock and does not release it within `patience` seconds.
     """
     path = folder.with_name(f"{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
+    give_up = time.monotonic() + patience
     while True:
         with path.open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                if time.monotonic() < give_up:
+                    time.sleep(0.2)
+                    continue
                 owner = path.read_text() or "another process"
                 raise LockedError(
                     f"{folder.name}: {owner} is processing this subject with the work folder {folder.parent}; wait for "
@@ -219,7 +223,8 @@ def _lineage(item: object) -> object:
     return [_lineage(part) for part in item] if isinstance(item, tuple) else item
 
 
-def _plain(item: object) -> str:
+def plain_text(item: object) -> str:
+    """Settings, plain values, paths and dataclasses of them as text that is the same in every process."""
     return json.dumps(item, sort_keys=True, default=_describe)
 
 

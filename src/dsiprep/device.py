@@ -27,18 +27,47 @@ def choose(name: str = "auto") -> torch.device:
     SettingsError
         If there is no GPU of that number.
     """
+    check_name(name)
     count = torch.cuda.device_count()
     if name == "auto":
         return torch.device("cuda" if count else "cpu")
     if name == "cpu":
         return torch.device("cpu")
-    if not re.fullmatch(r"cuda(:\d+)?", name):
-        raise SettingsError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
     device = torch.device(name)
     if (device.index or 0) >= count:
         found = f"{count} CUDA device{'s' if count != 1 else ''}"
         raise SettingsError(f"--device {name}: torch sees {found} here; use --device cpu or auto")
     return device
+
+
+def check_name(name: str) -> None:
+    """Refuse what cannot name a device, whether or not this machine has it.
+
+    Raises
+    ------
+    SettingsError
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", name):
+        raise SettingsError(f"--device {name}: not one of auto, cpu, cuda, cuda:N")
+
+
+def gpu_of_slot(name: str, slot: int) -> dict[str, str]:
+    """Environment in which the process in one of several slots sees all GPUs, and its own as the first.
+
+    Empty if the device is not "auto" or "cuda", or if there are fewer than two GPUs.
+    """
+    if name not in ("auto", "cuda"):
+        return {}
+    seen = _visible_gpus() or [str(number) for number in range(torch.cuda.device_count())]
+    if len(seen) < 2:
+        return {}
+    first = slot % len(seen)
+    return {"CUDA_VISIBLE_DEVICES": ",".join(seen[first:] + seen[:first])}
+
+
+def _visible_gpus() -> list[str]:
+    """Entries of CUDA_VISIBLE_DEVICES."""
+    return [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
 
 
 def use_threads(count: int) -> None:
@@ -75,7 +104,7 @@ def release_gpu(device: torch.device) -> dict[str, str]:
         return {}
     torch.cuda.empty_cache()
     index = torch.cuda.current_device() if device.index is None else device.index
-    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    seen = _visible_gpus()
     return {"CUDA_VISIBLE_DEVICES": seen[index] if index < len(seen) else str(index)}
 
 

@@ -1,34 +1,28 @@
-"""Run the subjects of a dataset, one after another or in parallel processes.
+"""Run one subject: its units (sessions, outputs) one after another, which share the anatomy and the report.
 
-Each subject runs in a single process: its units (sessions, outputs) run one after another and share the anatomy and the
-report. A failed unit does not stop the others.
+A failed unit does not stop the others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import logging
 import time
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.connection import wait as wait_for_any
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import TypeVar
 
 from dsiprep import __version__
 from dsiprep.cache import Cache, LockedError, exclusive
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
 from dsiprep.errors import DsiprepError, printable
+from dsiprep.finished import FinishedSubjects
 from dsiprep.settings import Settings
 
-log = logging.getLogger("dsiprep")
 ADVICE = {
     errno.EACCES: "check the permissions",
     errno.EPERM: "check the permissions",
@@ -93,6 +87,8 @@ class Outcome:
         File with the traceback, if it could be written.
     warnings : tuple of str
         What must not be overlooked about a finished unit.
+    unchanged : bool
+        It had finished before, with the same inputs.
     """
 
     subject: str
@@ -101,6 +97,16 @@ class Outcome:
     error: str | None = None
     log: Path | None = None
     warnings: tuple[str, ...] = ()
+    unchanged: bool = False
+
+
+def finished_before(job: Job) -> list[Outcome]:
+    """Outcomes of a job whose subject finished before with the same inputs; empty if it has to be processed."""
+    kept = not job.keep_work or _work_folder(job).is_dir()
+    warnings = FinishedSubjects(job.out, job.settings).warnings_of(job.subject, job.units) if kept else None
+    if job.mode or warnings is None:
+        return []
+    return [Outcome(job.subject, unit.name, 0.0, warnings=warnings[unit.name], unchanged=True) for unit in job.units]
 
 
 def memory_needed(job: Job) -> int:
@@ -110,119 +116,36 @@ def memory_needed(job: Job) -> int:
     return expected_cost(job.units)[1]
 
 
-def parallel_subjects(jobs: Sequence[Job], cores: int, cores_per_subject: int = 0, memory: int = 0) -> int:
-    """Number of subjects to run in parallel, limited by cores and memory.
+def expected_minutes(job: Job) -> float:
+    """Approximate CPU time of a job in minutes."""
+    from dsiprep.plan import expected_cost
 
-    Parameters
-    ----------
-    jobs : sequence of Job
-    cores : int
-        In all.
-    cores_per_subject : int
-        0 gives all cores to each subject.
-    memory : int
-        MB in all; 0 sets no limit.
-    """
-    processes = max(1, cores // (cores_per_subject or cores))
-    if memory:
-        processes = min(processes, max(1, memory // max(memory_needed(job) for job in jobs)))
-    return min(processes, len(jobs))
+    return expected_cost(job.units)[0]
 
 
-def run_jobs(
-    jobs: Sequence[Job],
-    processes: int = 1,
-    stop_on_first_crash: bool = False,
-    on_step: StepCallback = lambda unit, step: None,
-) -> Iterator[Outcome]:
-    """Run the jobs and yield their outcomes as they finish.
-
-    Parameters
-    ----------
-    jobs : sequence of Job
-    processes : int
-        Number of subjects that run in parallel.
-    stop_on_first_crash : bool
-        Start no further work after a failure.
-    on_step : callable
-        Called with (unit, step) before a step is computed; only if there is a single process.
-    """
-    if processes == 1 or len(jobs) == 1:
-        for job in jobs:
-            for outcome in run_subject(job, on_step, stop_on_first_crash):
-                yield outcome
-                if outcome.error and stop_on_first_crash:
-                    return
-        return
-    yield from _run_in_processes(jobs, processes, stop_on_first_crash)
-
-
-def _run_in_processes(jobs: Sequence[Job], processes: int, stop_on_first_crash: bool) -> Iterator[Outcome]:
-    """Run each job in a process of its own; a job whose process was killed is tried once more, after the others."""
-    waiting = deque((job, 1) for job in jobs)
-    running: dict[Connection, tuple[SpawnProcess, Job, int]] = {}
-    context = get_context("spawn")  # CUDA contexts and threads do not survive a fork
-    try:
-        while waiting or running:
-            while waiting and len(running) < processes:
-                job, attempt = waiting.popleft()
-                receiver, sender = context.Pipe(duplex=False)
-                process = context.Process(target=_send_outcomes, args=(job, stop_on_first_crash, sender), daemon=True)
-                process.start()
-                sender.close()  # the child's copy alone stays open, so that its death ends the connection
-                running[receiver] = (process, job, attempt)
-            for receiver in cast("list[Connection]", wait_for_any(list(running))):
-                process, job, attempt = running.pop(receiver)
-                outcomes = _receive(receiver)
-                process.join()
-                if outcomes is None and attempt == 1:
-                    log.warning("sub-%s: its process was killed; it is tried once more", job.subject)
-                    waiting.append((job, 2))
-                    continue
-                outcomes = _killed(job) if outcomes is None else outcomes
-                yield from outcomes
-                if stop_on_first_crash and any(outcome.error for outcome in outcomes):
-                    waiting.clear()
-    finally:
-        for process, _, _ in running.values():
-            process.terminate()
-
-
-def _send_outcomes(job: Job, stop_on_first_crash: bool, sender: Connection) -> None:
-    """Body of a job's process."""
-    sender.send(list(run_subject(job, lambda unit, step: None, stop_on_first_crash)))
-
-
-def _receive(receiver: Connection) -> list[Outcome] | None:
-    """The outcomes of a job; None if its process ended without sending them."""
-    try:
-        return cast("list[Outcome]", receiver.recv())
-    except EOFError:
-        return None
-    finally:
-        receiver.close()
-
-
-def _killed(job: Job) -> list[Outcome]:
-    """Outcomes of a job whose process was killed: all its units have failed."""
+def killed(job: Job) -> list[Outcome]:
+    """Outcomes of a job whose process was killed twice: all its units have failed."""
     error = (
         "its process was killed twice, probably because memory ran out; run fewer subjects in parallel (with --mem or "
-        "a higher --omp-nthreads), and the same command resumes from here"
+        "a higher --omp-nthreads) or give each more memory, and the same command resumes from here"
     )
     return [Outcome(job.subject, unit.name, 0.0, error) for unit in job.units]
 
 
-def run_subject(job: Job, on_step: StepCallback, stop_on_first_crash: bool = False) -> Iterator[Outcome]:
+def run_subject(
+    job: Job, on_step: StepCallback, stop_on_first_crash: bool = False, patience: float = 0.0
+) -> Iterator[Outcome]:
     """Run all units of one subject, then write its joined outputs and its report.
 
     Yields the outcome of every unit, and of each joined output or report that failed. The cached results are kept after
-    a failure, so that the next run resumes from them. All units fail if another process works on the same subject.
+    a failure, so that the next run resumes from them. All units fail if another process works on the same subject and
+    does not end within `patience` seconds.
     """
     from dsiprep.device import use_threads
 
     use_threads(job.threads)
     try:
-        with exclusive(_work_folder(job)):
+        with exclusive(_work_folder(job), patience):
             yield from _run_units(job, on_step, stop_on_first_crash)
     except LockedError as problem:
         yield from (Outcome(job.subject, unit.name, 0.0, str(problem)) for unit in job.units)
@@ -231,6 +154,8 @@ def run_subject(job: Job, on_step: StepCallback, stop_on_first_crash: bool = Fal
 def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> Iterator[Outcome]:
     finished: list[UnitResults] = []
     failures: list[tuple[str, str]] = []
+    records = FinishedSubjects(job.out, job.settings)
+    inputs = records.begin(job.subject, job.units)
     for unit in _leads_first(job):
         # the b=0 reference of a failed unit cannot replace another unit's structural image
         usable = tuple(other for other in job.units if other.name not in dict(failures))
@@ -254,8 +179,12 @@ def _run_units(job: Job, on_step: StepCallback, stop_on_first_crash: bool) -> It
         if outcome.error:
             failures.append((name, outcome.error))
             yield outcome
-    if not failures and not job.keep_work and not job.mode:
-        Cache(_work_folder(job)).clear()
+    if not failures and not job.mode:
+        warnings = {results.unit.name: results.warnings for results in finished}
+        with contextlib.suppress(OSError):  # without a record the next run takes the subject up again
+            records.remember(job.subject, job.units, inputs, warnings)
+        if not job.keep_work:
+            Cache(_work_folder(job)).clear()
 
 
 def _attempt(job: Job, name: str, step: Callable[[], T]) -> tuple[T | None, Outcome]:

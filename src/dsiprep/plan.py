@@ -12,7 +12,7 @@ from dsiprep.data.results import Acquired
 from dsiprep.engines.selection import engines_for
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.io.nifti_header import read_shape
-from dsiprep.io.templates import load_template
+from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
 from dsiprep.stages import denoise, lattice, motion
@@ -80,7 +80,7 @@ def check_anatomy(units: Sequence[Unit], settings: Settings) -> str:
             "folder of derivatives, or select one subject with --participant-label"
         )
     download = anatomy.normalize or bool(anatomy.template)
-    template = load_template(anatomy.template, anatomy.modality, allow_network=download)
+    template = choose_template(anatomy.template, anatomy.modality, allow_network=download)
     note = template.note
     if note and anatomy.normalize and any(unit.structural(anatomy.modality) for unit in units):
         log.warning(note)

@@ -11,7 +11,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-__all__ = ["modules_reached", "source_digest"]
+__all__ = ["modules_reached", "package_digest", "source_digest"]
 
 ROOT = Path(__file__).parent
 PACKAGE = ROOT.name
@@ -29,6 +29,15 @@ def source_digest(module: str) -> str:
     digest = hashlib.sha256()
     for name in modules_reached(module):
         digest.update(name.encode() + b"\0" + _file_of(name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+@cache
+def package_digest() -> str:
+    """SHA-256 of all modules of dsiprep."""
+    digest = hashlib.sha256()
+    for path in sorted(ROOT.rglob("*.py")):
+        digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -35,7 +35,6 @@ from dsiprep.report.verdict_bounds import read_bounds
 if TYPE_CHECKING:
     from dsiprep.cli.plan_page import PlannedUnit
     from dsiprep.data.acquisition import Unit
-    from dsiprep.jobs import Job
 
 log = logging.getLogger("dsiprep")
 
@@ -131,6 +130,14 @@ def _add_running(group: argparse._ArgumentGroup) -> None:
         help="total memory, which limits the number of subjects that run in parallel (default: no limit)")  # fmt: skip
     add("--config-file", type=Path, metavar="FILE",
         help="logs/dsiprep.toml of an earlier run, whose options are repeated; those given here go first")  # fmt: skip
+    add("--scheduler", default="local", metavar="local|ADDRESS|slurm|pbs|sge|lsf|oar",
+        help="where subjects run: on this machine, on the workers of a Dask scheduler (tcp://HOST:PORT), or in jobs of "
+        "a batch system, one subject per job, with --omp-nthreads cores each (default: local)")  # fmt: skip
+    add("--scheduler-options", type=Path, metavar="FILE",
+        help="YAML or JSON file with options of the batch system as dask-jobqueue names them (queue, account, "
+        "walltime, memory, ...), and minimum_jobs and maximum_jobs")  # fmt: skip
+    add("--rerun", action="store_true",
+        help="process subjects again that have finished before with the same data, settings and version")  # fmt: skip
     add("--dry-run", action="store_true", help="check all files except voxels, print the plan and exit")
     add("--json", action="store_true", help="with --dry-run: print the plan as JSON")
     add("--validate", action="store_true", help="run bids-validator-deno first and stop if it finds errors")
@@ -307,16 +314,10 @@ def _report_unexpected(problem: Exception) -> str:
     return f"unexpected {type(problem).__name__}: {problem}; please report it and attach {log_file}"
 
 
-def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
-    from dsiprep.cli.plan_page import plan_units, validate_dataset
-    from dsiprep.cli.progress import run_log
-    from dsiprep.cli.terminal import run_and_show
+def find_selected_units(options: argparse.Namespace, chosen: settings.Settings) -> tuple[list[Unit], dict[str, str]]:
+    """The units of the subjects that the options select, and why some subjects have none, which is printed as well."""
     from dsiprep.io.bids import find_units
-    from dsiprep.jobs import parallel_subjects
-    from dsiprep.plan import check_anatomy
 
-    if options.validate:
-        validate_dataset(options.bids_dir.resolve())
     failed: dict[str, DsiprepError] = {}
     units = find_units(
         options.bids_dir.resolve(),
@@ -336,16 +337,28 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
     }
     for message in failure_messages.values():
         print(f"dsiprep: {message}", file=sys.stderr)
+    return units, failure_messages
+
+
+def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list[str]) -> int:
+    from dsiprep.cli.plan_page import plan_units, validate_dataset
+    from dsiprep.cli.progress import run_log
+    from dsiprep.cli.scheduling import make_jobs, scheduler_of, side_by_side
+    from dsiprep.cli.terminal import run_and_show
+    from dsiprep.plan import check_anatomy
+
+    if options.validate:
+        validate_dataset(options.bids_dir.resolve())
+    units, failure_messages = find_selected_units(options, chosen)
     template = check_anatomy(units, chosen) if units else ""
     command = printable("dsiprep " + " ".join(arguments))
-    jobs = _jobs(units, options, chosen, command)
+    jobs = make_jobs(units, options, chosen, command)
     if options.dry_run:
         return _show_plan(plan_units(units, chosen, template), failure_messages, options)
-    if not units or (failed and options.stop_on_first_crash):
+    if not units or (failure_messages and options.stop_on_first_crash):
         return 1
-    processes = parallel_subjects(jobs, options.nprocs, options.omp_nthreads, options.mem)
     with run_log(options.output_dir.resolve(), run_as_toml(build_parser(), options, chosen, command)):
-        return run_and_show(jobs, processes, options.stop_on_first_crash, failure_messages)
+        return run_and_show(jobs, scheduler_of(jobs, options), side_by_side(jobs, options), failure_messages)
 
 
 def _show_plan(planned: Sequence[PlannedUnit], failed: dict[str, str], options: argparse.Namespace) -> int:
@@ -357,26 +370,6 @@ def _show_plan(planned: Sequence[PlannedUnit], failed: dict[str, str], options: 
     else:
         print_plan(planned)
     return 1 if failed or any(plan.problem for plan in planned) else 0
-
-
-def _jobs(units: Sequence[Unit], options: argparse.Namespace, chosen: settings.Settings, command: str) -> list[Job]:
-    from dsiprep.device import choose
-    from dsiprep.engines.selection import check_engines
-    from dsiprep.jobs import Job
-
-    device = choose(options.device)  # reject an invalid name before processing starts
-    mode = next((m for m in ("anat_only", "reports_only", "boilerplate_only") if getattr(options, m)), "")
-    by_subject: dict[str, list[Unit]] = {}
-    for unit in units:
-        if mode in ("", "anat_only"):
-            check_engines(unit, chosen, device)
-        by_subject.setdefault(unit.subject, []).append(unit)
-    threads = options.omp_nthreads or options.nprocs
-    return [
-        Job(subject, tuple(subject_units), chosen, options.output_dir.resolve(), options.work_dir.resolve(),
-            options.device, threads, options.keep_work, mode, command)
-        for subject, subject_units in by_subject.items()
-    ]  # fmt: skip
 
 
 if __name__ == "__main__":

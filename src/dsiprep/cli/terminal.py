@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,27 +12,28 @@ from rich.text import Text
 from dsiprep.cli.plan_page import print_unused
 from dsiprep.cli.progress import LiveProgress, as_time
 from dsiprep.errors import printable
-from dsiprep.jobs import Job, Outcome, run_jobs
+from dsiprep.jobs import Job, Outcome, StepCallback
 from dsiprep.plan import warnings_for
 
 
 def run_and_show(
     jobs: Sequence[Job],
+    run: Callable[[Sequence[Job], StepCallback], Iterator[Outcome]],
     processes: int,
-    stop_on_first_crash: bool,
     grouping_errors: Mapping[str, str] | None = None,
 ) -> int:
     """Run the jobs, show where they are, and print a table of units; return 0 on success and 1 after any failure.
 
-    `grouping_errors` holds the error message of each subject whose files could not be grouped into units; these
-    subjects are listed in the table as failed.
+    `run` yields the outcomes as they come and reports each step that begins; `processes` is the number of subjects that
+    it runs side by side. `grouping_errors` holds the error message
+    of each subject whose files could not be grouped into units; these subjects are listed in the table as failed.
     """
     console = Console(stderr=True, highlight=False)
     for unit in (unit for job in jobs if not job.mode for unit in job.units):
         _print_warnings(console, unit.name, warnings_for(unit, jobs[0].settings))
     outcomes = [Outcome(subject, f"sub-{subject}", 0.0, error) for subject, error in (grouping_errors or {}).items()]
     with LiveProgress(console, jobs, processes) as progress:
-        for outcome in run_jobs(jobs, processes, stop_on_first_crash, progress.on_step):
+        for outcome in run(jobs, progress.on_step):
             outcomes.append(outcome)
             progress.finish(outcome)
     planned = [unit.name for job in jobs for unit in job.units]
@@ -51,6 +52,7 @@ def _print_table(console: Console, names: Sequence[str], outcomes: Sequence[Outc
             table.add_row(escape(name), "not started", "")
             continue
         done = "[yellow]done, with warnings[/yellow]" if outcome.warnings else "[green]done[/green]"
+        done += " before; nothing has changed since" if outcome.unchanged else ""
         result = f"[red]failed[/red]: {escape(outcome.error)}" if outcome.error else done
         if outcome.error and outcome.log:
             result += f"\n(log: {escape(printable(outcome.log))})"

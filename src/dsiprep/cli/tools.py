@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dsiprep import __version__
 from dsiprep.cli.app import Parser, add_setting
 from dsiprep.cli.app import main as run_app
+from dsiprep.cli.array import add_array_options, run_array
 from dsiprep.errors import DsiprepError, OutputError
 from dsiprep.phantom.settings import PhantomSettings, demo_settings
 from dsiprep.qsiprep.options import add_command_options, add_image_options, run_command, run_image
@@ -40,6 +41,7 @@ def build_parser() -> Parser:
     _add_normalization(tools)
     _add_drbuddi(tools)
     _add_convert_warp(tools)
+    _add_array(tools)
     _add_qsiprep(tools)
     return parser
 
@@ -255,6 +257,12 @@ def _convert_warp(options: argparse.Namespace) -> int:
     )
     print("\n".join(messages))
     return 0
+
+
+def _add_array(tools: Subparsers) -> None:
+    tool = tools.add_parser("array", help="write a job array that processes the subjects of a dataset")
+    add_array_options(tool)
+    tool.set_defaults(run=run_array)
 
 
 def _add_qsiprep(tools: Subparsers) -> None:

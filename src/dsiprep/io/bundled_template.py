@@ -22,7 +22,15 @@ from dsiprep.errors import InputError
 from dsiprep.io.nifti import read_volume
 from dsiprep.ops.image.interpolation import resample_onto
 
-__all__ = ["BUNDLED", "DEFAULT", "DISPLACEMENT", "bundled_in_default_space", "bundled_template", "read_displacement"]
+__all__ = [
+    "BUNDLED",
+    "DEFAULT",
+    "DISPLACEMENT",
+    "bundled_files",
+    "bundled_in_default_space",
+    "bundled_template",
+    "read_displacement",
+]
 
 DEFAULT = "MNI152NLin2009cAsym"
 BUNDLED = "MNI152NLin2009aSym"
@@ -32,7 +40,7 @@ DISPLACEMENT = Path(__file__).with_name(f"{DEFAULT}_to_{BUNDLED}.npz")
 
 def bundled_template() -> Template:
     """The ICBM152 2009a symmetric brain bundled with nilearn: T1w, GM and WM, scaled to 0..255."""
-    files = tuple(_nilearn_file(part) for part in ("t1", "gm", "wm"))
+    files = bundled_files()
     t1w, gm, wm = (read_volume(file) for file in files)
     filled = ndimage.binary_fill_holes(t1w.numpy() > 0)
     mask = torch.from_numpy(np.asarray(filled, np.float32))
@@ -40,6 +48,11 @@ def bundled_template() -> Template:
     csf_prior = (mask - gm_prior - wm_prior).clamp(0, 1)
     tissue = torch.stack([csf_prior, gm_prior, wm_prior])
     return Template(BUNDLED, Volume(t1w.data * mask, t1w.grid), Volume(mask, t1w.grid), tissue, "nilearn", files)
+
+
+def bundled_files() -> tuple[Path, ...]:
+    """T1w, GM and WM of nilearn."""
+    return tuple(_nilearn_file(part) for part in ("t1", "gm", "wm"))
 
 
 @cache

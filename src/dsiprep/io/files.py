@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +47,32 @@ def check_file(path: Path) -> None:
     for is_kind, name in KINDS:
         if is_kind(mode):
             raise InputError(f"{path}: {name}; expected a file; replace or remove it")
-    real = os.path.realpath(path)
+    real = _real_path(Path(path))
     if any(real.startswith(f"{folder}/") for folder in KERNEL_FOLDERS) and not real.startswith("/dev/shm/"):
         raise InputError(f"{path}: a link to {real}, which is not a data file; replace it")
+
+
+def file_state(path: Path) -> object:
+    """Equal for the same path as long as the file or folder does not change; new at each call just after a change.
+
+    Times of file systems are coarse, so a file that changed within the last second may change again unseen.
+    """
+    status = path.stat()
+    if time.time_ns() - status.st_mtime_ns < 10**9:
+        return object()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _real_path(path: Path) -> str:
+    """The path without links; folders are followed once, because a dataset has many files in each."""
+    if path.is_symlink():
+        return os.path.realpath(path)
+    return f"{_real_folder(str(path.parent))}/{path.name}"
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def read_bytes(path: Path) -> bytes:

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from dsiprep.data.grid import Grid
 from dsiprep.errors import InputError
-from dsiprep.io.files import check_file
+from dsiprep.io.files import check_file, file_state
 
 FIRST_HEADER_BYTES, HEADER_BYTES = 348, 540  # of NIfTI-1 and NIfTI-2
 MAX_AXIS = 2**20  # voxels along an axis; the largest images have some thousands
@@ -59,6 +60,12 @@ def read_header(path: Path) -> Header:
     """
     path = Path(path)
     check_file(path)
+    return _header_of(path, file_state(path))
+
+
+@lru_cache(maxsize=256)
+def _header_of(path: Path, state: object) -> Header:
+    """The header of a file in this state: a plan asks for each several times."""
     try:
         with path.open("rb") as raw:
             compressed = raw.read(2) == b"\x1f\x8b"

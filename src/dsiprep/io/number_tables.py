@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +25,22 @@ def read_numbers(path: Path) -> np.ndarray:
         text = read_text(path)
     except InputError as error:
         raise GradientError(f"{error}; every diffusion-weighted series needs a .bval and a .bvec") from None
+    try:
+        return _parsed(text).copy()
+    except ValueError as error:
+        raise GradientError(f"{path}: {error}; convert the series again") from None
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> np.ndarray:
+    """Numbers of a text, which many subjects of a study share. Raises a ValueError with the reason."""
     lines = [line.partition("#")[0].replace(",", " ").replace(";", " ").split() for line in text.split("\n")]
     try:
         rows = [[float(word) for word in words] for words in lines if words]
     except ValueError as error:
         reason = str(error) if len(str(error)) < 80 else f"{str(error)[:77]}..."
-        raise GradientError(f"{path}: not a table of numbers ({reason}); convert the series again") from None
+        raise ValueError(f"not a table of numbers ({reason})") from None
     if not rows or len({len(row) for row in rows}) != 1:
         found = "empty" if not rows else "rows of different length"
-        raise GradientError(f"{path}: {found}; expected a table of numbers; convert the series again")
+        raise ValueError(f"{found}; expected a table of numbers")
     return np.array(rows)

@@ -7,13 +7,14 @@ otherwise, of several files whose entities contain each other, those with more e
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from dsiprep.errors import MetadataError
 from dsiprep.io.bids_filters import entities
-from dsiprep.io.files import read_json
+from dsiprep.io.files import file_state, read_json
 
 EXTENSIONS = (".json", ".bval", ".bvec")
 
@@ -75,12 +76,15 @@ class SidecarFiles:
         """Names with one of `EXTENSIONS`, dangling links included, and their entities with the suffix."""
         if folder not in self._folders:
             try:
-                names = sorted(path.name for path in folder.iterdir())
+                self._folders[folder] = _list_sidecars(folder, file_state(folder))
             except OSError:
-                names = []
-            self._folders[folder] = [
-                (name, values)
-                for name in names
-                if name.endswith(EXTENSIONS) and not name.startswith(".") and (values := entities(name)).get("suffix")
-            ]
+                self._folders[folder] = []
         return self._folders[folder]
+
+
+@lru_cache(maxsize=256)
+def _list_sidecars(folder: Path, state: object) -> list[tuple[str, dict[str, str]]]:
+    """Of a folder in this state: that of the root of a dataset is asked for by every subject."""
+    everything = (path.name for path in folder.iterdir())
+    names = sorted(name for name in everything if name.endswith(EXTENSIONS) and not name.startswith("."))
+    return [(name, values) for name in names if (values := entities(name)).get("suffix")]

@@ -6,7 +6,7 @@ import logging
 import os
 import socket
 import urllib.request
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,30 @@ import torch
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.template import Template
 from dsiprep.errors import InputError
-from dsiprep.io.bundled_template import BUNDLED, DEFAULT, bundled_in_default_space, bundled_template
+from dsiprep.io.bundled_template import (
+    BUNDLED,
+    DEFAULT,
+    DISPLACEMENT,
+    bundled_files,
+    bundled_in_default_space,
+    bundled_template,
+)
 
-__all__ = ["load_template"]
+__all__ = ["TemplateChoice", "choose_template", "load_template"]
 
 log = logging.getLogger("dsiprep")
 TISSUES = ("CSF", "GM", "WM")
 SERVER = ("templateflow.s3.amazonaws.com", 443)
 CONNECTION_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class TemplateChoice:
+    """Name of a template, a remark for the user, and the files that it is read from."""
+
+    name: str
+    note: str
+    files: tuple[Path, ...]
 
 
 def load_template(name: str = "", modality: str = "T1w", allow_network: bool = False) -> Template:
@@ -52,25 +68,54 @@ def load_template(name: str = "", modality: str = "T1w", allow_network: bool = F
     """
     if name == BUNDLED:
         return bundled_template()
-    if "/" in name or name.endswith((".nii", ".nii.gz")):
+    if _is_file(name):
         return _custom_template(Path(name))
+    label, files = _find(name, modality, allow_network)
+    if files is not None:
+        return _read_template(label, files, "TemplateFlow")
+    return replace(bundled_in_default_space(), note=_note_on_bundled())
+
+
+def choose_template(name: str = "", modality: str = "T1w", allow_network: bool = False) -> TemplateChoice:
+    """Name, note and files of the template that `load_template` returns; the bundled one is not read for it.
+
+    Raises
+    ------
+    InputError
+        As `load_template`.
+    """
+    if name == BUNDLED:
+        return TemplateChoice(BUNDLED, "", bundled_files())
+    if not _is_file(name) and _find(name, modality, allow_network)[1] is None:
+        return TemplateChoice(DEFAULT, _note_on_bundled(), (*bundled_files(), DISPLACEMENT))
+    found = load_template(name, modality)
+    return TemplateChoice(found.name, found.note, found.files)
+
+
+def _is_file(name: str) -> bool:
+    return "/" in name or name.endswith((".nii", ".nii.gz"))
+
+
+def _find(name: str, modality: str, allow_network: bool) -> tuple[str, dict[str, Path] | None]:
+    """Label of a TemplateFlow template and its files; no files if the bundled one replaces the default."""
     space, _, cohort = (name or DEFAULT).replace(":cohort-", "+").partition("+")
     files = _local_files(space, cohort, modality)
     if files is None and allow_network:
         _download(space, cohort)
         files = _local_files(space, cohort, modality)
-    if files is not None:
-        return _read_template(f"{space}+{cohort}" if cohort else space, files, "TemplateFlow")
-    if space == DEFAULT and not cohort:
-        note = (
-            f"{DEFAULT} is not in {_templateflow_home()}; {BUNDLED}, which nilearn ships, is used instead, warped to "
-            f"the space of {DEFAULT}. For the original, run `templateflow get {DEFAULT}` where there is a network."
-        )
-        return replace(bundled_in_default_space(), note=note)
+    if files is not None or (space == DEFAULT and not cohort):
+        return f"{space}+{cohort}" if cohort else space, files
     raise InputError(
         f"template {name}: not in {_templateflow_home()} as T1w, brain mask and tissue priors at 1 mm, and not "
         f"downloaded; fetch it with `templateflow get {space}`, give the path of a T1w file with mask and priors in "
         f"the same folder, or omit --anatomical-template to use {DEFAULT}"
+    )
+
+
+def _note_on_bundled() -> str:
+    return (
+        f"{DEFAULT} is not in {_templateflow_home()}; {BUNDLED}, which nilearn ships, is used instead, warped to "
+        f"the space of {DEFAULT}. For the original, run `templateflow get {DEFAULT}` where there is a network."
     )
 
 

@@ -76,8 +76,11 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
     return out
 
 
-def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator) -> None:
-    grid = head.box(np.asarray(T1_FIELD_OF_VIEW), settings.t1w_resolution)
+def simulate_t1w(
+    head: Head, resolution: float, rng: np.random.Generator
+) -> tuple[np.ndarray, Grid, dict[str, np.ndarray]]:
+    """A T1w image with receive bias and noise, (i, j, k) float32, its grid, and the maps of `Head.maps` on it."""
+    grid = head.box(np.asarray(T1_FIELD_OF_VIEW), resolution)
     grid.affine[2, 3] -= 22.0  # covers more of the neck and less air above the head
     maps = head.maps(grid)
     image = maps["t1"] * maps["brain"]
@@ -85,7 +88,11 @@ def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, r
         outside_brain = maps[name] * (1 - maps["brain"])
         image += np.float32(weight) * outside_brain
     image *= T1_SCALE * _receive_bias(grid, rng)
-    image = add_noise(image, T1_SCALE / 45, rng)
+    return add_noise(image, T1_SCALE / 45, rng), grid, maps
+
+
+def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator) -> None:
+    image, grid, maps = simulate_t1w(head, settings.t1w_resolution, rng)
     write_image(bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz", np.rint(image).astype(np.int16), grid)
     _write_json(
         bids / "sub-01" / "anat" / "sub-01_T1w.json",

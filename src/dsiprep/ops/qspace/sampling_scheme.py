@@ -8,6 +8,7 @@ for, too.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import product
 
 import numpy as np
@@ -47,6 +48,13 @@ def recognise(bvals: np.ndarray, bvecs: np.ndarray, b0_threshold: float = 100.0)
     Wedeen et al. 2005, doi 10.1002/mrm.20642 (lattice sampling in DSI).
     """
     bvals, bvecs = np.asarray(bvals, float), np.asarray(bvecs, float)
+    return _recognise(bvals.tobytes(), bvecs.tobytes(), b0_threshold)
+
+
+@lru_cache(maxsize=64)
+def _recognise(bvals_bytes: bytes, bvecs_bytes: bytes, b0_threshold: float) -> SamplingScheme:
+    """As `recognise`, for tables that are compared by their contents: the subjects of a study share a few."""
+    bvals, bvecs = np.frombuffer(bvals_bytes), np.frombuffer(bvecs_bytes).reshape(-1, 3)
     weighted = bvals > b0_threshold
     n_b0 = int((~weighted).sum())
     if not weighted.any():
