@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsiprep.data.results import Acquired, GradientCheck
+from dsiprep.data.qspace import GradientCheck
+from dsiprep.data.results import Acquired
 from dsiprep.io.bids import find_units, read_unit
 from dsiprep.io.gradients import fsl_axes
 from dsiprep.ops.qspace.fibre_continuity import axis_frames

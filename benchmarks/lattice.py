@@ -28,7 +28,8 @@ from scipy.special import ive
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Acquired, Lattice, Preprocessed
+from dsiprep.data.qspace import Lattice
+from dsiprep.data.results import Acquired, Preprocessed
 from dsiprep.ops.image.affine import nearest_rotation
 from dsiprep.ops.qspace.lattice import ball
 from dsiprep.ops.qspace.sampling_scheme import recognise

@@ -7,31 +7,25 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
 import torch
 
+from dsiprep import stage_calls as call
 from dsiprep.cache import Cache, CachedResult
-from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, Unit
-from dsiprep.data.dwi import DWI
-from dsiprep.data.grid import Volume
+from dsiprep.data.acquisition import PhaseEncoding, Unit
+from dsiprep.data.qspace import GradientCheck, Lattice
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
     Acquired,
     Anatomy,
     Coregistration,
-    Denoised,
     Distortion,
-    GradientCheck,
-    Lattice,
     Motion,
     Preprocessed,
     Reference,
     UnitResults,
-    Unringed,
 )
-from dsiprep.data.template import Template
 from dsiprep.device import with_cpu_fallback
-from dsiprep.engines.selection import anatomical_steps, check_engines, distortion_step, engine_fingerprints
+from dsiprep.engines.selection import check_engines, engine_fingerprints
 from dsiprep.io import fieldmaps, nifti, q_grid_table, templates, unit_reader
 from dsiprep.io.bids import read_unit
 from dsiprep.io.fieldmaps import read_fieldmap
@@ -49,12 +43,6 @@ from dsiprep.plan import (
     warnings_for,
 )
 from dsiprep.settings import (
-    AnatomySettings,
-    CoregisterSettings,
-    DenoiseSettings,
-    DistortionSettings,
-    MotionSettings,
-    ResampleSettings,
     Settings,
     UnringingSettings,
 )
@@ -132,8 +120,10 @@ def preprocess(
     if not cache.only_found:
         check_engines(unit, settings, on)
     acquired, checked = _acquire(unit, settings, cache)
-    denoised = cache.run(denoise, "denoise", partial(_denoise, on), acquired, settings.denoise)
-    unringed = cache.run(unringing, "unringing", partial(_unring, on), acquired, denoised, settings.unringing)
+    denoised = cache.run(denoise, "denoise", partial(call.denoise_series, on), acquired, settings.denoise)
+    unringed = cache.run(
+        unringing, "unringing", partial(call.unring_series, on), acquired, denoised, settings.unringing
+    )
     motions, corrected, reason, doubt = _undistort(unit, settings, cache, on, acquired)
     modality = settings.anatomy.modality
     follows = lead is not None and lead.name != unit.name and not unit.structural(modality)
@@ -145,11 +135,24 @@ def preprocess(
         leading = _reference(other, moved[0], undistorted)
     anatomical = prepare_anatomy(unit, settings, cache, on, leading)
     coregistered = cache.run(
-        coregister, "coregister", _coregister, reference, anatomical, target_unit, settings.coregister
+        coregister,
+        "coregister",
+        call.register_to_structural,
+        reference,
+        anatomical,
+        target_unit,
+        settings.coregister,
     )
     aligned = (motions, corrected, coregistered, anatomical)
     preprocessed = cache.run(
-        resample, "resample", partial(_resample, on), denoised, unringed, aligned, settings.resample, settings.denoise
+        resample,
+        "resample",
+        partial(call.resample_series, on),
+        denoised,
+        unringed,
+        aligned,
+        settings.resample,
+        settings.denoise,
     )
     on_lattice = None if unit.output else _evaluate_lattice(cache, acquired, preprocessed, settings)
     measured = cache.run(
@@ -207,7 +210,15 @@ def _undistort(
     """Motion of each blip, the distortion, why it is corrected in that way, and why it is not in spite of a pair."""
     b0s = cache.run(unringing, "unringing-b0", unringing.unring_b0, acquired, settings.unringing)
     motions = tuple(
-        cache.run(motion, f"motion-{blip.name}", partial(_motion, device), acquired, b0s, b, settings.motion)
+        cache.run(
+            motion,
+            f"motion-{blip.name}",
+            partial(call.estimate_motion, device),
+            acquired,
+            b0s,
+            b,
+            settings.motion,
+        )
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
@@ -215,7 +226,7 @@ def _undistort(
     correct = partial(_correct_distortion, unit, settings, cache, device, (acquired, motions))
     doubt, careful = "", settings.distortion.method == "auto"
     if method == "drbuddi" and careful:
-        doubt = doubt_axis(cache.run(axis_check, "distortion-axis", _check_axis, acquired, motions).value)
+        doubt = doubt_axis(cache.run(axis_check, "distortion-axis", call.check_axis, acquired, motions).value)
     corrected = correct("none" if doubt else method)
     if method == "gre" and careful and corrected.value is not None:
         doubt = corrected.value.doubt
@@ -239,9 +250,12 @@ def prepare_anatomy(
         )
         given = find_mask(unit, settings.anatomy)
         mask = cache.files(nifti, (given,) if given else (), "mask", lambda: read_volume(given) if given else None)
-        prepare, by = partial(_anatomy, device, cache.folder), engine_fingerprints(settings.anatomy)
+        prepare, by = (
+            partial(call.prepare_structural, device, cache.folder),
+            engine_fingerprints(settings.anatomy),
+        )
         return cache.run(anatomy, "anatomy", prepare, images, template, mask, by, settings.anatomy)
-    prepare = partial(_anatomy_from_b0, device)
+    prepare = partial(call.prepare_from_b0, device)
     return cache.run(anatomy, "anatomy-b0", prepare, reference, template, settings.anatomy)
 
 
@@ -262,10 +276,13 @@ def _correct_distortion(
         anat = _undistorted_anatomy(unit, settings, cache, device)
         rigid = replace(settings.coregister, dof=6)
         distorted = cache.run(dwiref, "distortion-distorted", dwiref.reference_image, motions[0], None)
-        start = cache.run(coregister, "coregister-distorted", _coregister, distorted, anat, "", rigid)
+        start = cache.run(coregister, "coregister-distorted", call.register_to_structural, distorted, anat, "", rigid)
         correct_alone = partial(_without_fieldmap, device, unit.runs[0].axis)
         return cache.run(fieldmapless, "distortion-fieldmapless", correct_alone, acquired, motions[0], anat, start)
-    correct, how = partial(_distortion, device, cache.folder), [method, engine_fingerprints(settings.distortion)]
+    correct, how = (
+        partial(call.correct_distortion, device, cache.folder),
+        [method, engine_fingerprints(settings.distortion)],
+    )
     return cache.run(distortion, "distortion", correct, acquired, motions, how, settings.distortion)
 
 
@@ -296,127 +313,10 @@ def _without_fieldmap(
     )
 
 
-def _denoise(device: torch.device, acquired: Acquired, settings: DenoiseSettings) -> Denoised:
-    phase = acquired.phase
-    if phase is not None:
-        axes = [sampled.slice_axis if sampled else 2 for sampled in acquired.k_space]
-        return with_cpu_fallback(
-            lambda dwi, mask: denoise.denoise_complex(dwi, phase, mask, settings, axes),
-            device,
-            (acquired.dwi, acquired.mask),
-        )
-    return with_cpu_fallback(
-        lambda dwi, mask: denoise.denoise(dwi, mask, settings), device, (acquired.dwi, acquired.mask)
-    )
-
-
-def _unring(device: torch.device, acquired: Acquired, denoised: Denoised, settings: UnringingSettings) -> Unringed:
-    return with_cpu_fallback(
-        lambda series: unringing.unring_series(acquired, replace(denoised, dwi=series), settings),
-        device,
-        (denoised.dwi,),
-    )
-
-
-def _motion(device: torch.device, acquired: Acquired, b0s: DWI, blip: int, settings: MotionSettings) -> Motion:
-    """Motion is estimated on the series as acquired: denoised volumes would carry anatomy into each other.
-
-    The b=0 volumes, of which the b=0 reference is made, are unringed, as their counterparts in fmap/ are.
-    """
-    chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
-    series = acquired.dwi.select(chosen)  # a copy
-    series.data[torch.as_tensor(series.is_b0)] = b0s.select(b0s.blip == blip).data
-    moved = with_cpu_fallback(
-        lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband, acquired.slice_axis),
-        device,
-        (series, acquired.mask),
-    )
-    return replace(moved, volumes=np.flatnonzero(chosen))
-
-
-def _distortion(
-    device: torch.device,
-    folder: Path | None,
-    acquired: Acquired,
-    motions: tuple[Motion, ...],
-    method: list[object],
-    settings: DistortionSettings,
-) -> Distortion | None:
-    if method[0] == "none":
-        return None
-    find, b0s = distortion_step(settings, folder), _aligned_b0s(acquired, motions)
-    means, grid, mask = distortion.mean_diffusion(acquired.dwi, motions), acquired.dwi.grid, motions[0].mask
-
-    def correct(*images: torch.Tensor) -> Distortion:
-        return find(acquired.blips, images[:2], grid, mask, settings, diffusion=images[2:])
-
-    return with_cpu_fallback(correct, device, (*b0s, *means))
-
-
-def _check_axis(acquired: Acquired, motions: tuple[Motion, ...]) -> AxisCheck:
-    return axis_check.check_axis(acquired.blips, _aligned_b0s(acquired, motions), acquired.dwi.grid, motions[0].mask)
-
-
-def _aligned_b0s(acquired: Acquired, motions: tuple[Motion, ...]) -> tuple[torch.Tensor, ...]:
-    """Aligned b=0 volumes of each blip, (m, i, j, k)."""
-    aligned = {int(acquired.dwi.blip[moved.volumes[0]]): moved.dwiref.data[None] for moved in motions}
-    return tuple(aligned.get(b, blip.epis) for b, blip in enumerate(acquired.blips))
-
-
-def _anatomy(
-    device: torch.device,
-    folder: Path | None,
-    images: tuple[Volume, ...],
-    template: Template,
-    mask: Volume | None,
-    by: list[object],
-    settings: AnatomySettings,
-) -> Anatomy:
-    steps = anatomical_steps(settings, folder)
-    return with_cpu_fallback(
-        lambda *moved: anatomy.process_anatomy(moved, None, None, template, settings, mask, steps), device, images
-    )
-
-
-def _anatomy_from_b0(
-    device: torch.device,
-    reference: Reference,
-    template: Template,
-    settings: AnatomySettings,
-) -> Anatomy:
-    return with_cpu_fallback(
-        lambda image, brain: anatomy.process_anatomy((), image, brain, template, settings),
-        device,
-        (reference.dwiref, reference.mask),
-    )
-
-
 def _reference(
     cache: Cache, moved: CachedResult[Motion], corrected: CachedResult[Distortion | None]
 ) -> CachedResult[Reference]:
     return cache.run(dwiref, "distortion-dwiref", dwiref.reference_image, moved, corrected)
-
-
-def _coregister(
-    reference: Reference, anatomical: Anatomy, target_unit: str, settings: CoregisterSettings
-) -> Coregistration:
-    return coregister.coregister(reference.dwiref, reference.mask, anatomical, settings, target_unit)
-
-
-def _resample(
-    device: torch.device,
-    denoised: Denoised,
-    unringed: Unringed,
-    aligned: tuple[tuple[Motion, ...], Distortion | None, Coregistration, Anatomy],
-    settings: ResampleSettings,
-    denoising: DenoiseSettings,
-) -> Preprocessed:
-    moved = tuple(denoise.without_floor(motion, denoised) for motion in aligned[0])
-    return with_cpu_fallback(
-        lambda dwi: resample.resample(dwi, moved, *aligned[1:], settings, denoising.biascorrect),
-        device,
-        (unringed.dwi,),
-    )
 
 
 def _evaluate_lattice(

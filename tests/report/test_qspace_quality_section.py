@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dsiprep.data.results import GradientCheck, UnitResults
+from dsiprep.data.qspace import GradientCheck
+from dsiprep.data.results import UnitResults
 from dsiprep.report.boilerplate import methods_text
 from dsiprep.report.page_parts import FigureWriter
 from dsiprep.report.qspace_quality_section import gradients, qspace_quality

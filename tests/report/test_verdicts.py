@@ -11,7 +11,8 @@ import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import GradientCheck, UnitResults
+from dsiprep.data.qspace import GradientCheck
+from dsiprep.data.results import UnitResults
 from dsiprep.errors import SettingsError
 from dsiprep.report import series_checks, verdicts
 from dsiprep.report.verdict_bounds import Bound, read_bounds

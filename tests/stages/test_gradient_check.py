@@ -10,7 +10,8 @@ import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Acquired, GradientCheck
+from dsiprep.data.qspace import GradientCheck
+from dsiprep.data.results import Acquired
 from dsiprep.io.gradients import fsl_axes
 from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame
 from dsiprep.ops.qspace.sampling_scheme import recognise

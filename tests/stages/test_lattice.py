@@ -14,7 +14,8 @@ from scipy.spatial.transform import Rotation
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Acquired, Lattice, Preprocessed
+from dsiprep.data.qspace import Lattice
+from dsiprep.data.results import Acquired, Preprocessed
 from dsiprep.errors import InputError
 from dsiprep.ops.qspace.lattice import ball, common_rotation, half_ball, predict_at
 from dsiprep.ops.qspace.sampling_scheme import recognise

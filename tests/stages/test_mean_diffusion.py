@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dsiprep import pipeline
+from dsiprep import stage_calls
 from dsiprep.cli.tools import main
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme
 from dsiprep.data.dwi import DWI
@@ -147,7 +147,9 @@ def test_pipeline_uses_mean_diffusion_if_eddy_currents_were_estimated() -> None:
         )
         scheme = SamplingScheme("single-shell", True, (1000.0,), 12, 0, 1000.0, "12 directions")
         acquired = Acquired(dwi, blips, scheme, motions[0].mask, np.ones(2))
-        result = pipeline._distortion(torch.device("cpu"), None, acquired, motions, ["drbuddi"], DistortionSettings())
+        result = stage_calls.correct_distortion(
+            torch.device("cpu"), None, acquired, motions, ["drbuddi"], DistortionSettings()
+        )
         assert result is not None
         assert result.diffusion == eddy
 

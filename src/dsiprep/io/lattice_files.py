@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from dsiprep.data.grid import Volume
-from dsiprep.data.results import Lattice
+from dsiprep.data.qspace import Lattice
 from dsiprep.io.gradients import write_every_frame
 from dsiprep.io.nifti import ALIGNED, write_image
 from dsiprep.io.qc_tables import write_json

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 from dsiprep.errors import SettingsError
 from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame
-from dsiprep.settings import option
+from dsiprep.option import option
 
 ORIENTATIONS = ("RAS", "LAS", "LPS", "PSR", "oblique")
 DEGREES_PER_MM = 1.8

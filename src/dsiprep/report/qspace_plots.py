@@ -7,7 +7,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dsiprep.data.results import GradientCheck, QSpaceQuality
+from dsiprep.data.qspace import GradientCheck, QSpaceQuality
 from dsiprep.report.plots import AXIS_COLOURS, BACKGROUND, FOREGROUND, MUTED, STYLE, svg
 
 RIGHT, OTHER, FLOOR = AXIS_COLOURS[1], "#b8bfc9", AXIS_COLOURS[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from dsiprep.data.results import Lattice, UnitResults
+from dsiprep.data.qspace import Lattice
+from dsiprep.data.results import UnitResults
 from dsiprep.report import qspace_plots
 from dsiprep.report.page_parts import Fact, FigureWriter, Section
 from dsiprep.stages.gradient_check import doubt_gradients

@@ -15,7 +15,8 @@ from scipy import ndimage
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
-from dsiprep.data.results import Acquired, GradientCheck
+from dsiprep.data.qspace import GradientCheck
+from dsiprep.data.results import Acquired
 from dsiprep.ops.image.point_set import average_blocks
 from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame, streamline_lengths
 from dsiprep.ops.qspace.tensor import main_directions

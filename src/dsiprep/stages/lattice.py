@@ -7,7 +7,8 @@ import torch
 
 from dsiprep.data.acquisition import SamplingScheme
 from dsiprep.data.dwi import DWI
-from dsiprep.data.results import Acquired, Lattice, Preprocessed
+from dsiprep.data.qspace import Lattice
+from dsiprep.data.results import Acquired, Preprocessed
 from dsiprep.errors import InputError
 from dsiprep.ops.qspace.lattice import ball, half_ball, predict_at
 from dsiprep.ops.qspace.sampling_scheme import lattice_points

@@ -6,7 +6,7 @@ import numpy as np
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
-from dsiprep.data.results import QSpaceQuality
+from dsiprep.data.qspace import QSpaceQuality
 from dsiprep.ops.qspace.lattice import common_rotation, predict_at
 from dsiprep.ops.qspace.sampling_scheme import lattice_points
 
