@@ -1,4 +1,4 @@
-"""One call of each stage: on the chosen device, with the chosen engine, on the CPU where a GPU has too little memory."""
+"""One call of each stage: on the chosen device, with the chosen engine, on the CPU if a GPU has too little memory."""
 
 from __future__ import annotations
 
