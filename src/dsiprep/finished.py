@@ -113,6 +113,7 @@ def _common(settings: Settings) -> list[object]:
 
 
 def _inputs(units: Sequence[Unit], settings: Settings) -> Iterable[Path]:
+    yield from (Path(given) for given in (settings.lattice.grid, settings.report.bounds) if Path(given).is_file())
     for unit in units:
         yield from unit.files()
         yield from (*unit.t1w, *unit.t2w)
