@@ -17,6 +17,7 @@ from dsiprep.plan import doubt_axis, plan_stages, warnings_for
 from dsiprep.report.overview import summary
 from dsiprep.report.page_parts import FigureWriter
 from dsiprep.report.sections import distortion
+from dsiprep.schedulers.local import run_locally
 from dsiprep.settings import DistortionSettings, Settings, UnringingSettings
 from dsiprep.stages.axis_check import check_axis
 from helpers.bids_dataset import SETTINGS, Dataset
@@ -93,7 +94,7 @@ def test_warnings_are_shown_at_the_end_of_the_run_and_in_the_report(
     monkeypatch.setattr(jobs, "_run_unit", lambda unit, job, on_step: told)
     monkeypatch.setattr(jobs, "_write_reports", lambda *_: None)
     job = Job("01", (told.unit,), Settings(), tmp_path / "out", tmp_path / "work")
-    assert run_and_show([job], 1, False) == 0
+    assert run_and_show([job], run_locally) == 0
     shown = capsys.readouterr().err
     assert "done, with warnings" in shown
     assert f"\nWARNING {told.unit.name}: Distortion is NOT corrected, for a reason.\n" in shown
@@ -140,7 +141,7 @@ def test_ringing_and_phase_are_planned(dataset: Dataset, capsys: pytest.CaptureF
     dataset.dwi("sub-01_part-mag", {**AP, "PartialFourier": 0.75})
     unit = dataset.unit()
     stages = plan_stages(unit, None, SETTINGS, unit)
-    assert stages["denoise"] == "dwidenoise"
+    assert stages["denoise"] == "dwidenoise, noise floor koay"
     assert stages["unringing"].startswith("rpg: partial Fourier 0.75 along j, unless the images")
     dataset.image("sub-01_part-phase_dwi", 20, AP)
     dataset.dwi("sub-01_part-mag", AP)

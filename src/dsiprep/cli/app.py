@@ -358,7 +358,7 @@ def _run(options: argparse.Namespace, chosen: settings.Settings, arguments: list
     if not units or (failure_messages and options.stop_on_first_crash):
         return 1
     with run_log(options.output_dir.resolve(), run_as_toml(build_parser(), options, chosen, command)):
-        return run_and_show(jobs, scheduler_of(jobs, options), side_by_side(jobs, options), failure_messages)
+        return run_and_show(jobs, scheduler_of(jobs, options), failure_messages, side_by_side(jobs, options))
 
 
 def _show_plan(planned: Sequence[PlannedUnit], failed: dict[str, str], options: argparse.Namespace) -> int:

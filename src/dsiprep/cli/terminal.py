@@ -19,8 +19,8 @@ from dsiprep.plan import warnings_for
 def run_and_show(
     jobs: Sequence[Job],
     run: Callable[[Sequence[Job], StepCallback], Iterator[Outcome]],
-    processes: int,
     grouping_errors: Mapping[str, str] | None = None,
+    processes: int = 1,
 ) -> int:
     """Run the jobs, show where they are, and print a table of units; return 0 on success and 1 after any failure.
 

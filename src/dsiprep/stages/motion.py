@@ -29,6 +29,7 @@ from dsiprep.ops.motion.eddy_model import (
     zero_eddy_currents,
 )
 from dsiprep.ops.motion.field_shift import attribute_shifts
+from dsiprep.ops.motion.gauss_newton import unknown_fit
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.outlier_slices import judge_slices
 from dsiprep.ops.motion.pose_prior import PosePrior, estimate_pose_prior
@@ -83,7 +84,7 @@ __all__ = ["METHODS", "estimate_motion", "explain_model"]
 
 log = logging.getLogger("dsiprep")
 COARSE_ROUNDS = 10  # maximum rounds at each voxel size of `COARSE_MM`
-COARSE_TOLERANCE = 1 / 40  # of the voxel size: largest movement at which rounds at that voxel size stop
+COARSE_TOLERANCE = 1 / 40  # of the voxel size: largest movement at which rounds there stop
 EDDY_TOLERANCE_MM = 0.005  # change of eddy currents in a round below which they stay for the rest of the level
 INITIAL_PASSES = 2  # of prediction that only initialise the volume weights
 RESTART_ROUND = 2  # in which poorly fitting volumes are restarted
@@ -239,7 +240,7 @@ def _shoreline_rounds(
     fill: torch.Tensor | None = None
     eddy_fit: EddyFit | None = None
     tolerance = max(inputs.settings.tolerance, COARSE_TOLERANCE * level.spacing)
-    eddy_change, state, trace = np.inf, replace(state, fit=None), []
+    eddy_change, state, trace = np.inf, replace(state, fit=unknown_fit(len(weighted))), []
     for number in rounds:
         observed = level.sample(weighted, state, fill)
         if number == 1:
@@ -268,7 +269,6 @@ def _shoreline_rounds(
         trace += trace_rows(state.transforms, level.points.centre, level.name, number)
         movement = point_displacement(before, state.transforms[weighted], level.probe_points()).mean(1).max()
         log.info("motion: round %d (%s voxels), largest movement %.3f mm", number, level.name, movement)
-        log.debug("motion: eddy currents changed by %.3f mm", eddy_change)
         if movement < tolerance and (eddy_fit is None or eddy_change < inputs.settings.tolerance):
             break
     if eddy_fit is not None and level.name == inputs.finest_eddy:
@@ -288,7 +288,7 @@ def _register(
 ) -> MotionState:
     """Register the diffusion-weighted volumes to their predictions; the field keeps what is not the head's."""
     fits_field = prior is not None and state.eddy is not None
-    if fits_field and state.fit is not None:
+    if fits_field:
         state = deviation_step(level, inputs.weighted, state, predicted)
     affine = inputs.settings.transform == "Affine"
     state = register_to_predictions(level, inputs.weighted, state, predicted, affine, prior)

@@ -153,9 +153,8 @@ def rms_displacement(eddy: EddyCurrents, points: np.ndarray) -> float:
 
 
 def eddy_step(fit: EddyFit, state: MotionState) -> tuple[MotionState, float]:
-    """One Gauss-Newton step of the response to the gradient; `state` must have `eddy`.
+    """One Gauss-Newton step of the response to the gradient, jointly with all poses; `state` must have `eddy`.
 
-    Poses are fitted along with it, but move only to make up for the change: registration moves them from all points.
     Also returns the root mean square displacement (mm) by the change of the response.
     """
     assert state.eddy is not None
@@ -256,7 +255,7 @@ def joint_step(
     response: np.ndarray,
     size: Callable[[np.ndarray], float],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One Gauss-Newton step of R, fitted together with all rigid poses.
+    """One Gauss-Newton step of R and all rigid poses together.
 
     Poses and gains are eliminated volume by volume (Schur complement), which leaves N R = s. In addition to the three
     columns of R there are two for effects of the size of the gradient and its square, which prediction errors have and
@@ -285,7 +284,7 @@ def joint_step(
     change : ndarray, (10, 3)
         To be subtracted from R, mm; zero for the other terms.
     moves : ndarray, (n, 6)
-        Steps of the poses that make up for the change of R, for `gauss_newton.apply_steps`.
+        Steps of the poses, for `gauss_newton.apply_steps`.
 
     References
     ----------
@@ -305,7 +304,7 @@ def joint_step(
         solution = _solve_response(reduced[:, :-1], reduced[:, -1], unpredicted, response, penalty)
         change[:terms] = solution.reshape(terms, 5)[:, :3]
         expected = size(before - change)
-    return change, -(eliminated[:, :6, :-1] @ solution)
+    return change, (eliminated[:, :, -1] - eliminated[:, :, :-1] @ solution)[:, :6]
 
 
 def _joint_equations(

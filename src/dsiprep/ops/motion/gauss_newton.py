@@ -32,6 +32,7 @@ __all__ = [
     "make_targets",
     "normal_equations",
     "sample_volumes",
+    "unknown_fit",
 ]
 
 CONVERGED_MM = 0.02  # root mean square displacement of the points by a step below which a volume has converged
@@ -101,6 +102,11 @@ class Fit:
     def take(self, index: np.ndarray | slice) -> Fit:
         """The fits of some volumes."""
         return Fit(self.gain[index], self.scale[index])
+
+
+def unknown_fit(count: int) -> Fit:
+    """Gain 1 and no scale, so that all points have equal weights."""
+    return Fit(np.ones(count), np.full(count, np.inf))
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +244,8 @@ def align(
     count = len(moving)
     transforms = np.array(starts, float)
     fixed = make_targets(targets, points)
-    gain, scale = (np.ones(count), np.full(count, np.inf)) if fit is None else (fit.gain.copy(), fit.scale.copy())
+    fit = fit or unknown_fit(count)
+    gain, scale = fit.gain.copy(), fit.scale.copy()
     least = np.where(np.isfinite(scale), 1, 3)  # steps: the first without a scale has equal weights and no prior
     active = np.arange(count)
     for step in range(1, steps + 1):

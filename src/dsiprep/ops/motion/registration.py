@@ -10,7 +10,7 @@ import torch
 
 from dsiprep.data.dwi import DWI
 from dsiprep.ops.image.affine import point_displacement, rigid_matrix
-from dsiprep.ops.motion.gauss_newton import Fit, align, sample_volumes
+from dsiprep.ops.motion.gauss_newton import align, sample_volumes, unknown_fit
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.pose_prior import PosePrior, negative_log_prior, resting_poses
 from dsiprep.ops.motion.poses import relaxed_poses
@@ -50,7 +50,7 @@ def register_to_predictions(
     prior : PosePrior or None
         Of all volumes.
     """
-    transforms, fit = state.transforms.copy(), Fit(np.ones(len(volumes)), np.ones(len(volumes)))
+    transforms, fit = state.transforms.copy(), unknown_fit(len(volumes))
     for part, some in chunks(volumes):
         aligned = align(
             level.take(some, state.eddy_of(some)),
