@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy import ndimage
 
+from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Acquired, Anatomy, Denoised, Distortion, Motion, Preprocessed
 from dsiprep.ops.registration.similarity import mutual_information, to_bins
@@ -134,7 +135,7 @@ def b0_signal_to_noise(acquired: Acquired, denoised: Denoised) -> float | None:
     return float(np.median(b0)) / sigma if sigma > 0 else None
 
 
-def ringing(denoised: Denoised, mask: Volume, slice_axis: int) -> float | None:
+def ringing(dwi: DWI, mask: Volume, slice_axis: int) -> float | None:
     """Amplitude of the oscillation near edges of a b=0 image over the height of the edges, in the plane of the slices.
 
     Truncated k-space makes the image oscillate from voxel to voxel near edges, so that second differences h along an
@@ -143,13 +144,14 @@ def ringing(denoised: Denoised, mask: Volume, slice_axis: int) -> float | None:
 
     Parameters
     ----------
-    denoised : Denoised
+    dwi : DWI
+        Before anything is interpolated.
     mask : Volume
         Brain, 0 or 1.
     slice_axis : int
         Voxel axis that is left out.
     """
-    image = denoised.dwi.volume(int(np.argmin(denoised.dwi.bvals))).numpy().astype(float)
+    image = dwi.volume(int(np.argmin(dwi.bvals))).numpy().astype(float)
     inside = mask.numpy() > 0.5
     if not inside.any():
         return None

@@ -123,11 +123,11 @@ def _noise_floor(results: UnitResults) -> Measured:
 
 def _ringing(results: UnitResults) -> Measured:
     axis = results.motions[0].slice_axis if results.motions else 2
-    value = series_checks.ringing(results.denoised, results.acquired.mask, axis)
-    reason = (
-        "oscillation over height of the edges of b=0" if value is not None else "The b=0 image has no strong edges."
-    )
-    return Measured(value, reason)
+    value = series_checks.ringing(results.unringed.dwi, results.acquired.mask, axis)
+    if value is None:
+        return Measured(None, "The b=0 image has no strong edges.")
+    left = ", left after its removal" if results.unringed.applied else ""
+    return Measured(value, f"oscillation over height of the edges of b=0{left}")
 
 
 def _b_table(results: UnitResults) -> Measured:
