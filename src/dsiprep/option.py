@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from dataclasses import field, fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, cast
 
 from dsiprep.errors import SettingsError
 
-__all__ = ["Checked", "option"]
+__all__ = ["Checked", "option", "read_toml"]
 
 KINDS: dict[type, tuple[type, str]] = {
     bool: (bool, "True or False"),
@@ -81,3 +83,19 @@ def _problem(value: Any, default: Any, metadata: Any) -> str:
     if most is not None and not value <= most:
         return f"{value:g} is too large; the largest accepted value is {most:g}"
     return ""
+
+
+def read_toml(flag: str, path: Path, remedy: str) -> dict[str, Any]:
+    """The content of the TOML file that an option names.
+
+    Raises
+    ------
+    SettingsError
+        If the file cannot be read; `remedy` says what to give instead.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{flag} {path}: {error.strerror}; {remedy}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{flag} {path}: not a TOML file: {error}") from error

@@ -25,6 +25,7 @@ __all__ = [
     "choose_structural",
     "doubt_axis",
     "expected_cost",
+    "millions_of_voxels",
     "not_done",
     "plan_distortion",
     "plan_stages",
@@ -239,10 +240,15 @@ def expected_cost(units: Sequence[Unit]) -> tuple[float, int]:
     """
     minutes, memory = 0.0, 0
     for unit in units:
-        millions = sum(math.prod(_shape(run.image)) for run in unit.runs) / 1e6
+        millions = millions_of_voxels(unit)
         minutes += 1 + 0.027 * millions
         memory = max(memory, 2500 + round(5 * 4 * millions * 1e6 / 2**20))
     return minutes, memory
+
+
+def millions_of_voxels(unit: Unit) -> float:
+    """Voxels of all volumes of a unit, in millions; images that cannot be read count as none."""
+    return sum(math.prod(_shape(run.image)) for run in unit.runs) / 1e6
 
 
 def _shape(path: Path) -> tuple[int, ...]:

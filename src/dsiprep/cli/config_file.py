@@ -6,7 +6,6 @@ import argparse
 import dataclasses
 import json
 import platform
-import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from dsiprep import __version__
 from dsiprep.errors import SettingsError
+from dsiprep.option import read_toml
 from dsiprep.settings import Settings
 
 __all__ = ["expand_config_file", "run_as_toml"]
@@ -57,12 +57,7 @@ def expand_config_file(arguments: Sequence[str]) -> list[str]:
 
 
 def _options_of(path: Path) -> list[str]:
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"--config-file {path}: {error.strerror}; give the dsiprep.toml of a run") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config-file {path}: not a TOML file: {error}") from error
+    content = read_toml("--config-file", path, "give the dsiprep.toml of a run")
     options = content.get("options")
     if not isinstance(options, Mapping):
         found = ", ".join(content) or "nothing"

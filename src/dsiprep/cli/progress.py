@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -19,10 +18,9 @@ from rich.table import Table
 from rich.text import Text
 
 from dsiprep.cli.time_model import TimeModel, expected_seconds
-from dsiprep.data.acquisition import Unit
-from dsiprep.errors import InputError, OutputError, printable
-from dsiprep.io.nifti_header import read_shape
+from dsiprep.errors import OutputError, printable
 from dsiprep.jobs import Job, Outcome
+from dsiprep.plan import millions_of_voxels
 
 __all__ = ["LiveProgress", "as_time", "memory_in_use", "run_log"]
 
@@ -47,7 +45,7 @@ class LiveProgress:
         self.steps: dict[str, str] = {}
         for job in jobs:
             for unit in job.units:
-                expected = expected_seconds(unit, job.settings, _millions(unit), job.threads)
+                expected = expected_seconds(unit, job.settings, millions_of_voxels(unit), job.threads)
                 self.models[unit.name] = TimeModel(expected)
         self.live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=False)
 
@@ -122,17 +120,6 @@ class LiveProgress:
         total = f"about {as_time(self.seconds_left(now))} left" if len(self.models) > 1 else ""
         table.add_row("", "", "", Text(f"{memory_in_use() / 2**30:.1f} GB in use", "dim"), total)
         return table
-
-
-def _millions(unit: Unit) -> float:
-    """Voxels of all volumes of a unit, in millions; 0 for files that cannot be read, whose error comes later."""
-    total = 0
-    for run in unit.runs:
-        try:
-            total += math.prod(read_shape(run.image))
-        except InputError:
-            continue
-    return total / 1e6
 
 
 def as_time(seconds: float) -> str:

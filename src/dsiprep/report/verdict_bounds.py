@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dsiprep.errors import SettingsError
+from dsiprep.option import read_toml
 
 DEFAULT_FILE = Path(__file__).with_name("verdict_bounds.toml")
 KEYS = ("look", "bad", "source")
@@ -47,12 +47,7 @@ def read_bounds(path: Path | str = "") -> dict[str, Bound]:
 
 
 def _parse(path: Path) -> dict[str, Bound]:
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SettingsError(f"--report-bounds {path}: {error.strerror}; give a TOML file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--report-bounds {path}: not a TOML file: {error}") from error
+    content = read_toml("--report-bounds", path, "give a TOML file")
     return {key: _bound(key, entry, path) for key, entry in content.items()}
 
 
