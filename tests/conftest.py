@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
+from helpers.bids_dataset import Dataset
 from helpers.grids import AXES
 
 
@@ -17,3 +21,14 @@ def no_template_download(monkeypatch: pytest.MonkeyPatch) -> None:
 def orientation(request: pytest.FixtureRequest) -> str:
     """Each orientation of `helpers.grids.AXES` in turn."""
     return str(request.param)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    """A BIDS dataset without images."""
+    return Dataset(tmp_path / "bids")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(0)

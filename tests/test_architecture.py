@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 from dsiprep import sources
 
-PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
+PROJECT = Path(__file__).parents[1]
+PAGE = PROJECT / "docs" / "architecture.md"
+MAX_FILE, MAX_BODY = 400, 60  # lines; of a function without its docstring
 Edges = set[tuple[str, str]]
 
 
@@ -55,3 +58,19 @@ def test_every_room_of_the_picture_is_described() -> None:
     rooms = {_room(module) for module in _modules()} - {"__main__"}
     missing = {room for room in rooms if f"`{room.replace('.', '/')}/`" not in table and f"`{room}.py`" not in table}
     assert not missing
+
+
+def _body_lines(function: ast.FunctionDef) -> int:
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return (function.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def test_files_and_functions_are_short() -> None:
+    long = []
+    for path in (path for room in ("src", "tests", "benchmarks") for path in (PROJECT / room).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if (lines := text.count("\n")) > MAX_FILE:
+            long.append(f"{path}: {lines} lines")
+        functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+        long += [f"{path}: {f.name}, {_body_lines(f)} lines" for f in functions if _body_lines(f) > MAX_BODY]
+    assert not long

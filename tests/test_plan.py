@@ -20,19 +20,12 @@ from dsiprep.report.sections import distortion
 from dsiprep.schedulers.local import run_locally
 from dsiprep.settings import DistortionSettings, Settings, UnringingSettings
 from dsiprep.stages.axis_check import check_axis
-from helpers.bids_dataset import SETTINGS, Dataset
+from helpers.bids_dataset import AP, PA, SETTINGS, Dataset
 from helpers.epi_pair import Case, make_grid, rigid
 from helpers.report_subject import make_subject
 
-AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
-PA = {"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}
 LINK = {"IntendedFor": "dwi/sub-01_dwi.nii.gz"}
 OFF = replace(SETTINGS, distortion=DistortionSettings(method="none"))
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(tmp_path / "bids")
 
 
 def stage(dataset: Dataset, settings: Settings = SETTINGS) -> str:

@@ -125,34 +125,16 @@ def preprocess(
         unringing, "unringing", partial(call.unring_series, on), acquired, denoised, settings.unringing
     )
     motions, corrected, reason, doubt = _undistort(unit, settings, cache, on, acquired)
-    modality = settings.anatomy.modality
-    follows = lead is not None and lead.name != unit.name and not unit.structural(modality)
-    target_unit = (lead.output or lead.name) if lead is not None and follows else ""
-    reference = leading = _reference(cache, motions[0], corrected)
-    if lead is not None and target_unit:
-        other = cache.for_other_unit()
-        moved, undistorted, *_ = _undistort(lead, settings, other, on, _acquire(lead, settings, other)[0])
-        leading = _reference(other, moved[0], undistorted)
+    reference = _reference(cache, motions[0], corrected)
+    leading, target_unit = _leading_reference(unit, lead, settings, cache, on, reference)
     anatomical = prepare_anatomy(unit, settings, cache, on, leading)
+    register = call.register_to_structural
     coregistered = cache.run(
-        coregister,
-        "coregister",
-        call.register_to_structural,
-        reference,
-        anatomical,
-        target_unit,
-        settings.coregister,
+        coregister, "coregister", register, reference, anatomical, target_unit, settings.coregister
     )
-    aligned = (motions, corrected, coregistered, anatomical)
+    aligned, final = (motions, corrected, coregistered, anatomical), partial(call.resample_series, on)
     preprocessed = cache.run(
-        resample,
-        "resample",
-        partial(call.resample_series, on),
-        denoised,
-        unringed,
-        aligned,
-        settings.resample,
-        settings.denoise,
+        resample, "resample", final, denoised, unringed, aligned, settings.resample, settings.denoise
     )
     on_lattice = None if unit.output else _evaluate_lattice(cache, acquired, preprocessed, settings)
     measured = cache.run(
@@ -180,6 +162,22 @@ def preprocess(
         gradients=checked,
         lattice=on_lattice,
     )
+
+
+def _leading_reference(
+    unit: Unit,
+    lead: Unit | None,
+    settings: Settings,
+    cache: Cache,
+    device: torch.device,
+    reference: CachedResult[Reference],
+) -> tuple[CachedResult[Reference], str]:
+    """The b=0 reference that replaces a missing structural image, and the name of its unit if that is another one."""
+    if lead is None or lead.name == unit.name or unit.structural(settings.anatomy.modality):
+        return reference, ""
+    other = cache.for_other_unit()
+    motions, corrected, *_ = _undistort(lead, settings, other, device, _acquire(lead, settings, other)[0])
+    return _reference(other, motions[0], corrected), lead.output or lead.name
 
 
 def _acquire(unit: Unit, settings: Settings, cache: Cache) -> tuple[CachedResult[Acquired], GradientCheck | None]:

@@ -14,7 +14,8 @@ from dsiprep.io.bids import find_units
 from dsiprep.settings import Settings
 
 SETTINGS = Settings()
-
+AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
+PA = {"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}
 LAS = np.array([[-2.0, 0, 0, 5], [0, 2, 0, -5], [0, 0, 2, 1], [0, 0, 0, 1]])
 
 
@@ -61,3 +62,8 @@ class Dataset:
         units = self.units(**options)
         assert len(units) == 1, [unit.name for unit in units]
         return units[0]
+
+
+def has_note(unit: Unit, *words: str) -> bool:
+    """Whether one note contains all the words."""
+    return any(all(word in note for word in words) for note in unit.notes)

@@ -11,9 +11,8 @@ import pytest
 from dsiprep.errors import InputError
 from dsiprep.io.bids import read_unit
 from dsiprep.io.unit_check import check_unit
-from helpers.bids_dataset import LAS, SETTINGS, Dataset
+from helpers.bids_dataset import AP, LAS, SETTINGS, Dataset
 
-AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
 SHAPE = (6, 7, 5)
 
 

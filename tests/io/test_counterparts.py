@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -12,25 +11,14 @@ import pytest
 from dsiprep.data.acquisition import Unit
 from dsiprep.errors import MetadataError
 from dsiprep.io.bids import read_unit
-from helpers.bids_dataset import LAS, SETTINGS, Dataset
+from helpers.bids_dataset import AP, LAS, PA, SETTINGS, Dataset, has_note
 
-AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
-PA = {"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}
 LR = {"PhaseEncodingDirection": "i", "TotalReadoutTime": 0.05}
 LINK = {"IntendedFor": "dwi/sub-01_dwi.nii.gz"}
 
 
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(tmp_path / "bids")
-
-
 def partners(unit: Unit) -> list[str]:
     return [epi.image.name.removesuffix(".nii.gz").removeprefix("sub-01_") for epi in unit.epis]
-
-
-def has_note(unit: Unit, *words: str) -> bool:
-    return any(all(word in note for word in words) for note in unit.notes)
 
 
 def tilted(degrees: float, axis: int = 0) -> np.ndarray:

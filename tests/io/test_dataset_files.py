@@ -11,15 +11,7 @@ import pytest
 from dsiprep.data.acquisition import Unit
 from dsiprep.errors import DsiprepError, InputError, MetadataError
 from dsiprep.io.bids import find_units, read_unit, scheme_of
-from helpers.bids_dataset import SETTINGS, Dataset
-
-AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
-PA = {"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(tmp_path / "bids")
+from helpers.bids_dataset import AP, PA, SETTINGS, Dataset
 
 
 def reasons(unit: Unit) -> dict[str, str]:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from dsiprep.data.acquisition import Unit
-from helpers.bids_dataset import Dataset
+from helpers.bids_dataset import AP, PA, Dataset
 
-AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
-PA = {"PhaseEncodingDirection": "j", "TotalReadoutTime": 0.05}
 DSI = {"EchoTime": 0.138, "RepetitionTime": 9.9}
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(tmp_path / "bids")
 
 
 def runs(units: list[Unit]) -> dict[str, list[str]]:

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from dsiprep.data.acquisition import Unit
-from helpers.bids_dataset import Dataset
+from helpers.bids_dataset import AP, Dataset
 
-AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
 SCAN = {"AcquisitionDateTime": "2020-01-01T10:00:00"}
 WHOLE = ((8, 9, 8), (24.0, 24.0, 24.0))  # voxels and mm: about 200 mm along each axis
 

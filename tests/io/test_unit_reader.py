@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import nibabel as nib
 import numpy as np
 import pytest
@@ -12,14 +10,7 @@ import torch
 from dsiprep.errors import GradientError, InputError
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.sidecars import slice_axis, slice_times
-from helpers.bids_dataset import LAS, SETTINGS, Dataset
-
-AP = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05}
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Dataset:
-    return Dataset(tmp_path / "bids")
+from helpers.bids_dataset import AP, LAS, SETTINGS, Dataset
 
 
 def test_missing_files_raise(dataset: Dataset) -> None:

@@ -26,12 +26,6 @@ from helpers.bids_dataset import Dataset
 from helpers.identity_results import make_anatomy, make_coregistration, make_motion
 from helpers.report_subject import make_subject
 
-
-@pytest.fixture
-def rng() -> np.random.Generator:
-    return np.random.default_rng(0)
-
-
 BVALS = np.array([0, 1000, 2000, 2000, 5, 1010, 2000, 1000.0])
 BVECS = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 0, 0], [1, 0, 0], [0, -1, 0], [0.6, 0.8, 0]], float)
 BLIP = np.array([0, 0, 0, 0, 1, 1, 1, 1])
