@@ -258,8 +258,8 @@ def _shoreline_rounds(
         if prior is not None and number <= rounds[0] + JUDGED_ROUNDS:
             state = rest_lost_volumes(level, weighted, state, predicted.values, prior)
         if prior is not None and state.eddy is not None and _resolves_eddy(level):
-            terms = choose_terms(inputs.settings.eddy, len(weighted))
-            eddy_fit = EddyFit(dwi, level, observed, predicted, prior, terms)
+            terms, is_final = choose_terms(inputs.settings.eddy, len(weighted)), level.name == inputs.finest_eddy
+            eddy_fit = EddyFit(dwi, level, observed, predicted, prior, terms, is_final)
             if eddy_change > EDDY_TOLERANCE_MM:
                 state, eddy_change = eddy_step(eddy_fit, state)
         state = _register(inputs, level, state, predicted, prior)
@@ -271,7 +271,7 @@ def _shoreline_rounds(
         log.info("motion: round %d (%s voxels), largest movement %.3f mm", number, level.name, movement)
         if movement < tolerance and (eddy_fit is None or eddy_change < inputs.settings.tolerance):
             break
-    if eddy_fit is not None and level.name == inputs.finest_eddy:
+    if eddy_fit is not None and eddy_fit.is_final:
         state = shrink_to_significant(eddy_fit, state)
     return state, level, trace
 

@@ -41,9 +41,11 @@ class PointSet:
     def __len__(self) -> int:
         return len(self.voxels)
 
-    def subsampled(self, step: int) -> PointSet:
-        """Every `step`-th point, with the same centre; for sums only, as neighbour indices become invalid."""
-        return replace(self, voxels=self.voxels[::step], world=self.world[::step], neighbours=self.neighbours[::step])
+    def take(self, indices: np.ndarray) -> PointSet:
+        """The points of these indices, with the same centre; for sums only, as neighbour indices become invalid."""
+        return replace(
+            self, voxels=self.voxels[indices], world=self.world[indices], neighbours=self.neighbours[indices]
+        )
 
 
 def point_set(mask: torch.Tensor, grid: Grid) -> PointSet:
@@ -71,29 +73,30 @@ def point_set(mask: torch.Tensor, grid: Grid) -> PointSet:
     )
 
 
-def target_gradients(targets: torch.Tensor, points: PointSet, step: int = 1) -> torch.Tensor:
+def target_gradients(targets: torch.Tensor, points: PointSet, indices: np.ndarray | None = None) -> torch.Tensor:
     """World gradients (n, m, 3) per mm of targets (n, m): central differences, one-sided at the mask's edge.
 
-    With `step`, at every `step`-th point only.
+    With `indices`, at these points only.
     """
     # voxel index = inverse @ world, so the world gradient is inverse' @ the gradient per voxel
     inverse = np.linalg.inv(points.grid.affine[:3, :3]).astype(np.float32)
+    own = np.arange(len(points)) if indices is None else indices
     if targets.device.type == "cpu":
-        out = np.empty((len(targets), -(-len(points) // step), 3), np.float32)
-        _gradients_loop(targets.detach().numpy(), points.neighbours, inverse, step, out)
+        out = np.empty((len(targets), len(own), 3), np.float32)
+        _gradients_loop(targets.detach().numpy(), points.neighbours, inverse, own, out)
         return torch.from_numpy(out)
-    return _gradients_torch(targets, points, torch.as_tensor(inverse, device=targets.device), step)
+    return _gradients_torch(targets, points, torch.as_tensor(inverse, device=targets.device), own)
 
 
 @compiled(parallel=True)
 def _gradients_loop(
-    targets: np.ndarray, neighbours: np.ndarray, inverse: np.ndarray, step: int, out: np.ndarray
+    targets: np.ndarray, neighbours: np.ndarray, inverse: np.ndarray, indices: np.ndarray, out: np.ndarray
 ) -> None:
     """Write `target_gradients` to `out`; `_gradients_torch` is the same in tensor operations."""
     for v in numba.prange(out.shape[0]):
         values = targets[v]
         for p in range(out.shape[1]):
-            own = p * step
+            own = indices[p]
             x, y, z = np.float32(0), np.float32(0), np.float32(0)
             for axis in range(3):
                 low, high = neighbours[own, 2 * axis], neighbours[own, 2 * axis + 1]
@@ -106,10 +109,12 @@ def _gradients_loop(
             out[v, p, 0], out[v, p, 1], out[v, p, 2] = x, y, z
 
 
-def _gradients_torch(targets: torch.Tensor, points: PointSet, inverse: torch.Tensor, step: int) -> torch.Tensor:
+def _gradients_torch(
+    targets: torch.Tensor, points: PointSet, inverse: torch.Tensor, indices: np.ndarray
+) -> torch.Tensor:
     """`_gradients_loop` by tensor operations."""
-    neighbours = torch.as_tensor(points.neighbours[::step], device=targets.device).long()
-    own = torch.arange(0, len(points), step, device=targets.device)
+    neighbours = torch.as_tensor(points.neighbours[indices], device=targets.device).long()
+    own = torch.as_tensor(indices, device=targets.device)
     out = torch.zeros(len(targets), len(own), 3, device=targets.device)
     for axis in range(3):
         low, high = neighbours[:, 2 * axis], neighbours[:, 2 * axis + 1]

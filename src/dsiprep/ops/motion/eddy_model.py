@@ -51,7 +51,9 @@ log = logging.getLogger("dsiprep")
 MIN_VOXEL_MM = (
     3.9  # mean voxel size above which eddy currents are estimated: noise of smaller voxels enters predictions too
 )
-SAMPLED_VALUES = 250_000  # points of the brain times volumes that eddy currents are estimated from
+SAMPLED_VALUES = 250_000  # points of the brain times volumes that eddy currents are estimated from, and ...
+FINAL_VALUES = 1_000_000  # ... at the finest of the voxel sizes
+SLOPE_VOLUMES = 20  # volumes in which points with strong contrast along the phase-encoding axis are looked for
 PREDICTION_ERROR_MM = 0.025  # eddy currents that prediction errors would mimic if predictions did not follow the data
 SIZE_ITERATIONS = 30  # of the size of eddy currents and the penalty that depends on it
 INITIAL_SIZE_MM = 0.5  # assumed size of eddy currents before there is an estimate
@@ -80,6 +82,8 @@ class EddyFit:
         Of all volumes.
     terms : int
         Polynomial terms that are estimated, from `choose_terms`.
+    is_final : bool
+        Whether this is the last level at which they are.
     """
 
     dwi: DWI
@@ -88,6 +92,7 @@ class EddyFit:
     predicted: Prediction
     prior: PosePrior
     terms: int
+    is_final: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,11 +222,11 @@ def _sampled_step(
     """`joint_step` on a sample of the brain, for the (n, 4, 4) transforms of the diffusion-weighted volumes."""
     weighted = np.flatnonzero(~fit.dwi.is_b0)
     points, predicted = fit.level.points, fit.predicted
-    step = max(1, len(points) * len(fit.observed) // SAMPLED_VALUES)
-    slopes = target_gradients(predicted.values, points, step)
-    values = predicted.values[:, ::step].contiguous()
-    residual = fit.observed[:, ::step] - values
-    sample = ResidualSample(points.subsampled(step), residual, values, slopes, predicted)
+    count = (FINAL_VALUES if fit.is_final else SAMPLED_VALUES) // len(fit.observed)
+    chosen = _informative_points(predicted.values, points, eddy.axes[:, eddy.along], count)
+    slopes = target_gradients(predicted.values, points, chosen)
+    values = predicted.values[:, chosen]
+    sample = ResidualSample(points.take(chosen), fit.observed[:, chosen] - values, values, slopes, predicted)
     return joint_step(
         sample,
         transforms,
@@ -231,6 +236,17 @@ def _sampled_step(
         response[: fit.terms],
         size,
     )
+
+
+def _informative_points(predicted: torch.Tensor, points: PointSet, axis: np.ndarray, count: int) -> np.ndarray:
+    """Sorted indices of the `count` points at which predictions (n, m) change most along `axis` (3,).
+
+    The information about a shift along the axis is the squared slope along it, which is uneven: a few per cent of the
+    points, at the borders of tissues, hold a good part of it.
+    """
+    slopes = target_gradients(predicted[:: max(1, len(predicted) // SLOPE_VOLUMES)], points)
+    along = slopes @ torch.as_tensor(axis, dtype=slopes.dtype, device=slopes.device)
+    return np.sort(along.square().sum(dim=0).topk(min(len(points), count)).indices.cpu().numpy())
 
 
 def _size_of_response(eddy: EddyCurrents, gradients: np.ndarray, points: np.ndarray) -> Callable[[np.ndarray], float]:
