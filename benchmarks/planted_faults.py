@@ -134,9 +134,10 @@ def run(out: Path, name: str) -> None:
     if not case.exists():
         options = CASES[name](case) or []
     shared = out / FIRST / "work" / "sub-01"
-    for folder in shared.glob("*-*") if name != FIRST else ():
+    misplaces = "off by" in name
+    for folder in shared.glob("*-*") if name != FIRST and not misplaces else ():
         shutil.copytree(folder, case / "work" / "sub-01" / folder.name, dirs_exist_ok=True)
-    coregister.coregister = misplaced if "off by" in name else COREGISTER
+    coregister.coregister = misplaced if misplaces else COREGISTER
     code = preprocess([str(case / "bids"), str(case / "out"), "participant", "--output-resolution", "4", "--keep-work",
                        "-w", str(case / "work"), "--device", "cpu", *options])  # fmt: skip
     record = next((case / "out").glob("sub-01/figures/*_desc-quality_dwi.json"), None)

@@ -140,10 +140,14 @@ def test_a_check_that_fails_is_told_and_does_not_stop_the_others(
     assert found["max_fd"].state == FINE
 
 
-def test_without_a_result_the_reason_says_why(subject: UnitResults) -> None:
+@pytest.mark.parametrize(("method", "state"), [("auto", LOOK), ("none", UNKNOWN)])
+def test_uncorrected_distortion_is_looked_at_unless_it_was_disabled(
+    subject: UnitResults, method: str, state: str
+) -> None:
     reason = "Distortion is not corrected: there is only one phase encoding."
-    found = by_key(replace(subject, distortion=None, distortion_reason=reason))["distortion"]
-    assert (found.state, found.reason) == (UNKNOWN, reason)
+    settings = replace(subject.settings, distortion=replace(subject.settings.distortion, method=method))
+    found = by_key(replace(subject, settings=settings, distortion=None, distortion_reason=reason))["distortion"]
+    assert (found.state, found.reason) == (state, reason)
 
 
 def test_a_laboratory_changes_bounds_in_a_file(subject: UnitResults, tmp_path: Path) -> None:

@@ -21,10 +21,14 @@ AXES = {"x": "left-right", "y": "posterior-anterior", "z": "inferior-superior"}
 
 @dataclass(frozen=True)
 class Measured:
-    """What a check found: its value in the unit of the check, and a remark; without a value, the reason for that."""
+    """What a check found: its value in the unit of the check, and a remark; without a value, the reason for that.
+
+    `state` is the verdict where there is no value to judge.
+    """
 
     value: float | None
     remark: str = ""
+    state: str = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -171,7 +175,8 @@ def _mask_volume(results: UnitResults) -> Measured:
 
 def _distortion(results: UnitResults) -> Measured:
     if results.distortion is None:
-        return Measured(None, results.distortion_reason)
+        disabled = results.settings.distortion.method == "none"
+        return Measured(None, results.distortion_reason, UNKNOWN if disabled else LOOK)
     value = series_checks.phase_encoding_misfit(results.distortion, results.motions[0].mask)
     if value is None:
         return Measured(None, "There is one phase encoding, so that nothing can be compared.")
@@ -257,16 +262,14 @@ def _measure(check: Check, results: UnitResults) -> Measured:
 
 def _verdict(check: Check, found: Measured, bound: Bound) -> Verdict:
     value = found.value if found.value is not None and np.isfinite(found.value) else None
-    state = _state(check, value, bound)
+    state = found.state if value is None else _state(check, value, bound)
     return Verdict(
         check.key, check.title, state, value, check.unit, bound.look, bound.bad, bound.source,
         _reason(check, state, value, bound, found.remark), check.advice, check.section, check.figure,
     )  # fmt: skip
 
 
-def _state(check: Check, value: float | None, bound: Bound) -> str:
-    if value is None:
-        return UNKNOWN
+def _state(check: Check, value: float, bound: Bound) -> str:
     for state, limit in ((BAD, bound.bad), (LOOK, bound.look)):
         if limit is not None and (value > limit if check.larger_is_worse else value < limit):
             return state
