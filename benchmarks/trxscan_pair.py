@@ -63,11 +63,11 @@ def simulate(out: Path, voxel: float, largest: float, noise: float, seed: int, w
         nib.save(nib.Nifti1Image(mean.astype(np.float32), affine), out / f"{name}.nii.gz")
 
 
-def fine_grid(shape: tuple[int, ...], affine: np.ndarray) -> Grid:
-    """The simulator's grid of spins: `OVERSAMPLING` times as fine in plane, between the same outer faces."""
-    matrix = affine @ np.diag([1 / OVERSAMPLING, 1 / OVERSAMPLING, 1, 1])
-    matrix[:3, 3] = (affine @ [*[(1 / OVERSAMPLING - 1) / 2] * 2, 0, 1])[:3]
-    return Grid((shape[0] * OVERSAMPLING, shape[1] * OVERSAMPLING, shape[2]), matrix)
+def fine_grid(shape: tuple[int, ...], affine: np.ndarray, times: int = OVERSAMPLING) -> Grid:
+    """The simulator's grid of spins: `times` as fine in plane, between the same outer faces."""
+    matrix = affine @ np.diag([1 / times, 1 / times, 1, 1])
+    matrix[:3, 3] = (affine @ [*[(1 / times - 1) / 2] * 2, 0, 1])[:3]
+    return Grid((shape[0] * times, shape[1] * times, shape[2]), matrix)
 
 
 def sampled(values: np.ndarray, grid: Grid, onto: Grid) -> np.ndarray:
