@@ -64,6 +64,15 @@ def test_steps_found_in_the_work_folder_count_as_done() -> None:
     assert model.seconds_left(0.0) == pytest.approx(10)
 
 
+def test_the_report_follows_the_end_of_a_unit() -> None:
+    model = TimeModel(EXPECTED)
+    model.begin("anatomy", 0.0)
+    model.end(60.0)
+    model.begin("report", 60.0)
+    assert model.seconds_left(62.0) == pytest.approx(8.0)
+    assert 0.9 < model.share(62.0) < 1
+
+
 def test_expected_times_follow_size_and_cores() -> None:
     unit = Unit("01", None, "sub-01", (), (), (), ())
     one, four = (expected_seconds(unit, Settings(), 100.0, threads) for threads in (1, 4))

@@ -46,6 +46,8 @@ class LiveProgress:
         for job in jobs:
             for unit in job.units:
                 expected = expected_seconds(unit, job.settings, millions_of_voxels(unit), job.threads)
+                if unit is not job.units[-1]:
+                    del expected["report"]  # there is one for the subject, after its last unit
                 self.models[unit.name] = TimeModel(expected)
         self.live = Live(console=console, get_renderable=self._table, refresh_per_second=2, transient=False)
 

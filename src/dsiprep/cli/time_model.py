@@ -80,17 +80,21 @@ class TimeModel:
     _ended: bool = False
 
     def begin(self, name: str, now: float) -> None:
-        """A stage begins, so that the one before has ended; skipped steps were found in the work folder."""
+        """A stage begins, so that the one before has ended; skipped steps were found in the work folder.
+
+        The report of a subject begins after its last unit has ended.
+        """
         step = step_of(name)
         if step not in self.expected or step == self.step:
             return
         self._close(now)
+        self._ended = False
         self.step, self._started = step, now
 
     def end(self, now: float) -> None:
         """The unit has ended."""
         self._close(now)
-        self._ended = True
+        self.step, self._ended = "", True
 
     def _close(self, now: float) -> None:
         if self.step:
