@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dsiprep.data.results import Joined, UnitResults
+from dsiprep.errors import InputError
 from dsiprep.io.q_grid_table import read_q_grid
 from dsiprep.stages import quality, resample
 from dsiprep.stages.lattice import evaluate_lattice
@@ -19,7 +20,18 @@ def join_units(name: str, parts: list[UnitResults]) -> Joined:
         Prefix of the output.
     parts : list of UnitResults
         Units that share a structural image and settings.
+
+    Raises
+    ------
+    InputError
+        If the distortion of some of them only was corrected.
     """
+    uncorrected = [part for part in parts if part.distortion is None]
+    if 0 < len(uncorrected) < len(parts):
+        raise InputError(
+            f"{name}: not joined, because the distortion of {', '.join(part.unit.name for part in uncorrected)} was "
+            f"not corrected ({uncorrected[0].distortion_reason}); use --distortion-group-merge none"
+        )
     settings, anatomical = parts[0].settings, parts[0].anatomy
     series = tuple(part.preprocessed for part in parts)
     asked = tuple(part.acquired.dwi for part in parts)

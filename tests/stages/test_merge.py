@@ -201,6 +201,13 @@ def test_uncorrected_unit_is_not_joined(tmp_path: Path) -> None:
     assert [unit.output for unit in units] == ["", ""]
 
 
+def test_series_with_and_without_distortion_are_not_joined() -> None:
+    corrected = make_subject()
+    doubtful = replace(corrected, distortion=None, distortion_reason="the axis is contradicted by the images")
+    with pytest.raises(InputError, match=r"not joined, because .* contradicted .* --distortion-group-merge none"):
+        join_units("sub-01", [corrected, doubtful])
+
+
 def test_joined_derivatives_are_one_series(tmp_path: Path) -> None:
     """The joined series has one row of confounds per volume; the members keep only their transforms and fields."""
     subject = make_subject()
