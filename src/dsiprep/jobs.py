@@ -111,16 +111,16 @@ def finished_before(job: Job) -> list[Outcome]:
 
 def memory_needed(job: Job) -> int:
     """Approximate peak memory of a job in MB."""
-    from dsiprep.plan import expected_cost
+    from dsiprep.costs import expected_memory
 
-    return expected_cost(job.units)[1]
+    return expected_memory(job.units, job.settings)
 
 
 def expected_minutes(job: Job) -> float:
     """Approximate CPU time of a job in minutes."""
-    from dsiprep.plan import expected_cost
+    from dsiprep.costs import expected_seconds
 
-    return expected_cost(job.units)[0]
+    return sum(sum(expected_seconds(unit, job.settings).values()) for unit in job.units) / 60
 
 
 def killed(job: Job) -> list[Outcome]:

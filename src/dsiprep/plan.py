@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.results import Acquired
 from dsiprep.engines.selection import engines_for
-from dsiprep.errors import InputError, SettingsError
-from dsiprep.io.nifti_header import read_shape
+from dsiprep.errors import SettingsError
 from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
@@ -24,8 +22,6 @@ __all__ = [
     "choose_lead",
     "choose_structural",
     "doubt_axis",
-    "expected_cost",
-    "millions_of_voxels",
     "not_done",
     "plan_distortion",
     "plan_stages",
@@ -229,34 +225,6 @@ def _describe_unringing(unit: Unit, settings: Settings) -> str:
     choices = dict.fromkeys(plan_unringing(run.k_space, settings.unringing) for run in unit.runs)
     unless = ", unless the images turn out to be interpolated" if settings.unringing.method == "auto" else ""
     return "; ".join(f"{method}: {reason}" + (unless if method != "none" else "") for method, reason in choices)
-
-
-def expected_cost(units: Sequence[Unit]) -> tuple[float, int]:
-    """Approximate CPU time in minutes of all units, and peak memory in MB of the largest.
-
-    With N the voxels of all volumes, in millions, a unit takes 1 + 0.027 N minutes and 2500 + 19 N MB: five float32
-    copies of the series. Both are from whole runs of the phantoms in README.md (N = 18 and 131), on one core without a
-    GPU; a run on several cores takes less time.
-    """
-    minutes, memory = 0.0, 0
-    for unit in units:
-        millions = millions_of_voxels(unit)
-        minutes += 1 + 0.027 * millions
-        memory = max(memory, 2500 + round(5 * 4 * millions * 1e6 / 2**20))
-    return minutes, memory
-
-
-def millions_of_voxels(unit: Unit) -> float:
-    """Voxels of all volumes of a unit, in millions; images that cannot be read count as none."""
-    return sum(math.prod(_shape(run.image)) for run in unit.runs) / 1e6
-
-
-def _shape(path: Path) -> tuple[int, ...]:
-    """Shape of an image; of none that can be read, whose error is raised on reading."""
-    try:
-        return read_shape(path)
-    except InputError:
-        return (0,)
 
 
 def plan_stages(

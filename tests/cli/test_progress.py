@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from dsiprep.cli.progress import LiveProgress, as_time, memory_in_use, run_log
-from dsiprep.cli.time_model import COSTS, TimeModel, expected_seconds
+from dsiprep.cli.time_model import TimeModel
 from dsiprep.data.acquisition import Unit
 from dsiprep.jobs import Job, Outcome
 from dsiprep.settings import Settings
@@ -71,14 +71,6 @@ def test_the_report_follows_the_end_of_a_unit() -> None:
     model.begin("report", 60.0)
     assert model.seconds_left(62.0) == pytest.approx(8.0)
     assert 0.9 < model.share(62.0) < 1
-
-
-def test_expected_times_follow_size_and_cores() -> None:
-    unit = Unit("01", None, "sub-01", (), (), (), ())
-    one, four = (expected_seconds(unit, Settings(), 100.0, threads) for threads in (1, 4))
-    assert list(one) == list(COSTS)
-    assert four["motion"] < 0.4 * one["motion"]
-    assert expected_seconds(unit, Settings(), 200.0, 1)["motion"] > 1.8 * one["motion"]
 
 
 @pytest.mark.parametrize(

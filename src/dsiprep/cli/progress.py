@@ -17,10 +17,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dsiprep.cli.time_model import TimeModel, expected_seconds
+from dsiprep.cli.time_model import TimeModel
+from dsiprep.costs import expected_seconds
 from dsiprep.errors import OutputError, printable
 from dsiprep.jobs import Job, Outcome
-from dsiprep.plan import millions_of_voxels
 
 __all__ = ["LiveProgress", "as_time", "memory_in_use", "run_log"]
 
@@ -45,7 +45,7 @@ class LiveProgress:
         self.steps: dict[str, str] = {}
         for job in jobs:
             for unit in job.units:
-                expected = expected_seconds(unit, job.settings, millions_of_voxels(unit), job.threads)
+                expected = expected_seconds(unit, job.settings, job.threads)
                 if unit is not job.units[-1]:
                     del expected["report"]  # there is one for the subject, after its last unit
                 self.models[unit.name] = TimeModel(expected)

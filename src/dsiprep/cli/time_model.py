@@ -6,24 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from dsiprep.data.acquisition import Unit
-from dsiprep.settings import Settings
-
-# CPU seconds of each step: constant, and per million voxels of the series, from runs of the phantoms in README.md with
-# 18 and 131 million voxels on one core. Only their proportions matter once a few steps have ended.
-COSTS = {
-    "acquisition": (20.0, 0.1),
-    "denoise": (3.0, 0.35),
-    "motion": (15.0, 2.1),
-    "distortion": (17.0, 0.0),
-    "anatomy": (140.0, 0.0),
-    "coregister": (6.0, 0.0),
-    "resample": (5.0, 0.25),
-    "quality": (5.0, 0.15),
-    "derivatives": (3.0, 0.12),
-    "report": (15.0, 0.0),
-}
-PARALLEL = {"denoise": 0.9, "motion": 0.9, "anatomy": 0.6, "resample": 0.8}  # part that runs on several cores
 PRIOR_SECONDS = 10.0  # of expected time that count as evidence that the model is right
 OVERRUN = 0.1  # of the time so far that a step which takes longer than expected is given
 
@@ -31,33 +13,6 @@ OVERRUN = 0.1  # of the time so far that a step which takes longer than expected
 def step_of(name: str) -> str:
     """The step that a stage of the pipeline belongs to: "motion" for "motion-up"."""
     return name.split("-")[0].split("_")[0]
-
-
-def expected_seconds(unit: Unit, settings: Settings, millions: float, threads: int) -> dict[str, float]:
-    """Expected wall time of each step of a unit.
-
-    Parameters
-    ----------
-    unit : Unit
-    settings : Settings
-    millions : float
-        Voxels of all its volumes.
-    threads : int
-        Cores of the subject.
-    """
-    from dsiprep.plan import plan_distortion
-
-    times = {}
-    for step, (constant, per_million) in COSTS.items():
-        share = PARALLEL.get(step, 0.2)
-        times[step] = (constant + per_million * millions) * (1 - share + share / max(threads, 1))
-    if unit.runs and plan_distortion(unit, settings)[0] == "none":
-        times["distortion"] *= 0.1
-    if not unit.structural(settings.anatomy.modality):
-        times["anatomy"] *= 0.3
-    if settings.motion.method == "none":
-        times["motion"] *= 0.05
-    return times
 
 
 @dataclass
