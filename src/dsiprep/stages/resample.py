@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy import ndimage
 
 from dsiprep.data.dwi import DWI
+from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view, sample_displacement, warp_volume
+from dsiprep.ops.image.gradient_nonlinearity import remaining_warp
 from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, scanner_warp
 from dsiprep.ops.intensity.bias_field import n4_bias
 from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import ResampleSettings
+from dsiprep.stages.gradient_nonlinearity import deviation_on_grid, unwarp
 
 METHODS = {
     "resample": (
@@ -75,6 +79,8 @@ class _BlipTransforms:
     distortion : DisplacementField or None
     pose : ndarray, (4, 4)
         Pose of the head in this blip.
+    scanner : ScannerWarp
+        Gradient nonlinearity.
     """
 
     motion: Motion
@@ -84,6 +90,7 @@ class _BlipTransforms:
     linear: np.ndarray
     distortion: DisplacementField | None
     pose: np.ndarray
+    scanner: ScannerWarp
 
 
 def resample(
@@ -94,6 +101,7 @@ def resample(
     anatomy: Anatomy,
     settings: ResampleSettings,
     bias: str = "n4",
+    nonlinearity: GradientNonlinearity | None = None,
 ) -> Preprocessed:
     """Resample the series into ACPC space in one interpolation, and compute its brain mask.
 
@@ -110,6 +118,8 @@ def resample(
         `resolution`: isotropic voxel size of the output in mm.
     bias : str
         "n4", or "none" to skip the correction.
+    nonlinearity : GradientNonlinearity, optional
+        Of which `dwi` has the effects and the images of `motions` and `distortion` do not.
 
     Returns
     -------
@@ -127,7 +137,7 @@ def resample(
             f"--output-resolution {settings.resolution:g}: the voxel size of the output in mm must be positive"
         )
     to_dwiref = coregistration.dwiref_to_acpc.matrix
-    per_blip = [_blip_transforms(dwi, motion, distortion, to_dwiref) for motion in motions]
+    per_blip = [_blip_transforms(dwi, motion, distortion, to_dwiref, nonlinearity) for motion in motions]
     brain = np.concatenate([_mask_points(anatomy.mask), *(blip.brain for blip in per_blip)])
     grid = _output_grid(brain, settings.resolution)
     data = torch.zeros(len(dwi), *grid.shape, device=dwi.data.device)
@@ -140,20 +150,36 @@ def resample(
         if settings.merge == "least-squares" and sampled is not None:
             weights[int(dwi.blip[blip.volumes[0]])] = _inverse_jacobian(blip, sampled, data.device)
         for row, v in enumerate(blip.volumes):
-            volume = blip.motion.with_replaced_slices(row, dwi.data[int(v)])
+            volume, scanner = _volume_to_sample(blip, row, dwi)
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
             to_volume, linear = blip.matrices[row], blip.linear[row]
-            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed)
+            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed, scanner)
             density = blip.motion.density(row)
             data[int(v)] = warped if density == 1 else warped * density
-            reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy).cpu()
+            reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy, scanner).cpu()
             covered += reached
             b0_covered |= reached & bool(dwi.is_b0[int(v)])
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold, dwi.signed)
     if groups:
         series = _merge(series, groups, weights if len(weights) > 1 else None, dwi.blip)
     coverage = Volume(covered / len(dwi), grid)
-    return _finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
+    finished = _finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
+    if nonlinearity is None:
+        return finished
+    to_volumes = np.concatenate([blip.matrices for blip in per_blip])
+    return replace(finished, deviation=deviation_on_grid(nonlinearity.fields, grid, to_volumes))
+
+
+def _volume_to_sample(blip: _BlipTransforms, row: int, dwi: DWI) -> tuple[torch.Tensor, ScannerWarp]:
+    """A volume with its outlier slices replaced, and the warp that is left in it.
+
+    Slices were replaced where gradient nonlinearity had been removed, which takes those volumes a second interpolation.
+    """
+    volume = dwi.data[int(blip.volumes[row])]
+    if blip.scanner is NO_WARP or not blip.motion.replaces(row):
+        return blip.motion.with_replaced_slices(row, volume), blip.scanner
+    straight = unwarp(volume[None], dwi.grid, blip.scanner, dwi.signed)[0]
+    return blip.motion.with_replaced_slices(row, straight), NO_WARP
 
 
 def _enough(coverage: Volume, b0_covered: torch.Tensor) -> torch.Tensor:
@@ -300,16 +326,40 @@ def _harmonise_b0(series: DWI, owner: np.ndarray, mask: torch.Tensor) -> None:
         series.data[v].mul_(float(factors[part]))
 
 
-def _blip_transforms(dwi: DWI, motion: Motion, distortion: Distortion | None, to_dwiref: np.ndarray) -> _BlipTransforms:
-    pose, field = np.eye(4), None
+def _blip_transforms(
+    dwi: DWI,
+    motion: Motion,
+    distortion: Distortion | None,
+    to_dwiref: np.ndarray,
+    nonlinearity: GradientNonlinearity | None,
+) -> _BlipTransforms:
+    pose, field, scanner = np.eye(4), None, NO_WARP
     if distortion is not None:
         blip = int(dwi.blip[motion.volumes[0]])
         pose, field = distortion.poses[blip], distortion.fields[blip]
         field = DisplacementField(field.data.to(dwi.data.device), field.grid)
+    if nonlinearity is not None:
+        done, along = nonlinearity.corrections, _phase_axis(motion, field, dwi.grid)
+        warp = remaining_warp(nonlinearity.fields, dwi.grid, done.series, done.slice_axis)
+        scanner = scanner_warp(warp, dwi.grid, along)
     to_volumes = motion.transforms @ pose
     back = np.linalg.inv(pose @ to_dwiref)
     brain = _mask_points(motion.mask) @ back[:3, :3].T + back[:3, 3]
-    return _BlipTransforms(motion, motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field, pose)
+    return _BlipTransforms(
+        motion, motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field, pose, scanner
+    )
+
+
+def _phase_axis(motion: Motion, field: DisplacementField | None, grid: Grid) -> int | None:
+    """Voxel axis along which eddy currents and off-resonance displace; None if neither was estimated."""
+    if motion.eddy is not None:
+        return motion.eddy.along
+    if field is None:
+        return None
+    along = torch.einsum(
+        "ab,aijk->bijk", torch.as_tensor(grid.directions, device=field.data.device).float(), field.data
+    )
+    return int((along**2).sum((1, 2, 3)).argmax())
 
 
 def _mask_points(mask: Volume) -> np.ndarray:
