@@ -36,11 +36,10 @@ def corrections_of(unit: Unit, modality: str, chosen: str) -> ScannerCorrections
     InputError
         If runs or EPI references differ.
     """
-    series = _shared([(run.image, run.metadata) for run in unit.runs], chosen)
-    epis = _shared([(epi.image, epi.metadata) for epi in unit.epis], chosen) if unit.epis else series
-    gre = _shared([(path, _metadata(path)) for path in unit.gre.files()], chosen) if unit.gre else "none"
-    paths = unit.structural(modality)
-    structural = tuple(correction_of(_metadata(path), path.name, chosen) for path in paths)
+    series = _shared([run.image for run in unit.runs], chosen)
+    epis = _shared([epi.image for epi in unit.epis], chosen) if unit.epis else series
+    gre = _shared(unit.gre.files(), chosen) if unit.gre else "none"
+    structural = tuple(_shared([path], chosen) for path in unit.structural(modality))
     return ScannerCorrections(series, epis, gre, structural, unit.runs[0].k_space.slice_axis)
 
 
@@ -74,8 +73,8 @@ def correction_of(metadata: Mapping[str, Any], name: str, chosen: str = "auto") 
     )
 
 
-def _shared(images: Sequence[tuple[Path, Mapping[str, Any]]], chosen: str) -> str:
-    found = {correction_of(metadata, path.name, chosen): path.name for path, metadata in images}
+def _shared(images: Sequence[Path], chosen: str) -> str:
+    found = {correction_of(_metadata(path), path.name, chosen): path.name for path in images}
     if len(found) > 1:
         listed = ", ".join(f"{name}: {kind}" for kind, name in found.items())
         raise InputError(

@@ -146,8 +146,7 @@ class PhantomSettings:
                     f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction between 0 and 1"
                 )
         amounts = ("snr", "noise_variation", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift")
-        amounts += ("gradient_nonlinearity",)
-        for name in amounts:
+        for name in (*amounts, "gradient_nonlinearity"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.bvec_rows not in map(describe_frame, axis_frames()):

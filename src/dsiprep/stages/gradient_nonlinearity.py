@@ -41,7 +41,7 @@ METHODS = {
     "done": "Displacements by gradient nonlinearity had been corrected in three dimensions by the scanner. ",
     "gradients": (
         "The deviation of the diffusion gradients from the prescribed ones in each voxel [@bammer2003] is written in "
-        "the layout of the Human Connectome Project [@sotiropoulos2013], for the mean position of the head in the "
+        "the layout of the Human Connectome Project [@glasser2013], for the mean position of the head in the "
         "scanner."
     ),
 }

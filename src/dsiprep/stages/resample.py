@@ -14,7 +14,7 @@ from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
 from dsiprep.data.transform import DisplacementField
-from dsiprep.errors import InputError, SettingsError
+from dsiprep.errors import SettingsError
 from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view, sample_displacement, warp_volume
 from dsiprep.ops.image.gradient_nonlinearity import remaining_warp
 from dsiprep.ops.image.interpolation import resample_onto
@@ -141,7 +141,7 @@ def resample(
     brain = np.concatenate([_mask_points(anatomy.mask), *(blip.brain for blip in per_blip)])
     grid = _output_grid(brain, settings.resolution)
     data = torch.zeros(len(dwi), *grid.shape, device=dwi.data.device)
-    bvecs, groups = np.array(dwi.bvecs, float), _groups_to_merge(dwi, settings)
+    bvecs, groups = np.array(dwi.bvecs, float), _groups_tomerge_volumes(dwi, settings)
     weights: dict[int, torch.Tensor] = {}
     covered, b0_covered = torch.zeros(grid.shape), torch.zeros(grid.shape, dtype=torch.bool)
     for blip in per_blip:
@@ -161,9 +161,9 @@ def resample(
             b0_covered |= reached & bool(dwi.is_b0[int(v)])
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold, dwi.signed)
     if groups:
-        series = _merge(series, groups, weights if len(weights) > 1 else None, dwi.blip)
+        series = merge_volumes(series, groups, weights if len(weights) > 1 else None, dwi.blip)
     coverage = Volume(covered / len(dwi), grid)
-    finished = _finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
+    finished = finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
     if nonlinearity is None:
         return finished
     to_volumes = np.concatenate([blip.matrices for blip in per_blip])
@@ -194,7 +194,7 @@ def _inverse_jacobian(blip: _BlipTransforms, sampled: SampledDisplacement, devic
     return 1 / jacobian.clamp(min=MIN_JACOBIAN)
 
 
-def _groups_to_merge(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, ...], ...]:
+def _groups_tomerge_volumes(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, ...], ...]:
     """Groups of volumes that are merged into one each; empty if no merging is requested."""
     if settings.merge not in ("average", "least-squares") or len(set(dwi.blip.tolist())) < 2:
         return ()
@@ -207,7 +207,7 @@ def _groups_to_merge(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, .
     return tuple(groups)
 
 
-def _merge(
+def merge_volumes(
     series: DWI, groups: tuple[tuple[int, ...], ...], weights: dict[int, torch.Tensor] | None, owner: np.ndarray
 ) -> DWI:
     """One volume per group; `owner` is the blip or part of each volume, the key of its weights."""
@@ -215,115 +215,6 @@ def _merge(
     data, first = combine(series.data, list(groups), weights, owner), [group[0] for group in groups]
     run, blip = series.run[first], series.blip[first]
     return DWI(data, series.grid, bvals, bvecs, run, blip, series.b0_threshold, series.signed)
-
-
-def join(
-    parts: tuple[Preprocessed, ...],
-    nominal: tuple[DWI, ...],
-    anatomy: Anatomy,
-    merge: str = "concat",
-    harmonize_b0: bool = True,
-) -> Preprocessed:
-    """Join several corrected series of one subject in the same ACPC space into one series.
-
-    Parameters
-    ----------
-    parts : tuple of Preprocessed
-        At the same resolution; their grids may cover different parts of the head.
-    nominal : tuple of DWI
-        The series each part was computed from, with the nominal b-vectors in world RAS+.
-    anatomy : Anatomy
-    merge : str
-        "concat", or "average" or "least-squares" to average volumes of different parts with the same gradient.
-    harmonize_b0 : bool
-        Scale the parts to the same mean b=0 in the brain.
-
-    Returns
-    -------
-    Preprocessed
-        On a grid that covers all of them, without interpolation. `sources` indexes the volumes of all `nominal` series.
-
-    Raises
-    ------
-    InputError
-        If the grids are not offset by whole voxels.
-    """
-    grid = _common_grid([part.dwi.grid for part in parts])
-    mask = torch.stack([_embed(part.mask.data[None], part.mask.grid, grid)[0] for part in parts]).amin(0) > 0.5
-    data = torch.cat([_embed(part.dwi.data, part.dwi.grid, grid) for part in parts])
-    counts = [len(part.dwi) for part in parts]
-    owner = np.repeat(np.arange(len(parts)), counts)
-    bvals, bvecs = (np.concatenate([getattr(part.dwi, name) for part in parts]) for name in ("bvals", "bvecs"))
-    starts = np.cumsum([0, *(len(dwi) for dwi in nominal)])
-    part_sources = [part.sources or tuple((v,) for v in range(len(part.dwi))) for part in parts]
-    sources = tuple(
-        tuple(int(v + start) for v in s) for start, rows in zip(starts, part_sources, strict=False) for s in rows
-    )
-    signed = any(part.dwi.signed for part in parts)
-    series = DWI(data, grid, bvals, bvecs, owner, owner, parts[0].dwi.b0_threshold, signed)
-    if harmonize_b0:
-        _harmonise_b0(series, owner, mask)
-    if merge != "concat":
-        firsts = [s[0] for s in sources]
-        nominal_bvals, nominal_bvecs = (
-            np.concatenate([getattr(dwi, name) for dwi in nominal]) for name in ("bvals", "bvecs")
-        )
-        groups = same_gradients(nominal_bvals[firsts], nominal_bvecs[firsts], owner, series.is_b0)
-        sources = tuple(tuple(v for row in group for v in sources[row]) for group in groups)
-        series = _merge(series, tuple(groups), None, owner)
-    return _finish(series, anatomy, "none", *_joined_coverage(parts, counts, grid), sources)
-
-
-def _joined_coverage(
-    parts: tuple[Preprocessed, ...], counts: list[int], grid: Grid
-) -> tuple[Volume | None, torch.Tensor | None]:
-    """Coverage of all volumes together, and where every part has enough data; None if it is unknown for a part."""
-    maps = [_embed(part.coverage.data[None], part.dwi.grid, grid)[0] for part in parts if part.coverage]
-    if len(maps) < len(parts):
-        return None, None
-    total = sum((each * count for each, count in zip(maps, counts, strict=True)), torch.zeros(grid.shape))
-    return Volume(total / sum(counts), grid), torch.stack(maps).amin(0) >= LEAST_COVERED
-
-
-def _common_grid(grids: list[Grid]) -> Grid:
-    """The smallest grid that covers all of these, which must share one voxel lattice."""
-    first = grids[0].affine
-    corners = np.stack([np.linalg.solve(first[:3, :3], grid.affine[:3, 3] - first[:3, 3]) for grid in grids])
-    same = all(np.allclose(grid.affine[:3, :3], first[:3, :3], atol=1e-4) for grid in grids)
-    if not same or np.abs(corners - np.round(corners)).max() > 0.01:
-        raise InputError(
-            "the outputs cannot be joined because they are not on one voxel lattice; use --distortion-group-merge none"
-        )
-    low = np.round(corners).astype(int)
-    lowest = low.min(0)
-    shape = (low + [grid.shape for grid in grids]).max(0) - lowest
-    affine = first.copy()
-    affine[:3, 3] += first[:3, :3] @ lowest
-    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
-
-
-def _embed(data: torch.Tensor, grid: Grid, target: Grid) -> torch.Tensor:
-    """Volumes (n, i, j, k) on a larger grid of the same lattice, zero outside their own grid."""
-    if grid.shape == target.shape:
-        return data
-    start = np.round(np.linalg.solve(target.affine, grid.affine[:, 3])[:3]).astype(int)
-    out = torch.zeros(len(data), *target.shape, dtype=data.dtype)
-    i, j, k = (slice(int(s), int(s) + n) for s, n in zip(start, grid.shape, strict=True))
-    out[:, i, j, k] = data
-    return out
-
-
-def _harmonise_b0(series: DWI, owner: np.ndarray, mask: torch.Tensor) -> None:
-    """Scale the parts in place to the same mean b=0; parts without b=0 volumes are unchanged."""
-    means = np.full(int(owner.max()) + 1, np.nan)
-    for part in range(len(means)):
-        b0 = np.flatnonzero((owner == part) & series.is_b0)
-        if len(b0):
-            means[part] = float(torch.stack([series.data[int(v)][mask].mean() for v in b0]).mean())
-    means[~(means > 0)] = np.nan
-    factors = np.where(np.isfinite(means), np.nanmean(means) / means, 1.0)
-    for v, part in enumerate(owner):
-        series.data[v].mul_(float(factors[part]))
 
 
 def _blip_transforms(
@@ -377,7 +268,7 @@ def _output_grid(points: np.ndarray, resolution: float) -> Grid:
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
 
 
-def _finish(
+def finish(
     series: DWI,
     anatomy: Anatomy,
     bias: str,

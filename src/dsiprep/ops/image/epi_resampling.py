@@ -160,7 +160,7 @@ def _warp_tensors(
     susceptibility: SampledDisplacement | None,
     direction: np.ndarray,
     eddy: EddyDisplacement,
-    scanner: ScannerWarp,
+    scanner: ScannerWarp = NO_WARP,
 ) -> torch.Tensor:
     """Tensor version of `_warp_loop`, for other devices."""
     displacement = None if susceptibility is None else susceptibility.displacement
