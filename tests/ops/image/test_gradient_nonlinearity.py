@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers.grids import make_grid
 
 from dsiprep.data.gradient_coil import GradientCoil
 from dsiprep.data.transform import EddyCurrents
@@ -18,6 +17,7 @@ from dsiprep.ops.image.epi_resampling import SampledDisplacement, _warp_tensors,
 from dsiprep.ops.image.gradient_nonlinearity import encoding_error, gradient_deviation, remaining_warp
 from dsiprep.ops.image.interpolation import spline_coefficients
 from dsiprep.ops.image.scanner_warp import scanner_warp
+from helpers.grids import make_grid
 
 PHYSICAL = [("x", "A"), ("y", "B"), ("z", "A")]  # the terms of each coil that trxscan evaluates
 
