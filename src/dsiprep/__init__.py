@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsiprep.api.acting_gradients import acting_gradients
     from dsiprep.api.add_normalization import add_normalization
     from dsiprep.api.blip_pair import correct_pair, write_pair
     from dsiprep.api.convert_warp import convert_warp
@@ -78,6 +79,7 @@ __all__ = [
     "SettingsError",
     "UnringingSettings",
     "__version__",
+    "acting_gradients",
     "add_normalization",
     "align_series",
     "choose_lead",
@@ -122,6 +124,7 @@ _MODULES = {
         "Settings",
         "UnringingSettings",
     ),
+    "dsiprep.api.acting_gradients": ("acting_gradients",),
     "dsiprep.api.add_normalization": ("add_normalization",),
     "dsiprep.api.blip_pair": ("correct_pair", "write_pair"),
     "dsiprep.api.convert_warp": ("convert_warp",),

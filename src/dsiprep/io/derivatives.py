@@ -22,7 +22,7 @@ from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
-from dsiprep.io.gradient_deviation import write_deviation, write_scanner_warp
+from dsiprep.io.gradient_deviation import write_deviation, write_poses, write_scanner_warp
 from dsiprep.io.lattice_files import write_lattice
 from dsiprep.io.nifti import ALIGNED, MNI, write_image
 from dsiprep.io.provenance import anatomical_uri, anatomy_stem, dataset_description, raw_uris, space_uri
@@ -270,6 +270,7 @@ def _write_transforms(results: UnitResults, session: Path) -> None:
     if results.nonlinearity is not None:
         warp = folder / f"{name}_from-orig_to-scanner_mode-image_desc-gradwarp_xfm.h5"
         write_scanner_warp(warp, results.nonlinearity, results.acquired.dwi.grid)
+        write_poses(folder / name, results)
     itk.write_affine(
         folder / f"{name}_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt",
         results.coregistration.dwiref_to_acpc,

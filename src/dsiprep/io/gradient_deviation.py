@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Grid
+from dsiprep.data.results import UnitResults
 from dsiprep.data.transform import Chain
 from dsiprep.io import itk
 from dsiprep.io.gradients import fsl_axes
@@ -15,7 +17,9 @@ from dsiprep.io.nifti import ALIGNED, write_image
 from dsiprep.io.qc_tables import write_json
 from dsiprep.ops.image.gradient_nonlinearity import remaining_warp
 
-__all__ = ["write_deviation", "write_scanner_warp"]
+__all__ = ["POSES", "write_deviation", "write_poses", "write_scanner_warp"]
+
+POSES = "_from-scanner_to-ACPC_mode-image_desc-poses_xfm.txt"  # end of the name
 
 
 def write_deviation(stem: Path, deviation: torch.Tensor, grid: Grid, bvecs: str, reference: str) -> None:
@@ -68,3 +72,17 @@ def write_scanner_warp(path: Path, nonlinearity: GradientNonlinearity, grid: Gri
     field = remaining_warp(nonlinearity.fields, grid, done.series, done.slice_axis)
     if field is not None:
         itk.write_composite_h5(path, Chain((field,), "orig", "scanner"))
+
+
+def write_poses(stem: Path, results: UnitResults) -> None:
+    """Write the rigid or affine map from points of ACPC space to points of the scanner for each acquired volume.
+
+    It is motion, the pose of the blip and coregistration composed, without displacements of images.
+    """
+    dwi, to_dwiref = results.acquired.dwi, results.coregistration.dwiref_to_acpc.matrix
+    matrices = np.empty((len(dwi), 4, 4))
+    for motion in results.motions:
+        blip = int(dwi.blip[motion.volumes[0]])
+        pose = results.distortion.poses[blip] if results.distortion else np.eye(4)
+        matrices[motion.volumes] = motion.transforms @ pose @ to_dwiref
+    itk.write_affine_series(stem.with_name(f"{stem.name}{POSES}"), matrices)

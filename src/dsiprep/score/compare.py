@@ -21,7 +21,7 @@ from dsiprep.ops.image.affine import (
     rigid_matrix,
     rigid_parameters,
 )
-from dsiprep.score.nonlinearity import apparent, describe, gradient_errors, scanner_mapping
+from dsiprep.score.nonlinearity import apparent, describe, gradient_errors, position_errors, scanner_mapping
 from dsiprep.score.read import (
     MissingDerivativeError,
     Truth,
@@ -298,6 +298,11 @@ def _gradients(case: Case) -> Iterator[Score]:
     if case.truth.gradient_displacement:
         errors = gradient_errors(case.derivatives, case.truth, case.points[::4], case.acpc_to_head)
         yield from (Score(*entry) for entry in describe(errors))
+        positions = position_errors(case.truth, case.scanner_warp, case.points[::40])
+        for name, values in zip(("error", "uncorrected"), positions, strict=True):
+            meaning = "of the displacement by gradients in the brain, over volumes"
+            yield Score(f"gradients: position, {name}", float(values.mean()), "mm", f"mean {meaning}")
+            yield Score(f"gradients: position, {name}, largest", float(values.max()), "mm", f"largest {meaning}")
 
 
 def _template(case: Case) -> Iterator[Score]:

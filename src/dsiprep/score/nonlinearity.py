@@ -9,7 +9,7 @@ import numpy as np
 
 from dsiprep.score.read import MissingDerivativeError, Truth, apply, find, read_image, read_mapping
 
-__all__ = ["GradientErrors", "apparent", "describe", "gradient_errors", "scanner_mapping"]
+__all__ = ["GradientErrors", "apparent", "describe", "gradient_errors", "position_errors", "scanner_mapping"]
 
 GradientErrors = dict[str, tuple[np.ndarray, np.ndarray]]  # b in percent and angle in degrees, (volumes, points)
 B0 = 100.0  # s/mm²
@@ -32,6 +32,17 @@ def apparent(
     along = truth.mm_per_hz / np.linalg.norm(truth.mm_per_hz)
     stretch = (warp(points + along) - warp(points - along)) @ along / 2
     return warp(points) + stretch[:, None] * shift
+
+
+def position_errors(truth: Truth, warp: Callable[[np.ndarray], np.ndarray], points: np.ndarray) -> list[np.ndarray]:
+    """Distance in mm of the true and the corrected displacement at head points (m, 3): residual and uncorrected."""
+    residual, uncorrected = [], []
+    for pose in truth.poses:
+        scanner = apply(pose, points)
+        true = truth.gradient_displacement.at(scanner) if truth.gradient_displacement else 0 * scanner
+        residual.append(np.linalg.norm(warp(scanner) - scanner - true, axis=1))
+        uncorrected.append(np.linalg.norm(true, axis=1))
+    return [np.concatenate(residual), np.concatenate(uncorrected)]
 
 
 def describe(errors: GradientErrors) -> Iterator[tuple[str, float, str, str]]:
