@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from functools import cache
 
 import numpy as np
 import pytest
@@ -29,22 +29,24 @@ from helpers.identity_results import head_intensity, make_anatomy, make_coregist
 SCALE = 60.0  # of the phantom's coefficients: displacements of several mm in a head of 40 mm
 
 
-@pytest.fixture
-def fields(tmp_path: Path) -> CoilFields:
-    (tmp_path / "coil.grad").write_text(coefficient_text(SCALE))
-    return read_coil_fields(tmp_path / "coil.grad")
+@pytest.fixture(scope="module")
+def fields(tmp_path_factory: pytest.TempPathFactory) -> CoilFields:
+    path = tmp_path_factory.mktemp("coil") / "coil.grad"
+    path.write_text(coefficient_text(SCALE))
+    return read_coil_fields(path)
 
 
 def encode(fields: CoilFields, grid: Grid, pose: np.ndarray, shift: np.ndarray | float = 0.0) -> np.ndarray:
     """Image of the head at `pose`: at c the intensity of the y with y + d(y) + shift = c, over the Jacobian."""
     c = voxel_points(grid).reshape(-1, 3) - shift
     y = c.copy()
-    for _ in range(6):  # Newton
+    for _ in range(4):  # Newton
         d, slopes = encoding_error(fields, y)
         y = y + np.linalg.solve(np.eye(3) + slopes, (c - y - d)[..., None])[..., 0]
     inverse = np.linalg.inv(pose)
     density = np.linalg.det(np.eye(3) + encoding_error(fields, y)[1])
-    return (head_intensity(y @ inverse[:3, :3].T + inverse[:3, 3]) / density).reshape(grid.shape)
+    with np.errstate(over="ignore"):  # far outside the head
+        return (head_intensity(y @ inverse[:3, :3].T + inverse[:3, 3]) / density).reshape(grid.shape)
 
 
 def as_tensor(images: list[np.ndarray]) -> torch.Tensor:
@@ -58,7 +60,7 @@ def relative_error(found: np.ndarray, points: np.ndarray) -> float:
 
 
 def test_structural_images_are_straightened_unless_the_scanner_did(fields: CoilFields) -> None:
-    grid = make_grid("PSR", (40, 44, 40), (1.5, 1.5, 1.5))
+    grid = make_grid("PSR", (30, 34, 30), (2.0, 2.0, 2.0))
     image = Volume(as_tensor([encode(fields, grid, np.eye(4))])[0], grid)
     states = ScannerCorrections(structural=("none", "3d"))
     straight, untouched = stage.straighten_structural((image, image), GradientNonlinearity(fields, states))
@@ -69,25 +71,27 @@ def test_structural_images_are_straightened_unless_the_scanner_did(fields: CoilF
 
 
 def test_masks_and_fieldmaps_keep_their_values(fields: CoilFields) -> None:
-    grid = make_grid("LAS", (40, 44, 40), (1.5, 1.5, 1.5))
+    grid = make_grid("LAS", (30, 34, 30), (2.0, 2.0, 2.0))
     nonlinearity = GradientNonlinearity(fields, ScannerCorrections(structural=("none",)))
     mask = Volume(torch.ones(grid.shape), grid)
     straight = stage.straighten_mask(mask, nonlinearity)
     assert straight is not None
     assert set(np.unique(straight.numpy())) <= {0.0, 1.0}
-    assert straight.numpy()[8:-8, 8:-8, 8:-8].all()
+    assert straight.numpy()[6:-6, 6:-6, 6:-6].all()
     assert stage.straighten_mask(None, nonlinearity) is None
     hz = Volume(torch.full(grid.shape, -35.0), grid)
     field = stage.straighten_fieldmap(RawFieldmap("hz", hz, mask, None), nonlinearity).field.numpy()
-    np.testing.assert_allclose(field[8:-8, 8:-8, 8:-8], -35, atol=1e-3)
+    np.testing.assert_allclose(field[6:-6, 6:-6, 6:-6], -35, atol=1e-3)
     phase = Volume(torch.full(grid.shape, 3.1), grid)
     phase.data[::2] = -3.1  # the same phase but for 0.08, wrapped
     found = stage.straighten_fieldmap(RawFieldmap("phase", phase, mask, 0.002), nonlinearity).field.numpy()
-    assert np.abs(found[8:-8, 8:-8, 8:-8]).min() > 3.05
+    assert np.abs(found[6:-6, 6:-6, 6:-6]).min() > 3.05
 
 
-def moved_series(fields: CoilFields, grid: Grid) -> tuple[DWI, np.ndarray]:
+@cache
+def moved_series(fields: CoilFields, orientation: str) -> tuple[DWI, np.ndarray]:
     """Two volumes of a head that moves, with nonlinear gradients."""
+    grid = make_grid(orientation, (28, 32, 28), (2.5, 2.5, 2.5))
     moves = rigid_matrix(np.array([[0, 0, 0, 0, 0, 0], [0.1, -0.08, 0.12, 3, 2, -3]], float))
     data = as_tensor([encode(fields, grid, move) for move in moves])
     bvals, none = np.array([0.0, 1000.0]), np.zeros(2, int)
@@ -102,12 +106,13 @@ def resampled(
     return resample(dwi, (motion,), distortion, coregistration, anatomy, settings, "none", nonlinearity)
 
 
-@pytest.mark.parametrize("orientation", ["oblique", "PSR"])
-def test_series_is_straight_after_one_interpolation(fields: CoilFields, orientation: str) -> None:
+def test_series_is_straight_after_one_interpolation(fields: CoilFields) -> None:
     """The warp is fixed in the scanner, in which the head moves."""
-    grid = make_grid(orientation, (36, 40, 36), (2.0, 2.0, 2.0))
-    dwi, moves = moved_series(fields, grid)
-    motion, nonlinearity = make_motion(grid, moves, np.arange(2)), GradientNonlinearity(fields, ScannerCorrections())
+    dwi, moves = moved_series(fields, "oblique")
+    motion, nonlinearity = (
+        make_motion(dwi.grid, moves, np.arange(2)),
+        GradientNonlinearity(fields, ScannerCorrections()),
+    )
     out, without = resampled(dwi, motion, nonlinearity), resampled(dwi, motion, None)
     for found, plain in zip(out.dwi.data.numpy(), without.dwi.data.numpy(), strict=True):
         before = relative_error(plain, voxel_points(without.dwi.grid))
@@ -118,14 +123,14 @@ def test_series_is_straight_after_one_interpolation(fields: CoilFields, orientat
 
 def test_off_resonance_is_stretched_by_the_gradients(fields: CoilFields) -> None:
     """u is 4 mm in the raw images; where they were straightened it was estimated as 4 mm / (1 + d_pp)."""
-    grid = make_grid("LAS", (36, 44, 36), (2.0, 2.0, 2.0))
+    grid = make_grid("LAS", (28, 36, 28), (2.5, 2.5, 2.5))
     axis = grid.directions[:, 1]
     data = as_tensor([encode(fields, grid, np.eye(4), 4 * axis)] * 2)
     none = np.zeros(2, int)
     dwi = DWI(data, grid, np.zeros(2), np.zeros((2, 3)), none, none)
     slopes = encoding_error(fields, voxel_points(grid).reshape(-1, 3))[1]
     length = 4 / (1 + np.einsum("a,nab,b->n", axis, slopes, axis)).reshape(grid.shape)
-    assert np.ptp(length[10:-10, 10:-10, 10:-10]) > 0.3
+    assert np.ptp(length[8:-8, 8:-8, 8:-8]) > 0.3
     field = DisplacementField(as_tensor([length * a for a in axis]), grid)
     zero = Volume(torch.zeros(grid.shape), grid)
     distortion = Distortion(np.eye(4)[None], (field,), None, zero, (zero,), (zero,), [], "known")
@@ -138,19 +143,21 @@ def test_off_resonance_is_stretched_by_the_gradients(fields: CoilFields) -> None
 
 
 def test_replaced_slices_are_those_of_straight_volumes(fields: CoilFields) -> None:
-    grid = make_grid("LAS", (36, 40, 36), (2.0, 2.0, 2.0))
-    dwi, moves = moved_series(fields, grid)
+    intact, moves = moved_series(fields, "LAS")
+    dwi, grid = intact.with_data(intact.data.clone()), intact.grid
     plain = make_motion(grid, moves, np.arange(2))
     lost = np.zeros((2, grid.shape[2]), bool)
-    lost[1, 14:20] = True
+    lost[1, 11:16] = True
     head = [as_tensor([head_intensity(voxel_points(grid) @ np.linalg.inv(moves[1])[:3, :3].T
-            + np.linalg.inv(moves[1])[:3, 3])])[0, :, :, k] for k in range(14, 20)]  # fmt: skip
-    dwi.data[1, :, :, 14:20] = 0
+            + np.linalg.inv(moves[1])[:3, 3])])[0, :, :, k] for k in range(11, 16)]  # fmt: skip
+    dwi.data[1, :, :, 11:16] = 0
     motion = replace(plain, outlier_slices=lost, replacements=torch.stack(head))
     nonlinearity = GradientNonlinearity(fields, ScannerCorrections())
     found = resampled(dwi, motion, nonlinearity)
     points = voxel_points(found.dwi.grid)
-    middle = np.abs((points @ moves[1][:3, :3].T + moves[1][:3, 3])[..., 2] - grid.to_world([0, 0, 16.5])[2]) < 4
+    middle = (
+        np.abs((points @ moves[1][:3, :3].T + moves[1][:3, 3])[..., 2] - grid.to_world(np.array([0, 0, 13]))[2]) < 4
+    )
     error = np.abs(found.dwi.data[1].numpy() - head_intensity(points))
     core = np.linalg.norm(points / np.array([22.0, 27, 20]), axis=-1) < 0.8
     assert error[core & middle].mean() < 10
@@ -177,9 +184,8 @@ def test_displacement_field_serves_as_the_coefficients_do(fields: CoilFields) ->
     grid = make_grid("RAS", (33, 35, 31), (4.0, 4.0, 4.0))
     d, _ = encoding_error(fields, voxel_points(grid).reshape(-1, 3))
     field = DisplacementField(torch.from_numpy(d.T.reshape(3, *grid.shape).astype(np.float32)), grid)
-    images = make_grid("LAS", (36, 40, 36), (2.0, 2.0, 2.0))
-    dwi, moves = moved_series(fields, images)
-    motion = make_motion(images, moves, np.arange(2))
+    dwi, moves = moved_series(fields, "LAS")
+    motion = make_motion(dwi.grid, moves, np.arange(2))
     one, other = (resampled(dwi, motion, GradientNonlinearity(f, ScannerCorrections())) for f in (fields, field))
     head = head_intensity(voxel_points(one.dwi.grid)) > 400
     assert np.abs((one.dwi.data - other.dwi.data).numpy()[:, head]).mean() < 3
@@ -190,7 +196,7 @@ def test_displacement_field_serves_as_the_coefficients_do(fields: CoilFields) ->
 
 def test_rest_of_a_correction_within_slices_is_removed(fields: CoilFields) -> None:
     """Of images that the scanner corrected within slices."""
-    grid = make_grid("LAS", (36, 40, 36), (2.0, 2.0, 2.0))
+    grid = make_grid("LAS", (28, 32, 28), (2.5, 2.5, 2.5))
     raw = encode(fields, grid, np.eye(4))
     d, slopes = encoding_error(fields, voxel_points(grid).reshape(-1, 3))
     d[:, 2] = 0  # LAS: slices across z

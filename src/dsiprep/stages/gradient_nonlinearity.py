@@ -51,14 +51,14 @@ EVERY_MM = 4.0  # spacing at which the deviation is evaluated; linear interpolat
 
 
 def straighten_series(acquired: Acquired, nonlinearity: GradientNonlinearity) -> Acquired:
-    """The series, its mask and its EPI references without displacements by gradient nonlinearity, for estimation."""
+    """The series, its mask and its EPI references without displacements by gradient nonlinearity, and without phase."""
     done, fields = nonlinearity.corrections, nonlinearity.fields
     warp = _warp_on(fields, acquired.dwi.grid, done.series, done.slice_axis)
     data, mask = unwarp(acquired.dwi.data, acquired.dwi.grid, warp, acquired.dwi.signed), acquired.mask
     blips = tuple(_straighten_blip(blip, acquired.dwi.grid, nonlinearity) for blip in acquired.blips)
     if warp is not None:
         mask = Volume((unwarp(mask.data[None], mask.grid, warp, density=False)[0] > 0.5).float(), mask.grid)
-    return replace(acquired, dwi=acquired.dwi.with_data(data), mask=mask, blips=blips)
+    return replace(acquired, dwi=acquired.dwi.with_data(data), mask=mask, blips=blips, phase=None)
 
 
 def straighten_b0s(b0s: DWI, nonlinearity: GradientNonlinearity) -> DWI:
