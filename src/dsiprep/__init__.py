@@ -17,6 +17,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsiprep.api.acting_gradients import acting_gradients
     from dsiprep.api.add_normalization import add_normalization
     from dsiprep.api.blip_pair import correct_pair, write_pair
     from dsiprep.api.convert_warp import convert_warp
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         GradientSettings,
         LatticeSettings,
         MotionSettings,
+        NonlinearitySettings,
         ResampleSettings,
         Settings,
         UnringingSettings,
@@ -70,12 +72,14 @@ __all__ = [
     "LatticeSettings",
     "MetadataError",
     "MotionSettings",
+    "NonlinearitySettings",
     "OutputError",
     "ResampleSettings",
     "Settings",
     "SettingsError",
     "UnringingSettings",
     "__version__",
+    "acting_gradients",
     "add_normalization",
     "align_series",
     "choose_lead",
@@ -115,10 +119,12 @@ _MODULES = {
         "GradientSettings",
         "LatticeSettings",
         "MotionSettings",
+        "NonlinearitySettings",
         "ResampleSettings",
         "Settings",
         "UnringingSettings",
     ),
+    "dsiprep.api.acting_gradients": ("acting_gradients",),
     "dsiprep.api.add_normalization": ("add_normalization",),
     "dsiprep.api.blip_pair": ("correct_pair", "write_pair"),
     "dsiprep.api.convert_warp": ("convert_warp",),

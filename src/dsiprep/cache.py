@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from dsiprep import settings as settings_module
-from dsiprep.data import acquisition, dwi, grid, motion, qspace, results, template, transform
+from dsiprep.data import acquisition, dwi, gradient_coil, grid, motion, qspace, results, template, transform
 from dsiprep.errors import DsiprepError, InputError, OutputError
 from dsiprep.sources import source_digest
 
@@ -43,7 +43,7 @@ INLINE = 256  # largest array that is stored in the JSON file, where it can be r
 
 TYPES: dict[str, type] = {
     name: kind
-    for module in (acquisition, dwi, grid, motion, qspace, results, template, transform, settings_module)
+    for module in (acquisition, dwi, gradient_coil, grid, motion, qspace, results, template, transform, settings_module)
     for name, kind in vars(module).items()
     if isinstance(kind, type) and dataclasses.is_dataclass(kind)
 }

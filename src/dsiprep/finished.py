@@ -113,13 +113,18 @@ def _common(settings: Settings) -> list[object]:
 
 
 def _inputs(units: Sequence[Unit], settings: Settings) -> Iterable[Path]:
-    yield from (Path(given) for given in (settings.lattice.grid, settings.report.bounds) if Path(given).is_file())
+    yield from (Path(given) for given in _named_files(settings) if Path(given).is_file())
     for unit in units:
         yield from unit.files()
         yield from (*unit.t1w, *unit.t2w)
         yield from unit.gre.files() if unit.gre else ()
         mask = find_mask(unit, settings.anatomy) if settings.anatomy.mask else None
         yield from (mask,) if mask else ()
+
+
+def _named_files(settings: Settings) -> tuple[str, ...]:
+    """Options that may name a file."""
+    return settings.lattice.grid, settings.report.bounds, settings.nonlinearity.coefficients
 
 
 def _outputs(out: Path, subject: str) -> list[Path]:

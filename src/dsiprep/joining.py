@@ -5,7 +5,7 @@ from __future__ import annotations
 from dsiprep.data.results import Joined, UnitResults
 from dsiprep.errors import InputError
 from dsiprep.io.q_grid_table import read_q_grid
-from dsiprep.stages import quality, resample
+from dsiprep.stages import joined_series, quality
 from dsiprep.stages.lattice import evaluate_lattice
 
 __all__ = ["join_units"]
@@ -36,7 +36,7 @@ def join_units(name: str, parts: list[UnitResults]) -> Joined:
     series = tuple(part.preprocessed for part in parts)
     asked = tuple(part.acquired.dwi for part in parts)
     merge = settings.resample.merge
-    together = resample.join(series, asked, anatomical, merge, settings.acquisition.harmonize_b0)
+    together = joined_series.join(series, asked, anatomical, merge, settings.acquisition.harmonize_b0)
     model = parts[0].motions[0].model
     found, runs = tuple(part.quality for part in parts), tuple(dwi.run for dwi in asked)
     measured = quality.measure_joined(name, found, runs, anatomical, together, model)

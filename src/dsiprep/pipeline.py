@@ -12,6 +12,8 @@ import torch
 from dsiprep import stage_calls as call
 from dsiprep.cache import Cache, CachedResult
 from dsiprep.data.acquisition import PhaseEncoding, Unit
+from dsiprep.data.dwi import DWI
+from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.qspace import GradientCheck, Lattice
 from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
@@ -26,12 +28,14 @@ from dsiprep.data.results import (
 )
 from dsiprep.device import with_cpu_fallback
 from dsiprep.engines.selection import check_engines, engine_fingerprints
-from dsiprep.io import fieldmaps, nifti, q_grid_table, templates, unit_reader
+from dsiprep.io import fieldmaps, gradient_coefficients, nifti, q_grid_table, templates, unit_reader
 from dsiprep.io.bids import read_unit
 from dsiprep.io.fieldmaps import read_fieldmap
+from dsiprep.io.gradient_coefficients import read_coil_fields
 from dsiprep.io.gradients import fsl_axes
 from dsiprep.io.nifti import read_volume
 from dsiprep.io.q_grid_table import read_q_grid
+from dsiprep.io.scanner_corrections import corrections_of
 from dsiprep.io.templates import load_template
 from dsiprep.io.unit_check import check_unit
 from dsiprep.io.user_mask import find_mask
@@ -57,6 +61,7 @@ from dsiprep.stages import (
     fieldmap,
     fieldmapless,
     gradient_check,
+    gradient_nonlinearity,
     lattice,
     motion,
     quality,
@@ -133,9 +138,9 @@ def preprocess(
         coregister, "coregister", register, reference, anatomical, target_unit, settings.coregister
     )
     aligned, final = (motions, corrected, coregistered, anatomical), partial(call.resample_series, on)
-    preprocessed = cache.run(
-        resample, "resample", final, denoised, unringed, aligned, settings.resample, settings.denoise
-    )
+    warp = _nonlinearity(unit, settings, cache)
+    options = (settings.resample, settings.denoise, *((warp,) if warp else ()))
+    preprocessed = cache.run(resample, "resample", final, denoised, unringed, aligned, *options)
     on_lattice = None if unit.output else _evaluate_lattice(cache, acquired, preprocessed, settings)
     measured = cache.run(
         quality, "quality", quality.measure_quality, unit.name, acquired, denoised, *aligned, preprocessed
@@ -161,6 +166,7 @@ def preprocess(
         ),
         gradients=checked,
         lattice=on_lattice,
+        nonlinearity=warp.value if warp else None,
     )
 
 
@@ -202,11 +208,35 @@ def _check_gradients(acquired: Acquired) -> GradientCheck:
     return gradient_check.check_gradients(acquired, fsl_axes(acquired.dwi.grid))
 
 
+def _nonlinearity(unit: Unit, settings: Settings, cache: Cache) -> CachedResult[GradientNonlinearity] | None:
+    """Gradient nonlinearity of a unit's images; None without coefficients."""
+    chosen = settings.nonlinearity
+    if not chosen.coefficients:
+        return None
+    path, done = Path(chosen.coefficients), corrections_of(unit, settings.anatomy.modality, chosen.scanner)
+    return cache.files(gradient_coefficients, (path,), done, lambda: GradientNonlinearity(read_coil_fields(path), done))
+
+
+def _straighten(
+    unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: CachedResult[Acquired]
+) -> tuple[CachedResult[Acquired], CachedResult[DWI]]:
+    """Images from which motion and distortion are estimated: without gradient nonlinearity, b=0 unringed."""
+    b0s = cache.run(unringing, "unringing-b0", unringing.unring_b0, acquired, settings.unringing)
+    nonlinearity = _nonlinearity(unit, settings, cache)
+    if nonlinearity is None:
+        return acquired, b0s
+    straight = partial(call.straighten_series, device)
+    return (
+        cache.run(gradient_nonlinearity, "nonlinearity", straight, acquired, nonlinearity),
+        cache.run(gradient_nonlinearity, "nonlinearity-b0", gradient_nonlinearity.straighten_b0s, b0s, nonlinearity),
+    )
+
+
 def _undistort(
     unit: Unit, settings: Settings, cache: Cache, device: torch.device, acquired: CachedResult[Acquired]
 ) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[Distortion | None], str, str]:
     """Motion of each blip, the distortion, why it is corrected in that way, and why it is not in spite of a pair."""
-    b0s = cache.run(unringing, "unringing-b0", unringing.unring_b0, acquired, settings.unringing)
+    acquired, b0s = _straighten(unit, settings, cache, device, acquired)
     motions = tuple(
         cache.run(
             motion,
@@ -248,6 +278,10 @@ def prepare_anatomy(
         )
         given = find_mask(unit, settings.anatomy)
         mask = cache.files(nifti, (given,) if given else (), "mask", lambda: read_volume(given) if given else None)
+        if nonlinearity := _nonlinearity(unit, settings, cache):
+            straight = gradient_nonlinearity.straighten_structural
+            images = cache.run(gradient_nonlinearity, "nonlinearity-anat", straight, images, nonlinearity)
+            mask = cache.derive(gradient_nonlinearity.straighten_mask, mask, nonlinearity)
         prepare, by = (
             partial(call.prepare_structural, device, cache.folder),
             engine_fingerprints(settings.anatomy),
@@ -269,6 +303,8 @@ def _correct_distortion(
     if method == "gre" and unit.gre:
         gre = unit.gre
         field = cache.files(fieldmaps, gre.files(), gre, lambda: read_fieldmap(gre))
+        if nonlinearity := _nonlinearity(unit, settings, cache):
+            field = cache.derive(gradient_nonlinearity.straighten_fieldmap, field, nonlinearity)
         return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
     if method == "fieldmapless":
         anat = _undistorted_anatomy(unit, settings, cache, device)

@@ -10,6 +10,7 @@ from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, SamplingScheme, U
 from dsiprep.data.results import Acquired
 from dsiprep.engines.selection import engines_for
 from dsiprep.errors import SettingsError
+from dsiprep.io.scanner_corrections import corrections_of
 from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
@@ -262,6 +263,7 @@ def plan_stages(
             if settings.gradients.check != "off"
             else {}
         ),
+        **_nonlinearity_plan(unit, settings),
         "denoise": _describe_denoising(unit, settings),
         "unringing": _describe_unringing(unit, settings),
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
@@ -278,6 +280,15 @@ def plan_stages(
         f"bias correction {settings.denoise.biascorrect}",
         **_lattice_plan(unit, scheme, settings),
     }
+
+
+def _nonlinearity_plan(unit: Unit, settings: Settings) -> dict[str, str]:
+    chosen = settings.nonlinearity
+    if not chosen.coefficients:
+        return {}
+    done = corrections_of(unit, settings.anatomy.modality, chosen.scanner)
+    shown = ", ".join(f"{name} {kind}" for name, kind in (("series", done.series), ("references", done.epis)))
+    return {"nonlinearity": f"{Path(chosen.coefficients).name}; corrected by the scanner: {shown}"}
 
 
 def _lattice_plan(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> dict[str, str]:

@@ -39,6 +39,26 @@ class GradientSettings(Checked):
 
 
 @dataclass(frozen=True)
+class NonlinearitySettings(Checked):
+    """Nonlinearity of the gradients: positions and b-values."""
+
+    coefficients: str = option(
+        "",
+        "correct gradient nonlinearity with the fields of the scanner's gradient coils: Siemens' coefficients (.grad, "
+        ".coef), or the displacement as an ITK field (.nii.gz) from points of the scanner to points of the images",
+        "--gradient-coefficients",
+        metavar="FILE",
+    )
+    scanner: str = option(
+        "auto",
+        "what the scanner corrected of it already, in all images: none, 2d (within slices) or 3d; auto reads ImageType "
+        "and NonlinearGradientCorrection",
+        "--scanner-gradwarp",
+        choices=("auto", "none", "2d", "3d"),
+    )
+
+
+@dataclass(frozen=True)
 class DenoiseSettings(Checked):
     """Noise and receive bias field."""
 
@@ -329,6 +349,7 @@ class Settings:
 
     acquisition: AcquisitionSettings = AcquisitionSettings()
     gradients: GradientSettings = GradientSettings()
+    nonlinearity: NonlinearitySettings = NonlinearitySettings()
     denoise: DenoiseSettings = DenoiseSettings()
     unringing: UnringingSettings = UnringingSettings()
     motion: MotionSettings = MotionSettings()

@@ -10,6 +10,7 @@ import torch
 
 from dsiprep.data.acquisition import AxisCheck
 from dsiprep.data.dwi import DWI
+from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import (
     Acquired,
@@ -34,7 +35,17 @@ from dsiprep.settings import (
     ResampleSettings,
     UnringingSettings,
 )
-from dsiprep.stages import anatomy, axis_check, coregister, denoise, distortion, motion, resample, unringing
+from dsiprep.stages import (
+    anatomy,
+    axis_check,
+    coregister,
+    denoise,
+    distortion,
+    gradient_nonlinearity,
+    motion,
+    resample,
+    unringing,
+)
 
 __all__ = [
     "check_axis",
@@ -45,6 +56,7 @@ __all__ = [
     "prepare_structural",
     "register_to_structural",
     "resample_series",
+    "straighten_series",
     "unring_series",
 ]
 
@@ -70,6 +82,14 @@ def unring_series(
         lambda series: unringing.unring_series(acquired, replace(denoised, dwi=series), settings),
         device,
         (denoised.dwi,),
+    )
+
+
+def straighten_series(device: torch.device, acquired: Acquired, nonlinearity: GradientNonlinearity) -> Acquired:
+    return with_cpu_fallback(
+        lambda series: gradient_nonlinearity.straighten_series(replace(acquired, dwi=series), nonlinearity),
+        device,
+        (acquired.dwi,),
     )
 
 
@@ -153,10 +173,11 @@ def resample_series(
     aligned: tuple[tuple[Motion, ...], Distortion | None, Coregistration, Anatomy],
     settings: ResampleSettings,
     denoising: DenoiseSettings,
+    nonlinearity: GradientNonlinearity | None = None,
 ) -> Preprocessed:
     moved = tuple(denoise.without_floor(motion, denoised) for motion in aligned[0])
     return with_cpu_fallback(
-        lambda dwi: resample.resample(dwi, moved, *aligned[1:], settings, denoising.biascorrect),
+        lambda dwi: resample.resample(dwi, moved, *aligned[1:], settings, denoising.biascorrect, nonlinearity),
         device,
         (unringed.dwi,),
     )

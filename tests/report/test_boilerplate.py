@@ -8,7 +8,12 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import pytest
+import torch
+
 import dsiprep.stages
+from dsiprep.data.gradient_coil import GradientCoil, GradientNonlinearity, ScannerCorrections
 from dsiprep.data.results import UnitResults
 from dsiprep.report.boilerplate import (
     BIBLIOGRAPHY,
@@ -18,6 +23,7 @@ from dsiprep.report.boilerplate import (
     methods_text,
     write_boilerplate,
 )
+from dsiprep.report.nonlinearity_facts import nonlinearity_facts
 
 
 def test_citations_of_all_stages_are_in_the_bibliography() -> None:
@@ -124,3 +130,34 @@ def test_ringing_and_complex_data_are_described(subject: UnitResults) -> None:
     assert "@lee2021" in text
     assert text.count("homodyne") == 1
     assert "the real part was kept" in text
+
+
+@pytest.mark.parametrize(
+    ("done", "said"), [("none", "in three dimensions had been removed"), ("2d", "across the slices")]
+)
+def test_gradient_nonlinearity_is_described(subject: UnitResults, done: str, said: str) -> None:
+    fields = GradientCoil(250.0, np.zeros((3, 4, 4)), np.zeros((3, 4, 4)))
+    fields.cosine[2, 3, 0] = -0.1
+    known = GradientNonlinearity(fields, ScannerCorrections(done))
+    text = " ".join(methods_text(replace(subject, nonlinearity=known)).split())
+    assert said in text
+    assert "[@bammer2003]" in text
+    assert "[@bammer2003]" not in methods_text(subject)
+    scanner = replace(known, corrections=ScannerCorrections("3d"))
+    assert "in three dimensions by the scanner" in methods_text(replace(subject, nonlinearity=scanner))
+
+
+def test_report_gives_the_size_of_gradient_nonlinearity(subject: UnitResults) -> None:
+    """An isotropic deviation of 2 % changes b by 1.02² - 1 everywhere."""
+    fields = GradientCoil(250.0, np.zeros((3, 2, 2)), np.zeros((3, 2, 2)))
+    fields.cosine[2, 1, 0] = 0.02  # encodes inferior positions 2 % too far out
+    deviation = (0.02 * torch.eye(3)).reshape(9, 1, 1, 1).expand(9, *subject.preprocessed.dwi.grid.shape)
+    known = GradientNonlinearity(fields, ScannerCorrections("2d"))
+    assert nonlinearity_facts(subject) == ()
+    preprocessed = replace(subject.preprocessed, deviation=deviation)
+    displacement, b = nonlinearity_facts(replace(subject, nonlinearity=known, preprocessed=preprocessed))
+    assert b.value == "+4.0 % to +4.0 % of the prescribed ones"
+    inside = preprocessed.dwi.grid.to_world(np.argwhere(preprocessed.mask.numpy() > 0.5))
+    to_scanner = subject.coregistration.dwiref_to_acpc.matrix
+    height = np.abs(inside @ to_scanner[2, :3] + to_scanner[2, 3]).max()
+    assert float(displacement.value.split()[2]) == pytest.approx(0.02 * height, abs=0.1)

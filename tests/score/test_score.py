@@ -292,3 +292,37 @@ def test_missing_derivatives_are_reported(subject: Subject, tmp_path: Path) -> N
     assert "1.235" in console.export_text()
     with pytest.raises(InputError):
         score(tmp_path, tmp_path)
+
+
+def test_nonlinear_gradients(tmp_path: Path) -> None:
+    """A uniform deviation of the gradients, read as FSL reads it, and the displacement that goes with it."""
+    subject, deviation = Subject(tmp_path), np.array([[0.03, 0.01, -0.02], [0.0, -0.02, 0.015], [0.005, 0.0, 0.04]])
+    subject.poses = np.tile(subject.poses[0], (N, 1, 1))
+    subject._write_truth()
+    grid = np.diag([8.0, 8, 8, 1])
+    grid[:3, 3] = -140
+    points = _points((36, 36, 36), grid)
+    displacement = points @ deviation  # its derivatives are the transpose
+    _write(subject.truth / "gradient_displacement.nii.gz", displacement, grid)
+    nine = np.broadcast_to(deviation.ravel(), (36, 36, 36, 9))
+    _write(subject.truth / "gradient_deviation.nii.gz", nine, grid)
+    dwi = subject.out / "sub-01" / "dwi"
+    np.savetxt(dwi / "sub-01_dir-PA_space-ACPC_desc-preproc_dwi.bval", subject.bvals[None])
+    rotation = (
+        subject.poses[0][:3, :3] @ subject.acpc_to_head[:3, :3] @ np.diag([1, -1, 1])
+    )  # FSL's axes of LPS+ images
+    fsl = rotation.T @ deviation @ rotation
+    columns = np.broadcast_to(fsl.ravel(order="F"), (70, 60, 60, 9))
+    _write(dwi / "sub-01_dir-PA_space-ACPC_desc-graddev_dwimap.nii.gz", columns, LPS)
+    warp = SimpleITK.CompositeTransform([_displacement(displacement, grid)])
+    SimpleITK.WriteTransform(warp, str(dwi / "sub-01_dir-PA_from-orig_to-scanner_mode-image_desc-gradwarp_xfm.h5"))
+    values = {entry.name: entry.value for entry in subject.write() if entry.value is not None}
+    assert values["gradients: b, error"] < 0.01
+    assert values["gradients: direction, error"] < 0.01
+    assert values["gradients: position, error"] < 0.001
+    assert values["combined: error"] < 0.05
+    weighted = subject.bvecs[subject.bvals > 100]
+    length = np.linalg.norm(weighted + weighted @ deviation.T, axis=1)
+    change = 100 * np.abs(1 / length**2 - 1)
+    assert values["gradients: b, uncorrected"] == pytest.approx(change.mean(), rel=1e-3)
+    assert values["gradients: position, uncorrected"] > 1

@@ -21,7 +21,8 @@ from dsiprep.io.bids import find_units
 from dsiprep.joining import join_units
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import AnatomySettings, ResampleSettings, Settings
-from dsiprep.stages.resample import join, resample
+from dsiprep.stages.joined_series import join
+from dsiprep.stages.resample import resample
 from helpers.bids_dataset import Dataset
 from helpers.identity_results import make_anatomy, make_coregistration, make_motion
 from helpers.report_subject import make_subject

@@ -23,6 +23,7 @@ from dsiprep.ops.image.epi_resampling import SampledDisplacement, _warp_tensors,
 from dsiprep.ops.image.interpolation import _spline_coefficients_tensors, spline_coefficients
 from dsiprep.ops.qspace.tensor import main_directions
 from dsiprep.settings import ResampleSettings
+from dsiprep.stages import joined_series
 from dsiprep.stages import resample as stage
 from dsiprep.stages.quality import _uncovered_brain
 from dsiprep.stages.resample import resample
@@ -207,7 +208,7 @@ def test_brain_ends_where_data_end() -> None:
     uncovered, missing = _uncovered_brain(args[1], replace(out, coverage=half)), brain & (half.numpy() == 0)
     assert uncovered["uncovered_brain_ml"] == pytest.approx(missing.sum() * 0.008)
     assert uncovered["uncovered_brain_fraction"] == pytest.approx(missing.sum() / brain.sum())
-    again = stage.join((out, out), (dwi, dwi), args[1], "concat")
+    again = joined_series.join((out, out), (dwi, dwi), args[1], "concat")
     assert again.coverage is not None
     torch.testing.assert_close(again.coverage.data, out.coverage.data)
 

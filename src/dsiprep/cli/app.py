@@ -41,6 +41,7 @@ log = logging.getLogger("dsiprep")
 SETTINGS_GROUPS = {
     "acquisition": settings.AcquisitionSettings,
     "gradients": settings.GradientSettings,
+    "nonlinearity": settings.NonlinearitySettings,
     "denoise": settings.DenoiseSettings,
     "unringing": settings.UnringingSettings,
     "motion": settings.MotionSettings,

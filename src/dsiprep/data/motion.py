@@ -98,9 +98,14 @@ class Motion(Summarised):
         determinant = float(np.linalg.det(self.transforms[row][:3, :3]))
         return determinant if abs(determinant - 1) > RIGID else 1.0
 
+    def replaces(self, row: int) -> bool:
+        """Whether slices of volume `row` of `transforms` are replaced."""
+        outliers = self.outlier_slices
+        return self.replacements is not None and outliers is not None and bool(outliers[row].any())
+
     def with_replaced_slices(self, row: int, volume: torch.Tensor) -> torch.Tensor:
         """Replace the outlier slices of volume `row` of `transforms`, (i, j, k), if replacements exist."""
-        if self.replacements is None or self.outlier_slices is None or not self.outlier_slices[row].any():
+        if self.replacements is None or self.outlier_slices is None or not self.replaces(row):
             return volume
         out = volume.clone()
         for number, (volume_row, slice_index) in enumerate(np.argwhere(self.outlier_slices)):

@@ -9,6 +9,7 @@ import torch
 
 from dsiprep.data.acquisition import KSpace, PhaseEncoding, SamplingScheme, Unit
 from dsiprep.data.dwi import DWI
+from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.motion import Motion, eddy_currents
 from dsiprep.data.qspace import GradientCheck, Lattice, QSpaceQuality
@@ -286,6 +287,8 @@ class Preprocessed(Summarised):
 
     `sources` lists the acquired volumes averaged into each volume of `dwi`; empty if none were averaged. `coverage` is
     the fraction of the acquired volumes whose field of view contains each voxel; None if it was not computed.
+    `deviation` (9, i, j, k) is L, row by row in world RAS+ axes: where a gradient g is prescribed, (I + L) g acts; None
+    if the fields of the gradients are not known.
     """
 
     dwi: DWI
@@ -294,6 +297,7 @@ class Preprocessed(Summarised):
     interpolation: str
     sources: tuple[tuple[int, ...], ...] = ()
     coverage: Volume | None = None
+    deviation: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -349,7 +353,7 @@ class UnitResults(Summarised):
     `motions` has one entry per blip with DWI volumes, in the order of `acquired.blips`; `seconds` is the wall time of
     each stage; `device` names the compute device. `distortion` is None if none was corrected, and
     `distortion_reason` gives the reason or the chosen method. `warnings` must not be overlooked. `gradients` and
-    `lattice` are None if they were not asked for.
+    `lattice` are None if they were not asked for, as `nonlinearity` is.
     """
 
     unit: Unit
@@ -369,6 +373,7 @@ class UnitResults(Summarised):
     warnings: tuple[str, ...] = ()
     gradients: GradientCheck | None = None
     lattice: Lattice | None = None
+    nonlinearity: GradientNonlinearity | None = None
 
 
 __all__ = [

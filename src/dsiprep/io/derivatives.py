@@ -22,6 +22,7 @@ from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain, DisplacementField
 from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
+from dsiprep.io.gradient_deviation import write_deviation, write_poses, write_scanner_warp
 from dsiprep.io.lattice_files import write_lattice
 from dsiprep.io.nifti import ALIGNED, MNI, write_image
 from dsiprep.io.provenance import anatomical_uri, anatomy_stem, dataset_description, raw_uris, space_uri
@@ -211,6 +212,7 @@ def _write_series(results: UnitResults, folder: Path) -> None:
         "SlicesReplaced": len(outlier_slices(results.motions)) if results.settings.motion.outliers == "replace" else 0,
         "DistortionCorrection": results.distortion.method if results.distortion else "none",
         "Interpolation": results.preprocessed.interpolation,
+        **_nonlinearity_fields(results),
     } | acquisition_fields([results], results.preprocessed.dwi.grid)
     if results.preprocessed.sources:
         sidecar["VolumesMerged"] = results.settings.resample.merge
@@ -218,6 +220,16 @@ def _write_series(results: UnitResults, folder: Path) -> None:
     _write_preprocessed(folder, results.unit.name, results.preprocessed, quality, sidecar, model)
     if results.lattice is not None:
         write_lattice(folder, results.unit.name, results.lattice, results.preprocessed.mask, sidecar)
+
+
+def _nonlinearity_fields(results: UnitResults) -> dict[str, object]:
+    if results.nonlinearity is None:
+        return {}
+    return {
+        "GradientCoefficients": Path(results.settings.nonlinearity.coefficients).name,
+        "ScannerGradientCorrection": results.nonlinearity.corrections.series,
+        "NonlinearGradientCorrection": True,
+    }
 
 
 def _write_preprocessed(
@@ -232,6 +244,9 @@ def _write_preprocessed(
     write_json(_with(stem, ".json"), sidecar | {"GradientTables": gradients.write_every_frame(stem, dwi)})
     _write_map(folder / f"{name}_dwiref", preprocessed.dwiref, False, reference)
     _write_map(folder / f"{name}_desc-brain_mask", preprocessed.mask, True, reference)
+    if preprocessed.deviation is not None:
+        fsl = f"{name}_desc-preproc_fslbvecs.txt"
+        write_deviation(folder / f"{name}_desc-graddev_dwimap", preprocessed.deviation, dwi.grid, fsl, reference)
     if preprocessed.coverage is not None:
         _write_map(folder / f"{name}_desc-coverage_dwimap", preprocessed.coverage, False, reference)
     kind = "tensor" if "tensor" in model else "3dSHORE"  # the model that stages.quality uses for the CNR
@@ -252,6 +267,10 @@ def _write_transforms(results: UnitResults, session: Path) -> None:
         itk.write_eddy_series(
             folder / f"{name}_from-orig_to-dwiref_mode-image_desc-eddy_xfm.txt", eddy, results.acquired.dwi.grid
         )
+    if results.nonlinearity is not None:
+        warp = folder / f"{name}_from-orig_to-scanner_mode-image_desc-gradwarp_xfm.h5"
+        write_scanner_warp(warp, results.nonlinearity, results.acquired.dwi.grid)
+        write_poses(folder / name, results)
     itk.write_affine(
         folder / f"{name}_from-dwiref_to-ACPC_mode-image_desc-coreg_xfm.txt",
         results.coregistration.dwiref_to_acpc,

@@ -11,9 +11,11 @@ from dsiprep.data.acquisition import EpiReference, Run, Unit
 from dsiprep.errors import InputError
 from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import OR_IGNORE
+from dsiprep.io.gradient_coefficients import read_coil_fields
 from dsiprep.io.gradients import require_b0
 from dsiprep.io.nifti_header import Header, check_extent, check_kind, oriented, read_header
 from dsiprep.io.q_grid_table import read_q_grid
+from dsiprep.io.scanner_corrections import corrections_of
 from dsiprep.io.unit_reader import require_files
 from dsiprep.settings import Settings
 
@@ -32,6 +34,9 @@ def check_unit(unit: Unit, settings: Settings) -> None:
     """
     modality, threshold = settings.anatomy.modality, settings.acquisition.b0_threshold
     read_q_grid(settings.lattice.grid)
+    if settings.nonlinearity.coefficients:
+        read_coil_fields(Path(settings.nonlinearity.coefficients))
+        corrections_of(unit, modality, settings.nonlinearity.scanner)
     require_files(unit, modality)
     by_direction: dict[str, list[tuple[Run, np.ndarray]]] = {}
     for run in unit.runs:

@@ -14,6 +14,7 @@ from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import OutputError
 from dsiprep.ops.qspace.fibre_continuity import axis_frames, describe_frame
+from dsiprep.phantom.gradient_coil import Coil, coefficient_text
 from dsiprep.phantom.head import TEMPLATE, Head, make_head, slabs
 from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.k_space import PHASE_TERMS, STATIC_PHASE, draw_phase, sample
@@ -28,6 +29,7 @@ PHASE_CYCLE = 4096  # integers of a stored phase image, as Siemens writes them
 IDEAL_SLOPE = 1 / 8  # scaling of the ideal DWI, stored as integers
 T1_WEIGHT = {"csf": 0.16, "wm": 0.9, "fluid": 0.14, "bone": 0.07, "marrow": 0.45, "fat": 0.9, "muscle": 0.42}
 T1_SCALE = 700.0  # intensity of white matter
+UNCORRECTED = ["ORIGINAL", "PRIMARY", "M", "ND"]  # ImageType of images with the effects of gradient nonlinearity
 T1_FIELD_OF_VIEW = (200.0, 248.0, 240.0)
 
 
@@ -65,7 +67,7 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
     for folder in (bids / "sub-01" / "anat", bids / "sub-01" / "dwi", bids / "sub-01" / "fmap", truth):
         folder.mkdir(parents=True)
     try:
-        _write_t1w(bids, truth, head, settings, streams[2])
+        _write_t1w(bids, truth, head, settings, streams[2], session.coil)
         _write_scans(bids, truth, head, session, settings, streams[3])
         _write_geometry(truth, head, session, settings)
         _write_descriptions(bids, settings)
@@ -77,7 +79,7 @@ def make_phantom(out: Path, settings: PhantomSettings) -> Path:
 
 
 def simulate_t1w(
-    head: Head, resolution: float, rng: np.random.Generator
+    head: Head, resolution: float, rng: np.random.Generator, coil: Coil | None = None
 ) -> tuple[np.ndarray, Grid, dict[str, np.ndarray]]:
     """A T1w image with receive bias and noise, (i, j, k) float32, its grid, and the maps of `Head.maps` on it."""
     grid = head.box(np.asarray(T1_FIELD_OF_VIEW), resolution)
@@ -88,16 +90,20 @@ def simulate_t1w(
         outside_brain = maps[name] * (1 - maps["brain"])
         image += np.float32(weight) * outside_brain
     image *= T1_SCALE * _receive_bias(grid, rng)
+    if coil is not None:
+        image = coil.distort(image, grid)
     return add_noise(image, T1_SCALE / 45, rng), grid, maps
 
 
-def _write_t1w(bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator) -> None:
-    image, grid, maps = simulate_t1w(head, settings.t1w_resolution, rng)
+def _write_t1w(
+    bids: Path, truth: Path, head: Head, settings: PhantomSettings, rng: np.random.Generator, coil: Coil | None
+) -> None:
+    image, grid, maps = simulate_t1w(head, settings.t1w_resolution, rng, coil)
     write_image(bids / "sub-01" / "anat" / "sub-01_T1w.nii.gz", np.rint(image).astype(np.int16), grid)
     _write_json(
         bids / "sub-01" / "anat" / "sub-01_T1w.json",
         {"Modality": "MR", "Manufacturer": "Simulated", "MagneticFieldStrength": 3, "RepetitionTime": 2.3,
-         "EchoTime": 0.003, "InversionTime": 0.9, "FlipAngle": 9},
+         "EchoTime": 0.003, "InversionTime": 0.9, "FlipAngle": 9, **({"ImageType": UNCORRECTED} if coil else {})},
     )  # fmt: skip
     brain = maps["brain"] > 0.5
     write_image(truth / "T1w_brain_mask.nii.gz", brain.astype(np.uint8), grid)
@@ -180,7 +186,8 @@ def _write_runs(
     bvals = session.bvals[::-1] if settings.reversed_bvals else session.bvals
     np.savetxt(_with(stem, ".bval"), bvals[None], fmt="%.1f")
     np.savetxt(_with(stem, ".bvec"), frame @ to_fsl(session.bvecs, session.grid).T, fmt="%.8f")
-    sidecar = {**_sidecar(session.grid, session.pe, sampled), "B0FieldSource": "pepolar"}
+    kind = {"ImageType": UNCORRECTED} if session.coil else {}
+    sidecar = {**_sidecar(session.grid, session.pe, sampled), **kind, "B0FieldSource": "pepolar"}
     _write_json(_with(stem, ".json"), sidecar)
     if phases is not None:
         beside = stem.with_name("sub-01_dir-PA_part-phase_dwi")
@@ -189,7 +196,7 @@ def _write_runs(
     target = {"IntendedFor": [f"bids::sub-01/dwi/{stem.name}.nii.gz"]}
     stem = bids / "sub-01" / "fmap" / "sub-01_dir-AP_epi"
     write_image(_with(stem, ".nii.gz"), epis, session.grid)
-    _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.reversed_pe, sampled), **target})
+    _write_json(_with(stem, ".json"), {**_sidecar(session.grid, session.reversed_pe, sampled), **kind, **target})
 
 
 def _sidecar(grid: Grid, pe: PhaseEncoding, sampled: float) -> dict[str, object]:
@@ -214,6 +221,10 @@ def _sidecar(grid: Grid, pe: PhaseEncoding, sampled: float) -> dict[str, object]
 def _write_geometry(truth: Path, head: Head, session: Session, settings: PhantomSettings) -> None:
     _write_json(truth / "truth.json", _truth_table(head, session, settings))
     write_image(truth / "field_hz.nii.gz", session.field, session.field_grid)
+    if session.coil is not None:
+        (truth.parent / "gradient_coefficients.grad").write_text(coefficient_text(session.coil.scale))
+        for name, maps in (("displacement", session.coil.displacement), ("deviation", session.coil.deviation)):
+            write_image(truth / f"gradient_{name}.nii.gz", np.moveaxis(maps, 0, -1), session.coil.grid)
     template = head.atlas_grid.at_spacing(4.0)
     _write_positions(truth / "template_to_head.nii.gz", head.to_head, template)
     brain = [interpolate(head.atlas["brain"], head.atlas_grid, points) > 0.5 for _, points in slabs(template)]

@@ -16,6 +16,7 @@ from scipy.spatial.transform import Rotation
 from dsiprep.compiled import compiled, inlined
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
+from dsiprep.phantom.gradient_coil import Coil
 from dsiprep.phantom.interpolation import trilinear
 
 READOUT_TIME = 0.05  # s
@@ -75,6 +76,7 @@ def scan(
     pose: np.ndarray,
     eddy: np.ndarray | None = None,
     oversampling: int = OVERSAMPLING,
+    coil: Coil | None = None,
 ) -> np.ndarray:
     """Simulate one noise-free image.
 
@@ -91,6 +93,9 @@ def scan(
         Coefficients of `eddy_basis` for the displacement in mm towards higher indices along the phase-encoding axis.
     oversampling : int
         Points per voxel along each axis.
+    coil : Coil, optional
+        With nonlinear fields: lines are those that the gradients encode, and a point of a line shows the signal and the
+        field at its true position.
 
     Returns
     -------
@@ -115,8 +120,17 @@ def scan(
         affine / EDDY_SCALE,
         (shift_per_hz, int(np.ceil(reach)) + 1, oversampling),
         coefficients,
+        *_true_positions(coil, affine),
     )
     return np.ascontiguousarray(np.moveaxis(out, (0, 1, 2), order))
+
+
+def _true_positions(coil: Coil | None, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Table (4, i, j, k) of shifts from encoded to true positions, in voxels, and density; its voxels from ours."""
+    if coil is None:
+        return np.zeros((4, 0, 0, 0), np.float32), np.eye(4)
+    shift = np.einsum("ab,bijk->aijk", np.linalg.inv(affine)[:3, :3], coil.inverse[:3])
+    return np.concatenate([shift, coil.inverse[3:]]).astype(np.float32), np.linalg.inv(coil.grid.affine) @ affine
 
 
 def noise_map(grid: Grid, centre: np.ndarray, level: float, variation: float) -> np.ndarray:
@@ -171,6 +185,18 @@ def _eddy_displacement(c: np.ndarray, m: np.ndarray, a: float, b: float, p: floa
 
 
 @inlined
+def _true_position(table: np.ndarray, m: np.ndarray, at: np.ndarray) -> float:
+    """Replace the encoded position `at` (3,), in voxels, by the true one; return the density of the signal."""
+    if table.shape[1] == 0:
+        return 1.0
+    a, b, p = at[0], at[1], at[2]
+    at[0] = a + _value_at(table[0], m, a, b, p)
+    at[1] = b + _value_at(table[1], m, a, b, p)
+    at[2] = p + _value_at(table[2], m, a, b, p)
+    return _value_at(table[3], m, a, b, p)
+
+
+@inlined
 def _spread(line: np.ndarray, amount: float, first: float, second: float) -> None:
     """Distribute an amount of signal over the voxels between two points of a line."""
     low, high = min(first, second) + 0.5, max(first, second) + 0.5
@@ -179,6 +205,24 @@ def _spread(line: np.ndarray, amount: float, first: float, second: float) -> Non
         overlap = min(high, voxel + 1.0) - max(low, float(voxel))
         if overlap > 0:
             line[voxel] += density * overlap
+
+
+@inlined
+def _end(
+    field: np.ndarray,
+    to_field: np.ndarray,
+    world: np.ndarray,
+    shift: float,
+    eddy: np.ndarray,
+    table: np.ndarray,
+    to_table: np.ndarray,
+    at: np.ndarray,
+) -> float:
+    """Where the end of a cell at the encoded position `at` (3,) appears along its line, in voxels."""
+    e = at[2]
+    _true_position(table, to_table, at)
+    a, b, p = at[0], at[1], at[2]
+    return e + shift * _value_at(field, to_field, a, b, p) + _eddy_displacement(eddy, world, a, b, p)
 
 
 @compiled(parallel=True)
@@ -191,24 +235,29 @@ def _push_lines(
     world: np.ndarray,
     steps: tuple,
     eddy: np.ndarray,
+    table: np.ndarray,
+    to_table: np.ndarray,
 ) -> None:
     """Move the signal of each cell of a finely divided line to the displaced interval between the cell's ends."""
     shift, pad, s = steps
     for line in numba.prange(out.shape[0] * out.shape[1]):
         row, column = line // out.shape[1], line % out.shape[1]
+        at = np.empty(3)
         for sub in range(s * s):
             a = row + (sub // s + 0.5) / s - 0.5
             b = column + (sub % s + 0.5) / s - 0.5
             end_of, end = -1000000, 0.0  # the cell whose start is `end`
             for cell in range(-pad * s, (out.shape[2] + pad) * s):
-                value = _value_at(image, to_image, a, b, (cell + 0.5) / s - 0.5)
+                at[0], at[1], at[2] = a, b, (cell + 0.5) / s - 0.5
+                density = _true_position(table, to_table, at)
+                value = _value_at(image, to_image, at[0], at[1], at[2])
                 if value <= 0:
                     continue
-                e = cell / s - 0.5
                 if end_of != cell:
-                    end = e + shift * _value_at(field, to_field, a, b, e) + _eddy_displacement(eddy, world, a, b, e)
+                    at[0], at[1], at[2] = a, b, cell / s - 0.5
+                    end = _end(field, to_field, world, shift, eddy, table, to_table, at)
                 start = end
-                e = (cell + 1) / s - 0.5
-                end = e + shift * _value_at(field, to_field, a, b, e) + _eddy_displacement(eddy, world, a, b, e)
+                at[0], at[1], at[2] = a, b, (cell + 1) / s - 0.5
+                end = _end(field, to_field, world, shift, eddy, table, to_table, at)
                 end_of = cell + 1
-                _spread(out[row, column], value / (s * s * s), start, end)
+                _spread(out[row, column], value * density / (s * s * s), start, end)

@@ -11,6 +11,7 @@ from dsiprep.data.grid import Grid
 from dsiprep.errors import SettingsError
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
+from dsiprep.phantom.gradient_coil import Coil, make_coil
 from dsiprep.phantom.head import Head, slabs
 from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.k_space import fine_grid
@@ -67,6 +68,8 @@ class Session:
         Signal of each volume relative to the first, as it drifts.
     field : ndarray, (i, j, k)
         Off-resonance field in Hz on `field_grid`, a grid in the head frame.
+    coil : Coil or None
+        Nonlinear gradients; None for linear ones.
     """
 
     grid: Grid
@@ -82,6 +85,7 @@ class Session:
     gain: np.ndarray
     field: np.ndarray
     field_grid: Grid
+    coil: Coil | None = None
 
     @property
     def head_bvecs(self) -> np.ndarray:
@@ -97,7 +101,8 @@ class Session:
 
     def ideal(self, tissue: Tissue, bval: float, bvec: np.ndarray) -> np.ndarray:
         """Undistorted, noise-free image at the pose of the first volume, (i, j, k) float32."""
-        return self.image(tissue, self.poses[0], replace(self.pe, readout_time=0.0), bval, bvec)
+        linear = replace(self, coil=None)
+        return linear.image(tissue, self.poses[0], replace(self.pe, readout_time=0.0), bval, bvec)
 
     def image(
         self,
@@ -109,9 +114,13 @@ class Session:
         eddy: np.ndarray | None = None,
     ) -> np.ndarray:
         """Simulate one noise-free image; `bvec` is in the scanner frame and is rotated into the head frame."""
-        gradient = pose[:3, :3].T @ (np.zeros(3) if bvec is None else bvec)
-        source = Source(tissue.signal(bval, gradient), tissue.grid, self.field, self.field_grid)
-        return scan(source, self.grid, pe, pose, eddy)
+        prescribed = np.zeros(3) if bvec is None else bvec
+        if self.coil is None or bval == 0:
+            signal = tissue.signal(bval, pose[:3, :3].T @ prescribed)
+        else:
+            signal = tissue.signal_of(bval, self.coil.gradients(prescribed, pose, tissue.grid))
+        source = Source(signal, tissue.grid, self.field, self.field_grid)
+        return scan(source, self.grid, pe, pose, eddy, coil=self.coil)
 
     def refined(self) -> Session:
         """The same session on a grid that is finer in the plane of the slices, for images from k-space."""
@@ -153,6 +162,7 @@ def plan_session(
         gain=1 - settings.signal_drift * np.linspace(0, 1, len(bvals)) ** 0.7,
         field=field,
         field_grid=field_grid,
+        coil=make_coil(points, settings.gradient_nonlinearity) if settings.gradient_nonlinearity else None,
     )
 
 

@@ -79,6 +79,13 @@ class PhantomSettings:
         "--drift",
         metavar="MM",
     )
+    gradient_nonlinearity: float = option(
+        0.0,
+        "largest displacement of the brain by nonlinear gradients, in mm, in the series and in the T1w; the "
+        "coefficients are written beside the dataset",
+        "--gradient-nonlinearity",
+        metavar="MM",
+    )
     signal_drift: float = option(
         0.0, "fraction of the signal that is lost over the series", "--signal-drift", metavar="FRACTION"
     )
@@ -119,7 +126,7 @@ class PhantomSettings:
     def described(self) -> dict[str, object]:
         """Settings by name, without effects that are not there."""
         absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0, "k_space": ""}
-        absent |= {"complex": False, "reversed_bvals": False, "bvec_rows": RIGHT_ROWS}
+        absent |= {"complex": False, "gradient_nonlinearity": 0, "reversed_bvals": False, "bvec_rows": RIGHT_ROWS}
         return {name: value for name, value in asdict(self).items() if absent.get(name) != value}
 
     def check(self) -> None:
@@ -139,7 +146,7 @@ class PhantomSettings:
                     f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction between 0 and 1"
                 )
         amounts = ("snr", "noise_variation", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift")
-        for name in amounts:
+        for name in (*amounts, "gradient_nonlinearity"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.bvec_rows not in map(describe_frame, axis_frames()):

@@ -27,6 +27,7 @@ GREY = ((0.7, 0.9e-3), (0.3, 0.25e-3))
 FREE = ((1.0, 3.0e-3),)
 SOFT = ((1.0, 1.4e-3),)
 LIPID = ((1.0, 0.05e-3),)
+ISOTROPIC = {"free": FREE, "grey": GREY, "soft": SOFT, "lipid": LIPID}
 # Compartments of a fibre bundle: (signal fraction, axial and radial diffusivity in mm²/s); a narrow and a wider
 # one together mimic slight dispersion
 BUNDLE = np.array([[0.6, 1.8e-3, 0.1e-3], [0.4, 1.5e-3, 0.6e-3]])
@@ -66,11 +67,34 @@ class Tissue:
         bvec : ndarray, (3,)
             Unit vector in world RAS+ of the head frame.
         """
-        models = {"free": FREE, "grey": GREY, "soft": SOFT, "lipid": LIPID}
         out = np.zeros(self.grid.shape, np.float32)
         for name, image in self.isotropic.items():
-            out += image * np.float32(sum(fraction * np.exp(-bval * d) for fraction, d in models[name]))
+            out += image * np.float32(sum(fraction * np.exp(-bval * d) for fraction, d in ISOTROPIC[name]))
         _add_bundles(out.reshape(-1), self.fibre_voxels, self.fibres, self.weights, float(bval), bvec, BUNDLE)
+        return out
+
+    def signal_of(self, bval: float, gradients: np.ndarray) -> np.ndarray:
+        """The image for a gradient that differs from voxel to voxel, (i, j, k) float32.
+
+        Parameters
+        ----------
+        bval : float
+            s/mm², for a gradient of unit length.
+        gradients : ndarray, (3, i, j, k)
+            In world RAS+ of the head frame.
+        """
+        b = np.float32(bval) * (gradients**2).sum(0)
+        out = np.zeros(self.grid.shape, np.float32)
+        for name, image in self.isotropic.items():
+            out += image * sum(np.float32(fraction) * np.exp(np.float32(-d) * b) for fraction, d in ISOTROPIC[name])
+        white = self.fibre_voxels
+        each = gradients.reshape(3, -1)[:, white].T
+        length = np.linalg.norm(each, axis=1)
+        unit, values = each / np.maximum(length, 1e-9)[:, None], bval * length**2
+        cosine = np.einsum("mpa,ma->mp", self.fibres, unit)
+        for share, axial, radial in BUNDLE:
+            attenuation = np.exp(-values[:, None] * (radial + (axial - radial) * cosine**2))
+            out.reshape(-1)[white] += share * (self.weights * attenuation).sum(1)
         return out
 
 

@@ -26,6 +26,7 @@ from dsiprep.stages import (
     fieldmap,
     fieldmapless,
     gradient_check,
+    gradient_nonlinearity,
     lattice,
     motion,
     qspace_quality,
@@ -221,6 +222,7 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
         *([] if results.denoised.floor == "none" else [denoise.METHODS[results.denoised.floor]]),
         *([denoise.METHODS["complex"]] if results.denoised.dwi.signed else []),
         *(unringing.METHODS[method] for method in dict.fromkeys(results.unringed.methods)),
+        *_nonlinearity_paragraphs(results),
         *(text for model in models for text in _matching(motion.METHODS, model)),
         *(_matching(motion.METHODS, "eddy") if any(result.eddy is not None for result in results.motions) else []),
         *(_matching(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
@@ -234,6 +236,14 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
         *quality.METHODS.values(),
         *(qspace_quality.METHODS.values() if results.quality.qspace else ()),
     ]
+
+
+def _nonlinearity_paragraphs(results: UnitResults) -> list[str]:
+    if results.nonlinearity is None:
+        return []
+    done, methods = results.nonlinearity.corrections.series, gradient_nonlinearity.METHODS
+    warp = methods["done"] if done == "3d" else methods["warp"].format(left=gradient_nonlinearity.LEFT[done])
+    return [warp + methods["gradients"]]
 
 
 def _inline_html(text: str) -> str:

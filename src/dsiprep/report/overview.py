@@ -8,6 +8,7 @@ from dsiprep.data.results import Acquired, Blip, UnitResults
 from dsiprep.errors import printable
 from dsiprep.io.quality_columns import column_meaning
 from dsiprep.report import plots
+from dsiprep.report.nonlinearity_facts import nonlinearity_facts
 from dsiprep.report.page_parts import Fact, FigureWriter, Picture, Section
 from dsiprep.report.wording import (
     BLIPS,
@@ -67,6 +68,7 @@ def _summary_facts(results: UnitResults) -> tuple[Fact, ...]:
         Fact("Gibbs ringing", results.unringed.description),
         Fact("Head motion correction", " and ".join(MOTION_MODELS.get(model, model) for model in models)),
         Fact("Susceptibility distortion correction", correction),
+        *nonlinearity_facts(results),
         Fact("Structural image", results.anatomy.modality),
         Fact("Template", results.anatomy.template if results.anatomy.acpc_to_template else "not normalised"),
         Fact(

@@ -15,6 +15,7 @@ BLIPS = {"up": "blip-up", "down": "blip-down", "only": "single phase encoding"}
 STAGES = {
     "acquisition": "Input",
     "gradients": "b-table check",
+    "nonlinearity": "Gradient nonlinearity",
     "denoise": "Denoising",
     "unringing": "Gibbs ringing",
     "motion": "Head motion",

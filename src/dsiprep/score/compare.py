@@ -21,6 +21,7 @@ from dsiprep.ops.image.affine import (
     rigid_matrix,
     rigid_parameters,
 )
+from dsiprep.score.nonlinearity import apparent, describe, gradient_errors, position_errors, scanner_mapping
 from dsiprep.score.read import (
     MissingDerivativeError,
     Truth,
@@ -98,6 +99,11 @@ class Case:
             return linear_part(self.distortion)
         except MissingDerivativeError:
             return np.eye(4)
+
+    @cached_property
+    def scanner_warp(self) -> Callable[[np.ndarray], np.ndarray]:
+        """From points of the scanner to points of the images, which nonlinear gradients displace."""
+        return scanner_mapping(self.derivatives)
 
     @cached_property
     def acpc_to_head(self) -> np.ndarray:
@@ -280,12 +286,23 @@ def _combined(case: Case) -> Iterator[Score]:
     undistorted = apply(case.acpc_to_dwiref @ np.linalg.inv(case.acpc_to_head), points)
     rigid = apply(case.blip_pose, undistorted)
     shift = case.distortion(undistorted) - rigid
-    errors = [
-        np.linalg.norm(apply(estimated, rigid) + shift - case.truth.distorted(points, field, true), axis=1)
-        for estimated, true in zip(case.estimated, case.truth.poses, strict=True)
-    ]
+    errors = []
+    for estimated, true in zip(case.estimated, case.truth.poses, strict=True):
+        found = apparent(case.truth, case.scanner_warp, apply(estimated, rigid), shift)
+        errors.append(np.linalg.norm(found - case.truth.distorted(points, field, true), axis=1))
     yield Score("combined: error", float(np.mean(errors)), "mm", "position of T1w points in the raw volumes, mean")
     yield Score("combined: error, median", float(np.median(errors)), "mm", "over brain and volumes")
+
+
+def _gradients(case: Case) -> Iterator[Score]:
+    if case.truth.gradient_displacement:
+        errors = gradient_errors(case.derivatives, case.truth, case.points[::4], case.acpc_to_head)
+        yield from (Score(*entry) for entry in describe(errors))
+        positions = position_errors(case.truth, case.scanner_warp, case.points[::40])
+        for name, values in zip(("error", "uncorrected"), positions, strict=True):
+            meaning = "of the displacement by gradients in the brain, over volumes"
+            yield Score(f"gradients: position, {name}", float(values.mean()), "mm", f"mean {meaning}")
+            yield Score(f"gradients: position, {name}, largest", float(values.max()), "mm", f"largest {meaning}")
 
 
 def _template(case: Case) -> Iterator[Score]:
@@ -358,6 +375,7 @@ MEASURES: dict[str, Callable[[Case], Iterator[Score]]] = {
     "eddy currents": _eddy,
     "outlier slices": _outlier_slices,
     "b-vectors": _bvectors,
+    "gradients": _gradients,
     "field": _field,
     "coregistration": _coregistration,
     "combined": _combined,

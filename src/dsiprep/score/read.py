@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,15 @@ class Truth:
 
     def distorted(self, points: np.ndarray, field: Image, pose: np.ndarray) -> np.ndarray:
         """Apparent scanner positions of head points (n, 3) for a head at `pose`, without eddy currents."""
-        return apply(pose, points) + field.at(points)[:, None] * self.mm_per_hz
+        true = apply(pose, points)
+        apparent = true + field.at(points)[:, None] * self.mm_per_hz
+        return apparent + self.gradient_displacement.at(true) if self.gradient_displacement else apparent
+
+    @cached_property
+    def gradient_displacement(self) -> Image | None:
+        """Displacement of scanner points by nonlinear gradients, mm RAS+; None if they were linear."""
+        known = (self.folder / "gradient_displacement.nii.gz").is_file()
+        return self.image("gradient_displacement") if known else None
 
 
 def read_truth(folder: Path) -> Truth:

@@ -118,7 +118,7 @@ def measure_joined(
         Run index of every volume of each unit; runs are renumbered consecutively across units.
     anatomy : Anatomy
     preprocessed : Preprocessed
-        From `dsiprep.stages.resample.join`.
+        From `dsiprep.stages.joined_series.join`.
     model : str
         Signal model of the motion correction.
 

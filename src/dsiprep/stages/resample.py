@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from scipy import ndimage
 
 from dsiprep.data.dwi import DWI
+from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
 from dsiprep.data.transform import DisplacementField
-from dsiprep.errors import InputError, SettingsError
+from dsiprep.errors import SettingsError
 from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view, sample_displacement, warp_volume
+from dsiprep.ops.image.gradient_nonlinearity import remaining_warp
 from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, scanner_warp
 from dsiprep.ops.intensity.bias_field import n4_bias
 from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import ResampleSettings
+from dsiprep.stages.gradient_nonlinearity import deviation_on_grid, unwarp
 
 METHODS = {
     "resample": (
@@ -75,6 +79,8 @@ class _BlipTransforms:
     distortion : DisplacementField or None
     pose : ndarray, (4, 4)
         Pose of the head in this blip.
+    scanner : ScannerWarp
+        Gradient nonlinearity.
     """
 
     motion: Motion
@@ -84,6 +90,7 @@ class _BlipTransforms:
     linear: np.ndarray
     distortion: DisplacementField | None
     pose: np.ndarray
+    scanner: ScannerWarp
 
 
 def resample(
@@ -94,6 +101,7 @@ def resample(
     anatomy: Anatomy,
     settings: ResampleSettings,
     bias: str = "n4",
+    nonlinearity: GradientNonlinearity | None = None,
 ) -> Preprocessed:
     """Resample the series into ACPC space in one interpolation, and compute its brain mask.
 
@@ -110,6 +118,8 @@ def resample(
         `resolution`: isotropic voxel size of the output in mm.
     bias : str
         "n4", or "none" to skip the correction.
+    nonlinearity : GradientNonlinearity, optional
+        Of which `dwi` has the effects and the images of `motions` and `distortion` do not.
 
     Returns
     -------
@@ -127,11 +137,11 @@ def resample(
             f"--output-resolution {settings.resolution:g}: the voxel size of the output in mm must be positive"
         )
     to_dwiref = coregistration.dwiref_to_acpc.matrix
-    per_blip = [_blip_transforms(dwi, motion, distortion, to_dwiref) for motion in motions]
+    per_blip = [_blip_transforms(dwi, motion, distortion, to_dwiref, nonlinearity) for motion in motions]
     brain = np.concatenate([_mask_points(anatomy.mask), *(blip.brain for blip in per_blip)])
     grid = _output_grid(brain, settings.resolution)
     data = torch.zeros(len(dwi), *grid.shape, device=dwi.data.device)
-    bvecs, groups = np.array(dwi.bvecs, float), _groups_to_merge(dwi, settings)
+    bvecs, groups = np.array(dwi.bvecs, float), _groups_tomerge_volumes(dwi, settings)
     weights: dict[int, torch.Tensor] = {}
     covered, b0_covered = torch.zeros(grid.shape), torch.zeros(grid.shape, dtype=torch.bool)
     for blip in per_blip:
@@ -140,20 +150,36 @@ def resample(
         if settings.merge == "least-squares" and sampled is not None:
             weights[int(dwi.blip[blip.volumes[0]])] = _inverse_jacobian(blip, sampled, data.device)
         for row, v in enumerate(blip.volumes):
-            volume = blip.motion.with_replaced_slices(row, dwi.data[int(v)])
+            volume, scanner = _volume_to_sample(blip, row, dwi)
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
             to_volume, linear = blip.matrices[row], blip.linear[row]
-            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed)
+            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed, scanner)
             density = blip.motion.density(row)
             data[int(v)] = warped if density == 1 else warped * density
-            reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy).cpu()
+            reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy, scanner).cpu()
             covered += reached
             b0_covered |= reached & bool(dwi.is_b0[int(v)])
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold, dwi.signed)
     if groups:
-        series = _merge(series, groups, weights if len(weights) > 1 else None, dwi.blip)
+        series = merge_volumes(series, groups, weights if len(weights) > 1 else None, dwi.blip)
     coverage = Volume(covered / len(dwi), grid)
-    return _finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
+    finished = finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
+    if nonlinearity is None:
+        return finished
+    to_volumes = np.concatenate([blip.matrices for blip in per_blip])
+    return replace(finished, deviation=deviation_on_grid(nonlinearity.fields, grid, to_volumes))
+
+
+def _volume_to_sample(blip: _BlipTransforms, row: int, dwi: DWI) -> tuple[torch.Tensor, ScannerWarp]:
+    """A volume with its outlier slices replaced, and the warp that is left in it.
+
+    Slices were replaced where gradient nonlinearity had been removed, which takes those volumes a second interpolation.
+    """
+    volume = dwi.data[int(blip.volumes[row])]
+    if blip.scanner is NO_WARP or not blip.motion.replaces(row):
+        return blip.motion.with_replaced_slices(row, volume), blip.scanner
+    straight = unwarp(volume[None], dwi.grid, blip.scanner, dwi.signed)[0]
+    return blip.motion.with_replaced_slices(row, straight), NO_WARP
 
 
 def _enough(coverage: Volume, b0_covered: torch.Tensor) -> torch.Tensor:
@@ -168,7 +194,7 @@ def _inverse_jacobian(blip: _BlipTransforms, sampled: SampledDisplacement, devic
     return 1 / jacobian.clamp(min=MIN_JACOBIAN)
 
 
-def _groups_to_merge(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, ...], ...]:
+def _groups_tomerge_volumes(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, ...], ...]:
     """Groups of volumes that are merged into one each; empty if no merging is requested."""
     if settings.merge not in ("average", "least-squares") or len(set(dwi.blip.tolist())) < 2:
         return ()
@@ -181,7 +207,7 @@ def _groups_to_merge(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, .
     return tuple(groups)
 
 
-def _merge(
+def merge_volumes(
     series: DWI, groups: tuple[tuple[int, ...], ...], weights: dict[int, torch.Tensor] | None, owner: np.ndarray
 ) -> DWI:
     """One volume per group; `owner` is the blip or part of each volume, the key of its weights."""
@@ -191,125 +217,40 @@ def _merge(
     return DWI(data, series.grid, bvals, bvecs, run, blip, series.b0_threshold, series.signed)
 
 
-def join(
-    parts: tuple[Preprocessed, ...],
-    nominal: tuple[DWI, ...],
-    anatomy: Anatomy,
-    merge: str = "concat",
-    harmonize_b0: bool = True,
-) -> Preprocessed:
-    """Join several corrected series of one subject in the same ACPC space into one series.
-
-    Parameters
-    ----------
-    parts : tuple of Preprocessed
-        At the same resolution; their grids may cover different parts of the head.
-    nominal : tuple of DWI
-        The series each part was computed from, with the nominal b-vectors in world RAS+.
-    anatomy : Anatomy
-    merge : str
-        "concat", or "average" or "least-squares" to average volumes of different parts with the same gradient.
-    harmonize_b0 : bool
-        Scale the parts to the same mean b=0 in the brain.
-
-    Returns
-    -------
-    Preprocessed
-        On a grid that covers all of them, without interpolation. `sources` indexes the volumes of all `nominal` series.
-
-    Raises
-    ------
-    InputError
-        If the grids are not offset by whole voxels.
-    """
-    grid = _common_grid([part.dwi.grid for part in parts])
-    mask = torch.stack([_embed(part.mask.data[None], part.mask.grid, grid)[0] for part in parts]).amin(0) > 0.5
-    data = torch.cat([_embed(part.dwi.data, part.dwi.grid, grid) for part in parts])
-    counts = [len(part.dwi) for part in parts]
-    owner = np.repeat(np.arange(len(parts)), counts)
-    bvals, bvecs = (np.concatenate([getattr(part.dwi, name) for part in parts]) for name in ("bvals", "bvecs"))
-    starts = np.cumsum([0, *(len(dwi) for dwi in nominal)])
-    part_sources = [part.sources or tuple((v,) for v in range(len(part.dwi))) for part in parts]
-    sources = tuple(
-        tuple(int(v + start) for v in s) for start, rows in zip(starts, part_sources, strict=False) for s in rows
-    )
-    signed = any(part.dwi.signed for part in parts)
-    series = DWI(data, grid, bvals, bvecs, owner, owner, parts[0].dwi.b0_threshold, signed)
-    if harmonize_b0:
-        _harmonise_b0(series, owner, mask)
-    if merge != "concat":
-        firsts = [s[0] for s in sources]
-        nominal_bvals, nominal_bvecs = (
-            np.concatenate([getattr(dwi, name) for dwi in nominal]) for name in ("bvals", "bvecs")
-        )
-        groups = same_gradients(nominal_bvals[firsts], nominal_bvecs[firsts], owner, series.is_b0)
-        sources = tuple(tuple(v for row in group for v in sources[row]) for group in groups)
-        series = _merge(series, tuple(groups), None, owner)
-    return _finish(series, anatomy, "none", *_joined_coverage(parts, counts, grid), sources)
-
-
-def _joined_coverage(
-    parts: tuple[Preprocessed, ...], counts: list[int], grid: Grid
-) -> tuple[Volume | None, torch.Tensor | None]:
-    """Coverage of all volumes together, and where every part has enough data; None if it is unknown for a part."""
-    maps = [_embed(part.coverage.data[None], part.dwi.grid, grid)[0] for part in parts if part.coverage]
-    if len(maps) < len(parts):
-        return None, None
-    total = sum((each * count for each, count in zip(maps, counts, strict=True)), torch.zeros(grid.shape))
-    return Volume(total / sum(counts), grid), torch.stack(maps).amin(0) >= LEAST_COVERED
-
-
-def _common_grid(grids: list[Grid]) -> Grid:
-    """The smallest grid that covers all of these, which must share one voxel lattice."""
-    first = grids[0].affine
-    corners = np.stack([np.linalg.solve(first[:3, :3], grid.affine[:3, 3] - first[:3, 3]) for grid in grids])
-    same = all(np.allclose(grid.affine[:3, :3], first[:3, :3], atol=1e-4) for grid in grids)
-    if not same or np.abs(corners - np.round(corners)).max() > 0.01:
-        raise InputError(
-            "the outputs cannot be joined because they are not on one voxel lattice; use --distortion-group-merge none"
-        )
-    low = np.round(corners).astype(int)
-    lowest = low.min(0)
-    shape = (low + [grid.shape for grid in grids]).max(0) - lowest
-    affine = first.copy()
-    affine[:3, 3] += first[:3, :3] @ lowest
-    return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
-
-
-def _embed(data: torch.Tensor, grid: Grid, target: Grid) -> torch.Tensor:
-    """Volumes (n, i, j, k) on a larger grid of the same lattice, zero outside their own grid."""
-    if grid.shape == target.shape:
-        return data
-    start = np.round(np.linalg.solve(target.affine, grid.affine[:, 3])[:3]).astype(int)
-    out = torch.zeros(len(data), *target.shape, dtype=data.dtype)
-    i, j, k = (slice(int(s), int(s) + n) for s, n in zip(start, grid.shape, strict=True))
-    out[:, i, j, k] = data
-    return out
-
-
-def _harmonise_b0(series: DWI, owner: np.ndarray, mask: torch.Tensor) -> None:
-    """Scale the parts in place to the same mean b=0; parts without b=0 volumes are unchanged."""
-    means = np.full(int(owner.max()) + 1, np.nan)
-    for part in range(len(means)):
-        b0 = np.flatnonzero((owner == part) & series.is_b0)
-        if len(b0):
-            means[part] = float(torch.stack([series.data[int(v)][mask].mean() for v in b0]).mean())
-    means[~(means > 0)] = np.nan
-    factors = np.where(np.isfinite(means), np.nanmean(means) / means, 1.0)
-    for v, part in enumerate(owner):
-        series.data[v].mul_(float(factors[part]))
-
-
-def _blip_transforms(dwi: DWI, motion: Motion, distortion: Distortion | None, to_dwiref: np.ndarray) -> _BlipTransforms:
-    pose, field = np.eye(4), None
+def _blip_transforms(
+    dwi: DWI,
+    motion: Motion,
+    distortion: Distortion | None,
+    to_dwiref: np.ndarray,
+    nonlinearity: GradientNonlinearity | None,
+) -> _BlipTransforms:
+    pose, field, scanner = np.eye(4), None, NO_WARP
     if distortion is not None:
         blip = int(dwi.blip[motion.volumes[0]])
         pose, field = distortion.poses[blip], distortion.fields[blip]
         field = DisplacementField(field.data.to(dwi.data.device), field.grid)
+    if nonlinearity is not None:
+        done, along = nonlinearity.corrections, _phase_axis(motion, field, dwi.grid)
+        warp = remaining_warp(nonlinearity.fields, dwi.grid, done.series, done.slice_axis)
+        scanner = scanner_warp(warp, dwi.grid, along)
     to_volumes = motion.transforms @ pose
     back = np.linalg.inv(pose @ to_dwiref)
     brain = _mask_points(motion.mask) @ back[:3, :3].T + back[:3, 3]
-    return _BlipTransforms(motion, motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field, pose)
+    return _BlipTransforms(
+        motion, motion.volumes, brain, to_volumes @ to_dwiref, to_volumes[:, :3, :3], field, pose, scanner
+    )
+
+
+def _phase_axis(motion: Motion, field: DisplacementField | None, grid: Grid) -> int | None:
+    """Voxel axis along which eddy currents and off-resonance displace; None if neither was estimated."""
+    if motion.eddy is not None:
+        return motion.eddy.along
+    if field is None:
+        return None
+    along = torch.einsum(
+        "ab,aijk->bijk", torch.as_tensor(grid.directions, device=field.data.device).float(), field.data
+    )
+    return int((along**2).sum((1, 2, 3)).argmax())
 
 
 def _mask_points(mask: Volume) -> np.ndarray:
@@ -327,7 +268,7 @@ def _output_grid(points: np.ndarray, resolution: float) -> Grid:
     return Grid((int(shape[0]), int(shape[1]), int(shape[2])), affine)
 
 
-def _finish(
+def finish(
     series: DWI,
     anatomy: Anatomy,
     bias: str,

@@ -19,6 +19,7 @@ from dsiprep.ops.image.bspline import cubic_weights, mirrored
 from dsiprep.ops.image.eddy_displacement import EddyDisplacement, displace_points, displace_voxel, eddy_on_grid
 from dsiprep.ops.image.filters import gradient
 from dsiprep.ops.image.interpolation import resample_onto, sample_cubic, spline_coefficients, voxel_points
+from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, look_up, warp_points
 
 __all__ = ["SampledDisplacement", "field_of_view", "sample_displacement", "warp_volume"]
 
@@ -72,6 +73,7 @@ def warp_volume(
     linear: np.ndarray | None = None,
     eddy: EddyCurrents | None = None,
     signed: bool = False,
+    scanner: ScannerWarp = NO_WARP,
 ) -> torch.Tensor:
     """Resample a volume at w(x) = matrix @ x + u(x), times the Jacobian determinant of u.
 
@@ -91,6 +93,8 @@ def warp_volume(
         Of this volume alone: it is sampled at w(x) + e(w(x)) d, and the Jacobian is multiplied by that of e.
     signed : bool
         Whether intensities may be negative; otherwise negative ones, where cubic splines overshoot, become 0.
+    scanner : ScannerWarp
+        Gradient nonlinearity at y = matrix @ x: it displaces by d(y) and stretches the displacements u and e.
 
     Returns
     -------
@@ -103,7 +107,7 @@ def warp_volume(
         direction = np.linalg.solve(np.eye(3) if linear is None else linear, susceptibility.direction)
     eddy_voxels = eddy_on_grid(eddy, source)
     if volume.device.type != "cpu":
-        warped = _warp_tensors(coefficients, source, target, matrix, susceptibility, direction, eddy_voxels)
+        warped = _warp_tensors(coefficients, source, target, matrix, susceptibility, direction, eddy_voxels, scanner)
         return warped if signed else warped.clamp(min=0)
     world_to_voxel = np.linalg.inv(source.affine)
     empty = np.zeros((3, 0, 0, 0), np.float32)
@@ -118,6 +122,8 @@ def warp_volume(
         eddy_voxels.coefficients,
         eddy_voxels.frame,
         eddy_voxels.along,
+        scanner.values,
+        scanner.frame,
         -float(np.finfo(np.float32).max) if signed else 0.0,
         out,
     )
@@ -130,6 +136,7 @@ def field_of_view(
     matrix: np.ndarray,
     susceptibility: SampledDisplacement | None = None,
     eddy: EddyCurrents | None = None,
+    scanner: ScannerWarp = NO_WARP,
 ) -> torch.Tensor:
     """Whether `warp_volume` with the same arguments samples each target voxel within `source`, (i, j, k) bool."""
     displacement = None if susceptibility is None else susceptibility.displacement
@@ -139,6 +146,8 @@ def field_of_view(
         flat = points.reshape(1, 3, -1).clone()
         displace_points(eddy_voxels, flat)
         points = flat.reshape(points.shape)
+    if scanner.values.size:
+        points, _ = warp_points(scanner, voxel_points(target, source, matrix).to(points.device), points)
     limit = torch.tensor(source.shape, device=points.device).reshape(3, 1, 1, 1) - 0.5
     return ((points >= -0.5) & (points <= limit)).all(0)
 
@@ -151,6 +160,7 @@ def _warp_tensors(
     susceptibility: SampledDisplacement | None,
     direction: np.ndarray,
     eddy: EddyDisplacement,
+    scanner: ScannerWarp = NO_WARP,
 ) -> torch.Tensor:
     """Tensor version of `_warp_loop`, for other devices."""
     displacement = None if susceptibility is None else susceptibility.displacement
@@ -160,6 +170,10 @@ def _warp_tensors(
         flat = points.reshape(1, 3, -1).clone()
         jacobian = displace_points(eddy, flat).reshape(points.shape[1:])
         points = flat.reshape(points.shape)
+    if scanner.values.size:
+        start = voxel_points(target, source, matrix).to(coefficients.device)
+        points, density = warp_points(scanner, start, points)
+        jacobian = jacobian * density
     values = sample_cubic(coefficients, points)[0] * jacobian
     if susceptibility is not None:
         along_pe = torch.as_tensor(direction, device=values.device).float()
@@ -178,21 +192,24 @@ def _warp_loop(
     eddy: np.ndarray,
     frame: np.ndarray,
     along: int,
+    table: np.ndarray,
+    table_frame: np.ndarray,
     least: float,
     out: np.ndarray,
 ) -> None:
     ni, nj, nk = coefficients.shape
-    has_displacement, has_eddy = displacement.shape[1] > 0, len(eddy) > 0
+    has_displacement, has_eddy, has_table = displacement.shape[1] > 0, len(eddy) > 0, table.shape[1] > 0
     rows = out.shape[0] * out.shape[1]
     for row in numba.prange(rows):
         i, j = row // out.shape[1], row % out.shape[1]
         wx, wy, wz = np.empty(4, np.float32), np.empty(4, np.float32), np.empty(4, np.float32)
-        at = np.empty(3, np.float32)
+        at, entry = np.empty(3, np.float32), np.empty(5, np.float32)
         base = affine[:, 0] * i + affine[:, 1] * j + affine[:, 3]
         for k in range(out.shape[2]):
             x = np.float32(base[0] + affine[0, 2] * k)
             y = np.float32(base[1] + affine[1, 2] * k)
             z = np.float32(base[2] + affine[2, 2] * k)
+            x0, y0, z0 = x, y, z
             jacobian = np.float32(1)
             if has_displacement:
                 u, v, w = displacement[0, i, j, k], displacement[1, i, j, k], displacement[2, i, j, k]
@@ -205,6 +222,12 @@ def _warp_loop(
                 at[0], at[1], at[2] = x, y, z
                 jacobian *= displace_voxel(eddy[0], frame, along, at)
                 x, y, z = at[0], at[1], at[2]
+            if has_table:
+                look_up(table, table_frame, x0, y0, z0, entry)
+                jacobian *= entry[3]
+                x = x0 + entry[4] * (x - x0) + entry[0]
+                y = y0 + entry[4] * (y - y0) + entry[1]
+                z = z0 + entry[4] * (z - z0) + entry[2]
             if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
                 continue
             i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
