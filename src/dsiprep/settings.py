@@ -138,6 +138,13 @@ class MotionSettings(Checked):
         "--outliers",
         choices=("report", "replace"),
     )
+    slices: str = option(
+        "auto",
+        "motion of the head while a volume is acquired, with a pose for each shot: auto, in volumes that clearly need "
+        "it, if the sidecars give SliceTiming; on, in all volumes; or off",
+        "--slice-motion",
+        choices=("auto", "off", "on"),
+    )
     tolerance: float = option(
         0.02,
         "stop when no volume moves by more than this (mm) in a round",

@@ -213,6 +213,8 @@ def _sidecar(grid: Grid, pe: PhaseEncoding, sampled: float) -> dict[str, object]
 
 def _write_geometry(truth: Path, head: Head, session: Session, settings: PhantomSettings) -> None:
     _write_json(truth / "truth.json", _truth_table(head, session, settings))
+    if session.slice_poses is not None:
+        np.save(truth / "slice_head_to_scanner.npy", session.slice_poses)
     write_image(truth / "field_hz.nii.gz", session.field, session.field_grid)
     template = head.atlas_grid.at_spacing(4.0)
     _write_positions(truth / "template_to_head.nii.gz", head.to_head, template)

@@ -60,6 +60,15 @@ class PhantomSettings:
         "--jitter",
         metavar="MM",
     )
+    moved_within: float = option(
+        0.0,
+        "fraction of volumes during which the head moves by 3 to 9 mm and degrees, to rest there until the next",
+        "--moved-within",
+        metavar="FRACTION",
+    )
+    steady: float = option(
+        0.0, "mean displacement of the brain per volume by steady motion, in mm", "--steady", metavar="MM"
+    )
     distortion: float = option(
         5.0,
         "largest displacement of brain signal by the off-resonance field, in mm",
@@ -119,6 +128,7 @@ class PhantomSettings:
     def described(self) -> dict[str, object]:
         """Settings by name, without effects that are not there."""
         absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0, "k_space": ""}
+        absent |= {"moved_within": 0, "steady": 0}
         absent |= {"complex": False, "reversed_bvals": False, "bvec_rows": RIGHT_ROWS}
         return {name: value for name, value in asdict(self).items() if absent.get(name) != value}
 
@@ -133,12 +143,13 @@ class PhantomSettings:
             )
         if self.coils < 1:
             raise SettingsError(f"--coils {self.coils}: expected at least 1")
-        for name in ("moved", "dropout", "signal_drift"):
+        for name in ("moved", "moved_within", "dropout", "signal_drift"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction between 0 and 1"
                 )
         amounts = ("snr", "noise_variation", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift")
+        amounts += ("steady",)
         for name in amounts:
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")

@@ -1,0 +1,172 @@
+"""Poses of the shots of a series: which volumes need more than one, and their estimation with a random walk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.motion.pose_prior import rms_extent
+from dsiprep.ops.motion.shot_walk import Walk, log_prior, solve_walk, step_weights, steps_of
+from dsiprep.ops.motion.slice_equations import PredictedSlices, ShotEquations
+
+__all__ = ["ShotPoses", "explained", "first_equations", "follow_head", "overdispersion", "single_poses"]
+
+STEP_MM = 0.03  # scale of the steps from shot to shot of a head at rest
+ANNEALED_MM = (1.0, 0.5, 0.25, 0.12, 0.06)  # scales that come first: wide steps, not yet heavy-tailed
+SETTLED = 3  # of these, from which on steps are heavy-tailed
+LONGEST_MM = 5.0  # changes of a pose in one iteration are shortened to this
+SIMILAR_VOLUMES = 25  # of the most similar b-values, whose misfit is compared
+
+
+@dataclass(frozen=True, eq=False)
+class ShotPoses:
+    """Poses of all shots of n volumes, and what else is fitted.
+
+    Attributes
+    ----------
+    poses : ndarray, (n, shots, 4, 4)
+        Points of the head to points of the volume while a shot is acquired, RAS+ mm.
+    moving : ndarray, (n,) bool
+        Volumes whose shots have poses of their own; in others all are equal.
+    gain : ndarray, (n, slices)
+        Signal of each slice over its prediction.
+    scale : ndarray, (n,)
+        Of the residual.
+    misfit : ndarray, (n,)
+        By which the variance of pose estimates exceeds that of the noise, at least 1.
+    """
+
+    poses: np.ndarray
+    moving: np.ndarray
+    gain: np.ndarray
+    scale: np.ndarray
+    misfit: np.ndarray
+
+
+def single_poses(transforms: np.ndarray, slices: PredictedSlices) -> ShotPoses:
+    """One pose (n, 4, 4) for all shots of each volume; nothing else is known."""
+    count = len(transforms)
+    return ShotPoses(
+        np.repeat(transforms[:, None], len(slices.shots), axis=1),
+        np.zeros(count, bool),
+        np.ones((count, len(slices.shot_of))),
+        np.full(count, np.inf),
+        np.ones(count),
+    )
+
+
+def first_equations(slices: PredictedSlices, state: ShotPoses) -> tuple[ShotPoses, list[ShotEquations]]:
+    """Fit gains and scales at the current poses; equations of all volumes."""
+    gain, scale, found = state.gain.copy(), state.scale.copy(), []
+    for volume in range(len(scale)):
+        coefficients = slices.coefficients(volume)
+        for _ in range(2):
+            one = slices.equations(volume, coefficients, state.poses[volume], gain[volume], scale[volume])
+            gain[volume], scale[volume] = one.gain, one.scale
+        found.append(one)
+    return replace(state, gain=gain, scale=scale), found
+
+
+def overdispersion(equations: list[ShotEquations], bvals: np.ndarray) -> np.ndarray:
+    """Variance of pose estimates over what noise explains, (n,): median of volumes of similar b, at least 1.
+
+    From differences of the poses of consecutive shots, which hardly differ in truth.
+    """
+    ratios = np.array([_shot_dispersion(one) for one in equations])
+    by_bval, size = np.argsort(bvals, kind="stable"), min(SIMILAR_VOLUMES, len(bvals))
+    first = np.clip(np.arange(len(bvals)) - size // 2, 0, len(bvals) - size)
+    out = np.empty(len(bvals))
+    out[by_bval] = np.median(ratios[by_bval[first[:, None] + np.arange(size)]], axis=1)
+    return np.maximum(out, 1)
+
+
+def _shot_dispersion(one: ShotEquations) -> float:
+    """Median over pairs of consecutive shots of the squared Mahalanobis distance of their poses, over its median."""
+    full = one.voxels >= 0.5 * one.voxels.max()
+    inverse = np.linalg.pinv(one.hessian, hermitian=True)
+    poses = np.einsum("tij,tj->ti", inverse, one.slope)
+    pair = full[1:] & full[:-1]
+    if not pair.any():
+        return 1.0
+    difference, total = np.diff(poses, axis=0)[pair], (inverse[1:] + inverse[:-1])[pair]
+    distance = np.einsum("ti,tij,tj->t", difference, np.linalg.pinv(total, hermitian=True), difference)
+    return float(np.median(distance) / 5.348)  # median of chi-square of 6 degrees of freedom
+
+
+def explained(slices: PredictedSlices, state: ShotPoses, equations: list[ShotEquations]) -> np.ndarray:
+    """Logarithm of the posterior odds of poses of their own for the shots of each volume, linearised, (n,)."""
+    hessian = np.stack([one.hessian for one in equations]) / state.misfit[:, None, None, None]
+    slope = np.stack([one.slope for one in equations]) / state.misfit[:, None, None]
+    out = np.empty(len(equations))
+    count = len(slices.shots)
+    scale = np.full(count, ANNEALED_MM[SETTLED])
+    scale[0] = np.inf
+    walk = _walk(slices, scale)
+    for volume, (h, s) in enumerate(zip(hessian, slope, strict=True)):
+        none = np.zeros((count, 6))
+        change = solve_walk(h, s, none, step_weights(none, walk), walk.lengths)
+        gained = (
+            _quadratic(h, s, change) - ((change[1:] - change[:-1]) ** 2 @ walk.lengths**2 / scale[1:] ** 2).sum() / 2
+        )
+        one = np.linalg.lstsq(h.sum(0), s.sum(0), rcond=None)[0]
+        out[volume] = gained - 0.5 * one @ s.sum(0)
+    return out
+
+
+def _quadratic(hessian: np.ndarray, slope: np.ndarray, change: np.ndarray) -> float:
+    return float((slope * change).sum() - 0.5 * np.einsum("ti,tij,tj->", change, hessian, change))
+
+
+def _walk(slices: PredictedSlices, scale: np.ndarray) -> Walk:
+    extent = rms_extent(slices.points)
+    lengths = np.concatenate([np.sqrt((extent**2).sum() - extent**2), np.ones(3)])
+    return Walk(scale, slices.points.centre, lengths)
+
+
+def follow_head(
+    slices: PredictedSlices, state: ShotPoses, scales: tuple[float, ...], settled: int = 0
+) -> tuple[ShotPoses, np.ndarray]:
+    """Estimate the poses of all shots of the moving volumes, and one pose of each other volume.
+
+    Parameters
+    ----------
+    slices : PredictedSlices
+    state : ShotPoses
+    scales : tuple of float
+        Scale of the steps from shot to shot in mm, one for each iteration.
+    settled : int
+        Iteration from which on steps have heavy tails.
+
+    Returns
+    -------
+    state : ShotPoses
+    """
+    volumes, count = np.arange(len(state.moving)), len(slices.shots)
+    node_volume = np.concatenate([[v] * (count if state.moving[v] else 1) for v in volumes])
+    first = np.flatnonzero(np.diff(node_volume, prepend=-1))
+    duration = np.where(state.moving[node_volume], 1.0, count)
+    interval = np.append(np.inf, (duration[1:] + duration[:-1]) / 2)
+    interval[first[np.diff(slices.dwi.run, prepend=-1) != 0]] = np.inf
+    nodes = [slice(first[v], first[v] + (count if state.moving[v] else 1)) for v in volumes]
+    poses = np.concatenate([state.poses[v] if state.moving[v] else state.poses[v, :1] for v in volumes])
+    hessian, slope = np.zeros((len(poses), 6, 6)), np.zeros((len(poses), 6))
+    gain, scale = state.gain.copy(), state.scale.copy()
+    for number, mm in enumerate(scales):
+        for v in volumes if number == 0 else volumes[state.moving]:
+            shot_poses = np.broadcast_to(poses[nodes[v]], (count, 4, 4))
+            one = slices.equations(v, slices.coefficients(v), shot_poses, gain[v], scale[v])
+            gain[v], scale[v] = one.gain, one.scale
+            h, s = one.hessian / state.misfit[v], one.slope / state.misfit[v]
+            hessian[nodes[v]], slope[nodes[v]] = (h, s) if state.moving[v] else (h.sum(0)[None], s.sum(0)[None])
+        walk = _walk(slices, mm * np.sqrt(interval))
+        steps = steps_of(poses, walk)
+        weights = step_weights(steps if number >= settled else np.zeros_like(steps), walk)
+        change = solve_walk(hessian, slope, steps, weights, walk.lengths)
+        size = np.sqrt(((change * walk.lengths) ** 2).sum(axis=1))
+        change *= np.minimum(1, LONGEST_MM / np.maximum(size, 1e-9))[:, None]
+        slope -= np.einsum("tij,tj->ti", hessian, change)  # of the others, whose equations stay
+        poses = poses @ rigid_matrix(change, slices.points.centre)
+    shots = np.stack([np.broadcast_to(poses[nodes[v]], (count, 4, 4)) for v in volumes])
+    return replace(state, poses=shots, gain=gain, scale=scale)

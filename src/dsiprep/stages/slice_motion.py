@@ -1,0 +1,180 @@
+"""Slice-to-volume motion: a pose for each shot of the volumes during which the head moved."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Volume
+from dsiprep.data.motion import Motion, SliceMotion
+from dsiprep.ops.image.affine import mean_rigid
+from dsiprep.ops.image.point_set import point_set
+from dsiprep.ops.motion.motion_state import MotionState
+from dsiprep.ops.motion.pyramid import FULL, PyramidLevel
+from dsiprep.ops.motion.shot_poses import (
+    ANNEALED_MM,
+    SETTLED,
+    STEP_MM,
+    ShotPoses,
+    explained,
+    first_equations,
+    follow_head,
+    overdispersion,
+    single_poses,
+)
+from dsiprep.ops.motion.slice_equations import PredictedSlices
+from dsiprep.ops.motion.slice_reconstruction import sample_density
+from dsiprep.ops.motion.slice_samples import in_one_pose
+from dsiprep.ops.motion.volume_agreement import volume_weights
+from dsiprep.ops.qspace.prediction import Model, choose_model, predict
+from dsiprep.settings import MotionSettings
+
+METHODS = {
+    "slices": (
+        "Volumes during which the head moved were given a pose for each shot (slices excited together), in the order "
+        "of acquisition [@andersson2017; @christiaens2021]: the slices, as acquired, were registered to the prediction "
+        "of the volume by robust Gauss-Newton steps, jointly for all shots of the series under a random walk of the "
+        "head with Student t distributed steps, and predictions were renewed with the corrected volumes. One pose was "
+        "kept unless the posterior odds spoke clearly for more. Each of these volumes was put together in its mean "
+        "pose, with distortion and eddy currents, by regularised least squares; where no slice was acquired, the "
+        "prediction was taken. Its b-vector was turned by the mean of its rotations."
+    ),
+}
+__all__ = ["METHODS", "follow_slices"]
+
+log = logging.getLogger("dsiprep")
+ODDS = 50.0  # logarithm of the posterior odds from which on a volume has a pose for each shot
+ROUNDS = 3  # of prediction and registration
+STEPS = 3  # Gauss-Newton steps in each round after the first
+LEAST_SAMPLED = 0.3  # weight of samples at a point, of which the prediction takes the place below
+SPARSE = 0.5  # density of samples around a voxel below which its prediction is kept
+
+
+def follow_slices(
+    dwi: DWI, mask: Volume, motion: Motion, shots: tuple[tuple[int, ...], ...], settings: MotionSettings
+) -> Motion:
+    """Estimate the pose of the head in each shot, where it moved while a volume was acquired.
+
+    Parameters
+    ----------
+    dwi : DWI
+        The series of `motion`, as acquired.
+    mask : Volume
+        Rough brain mask on the grid of `dwi`.
+    motion : Motion
+        With one pose for each volume.
+    shots : tuple of tuple of int
+        Slices of each shot, in order of acquisition.
+    settings : MotionSettings
+        `slices` "on" gives every volume a pose for each shot, "auto" those that clearly need it.
+
+    Returns
+    -------
+    Motion
+        `slices` holds the poses of the shots. If a volume moved within itself, `transforms` are the mean poses; if
+        none did, they are unchanged.
+    """
+    level = PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)
+    lost = np.zeros(motion.slice_z.shape, bool) if motion.outlier_slices is None else motion.outlier_slices
+    observed = level.sample(np.arange(len(dwi)), _state(dwi, motion, motion.transforms))
+    predicted = _predict(dwi, observed, motion.transforms, settings)
+    slices = PredictedSlices(dwi, level.points, predicted, motion.eddy, motion.slice_axis, shots, lost)
+    state, equations = first_equations(slices, single_poses(motion.transforms, slices))
+    state = replace(state, misfit=overdispersion(equations, dwi.bvals))
+    evidence = explained(slices, state, equations)
+    state = replace(state, moving=np.ones(len(dwi), bool) if settings.slices == "on" else evidence > ODDS)
+    log.info("motion within volumes: %d of %d volumes", state.moving.sum(), len(dwi))
+    if not state.moving.any():
+        return replace(motion, slices=_result(slices, state, evidence, lost, motion))
+    for number in range(ROUNDS):
+        steps = (*ANNEALED_MM, STEP_MM, STEP_MM) if number == 0 else (STEP_MM,) * STEPS
+        state = follow_head(slices, state, steps, SETTLED if number == 0 else 0)
+        transforms = _mean_poses(state)
+        observed = _sample(level, slices, state, _state(dwi, motion, transforms))
+        slices = slices.with_predictions(_predict(dwi, observed, transforms, settings))
+    moved = replace(motion, transforms=transforms)
+    left_out = lost if settings.outliers == "replace" else np.zeros_like(lost)
+    return replace(moved, slices=_result(slices, state, evidence, left_out, moved))
+
+
+def _state(dwi: DWI, motion: Motion, transforms: np.ndarray) -> MotionState:
+    none = np.zeros((10, 3)), np.zeros((len(dwi), 4))
+    return MotionState(transforms, motion.eddy, *none, None, motion.slice_axis, dwi.grid)
+
+
+def _mean_poses(state: ShotPoses) -> np.ndarray:
+    """One pose for each volume, (n, 4, 4)."""
+    means = state.poses[:, 0].copy()
+    for volume in np.flatnonzero(state.moving):
+        means[volume] = mean_rigid(state.poses[volume])
+    return means
+
+
+def _model(dwi: DWI, settings: MotionSettings) -> Model:
+    weighted = ~dwi.is_b0
+    bvalues = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
+    return choose_model(int(weighted.sum()), bvalues, settings.model)
+
+
+def _predict(dwi: DWI, observed: torch.Tensor, transforms: np.ndarray, settings: MotionSettings) -> torch.Tensor:
+    """Each volume from the others, (n, m); volumes that fit poorly count less. The b=0 volumes have their mean."""
+    b0 = torch.as_tensor(dwi.is_b0)
+    predicted, weighted = torch.empty_like(observed), np.flatnonzero(~dwi.is_b0)
+    reference = observed[b0].mean(0, keepdim=True)
+    predicted[b0] = reference
+    if not len(weighted):
+        return predicted
+    samples, weights, model = observed[~b0], np.ones(len(weighted)), _model(dwi, settings)
+    for _ in range(2):
+        found = predict(
+            samples, reference, model, dwi.bvals[weighted], dwi.bvecs[weighted], transforms[weighted], weights
+        )
+        weights = volume_weights(samples, found.values, dwi.bvals[weighted])
+    predicted[~b0] = found.values
+    return predicted
+
+
+def _sample(level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, single: MotionState) -> torch.Tensor:
+    """All volumes at the points, (n, m), by the poses of their shots where they have them."""
+    observed = level.sample(np.arange(len(state.moving)), single, slices.predicted)
+    moving = np.flatnonzero(state.moving)
+    values, weight = slices.samples(moving, state.poses[moving])
+    rows = torch.as_tensor(moving)
+    observed[rows] = torch.where(weight > LEAST_SAMPLED, values, slices.predicted[rows])
+    return observed
+
+
+def _result(
+    slices: PredictedSlices, state: ShotPoses, evidence: np.ndarray, left_out: np.ndarray, motion: Motion
+) -> SliceMotion:
+    gaps, values = [np.zeros((0, 4), int)], [np.zeros(0, np.float32)]
+    for volume in np.flatnonzero(state.moving):
+        voxels, predicted = _gaps(slices, state, int(volume), left_out[volume], motion)
+        gaps.append(np.insert(voxels, 0, volume, axis=1))
+        values.append(predicted)
+    return SliceMotion(
+        state.poses, slices.shots, state.moving, evidence, left_out, np.concatenate(gaps), np.concatenate(values)
+    )
+
+
+def _gaps(
+    slices: PredictedSlices, state: ShotPoses, volume: int, left_out: np.ndarray, motion: Motion
+) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (g, 3) of brain with few samples around them in the mean pose of a volume, and their prediction (g,)."""
+    grid, axis = slices.dwi.grid, motion.slice_axis
+    voxels = np.argwhere(np.ones(grid.shape, bool))
+    voxels = voxels[~left_out[voxels[:, axis]]]
+    eddy = None if motion.eddy is None else motion.eddy.take(np.array([volume]))
+    poses = state.poses[volume][slices.shot_of]
+    points = in_one_pose(voxels, grid, poses, axis, motion.transforms[volume], eddy=eddy)
+    points = points[((points >= 0) & (points < np.array(grid.shape) - 1)).all(axis=1)]
+    sparse = sample_density(points, grid.shape) < SPARSE
+    found = np.argwhere(sparse)
+    values, inside = slices.prediction_at(
+        volume, found, motion.transforms[volume], float(np.median(state.gain[volume]))
+    )
+    return found[inside], values[inside]
