@@ -23,8 +23,8 @@ from dsiprep.ops.motion.shot_poses import (
     explained,
     first_equations,
     follow_head,
-    overdispersion,
     single_poses,
+    with_misfit,
 )
 from dsiprep.ops.motion.slice_equations import PredictedSlices
 from dsiprep.ops.motion.slice_reconstruction import sample_density
@@ -47,9 +47,10 @@ METHODS = {
 __all__ = ["METHODS", "follow_slices"]
 
 log = logging.getLogger("dsiprep")
-ODDS = 50.0  # logarithm of the posterior odds from which on a volume has a pose for each shot
+CLEAR = (30.0, 0.2)  # logarithm of the odds, and mm between poses, from which on a volume has a pose for each shot
+LINKED = (20.0, 0.12)  # the same for a neighbour of such a volume
 ROUNDS = 3  # of prediction and registration
-STEPS = 3  # Gauss-Newton steps in each round after the first
+STEPS = 2  # Gauss-Newton steps in each round after the first
 LEAST_SAMPLED = 0.3  # weight of samples at a point, of which the prediction takes the place below
 SPARSE = 0.5  # density of samples around a voxel below which its prediction is kept
 
@@ -84,9 +85,10 @@ def follow_slices(
     predicted = _predict(dwi, observed, motion.transforms, settings)
     slices = PredictedSlices(dwi, level.points, predicted, motion.eddy, motion.slice_axis, shots, lost)
     state, equations = first_equations(slices, single_poses(motion.transforms, slices))
-    state = replace(state, misfit=overdispersion(equations, dwi.bvals))
-    evidence = explained(slices, state, equations)
-    state = replace(state, moving=np.ones(len(dwi), bool) if settings.slices == "on" else evidence > ODDS)
+    state = with_misfit(state, equations, dwi.bvals)
+    evidence, apart = explained(slices, state, equations)
+    chosen = np.ones(len(dwi), bool) if settings.slices == "on" else choose_volumes(evidence, apart, dwi.run)
+    state = replace(state, moving=chosen)
     log.info("motion within volumes: %d of %d volumes", state.moving.sum(), len(dwi))
     if not state.moving.any():
         return replace(motion, slices=_result(slices, state, evidence, lost, motion))
@@ -99,6 +101,26 @@ def follow_slices(
     moved = replace(motion, transforms=transforms)
     left_out = lost if settings.outliers == "replace" else np.zeros_like(lost)
     return replace(moved, slices=_result(slices, state, evidence, left_out, moved))
+
+
+def choose_volumes(odds: np.ndarray, apart: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """Volumes that clearly need more than one pose, and neighbours of the same run that probably do, (n,) bool.
+
+    Parameters
+    ----------
+    odds, apart : ndarray, (n,)
+        From `explained`.
+    run : ndarray, (n,)
+    """
+    clear = (odds > CLEAR[0]) & (apart > CLEAR[1])
+    likely = (odds > LINKED[0]) & (apart > LINKED[1])
+    follows = run[1:] == run[:-1]
+    while True:
+        beside = np.append(False, clear[:-1] & follows) | np.append(clear[1:] & follows, False)
+        more = clear | (likely & beside)
+        if (more == clear).all():
+            return clear
+        clear = more
 
 
 def _state(dwi: DWI, motion: Motion, transforms: np.ndarray) -> MotionState:

@@ -8,15 +8,17 @@ import numpy as np
 
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.motion.pose_prior import rms_extent
-from dsiprep.ops.motion.shot_walk import Walk, log_prior, solve_walk, step_weights, steps_of
+from dsiprep.ops.motion.shot_walk import Walk, log_odds, solve_walk, step_weights, steps_of
 from dsiprep.ops.motion.slice_equations import PredictedSlices, ShotEquations
 
-__all__ = ["ShotPoses", "explained", "first_equations", "follow_head", "overdispersion", "single_poses"]
+__all__ = ["ShotPoses", "explained", "first_equations", "follow_head", "single_poses", "with_misfit"]
 
 STEP_MM = 0.03  # scale of the steps from shot to shot of a head at rest
-ANNEALED_MM = (1.0, 0.5, 0.25, 0.12, 0.06)  # scales that come first: wide steps, not yet heavy-tailed
-SETTLED = 3  # of these, from which on steps are heavy-tailed
+ANNEALED_MM = (1.0, 0.4, 0.15, 0.06)  # scales that come first: wide steps, not yet heavy-tailed
+TRIED_MM = (0.02, 0.06, 0.2, 0.6)  # scales of steps by which volumes with one pose are tested
+SETTLED = 2  # of these, from which on steps are heavy-tailed
 LONGEST_MM = 5.0  # changes of a pose in one iteration are shortened to this
+KEPT_BYTES = 1 << 30  # of coefficients of predictions that stay in memory between iterations
 SIMILAR_VOLUMES = 25  # of the most similar b-values, whose misfit is compared
 
 
@@ -36,6 +38,9 @@ class ShotPoses:
         Of the residual.
     misfit : ndarray, (n,)
         By which the variance of pose estimates exceeds that of the noise, at least 1.
+    systematic : ndarray, (n, shots, 6)
+        Slope of the cost of each shot that volumes of similar b-values have in common, because predictions are less
+        sharp than slices and err alike.
     """
 
     poses: np.ndarray
@@ -43,6 +48,7 @@ class ShotPoses:
     gain: np.ndarray
     scale: np.ndarray
     misfit: np.ndarray
+    systematic: np.ndarray
 
 
 def single_poses(transforms: np.ndarray, slices: PredictedSlices) -> ShotPoses:
@@ -54,6 +60,7 @@ def single_poses(transforms: np.ndarray, slices: PredictedSlices) -> ShotPoses:
         np.ones((count, len(slices.shot_of))),
         np.full(count, np.inf),
         np.ones(count),
+        np.zeros((count, len(slices.shots), 6)),
     )
 
 
@@ -69,24 +76,27 @@ def first_equations(slices: PredictedSlices, state: ShotPoses) -> tuple[ShotPose
     return replace(state, gain=gain, scale=scale), found
 
 
-def overdispersion(equations: list[ShotEquations], bvals: np.ndarray) -> np.ndarray:
-    """Variance of pose estimates over what noise explains, (n,): median of volumes of similar b, at least 1.
+def with_misfit(state: ShotPoses, equations: list[ShotEquations], bvals: np.ndarray) -> ShotPoses:
+    """Copy with `systematic` and `misfit` from equations at one pose of each volume: medians over similar b-values.
 
-    From differences of the poses of consecutive shots, which hardly differ in truth.
+    The misfit is the variance of pose estimates over what noise explains, from differences of consecutive shots, whose
+    poses hardly differ in truth.
     """
-    ratios = np.array([_shot_dispersion(one) for one in equations])
     by_bval, size = np.argsort(bvals, kind="stable"), min(SIMILAR_VOLUMES, len(bvals))
     first = np.clip(np.arange(len(bvals)) - size // 2, 0, len(bvals) - size)
-    out = np.empty(len(bvals))
-    out[by_bval] = np.median(ratios[by_bval[first[:, None] + np.arange(size)]], axis=1)
-    return np.maximum(out, 1)
+    similar = np.empty((len(bvals), size), int)
+    similar[by_bval] = by_bval[first[:, None] + np.arange(size)]
+    slope = np.stack([one.slope for one in equations])
+    systematic = np.stack([np.median(slope[rows], axis=0) for rows in similar])
+    ratios = np.array([_shot_dispersion(one, common) for one, common in zip(equations, systematic, strict=True)])
+    return replace(state, systematic=systematic, misfit=np.maximum(np.median(ratios[similar], axis=1), 1))
 
 
-def _shot_dispersion(one: ShotEquations) -> float:
+def _shot_dispersion(one: ShotEquations, systematic: np.ndarray) -> float:
     """Median over pairs of consecutive shots of the squared Mahalanobis distance of their poses, over its median."""
     full = one.voxels >= 0.5 * one.voxels.max()
     inverse = np.linalg.pinv(one.hessian, hermitian=True)
-    poses = np.einsum("tij,tj->ti", inverse, one.slope)
+    poses = np.einsum("tij,tj->ti", inverse, one.slope - systematic)
     pair = full[1:] & full[:-1]
     if not pair.any():
         return 1.0
@@ -95,34 +105,30 @@ def _shot_dispersion(one: ShotEquations) -> float:
     return float(np.median(distance) / 5.348)  # median of chi-square of 6 degrees of freedom
 
 
-def explained(slices: PredictedSlices, state: ShotPoses, equations: list[ShotEquations]) -> np.ndarray:
-    """Logarithm of the posterior odds of poses of their own for the shots of each volume, linearised, (n,)."""
+def explained(
+    slices: PredictedSlices, state: ShotPoses, equations: list[ShotEquations]
+) -> tuple[np.ndarray, np.ndarray]:
+    """What poses of their own for the shots of each volume explain, by equations at one pose.
+
+    Returns
+    -------
+    odds : ndarray, (n,)
+        Logarithm of the odds over one pose, of normal steps of the most likely of `TRIED_MM`.
+    apart : ndarray, (n,)
+        Root mean square distance (mm) of these poses from their mean.
+    """
     hessian = np.stack([one.hessian for one in equations]) / state.misfit[:, None, None, None]
-    slope = np.stack([one.slope for one in equations]) / state.misfit[:, None, None]
-    out = np.empty(len(equations))
-    count = len(slices.shots)
-    scale = np.full(count, ANNEALED_MM[SETTLED])
-    scale[0] = np.inf
-    walk = _walk(slices, scale)
-    for volume, (h, s) in enumerate(zip(hessian, slope, strict=True)):
-        none = np.zeros((count, 6))
-        change = solve_walk(h, s, none, step_weights(none, walk), walk.lengths)
-        gained = (
-            _quadratic(h, s, change) - ((change[1:] - change[:-1]) ** 2 @ walk.lengths**2 / scale[1:] ** 2).sum() / 2
-        )
-        one = np.linalg.lstsq(h.sum(0), s.sum(0), rcond=None)[0]
-        out[volume] = gained - 0.5 * one @ s.sum(0)
-    return out
+    slope = (np.stack([one.slope for one in equations]) - state.systematic) / state.misfit[:, None, None]
+    lengths = _lengths(slices)
+    best = [max(log_odds(h, s, mm, lengths) for mm in TRIED_MM) for h, s in zip(hessian, slope, strict=True)]
+    odds, apart = np.array(best).T
+    return odds, apart
 
 
-def _quadratic(hessian: np.ndarray, slope: np.ndarray, change: np.ndarray) -> float:
-    return float((slope * change).sum() - 0.5 * np.einsum("ti,tij,tj->", change, hessian, change))
-
-
-def _walk(slices: PredictedSlices, scale: np.ndarray) -> Walk:
+def _lengths(slices: PredictedSlices) -> np.ndarray:
+    """Displacement in mm of points at the root mean square distance per unit of each pose parameter, (6,)."""
     extent = rms_extent(slices.points)
-    lengths = np.concatenate([np.sqrt((extent**2).sum() - extent**2), np.ones(3)])
-    return Walk(scale, slices.points.centre, lengths)
+    return np.concatenate([np.sqrt((extent**2).sum() - extent**2), np.ones(3)])
 
 
 def follow_head(
@@ -144,6 +150,7 @@ def follow_head(
     state : ShotPoses
     """
     volumes, count = np.arange(len(state.moving)), len(slices.shots)
+    kept: dict[int, np.ndarray] = {}
     node_volume = np.concatenate([[v] * (count if state.moving[v] else 1) for v in volumes])
     first = np.flatnonzero(np.diff(node_volume, prepend=-1))
     duration = np.where(state.moving[node_volume], 1.0, count)
@@ -156,11 +163,14 @@ def follow_head(
     for number, mm in enumerate(scales):
         for v in volumes if number == 0 else volumes[state.moving]:
             shot_poses = np.broadcast_to(poses[nodes[v]], (count, 4, 4))
-            one = slices.equations(v, slices.coefficients(v), shot_poses, gain[v], scale[v])
+            coefficients = kept[v] if v in kept else slices.coefficients(v)
+            if state.moving[v] and len(kept) * coefficients.nbytes < KEPT_BYTES:
+                kept[v] = coefficients
+            one = slices.equations(v, coefficients, shot_poses, gain[v], scale[v])
             gain[v], scale[v] = one.gain, one.scale
-            h, s = one.hessian / state.misfit[v], one.slope / state.misfit[v]
+            h, s = one.hessian / state.misfit[v], (one.slope - state.systematic[v]) / state.misfit[v]
             hessian[nodes[v]], slope[nodes[v]] = (h, s) if state.moving[v] else (h.sum(0)[None], s.sum(0)[None])
-        walk = _walk(slices, mm * np.sqrt(interval))
+        walk = Walk(mm * np.sqrt(interval), slices.points.centre, _lengths(slices))
         steps = steps_of(poses, walk)
         weights = step_weights(steps if number >= settled else np.zeros_like(steps), walk)
         change = solve_walk(hessian, slope, steps, weights, walk.lengths)

@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import solveh_banded
+from scipy.linalg import cho_solve_banded, cholesky_banded
 
 from dsiprep.ops.image.affine import rigid_parameters
 
-__all__ = ["Walk", "log_prior", "solve_walk", "step_weights", "steps_of"]
+__all__ = ["Walk", "log_odds", "solve_walk", "step_weights", "steps_of"]
 
 STEP_DOF = 1.0  # degrees of freedom of the Student t distribution of steps
 PARAMETERS = 6
@@ -51,11 +51,6 @@ def step_weights(steps: np.ndarray, walk: Walk) -> np.ndarray:
     return (STEP_DOF + PARAMETERS) / (STEP_DOF + _squares(steps, walk)) / walk.scale**2
 
 
-def log_prior(steps: np.ndarray, walk: Walk) -> np.ndarray:
-    """Logarithm of the density of each step, zero for no step, (n,)."""
-    return -(STEP_DOF + PARAMETERS) / 2 * np.log1p(_squares(steps, walk) / STEP_DOF)
-
-
 def _squares(steps: np.ndarray, walk: Walk) -> np.ndarray:
     return ((steps * walk.lengths) ** 2).sum(axis=1) / walk.scale**2
 
@@ -81,17 +76,41 @@ def solve_walk(
     ndarray, (n, 6)
         By a banded Cholesky decomposition: the work grows as n.
     """
+    after, squares = np.append(weights[1:], 0)[:, None], lengths**2
+    sides = slope - weights[:, None] * squares * steps
+    sides[:-1] += after[:-1] * squares * steps[1:]
+    factor = cholesky_banded(_banded(hessian, weights, lengths), lower=True, check_finite=False)
+    return cho_solve_banded((factor, True), sides.ravel(), check_finite=False).reshape(sides.shape)
+
+
+def log_odds(hessian: np.ndarray, slope: np.ndarray, scale: float, lengths: np.ndarray) -> tuple[float, float]:
+    """Logarithm of the marginal likelihood of normal steps of a scale (mm) between n shots, over that of one pose.
+
+    Integrated over all poses, so more freedom is not favoured for its own sake; arguments as in `solve_walk`. Also
+    returns the root mean square distance (mm) of the poses from their mean.
+    """
+    weights = np.full(len(hessian), scale**-2.0)
+    weights[0] = 0
+    factor = cholesky_banded(_banded(hessian, weights, lengths), lower=True, check_finite=False)
+    change = cho_solve_banded((factor, True), slope.ravel(), check_finite=False)
+    steps = (len(hessian) - 1) * np.log(lengths**2 / scale**2).sum() / 2
+    walk = change @ slope.ravel() / 2 - np.log(factor[0]).sum() + steps
+    total, side = hessian.sum(axis=0) + 1e-9 * np.eye(PARAMETERS), slope.sum(axis=0)
+    odds = walk - side @ np.linalg.solve(total, side) / 2 + np.linalg.slogdet(total)[1] / 2
+    apart = (change.reshape(slope.shape) - change.reshape(slope.shape).mean(axis=0)) * lengths
+    return float(odds), float(np.sqrt((apart**2).sum(axis=1).mean()))
+
+
+def _banded(hessian: np.ndarray, weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Matrix of the cost of data and steps in lower banded form, (7, 6 n): element [row - column, column]."""
     count, squares, index = len(hessian), lengths**2, np.arange(PARAMETERS)
-    after = np.append(weights[1:], 0)
+    after = np.append(weights[1:], 0)[:, None]
     diagonal = hessian.copy()
     ridge = 1e-6 * np.einsum("nii->ni", hessian) + 1e-9
-    diagonal[:, index, index] += (weights + after)[:, None] * squares + ridge
-    sides = slope - weights[:, None] * squares * steps
-    sides[:-1] += after[:-1, None] * squares * steps[1:]
-    banded = np.zeros((PARAMETERS + 1, count, PARAMETERS))  # lower form: [row - column, column] of the matrix
+    diagonal[:, index, index] += (weights[:, None] + after) * squares + ridge
+    banded = np.zeros((PARAMETERS + 1, count, PARAMETERS))
     for column in range(PARAMETERS):
         for row in range(column, PARAMETERS):
             banded[row - column, :, column] = diagonal[:, row, column]
-    banded[PARAMETERS] = -after[:, None] * squares
-    solution = solveh_banded(banded.reshape(PARAMETERS + 1, -1), sides.ravel(), lower=True, check_finite=False)
-    return solution.reshape(count, PARAMETERS)
+    banded[PARAMETERS] = -after * squares
+    return banded.reshape(PARAMETERS + 1, -1)
