@@ -153,6 +153,14 @@ class MotionSettings(Checked):
         above=0,
     )
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slices == "on" and (self.method == "none" or self.model == "none" or self.transform == "Affine"):
+            raise SettingsError(
+                "--slice-motion on registers slices to predictions of a signal model by rigid transforms; leave out "
+                "--hmc-method none, --hmc-model none and --hmc-transform Affine, or choose --slice-motion auto"
+            )
+
 
 @dataclass(frozen=True)
 class DistortionSettings(Checked):

@@ -148,9 +148,8 @@ class PhantomSettings:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction between 0 and 1"
                 )
-        amounts = ("snr", "noise_variation", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift")
-        amounts += ("steady",)
-        for name in amounts:
+        amounts = ("snr", "noise_variation", "max_motion", "jitter", "steady", "distortion", "eddy", "eddy_constant")
+        for name in (*amounts, "drift"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.bvec_rows not in map(describe_frame, axis_frames()):

@@ -18,6 +18,7 @@ from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view,
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.intensity.bias_field import n4_bias
 from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
+from dsiprep.ops.motion.slice_samples import volume_in_mean_pose
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import ResampleSettings
@@ -140,7 +141,7 @@ def resample(
         if settings.merge == "least-squares" and sampled is not None:
             weights[int(dwi.blip[blip.volumes[0]])] = _inverse_jacobian(blip, sampled, data.device)
         for row, v in enumerate(blip.volumes):
-            volume = blip.motion.with_replaced_slices(row, dwi.data[int(v)])
+            volume = _acquired_volume(dwi, blip, row)
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
             to_volume, linear = blip.matrices[row], blip.linear[row]
             warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed)
@@ -154,6 +155,14 @@ def resample(
         series = _merge(series, groups, weights if len(weights) > 1 else None, dwi.blip)
     coverage = Volume(covered / len(dwi), grid)
     return _finish(series, anatomy, bias, coverage, _enough(coverage, b0_covered), groups)
+
+
+def _acquired_volume(dwi: DWI, blip: _BlipTransforms, row: int) -> torch.Tensor:
+    """A volume in one pose, (i, j, k), with outlier slices replaced if that is wanted."""
+    motion = blip.motion
+    if motion.slices is not None and motion.slices.moving[row]:
+        return volume_in_mean_pose(dwi, motion, row, blip.pose, blip.distortion)
+    return motion.with_replaced_slices(row, dwi.data[int(motion.volumes[row])])
 
 
 def _enough(coverage: Volume, b0_covered: torch.Tensor) -> torch.Tensor:

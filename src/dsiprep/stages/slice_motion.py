@@ -11,8 +11,12 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.motion import Motion, SliceMotion
+from dsiprep.data.results import Acquired
+from dsiprep.errors import InputError
 from dsiprep.ops.image.affine import mean_rigid
 from dsiprep.ops.image.point_set import point_set
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
+from dsiprep.ops.motion.b0_alignment import mean_b0
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.pyramid import FULL, PyramidLevel
 from dsiprep.ops.motion.shot_poses import (
@@ -28,7 +32,7 @@ from dsiprep.ops.motion.shot_poses import (
 )
 from dsiprep.ops.motion.slice_equations import PredictedSlices
 from dsiprep.ops.motion.slice_reconstruction import sample_density
-from dsiprep.ops.motion.slice_samples import in_one_pose
+from dsiprep.ops.motion.slice_samples import in_one_pose, volume_in_mean_pose
 from dsiprep.ops.motion.volume_agreement import volume_weights
 from dsiprep.ops.qspace.prediction import Model, choose_model, predict
 from dsiprep.settings import MotionSettings
@@ -44,7 +48,7 @@ METHODS = {
         "prediction was taken. Its b-vector was turned by the mean of its rotations."
     ),
 }
-__all__ = ["METHODS", "follow_slices"]
+__all__ = ["METHODS", "choose_volumes", "follow_slices", "follows_slices"]
 
 log = logging.getLogger("dsiprep")
 CLEAR = (30.0, 0.2)  # logarithm of the odds, and mm between poses, from which on a volume has a pose for each shot
@@ -53,6 +57,26 @@ ROUNDS = 3  # of prediction and registration
 STEPS = 2  # Gauss-Newton steps in each round after the first
 LEAST_SAMPLED = 0.3  # weight of samples at a point, of which the prediction takes the place below
 SPARSE = 0.5  # density of samples around a voxel below which its prediction is kept
+
+
+def follows_slices(acquired: Acquired, settings: MotionSettings) -> bool:
+    """Whether motion within volumes is estimated.
+
+    Raises
+    ------
+    InputError
+        If it was asked for and the order of acquisition is not known.
+    """
+    if settings.slices == "off" or settings.method == "none":
+        return False
+    known = bool(acquired.multiband) and acquired.slice_axis is not None
+    if settings.slices == "on" and not known:
+        raise InputError(
+            "--slice-motion on: the sidecars do not give one SliceTiming, the same in all runs, with a time for each "
+            "slice along SliceEncodingDirection; add it, or choose --slice-motion auto, which then keeps one pose for "
+            "each volume"
+        )
+    return known and settings.transform == "Rigid"
 
 
 def follow_slices(
@@ -79,6 +103,8 @@ def follow_slices(
         `slices` holds the poses of the shots. If a volume moved within itself, `transforms` are the mean poses; if
         none did, they are unchanged.
     """
+    if motion.model not in ("3dSHORE", "tensor"):
+        return motion
     level = PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)
     lost = np.zeros(motion.slice_z.shape, bool) if motion.outlier_slices is None else motion.outlier_slices
     observed = level.sample(np.arange(len(dwi)), _state(dwi, motion, motion.transforms))
@@ -92,6 +118,7 @@ def follow_slices(
     log.info("motion within volumes: %d of %d volumes", state.moving.sum(), len(dwi))
     if not state.moving.any():
         return replace(motion, slices=_result(slices, state, evidence, lost, motion))
+    transforms = motion.transforms
     for number in range(ROUNDS):
         steps = (*ANNEALED_MM, STEP_MM, STEP_MM) if number == 0 else (STEP_MM,) * STEPS
         state = follow_head(slices, state, steps, SETTLED if number == 0 else 0)
@@ -100,7 +127,24 @@ def follow_slices(
         slices = slices.with_predictions(_predict(dwi, observed, transforms, settings))
     moved = replace(motion, transforms=transforms)
     left_out = lost if settings.outliers == "replace" else np.zeros_like(lost)
-    return replace(moved, slices=_result(slices, state, evidence, left_out, moved))
+    moved = replace(moved, slices=_result(slices, state, evidence, left_out, moved))
+    return _with_reference(dwi, moved) if (state.moving & dwi.is_b0).any() else moved
+
+
+def _with_reference(dwi: DWI, motion: Motion) -> Motion:
+    """Copy with the mean of the b=0 volumes in their mean poses as reference."""
+    assert motion.slices is not None
+    rows = np.flatnonzero(dwi.is_b0)
+    still, transforms = dwi.select(rows), motion.transforms[rows].copy()
+    own = replace(motion, volumes=np.arange(len(dwi)))
+    for number, row in enumerate(rows):
+        if motion.slices.moving[row]:
+            still.data[number] = volume_in_mean_pose(dwi, own, int(row), np.eye(4), None)
+        if motion.eddy is not None:  # the shift of the field, all that b=0 volumes have of it
+            along = motion.eddy.axes[:, motion.eddy.along]
+            transforms[number, :3, 3] += motion.eddy.coefficients[row, 0] * along
+    reference = mean_b0(still, transforms)
+    return replace(motion, dwiref=reference, mask=brain_mask_b0(reference))
 
 
 def choose_volumes(odds: np.ndarray, apart: np.ndarray, run: np.ndarray) -> np.ndarray:
@@ -150,13 +194,11 @@ def _predict(dwi: DWI, observed: torch.Tensor, transforms: np.ndarray, settings:
     predicted[b0] = reference
     if not len(weighted):
         return predicted
-    samples, weights, model = observed[~b0], np.ones(len(weighted)), _model(dwi, settings)
-    for _ in range(2):
-        found = predict(
-            samples, reference, model, dwi.bvals[weighted], dwi.bvecs[weighted], transforms[weighted], weights
-        )
-        weights = volume_weights(samples, found.values, dwi.bvals[weighted])
-    predicted[~b0] = found.values
+    samples, model = observed[~b0], _model(dwi, settings)
+    bvals, bvecs, poses = dwi.bvals[weighted], dwi.bvecs[weighted], transforms[weighted]
+    rough = predict(samples, reference, model, bvals, bvecs, poses, np.ones(len(weighted)))
+    weights = volume_weights(samples, rough.values, bvals)
+    predicted[~b0] = predict(samples, reference, model, bvals, bvecs, poses, weights).values
     return predicted
 
 

@@ -68,10 +68,10 @@ def first_equations(slices: PredictedSlices, state: ShotPoses) -> tuple[ShotPose
     """Fit gains and scales at the current poses; equations of all volumes."""
     gain, scale, found = state.gain.copy(), state.scale.copy(), []
     for volume in range(len(scale)):
-        coefficients = slices.coefficients(volume)
-        for _ in range(2):
-            one = slices.equations(volume, coefficients, state.poses[volume], gain[volume], scale[volume])
-            gain[volume], scale[volume] = one.gain, one.scale
+        coefficients, poses = slices.coefficients(volume), state.poses[volume]
+        rough = slices.equations(volume, coefficients, poses, gain[volume], scale[volume])  # with equal weights
+        one = slices.equations(volume, coefficients, poses, rough.gain, rough.scale)
+        gain[volume], scale[volume] = one.gain, one.scale
         found.append(one)
     return replace(state, gain=gain, scale=scale), found
 
@@ -131,9 +131,32 @@ def _lengths(slices: PredictedSlices) -> np.ndarray:
     return np.concatenate([np.sqrt((extent**2).sum() - extent**2), np.ones(3)])
 
 
-def follow_head(
-    slices: PredictedSlices, state: ShotPoses, scales: tuple[float, ...], settled: int = 0
-) -> tuple[ShotPoses, np.ndarray]:
+@dataclass(frozen=True, eq=False)
+class _Nodes:
+    """Poses that are estimated: one for each shot of moving volumes, one for each other volume.
+
+    Attributes
+    ----------
+    of : list of slice
+        Nodes of each volume.
+    interval : ndarray, (nodes,)
+        Time since the node before, in shots; infinite at the start of a run.
+    """
+
+    of: list[slice]
+    interval: np.ndarray
+
+
+def _nodes(moving: np.ndarray, run: np.ndarray, shots: int) -> _Nodes:
+    sizes = np.where(moving, shots, 1)
+    first = np.cumsum(sizes) - sizes
+    duration = np.repeat(np.where(moving, 1.0, shots), sizes)
+    interval = np.append(np.inf, (duration[1:] + duration[:-1]) / 2)
+    interval[first[np.diff(run, prepend=-1) != 0]] = np.inf
+    return _Nodes([slice(int(f), int(f + n)) for f, n in zip(first, sizes, strict=True)], interval)
+
+
+def follow_head(slices: PredictedSlices, state: ShotPoses, scales: tuple[float, ...], settled: int = 0) -> ShotPoses:
     """Estimate the poses of all shots of the moving volumes, and one pose of each other volume.
 
     Parameters
@@ -144,39 +167,39 @@ def follow_head(
         Scale of the steps from shot to shot in mm, one for each iteration.
     settled : int
         Iteration from which on steps have heavy tails.
-
-    Returns
-    -------
-    state : ShotPoses
     """
-    volumes, count = np.arange(len(state.moving)), len(slices.shots)
-    kept: dict[int, np.ndarray] = {}
-    node_volume = np.concatenate([[v] * (count if state.moving[v] else 1) for v in volumes])
-    first = np.flatnonzero(np.diff(node_volume, prepend=-1))
-    duration = np.where(state.moving[node_volume], 1.0, count)
-    interval = np.append(np.inf, (duration[1:] + duration[:-1]) / 2)
-    interval[first[np.diff(slices.dwi.run, prepend=-1) != 0]] = np.inf
-    nodes = [slice(first[v], first[v] + (count if state.moving[v] else 1)) for v in volumes]
-    poses = np.concatenate([state.poses[v] if state.moving[v] else state.poses[v, :1] for v in volumes])
+    count = len(slices.shots)
+    nodes, lengths = _nodes(state.moving, slices.dwi.run, count), _lengths(slices)
+    poses = np.concatenate([own[: part.stop - part.start] for own, part in zip(state.poses, nodes.of, strict=True)])
     hessian, slope = np.zeros((len(poses), 6, 6)), np.zeros((len(poses), 6))
-    gain, scale = state.gain.copy(), state.scale.copy()
+    state, kept = replace(state, gain=state.gain.copy(), scale=state.scale.copy()), dict[int, np.ndarray]()
     for number, mm in enumerate(scales):
-        for v in volumes if number == 0 else volumes[state.moving]:
-            shot_poses = np.broadcast_to(poses[nodes[v]], (count, 4, 4))
-            coefficients = kept[v] if v in kept else slices.coefficients(v)
-            if state.moving[v] and len(kept) * coefficients.nbytes < KEPT_BYTES:
-                kept[v] = coefficients
-            one = slices.equations(v, coefficients, shot_poses, gain[v], scale[v])
-            gain[v], scale[v] = one.gain, one.scale
-            h, s = one.hessian / state.misfit[v], (one.slope - state.systematic[v]) / state.misfit[v]
-            hessian[nodes[v]], slope[nodes[v]] = (h, s) if state.moving[v] else (h.sum(0)[None], s.sum(0)[None])
-        walk = Walk(mm * np.sqrt(interval), slices.points.centre, _lengths(slices))
+        for volume in range(len(state.moving)) if number == 0 else map(int, np.flatnonzero(state.moving)):
+            part = nodes.of[volume]
+            own = np.broadcast_to(poses[part], (count, 4, 4))
+            h, s = _equations(slices, state, volume, own, kept)
+            hessian[part], slope[part] = (h, s) if state.moving[volume] else (h.sum(0), s.sum(0))
+        walk = Walk(mm * np.sqrt(nodes.interval), slices.points.centre, lengths)
         steps = steps_of(poses, walk)
         weights = step_weights(steps if number >= settled else np.zeros_like(steps), walk)
-        change = solve_walk(hessian, slope, steps, weights, walk.lengths)
-        size = np.sqrt(((change * walk.lengths) ** 2).sum(axis=1))
+        change = solve_walk(hessian, slope, steps, weights, lengths)
+        size = np.sqrt(((change * lengths) ** 2).sum(axis=1))
         change *= np.minimum(1, LONGEST_MM / np.maximum(size, 1e-9))[:, None]
-        slope -= np.einsum("tij,tj->ti", hessian, change)  # of the others, whose equations stay
+        slope -= np.einsum("tij,tj->ti", hessian, change)  # of volumes with one pose, whose equations stay
         poses = poses @ rigid_matrix(change, slices.points.centre)
-    shots = np.stack([np.broadcast_to(poses[nodes[v]], (count, 4, 4)) for v in volumes])
-    return replace(state, poses=shots, gain=gain, scale=scale)
+    return replace(state, poses=np.stack([np.broadcast_to(poses[part], (count, 4, 4)) for part in nodes.of]))
+
+
+def _equations(
+    slices: PredictedSlices, state: ShotPoses, volume: int, poses: np.ndarray, kept: dict[int, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Hessian and slope of the shots of a volume; its gain and scale in `state` are renewed in place.
+
+    Coefficients of predictions of moving volumes are added to `kept` while there is room.
+    """
+    coefficients = kept[volume] if volume in kept else slices.coefficients(volume)
+    if state.moving[volume] and len(kept) * coefficients.nbytes < KEPT_BYTES:
+        kept[volume] = coefficients
+    one = slices.equations(volume, coefficients, poses, state.gain[volume], float(state.scale[volume]))
+    state.gain[volume], state.scale[volume] = one.gain, one.scale
+    return one.hessian / state.misfit[volume], (one.slope - state.systematic[volume]) / state.misfit[volume]

@@ -20,7 +20,7 @@ INVERSE_ITERATIONS = 3  # of the fixed-point inversion of displacements
 def volume_in_mean_pose(
     dwi: DWI, motion: Motion, row: int, blip_pose: np.ndarray, distortion: DisplacementField | None
 ) -> torch.Tensor:
-    """Volume `row` of `motion` as it would have been in its mean pose, (i, j, k); as acquired if it did not move.
+    """Volume `row` of `motion` as it would have been in its mean pose, (i, j, k); as acquired without `motion.slices`.
 
     Parameters
     ----------
@@ -33,7 +33,7 @@ def volume_in_mean_pose(
         Of this blip.
     """
     volume, slices = dwi.data[int(motion.volumes[row])], motion.slices
-    if slices is None or not slices.moving[row]:
+    if slices is None:
         return volume
     image, axis = volume.cpu().numpy(), motion.slice_axis
     eddy = None if motion.eddy is None else motion.eddy.take(np.array([row]))
