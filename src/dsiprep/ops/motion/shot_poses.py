@@ -8,7 +8,8 @@ import numpy as np
 
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.motion.pose_prior import rms_extent
-from dsiprep.ops.motion.shot_walk import Walk, log_odds, solve_walk, step_weights, steps_of
+from dsiprep.ops.motion.poses import even_gradient_basis
+from dsiprep.ops.motion.shot_walk import Trend, Walk, log_odds, solve_with_trend, step_weights, steps_of
 from dsiprep.ops.motion.slice_equations import PredictedSlices, ShotEquations
 
 __all__ = ["ShotPoses", "explained", "first_equations", "follow_head", "single_poses", "with_misfit"]
@@ -17,6 +18,7 @@ STEP_MM = 0.03  # scale of the steps from shot to shot of a head at rest
 ANNEALED_MM = (1.0, 0.4, 0.15, 0.06)  # scales that come first: wide steps, not yet heavy-tailed
 TRIED_MM = (0.02, 0.06, 0.2, 0.6)  # scales of steps by which volumes with one pose are tested
 SETTLED = 2  # of these, from which on steps are heavy-tailed
+FIRST_SPREAD_MM = 0.1  # of the trend with the gradient
 LONGEST_MM = 5.0  # changes of a pose in one iteration are shortened to this
 KEPT_BYTES = 1 << 30  # of coefficients of predictions that stay in memory between iterations
 SIMILAR_VOLUMES = 25  # of the most similar b-values, whose misfit is compared
@@ -41,6 +43,8 @@ class ShotPoses:
     systematic : ndarray, (n, shots, 6)
         Slope of the cost of each shot that volumes of similar b-values have in common, because predictions are less
         sharp than slices and err alike.
+    trend : Trend
+        With a row of its basis for each volume.
     """
 
     poses: np.ndarray
@@ -49,11 +53,13 @@ class ShotPoses:
     scale: np.ndarray
     misfit: np.ndarray
     systematic: np.ndarray
+    trend: Trend
 
 
 def single_poses(transforms: np.ndarray, slices: PredictedSlices) -> ShotPoses:
     """One pose (n, 4, 4) for all shots of each volume; nothing else is known."""
-    count = len(transforms)
+    count, q = len(transforms), np.where(slices.dwi.is_b0[:, None], 0, slices.dwi.q)
+    basis = even_gradient_basis(q) if q.any() else np.zeros((count, 0))
     return ShotPoses(
         np.repeat(transforms[:, None], len(slices.shots), axis=1),
         np.zeros(count, bool),
@@ -61,6 +67,7 @@ def single_poses(transforms: np.ndarray, slices: PredictedSlices) -> ShotPoses:
         np.full(count, np.inf),
         np.ones(count),
         np.zeros((count, len(slices.shots), 6)),
+        Trend(basis, np.zeros((basis.shape[1], 6)), FIRST_SPREAD_MM),
     )
 
 
@@ -171,21 +178,26 @@ def follow_head(slices: PredictedSlices, state: ShotPoses, scales: tuple[float, 
     count = len(slices.shots)
     nodes, lengths = _nodes(state.moving, slices.dwi.run, count), _lengths(slices)
     poses = np.concatenate([own[: part.stop - part.start] for own, part in zip(state.poses, nodes.of, strict=True)])
+    sizes = [part.stop - part.start for part in nodes.of]
     hessian, slope = np.zeros((len(poses), 6, 6)), np.zeros((len(poses), 6))
     state, kept = replace(state, gain=state.gain.copy(), scale=state.scale.copy()), dict[int, np.ndarray]()
     for number, mm in enumerate(scales):
         for volume in range(len(state.moving)) if number == 0 else map(int, np.flatnonzero(state.moving)):
             part = nodes.of[volume]
-            own = np.broadcast_to(poses[part], (count, 4, 4))
+            away = rigid_matrix(state.trend.basis[volume] @ state.trend.coefficients, slices.points.centre)
+            own = np.broadcast_to(poses[part] @ away, (count, 4, 4))
             h, s = _equations(slices, state, volume, own, kept)
             hessian[part], slope[part] = (h, s) if state.moving[volume] else (h.sum(0), s.sum(0))
         walk = Walk(mm * np.sqrt(nodes.interval), slices.points.centre, lengths)
         steps = steps_of(poses, walk)
         weights = step_weights(steps if number >= settled else np.zeros_like(steps), walk)
-        change = solve_walk(hessian, slope, steps, weights, lengths)
+        trend = replace(state.trend, basis=np.repeat(state.trend.basis, sizes, axis=0))
+        change, after = solve_with_trend(hessian, slope, steps, weights, trend, lengths)
         size = np.sqrt(((change * lengths) ** 2).sum(axis=1))
         change *= np.minimum(1, LONGEST_MM / np.maximum(size, 1e-9))[:, None]
-        slope -= np.einsum("tij,tj->ti", hessian, change)  # of volumes with one pose, whose equations stay
+        both = change + trend.basis @ (after.coefficients - trend.coefficients)
+        slope -= np.einsum("tij,tj->ti", hessian, both)  # of volumes with one pose, whose equations stay
+        state = replace(state, trend=replace(after, basis=state.trend.basis))
         poses = poses @ rigid_matrix(change, slices.points.centre)
     return replace(state, poses=np.stack([np.broadcast_to(poses[part], (count, 4, 4)) for part in nodes.of]))
 

@@ -14,10 +14,11 @@ from scipy.linalg import cho_solve_banded, cholesky_banded
 
 from dsiprep.ops.image.affine import rigid_parameters
 
-__all__ = ["Walk", "log_odds", "solve_walk", "step_weights", "steps_of"]
+__all__ = ["Trend", "Walk", "log_odds", "solve_walk", "solve_with_trend", "step_weights", "steps_of"]
 
 STEP_DOF = 1.0  # degrees of freedom of the Student t distribution of steps
 PARAMETERS = 6
+SPREADS_MM = (0.01, 2.0)  # smallest and largest of a trend
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +77,76 @@ def solve_walk(
     ndarray, (n, 6)
         By a banded Cholesky decomposition: the work grows as n.
     """
-    after, squares = np.append(weights[1:], 0)[:, None], lengths**2
-    sides = slope - weights[:, None] * squares * steps
-    sides[:-1] += after[:-1] * squares * steps[1:]
-    factor = cholesky_banded(_banded(hessian, weights, lengths), lower=True, check_finite=False)
+    sides = _walk_sides(slope, steps, weights, lengths)
+    factor = cholesky_banded(_banded(hessian, weights[:, None] * lengths**2), lower=True, check_finite=False)
     return cho_solve_banded((factor, True), sides.ravel(), check_finite=False).reshape(sides.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Trend:
+    """A smooth function of the gradient by which the poses where volumes agree with predictions differ from the head's.
+
+    Volumes of similar gradients are predicted from each other, so an error that they share leaves no residual. Motion
+    of the head does not depend on the gradient and is continuous in time, which tells the two apart.
+
+    Attributes
+    ----------
+    basis : ndarray, (n, c)
+        Functions of the gradient at each node.
+    coefficients : ndarray, (c, 6)
+        Current ones, in the units of pose parameters.
+    spread : float
+        Prior standard deviation of the coefficients, mm.
+    """
+
+    basis: np.ndarray
+    coefficients: np.ndarray
+    spread: float
+
+
+def solve_with_trend(
+    hessian: np.ndarray, slope: np.ndarray, steps: np.ndarray, weights: np.ndarray, trend: Trend, lengths: np.ndarray
+) -> tuple[np.ndarray, Trend]:
+    """Changes of poses that minimise the cost of data, steps and a trend together, and the new trend.
+
+    Parameters
+    ----------
+    hessian, slope, steps, weights, lengths
+        As in `solve_walk`; data are compared at pose and trend together.
+    trend : Trend
+
+    Returns
+    -------
+    change : ndarray, (n, 6)
+    trend : Trend
+        With the most likely spread, within a factor of 2 of what it was.
+    """
+    count, size = trend.basis.shape
+    sides = _walk_sides(slope, steps, weights, lengths)
+    factor = cholesky_banded(_banded(hessian, weights[:, None] * lengths**2), lower=True, check_finite=False)
+    mixed = np.einsum("tij,tc->ticj", hessian, trend.basis).reshape(PARAMETERS * count, -1)
+    solved = cho_solve_banded((factor, True), np.column_stack([mixed, sides.ravel()]), check_finite=False)
+    reduced = np.einsum("tc,tij,td->cidj", trend.basis, hessian, trend.basis, optimize=True)
+    reduced = reduced.reshape(PARAMETERS * size, -1) - mixed.T @ solved[:, :-1]
+    side = (trend.basis.T @ slope).ravel() - mixed.T @ solved[:, -1]
+    before, best, found, chosen = trend.coefficients.ravel(), -np.inf, np.zeros(0), trend.spread
+    for spread in np.clip(trend.spread * np.array([0.5, 0.7, 1, 1.4, 2]), *SPREADS_MM):
+        precision = np.tile(lengths**2 / spread**2, size)
+        root = np.linalg.cholesky(reduced + np.diag(precision))
+        half = np.linalg.solve(root, side - precision * before)
+        likelihood = half @ half / 2 - precision @ before**2 / 2 - np.log(root.diagonal()).sum()
+        likelihood += np.log(precision).sum() / 2
+        if likelihood > best:
+            best, found, chosen = likelihood, np.linalg.solve(root.T, half), float(spread)
+    change = (solved[:, -1] - solved[:, :-1] @ found).reshape(count, PARAMETERS)
+    return change, Trend(trend.basis, trend.coefficients + found.reshape(size, PARAMETERS), chosen)
+
+
+def _walk_sides(slope: np.ndarray, steps: np.ndarray, weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Right-hand side of the equations of poses, (n, 6)."""
+    sides = slope - weights[:, None] * lengths**2 * steps
+    sides[:-1] += weights[1:, None] * lengths**2 * steps[1:]
+    return sides
 
 
 def log_odds(hessian: np.ndarray, slope: np.ndarray, scale: float, lengths: np.ndarray) -> tuple[float, float]:
@@ -91,7 +157,8 @@ def log_odds(hessian: np.ndarray, slope: np.ndarray, scale: float, lengths: np.n
     """
     weights = np.full(len(hessian), scale**-2.0)
     weights[0] = 0
-    factor = cholesky_banded(_banded(hessian, weights, lengths), lower=True, check_finite=False)
+    links = weights[:, None] * lengths**2
+    factor = cholesky_banded(_banded(hessian, links), lower=True, check_finite=False)
     change = cho_solve_banded((factor, True), slope.ravel(), check_finite=False)
     steps = (len(hessian) - 1) * np.log(lengths**2 / scale**2).sum() / 2
     walk = change @ slope.ravel() / 2 - np.log(factor[0]).sum() + steps
@@ -101,16 +168,19 @@ def log_odds(hessian: np.ndarray, slope: np.ndarray, scale: float, lengths: np.n
     return float(odds), float(np.sqrt((apart**2).sum(axis=1).mean()))
 
 
-def _banded(hessian: np.ndarray, weights: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Matrix of the cost of data and steps in lower banded form, (7, 6 n): element [row - column, column]."""
-    count, squares, index = len(hessian), lengths**2, np.arange(PARAMETERS)
-    after = np.append(weights[1:], 0)[:, None]
+def _banded(hessian: np.ndarray, links: np.ndarray) -> np.ndarray:
+    """Matrix of the cost of data and steps in lower banded form, (p + 1, p n): element [row - column, column].
+
+    `links` (n, p) is the precision of the step of each parameter to node t from the one before it.
+    """
+    count, size = links.shape
+    after, index = np.vstack([links[1:], np.zeros(size)]), np.arange(size)
     diagonal = hessian.copy()
     ridge = 1e-6 * np.einsum("nii->ni", hessian) + 1e-9
-    diagonal[:, index, index] += (weights[:, None] + after) * squares + ridge
-    banded = np.zeros((PARAMETERS + 1, count, PARAMETERS))
-    for column in range(PARAMETERS):
-        for row in range(column, PARAMETERS):
+    diagonal[:, index, index] += links + after + ridge
+    banded = np.zeros((size + 1, count, size))
+    for column in range(size):
+        for row in range(column, size):
             banded[row - column, :, column] = diagonal[:, row, column]
-    banded[PARAMETERS] = -after * squares
-    return banded.reshape(PARAMETERS + 1, -1)
+    banded[size] = -after
+    return banded.reshape(size + 1, -1)
