@@ -65,7 +65,8 @@ def _moves(time: np.ndarray, fraction: float, rng: np.random.Generator) -> np.nd
     added, here = np.zeros((*time.shape, 6)), np.zeros(6)
     for volume in chosen:
         step = _nearest_to_rest(here, rng)
-        begin, ramp = rng.uniform(0.05, 0.95), rng.uniform(0.05, LONGEST_RAMP) * (rng.random() < 0.5)
+        begin = rng.uniform(0.05, 0.95) * np.ptp(time[0])
+        ramp = rng.uniform(0.05, LONGEST_RAMP) * (rng.random() < 0.5)
         done = np.clip((time - volume - begin) / max(ramp, 1e-9), 0, 1)
         added += done[..., None] * step
         here = here + step

@@ -26,7 +26,7 @@ from dsiprep.ops.image.interpolation import spline_coefficients
 __all__ = ["Reconstructed", "reconstruct", "sample_density"]
 
 ITERATIONS = 8  # of conjugate gradients
-TRUST = 0.02  # l where samples are as dense as voxels
+TRUST = 0.1  # l where samples are as dense as voxels
 GAP_TRUST = 1.0  # l where there are none
 SPARSE = 0.25  # density of samples, relative to that of voxels, below which a voxel is a gap
 
