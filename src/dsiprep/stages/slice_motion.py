@@ -111,7 +111,7 @@ def follow_slices(
     predicted = _predict(dwi, observed, motion.transforms, settings)
     slices = PredictedSlices(dwi, level.points, predicted, motion.eddy, motion.slice_axis, shots, lost)
     state, equations = first_equations(slices, single_poses(motion.transforms, slices))
-    state = with_misfit(state, equations, dwi.bvals)
+    state = with_misfit(state, equations, dwi)
     evidence, apart = explained(slices, state, equations)
     chosen = np.ones(len(dwi), bool) if settings.slices == "on" else choose_volumes(evidence, apart, dwi.run)
     state = replace(state, moving=chosen)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from dsiprep.data.dwi import DWI
 from dsiprep.ops.image.affine import rigid_matrix
 from dsiprep.ops.motion.pose_prior import rms_extent
 from dsiprep.ops.motion.poses import even_gradient_basis
@@ -21,6 +22,7 @@ SETTLED = 2  # of these, from which on steps are heavy-tailed
 FIRST_SPREAD_MM = 0.1  # of the trend with the gradient
 LONGEST_MM = 5.0  # changes of a pose in one iteration are shortened to this
 KEPT_BYTES = 1 << 30  # of coefficients of predictions that stay in memory between iterations
+LEAST_VOLUMES = 5  # that the systematic slope is taken from
 SIMILAR_VOLUMES = 25  # of the most similar b-values, whose misfit is compared
 
 
@@ -60,6 +62,7 @@ def single_poses(transforms: np.ndarray, slices: PredictedSlices) -> ShotPoses:
     """One pose (n, 4, 4) for all shots of each volume; nothing else is known."""
     count, q = len(transforms), np.where(slices.dwi.is_b0[:, None], 0, slices.dwi.q)
     basis = even_gradient_basis(q) if q.any() else np.zeros((count, 0))
+    basis = np.column_stack([basis, slices.dwi.is_b0])  # registered to their own mean, b=0 volumes may drift together
     return ShotPoses(
         np.repeat(transforms[:, None], len(slices.shots), axis=1),
         np.zeros(count, bool),
@@ -83,20 +86,32 @@ def first_equations(slices: PredictedSlices, state: ShotPoses) -> tuple[ShotPose
     return replace(state, gain=gain, scale=scale), found
 
 
-def with_misfit(state: ShotPoses, equations: list[ShotEquations], bvals: np.ndarray) -> ShotPoses:
+def with_misfit(state: ShotPoses, equations: list[ShotEquations], dwi: DWI) -> ShotPoses:
     """Copy with `systematic` and `misfit` from equations at one pose of each volume: medians over similar b-values.
 
     The misfit is the variance of pose estimates over what noise explains, from differences of consecutive shots, whose
-    poses hardly differ in truth.
+    poses hardly differ in truth. Volumes with b=0 are compared among each other, if there are enough of them.
     """
+    slope = np.stack([one.slope for one in equations])
+    systematic, misfit = np.zeros_like(slope), np.ones(len(slope))
+    for group in (np.flatnonzero(dwi.is_b0), np.flatnonzero(~dwi.is_b0)):
+        similar = group[_similar(dwi.bvals[group])]
+        if similar.shape[-1] >= LEAST_VOLUMES:
+            systematic[group] = [np.median(slope[rows], axis=0) for rows in similar]
+        ratios = np.ones(len(slope))
+        for v in group:
+            ratios[v] = _shot_dispersion(equations[v], systematic[v])
+        misfit[group] = np.maximum(np.median(ratios[similar], axis=1), 1) if len(group) else 1
+    return replace(state, systematic=systematic, misfit=misfit)
+
+
+def _similar(bvals: np.ndarray) -> np.ndarray:
+    """Indices of the volumes of the most similar b-values of each volume, (n, s), itself among them."""
     by_bval, size = np.argsort(bvals, kind="stable"), min(SIMILAR_VOLUMES, len(bvals))
     first = np.clip(np.arange(len(bvals)) - size // 2, 0, len(bvals) - size)
     similar = np.empty((len(bvals), size), int)
     similar[by_bval] = by_bval[first[:, None] + np.arange(size)]
-    slope = np.stack([one.slope for one in equations])
-    systematic = np.stack([np.median(slope[rows], axis=0) for rows in similar])
-    ratios = np.array([_shot_dispersion(one, common) for one, common in zip(equations, systematic, strict=True)])
-    return replace(state, systematic=systematic, misfit=np.maximum(np.median(ratios[similar], axis=1), 1))
+    return similar
 
 
 def _shot_dispersion(one: ShotEquations, systematic: np.ndarray) -> float:
