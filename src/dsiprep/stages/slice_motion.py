@@ -29,6 +29,7 @@ from dsiprep.ops.motion.shot_poses import (
     follow_head,
     single_poses,
     with_misfit,
+    without_excursions,
 )
 from dsiprep.ops.motion.slice_equations import PredictedSlices
 from dsiprep.ops.motion.slice_reconstruction import sample_density
@@ -121,7 +122,7 @@ def follow_slices(
     transforms = motion.transforms
     for number in range(ROUNDS):
         steps = (*ANNEALED_MM, STEP_MM, STEP_MM) if number == 0 else (STEP_MM,) * STEPS
-        state = follow_head(slices, state, steps, SETTLED if number == 0 else 0)
+        state = without_excursions(slices, follow_head(slices, state, steps, SETTLED if number == 0 else 0))
         transforms = _mean_poses(state)
         observed = _sample(level, slices, state, _state(dwi, motion, transforms))
         slices = slices.with_predictions(_predict(dwi, observed, transforms, settings))
@@ -187,19 +188,28 @@ def _model(dwi: DWI, settings: MotionSettings) -> Model:
 
 
 def _predict(dwi: DWI, observed: torch.Tensor, transforms: np.ndarray, settings: MotionSettings) -> torch.Tensor:
-    """Each volume from the others, (n, m); volumes that fit poorly count less. The b=0 volumes have their mean."""
+    """Each volume from the others, (n, m); volumes that fit poorly count less."""
     b0 = torch.as_tensor(dwi.is_b0)
     predicted, weighted = torch.empty_like(observed), np.flatnonzero(~dwi.is_b0)
-    reference = observed[b0].mean(0, keepdim=True)
-    predicted[b0] = reference
-    if not len(weighted):
-        return predicted
+    predicted[b0], reference = _mean_of_others(observed[b0])
     samples, model = observed[~b0], _model(dwi, settings)
     bvals, bvecs, poses = dwi.bvals[weighted], dwi.bvecs[weighted], transforms[weighted]
     rough = predict(samples, reference, model, bvals, bvecs, poses, np.ones(len(weighted)))
     weights = volume_weights(samples, rough.values, bvals)
     predicted[~b0] = predict(samples, reference, model, bvals, bvecs, poses, weights).values
     return predicted
+
+
+def _mean_of_others(b0s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of the other b=0 volumes for each, (n, m), and of all, (1, m); a single one is its own mean."""
+    if len(b0s) == 1:
+        return b0s, b0s
+    weights = torch.ones(len(b0s), 1)
+    for _ in range(2):
+        parts = weights * b0s
+        others = (parts.sum(0) - parts) / (weights.sum() - weights)
+        weights = torch.as_tensor(volume_weights(b0s, others, np.zeros(len(b0s))), dtype=torch.float32)[:, None]
+    return others, (weights * b0s).sum(0, keepdim=True) / weights.sum()
 
 
 def _sample(level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, single: MotionState) -> torch.Tensor:

@@ -5,24 +5,34 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.ndimage import median_filter
 
 from dsiprep.data.dwi import DWI
-from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
 from dsiprep.ops.motion.pose_prior import rms_extent
 from dsiprep.ops.motion.poses import even_gradient_basis
 from dsiprep.ops.motion.shot_walk import Trend, Walk, log_odds, solve_with_trend, step_weights, steps_of
 from dsiprep.ops.motion.slice_equations import PredictedSlices, ShotEquations
 
-__all__ = ["ShotPoses", "explained", "first_equations", "follow_head", "single_poses", "with_misfit"]
+__all__ = [
+    "ShotPoses",
+    "explained",
+    "first_equations",
+    "follow_head",
+    "single_poses",
+    "with_misfit",
+    "without_excursions",
+]
 
 STEP_MM = 0.03  # scale of the steps from shot to shot of a head at rest
 ANNEALED_MM = (1.0, 0.4, 0.15, 0.06)  # scales that come first: wide steps, not yet heavy-tailed
 TRIED_MM = (0.02, 0.06, 0.2, 0.6)  # scales of steps by which volumes with one pose are tested
 SETTLED = 2  # of these, from which on steps are heavy-tailed
 FIRST_SPREAD_MM = 0.1  # of the trend with the gradient
+EXCURSION_MM = 1.0  # from the median of seven shots
 LONGEST_MM = 5.0  # changes of a pose in one iteration are shortened to this
 KEPT_BYTES = 1 << 30  # of coefficients of predictions that stay in memory between iterations
-LEAST_VOLUMES = 5  # that the systematic slope is taken from
+LEAST_VOLUMES = 3  # that the systematic slope is taken from
 SIMILAR_VOLUMES = 25  # of the most similar b-values, whose misfit is compared
 
 
@@ -90,14 +100,15 @@ def with_misfit(state: ShotPoses, equations: list[ShotEquations], dwi: DWI) -> S
     """Copy with `systematic` and `misfit` from equations at one pose of each volume: medians over similar b-values.
 
     The misfit is the variance of pose estimates over what noise explains, from differences of consecutive shots, whose
-    poses hardly differ in truth. Volumes with b=0 are compared among each other, if there are enough of them.
+    poses hardly differ in truth. Volumes with b=0 are compared among each other; one or two of them, of whose mean they
+    make up a large part, cannot be judged and stay where they are.
     """
     slope = np.stack([one.slope for one in equations])
     systematic, misfit = np.zeros_like(slope), np.ones(len(slope))
     for group in (np.flatnonzero(dwi.is_b0), np.flatnonzero(~dwi.is_b0)):
         similar = group[_similar(dwi.bvals[group])]
-        if similar.shape[-1] >= LEAST_VOLUMES:
-            systematic[group] = [np.median(slope[rows], axis=0) for rows in similar]
+        enough = len(group) >= LEAST_VOLUMES
+        systematic[group] = [np.median(slope[rows], axis=0) for rows in similar] if enough else slope[group]
         ratios = np.ones(len(slope))
         for v in group:
             ratios[v] = _shot_dispersion(equations[v], systematic[v])
@@ -215,6 +226,23 @@ def follow_head(slices: PredictedSlices, state: ShotPoses, scales: tuple[float, 
         state = replace(state, trend=replace(after, basis=state.trend.basis))
         poses = poses @ rigid_matrix(change, slices.points.centre)
     return replace(state, poses=np.stack([np.broadcast_to(poses[part], (count, 4, 4)) for part in nodes.of]))
+
+
+def without_excursions(slices: PredictedSlices, state: ShotPoses) -> ShotPoses:
+    """Copy in which shots that leave the path of the head for at most three shots follow the shots around them.
+
+    Single shots, at the ends of the head above all, can agree with the prediction at quite a wrong pose. The median of
+    seven shots, which replaces such poses, keeps sudden moves as they are.
+    """
+    shots, lengths, poses = state.poses.shape[1], _lengths(slices), state.poses.copy()
+    for run in np.unique(slices.dwi.run):
+        volumes = np.flatnonzero(slices.dwi.run == run)
+        path = rigid_parameters(state.poses[volumes].reshape(-1, 4, 4), slices.points.centre)
+        smooth = median_filter(path, size=(7, 1), mode="nearest")
+        away = np.sqrt((((path - smooth) * lengths) ** 2).sum(axis=1)) > EXCURSION_MM
+        path[away] = smooth[away]
+        poses[volumes] = rigid_matrix(path, slices.points.centre).reshape(-1, shots, 4, 4)
+    return replace(state, poses=np.where(state.moving[:, None, None, None], poses, state.poses))
 
 
 def _equations(
