@@ -225,7 +225,7 @@ def _undistort(
         motions = tuple(
             cache.run(
                 slice_motion,
-                f"slice-motion-{_blip_name(acquired, kept)}",
+                f"motion-slices-{_blip_name(acquired, kept)}",
                 call.follow_slices,
                 acquired,
                 b0s,

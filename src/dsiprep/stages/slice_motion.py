@@ -204,12 +204,10 @@ def _mean_of_others(b0s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean of the other b=0 volumes for each, (n, m), and of all, (1, m); a single one is its own mean."""
     if len(b0s) == 1:
         return b0s, b0s
-    weights = torch.ones(len(b0s), 1)
-    for _ in range(2):
-        parts = weights * b0s
-        others = (parts.sum(0) - parts) / (weights.sum() - weights)
-        weights = torch.as_tensor(volume_weights(b0s, others, np.zeros(len(b0s))), dtype=torch.float32)[:, None]
-    return others, (weights * b0s).sum(0, keepdim=True) / weights.sum()
+    rough = (b0s.sum(0) - b0s) / (len(b0s) - 1)
+    weights = torch.as_tensor(volume_weights(b0s, rough, np.zeros(len(b0s)))).to(b0s)[:, None]
+    parts = weights * b0s
+    return (parts.sum(0) - parts) / (weights.sum() - weights), parts.sum(0, keepdim=True) / weights.sum()
 
 
 def _sample(level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, single: MotionState) -> torch.Tensor:
