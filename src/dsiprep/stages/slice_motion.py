@@ -240,9 +240,8 @@ def _gaps(
     grid, axis = slices.dwi.grid, motion.slice_axis
     voxels = np.argwhere(np.ones(grid.shape, bool))
     voxels = voxels[~left_out[voxels[:, axis]]]
-    eddy = None if motion.eddy is None else motion.eddy.take(np.array([volume]))
     poses = state.poses[volume][slices.shot_of]
-    points = in_one_pose(voxels, grid, poses, axis, motion.transforms[volume], eddy=eddy)
+    points = in_one_pose(voxels, grid, poses, axis, motion.transforms[volume])  # displacements hardly move gaps
     points = points[((points >= 0) & (points < np.array(grid.shape) - 1)).all(axis=1)]
     sparse = sample_density(points, grid.shape) < SPARSE
     found = np.argwhere(sparse)

@@ -51,6 +51,56 @@ def _undisplaced(eddy: np.ndarray, frame: np.ndarray, along: int, at: np.ndarray
     return jacobian
 
 
+@inlined
+def _mapped(m: np.ndarray, at: np.ndarray, out: np.ndarray) -> None:
+    """Affine map `m` (3, 4) of the point `at` (3,) into `out`."""
+    for c in range(3):
+        out[c] = m[c, 0] * at[0] + m[c, 1] * at[1] + m[c, 2] * at[2] + m[c, 3]
+
+
+@inlined
+def _is_inside(inside: np.ndarray, point: np.ndarray) -> bool:
+    """Whether the prediction holds at a voxel coordinate of the head."""
+    x, y, z = point[0], point[1], point[2]
+    if not (x >= 1 and y >= 1 and z >= 1):
+        return False
+    if not (x < inside.shape[0] - 2 and y < inside.shape[1] - 2 and z < inside.shape[2] - 2):
+        return False
+    return inside[int(x + 0.5), int(y + 0.5), int(z + 0.5)]
+
+
+@inlined
+def _fill_row(seen: np.ndarray, slopes: np.ndarray, arm: np.ndarray, gain: np.floating, row: np.ndarray) -> None:
+    """Derivative of the residual by rotation, translation and gain, at a point `arm` (mm) from the centre."""
+    gx = gain * (slopes[0, 0] * seen[1] + slopes[0, 1] * seen[2] + slopes[0, 2] * seen[3])
+    gy = gain * (slopes[1, 0] * seen[1] + slopes[1, 1] * seen[2] + slopes[1, 2] * seen[3])
+    gz = gain * (slopes[2, 0] * seen[1] + slopes[2, 1] * seen[2] + slopes[2, 2] * seen[3])
+    row[0], row[1], row[2] = arm[1] * gz - arm[2] * gy, arm[2] * gx - arm[0] * gz, arm[0] * gy - arm[1] * gx
+    row[3], row[4], row[5], row[6] = gx, gy, gz, -seen[0]
+
+
+@inlined
+def _add(
+    row: np.ndarray,
+    residual: np.floating,
+    precision: np.floating,
+    hessian: np.ndarray,
+    slope: np.ndarray,
+    sums: np.ndarray,
+) -> None:
+    """Add the products of one voxel."""
+    square = residual * residual * precision
+    weight = np.float32(STUDENT_DOF + 1) / (np.float32(STUDENT_DOF) + square)
+    sums[0] += 0.5 * (STUDENT_DOF + 1) * np.log1p(square / np.float32(STUDENT_DOF))
+    sums[1] += weight * residual * residual
+    sums[2] += 1
+    for p in range(PARAMETERS):
+        weighted = weight * row[p]
+        slope[p] += weighted * residual
+        for q in range(p + 1):
+            hessian[p, q] += weighted * row[q]
+
+
 @compiled(parallel=True)
 def slice_equations_loop(
     volume: np.ndarray,
@@ -99,44 +149,22 @@ def slice_equations_loop(
     first, second = (1 if axis == 0 else 0), (1 if axis == 2 else 2)
     precision = np.float32(1 / scale**2)
     for number in numba.prange(volume.shape[axis]):
-        at, seen, row = np.empty(3, np.float32), np.empty(4, np.float32), np.empty(PARAMETERS, np.float32)
-        m, g = maps[number], np.float32(gain[number])
+        at, point, arm = np.empty(3, np.float32), np.empty(3, np.float32), np.empty(3, np.float32)
+        seen, row, g = np.empty(4, np.float32), np.empty(PARAMETERS, np.float32), np.float32(gain[number])
         for a in range(volume.shape[first]):
             for b in range(volume.shape[second]):
                 at[axis], at[first], at[second] = number, a, b
-                i, j, k = int(at[0]), int(at[1]), int(at[2])
-                jacobian = np.float32(1)
+                value, jacobian = volume[int(at[0]), int(at[1]), int(at[2])], np.float32(1)
                 if len(eddy) > 0:
                     jacobian = _undisplaced(eddy[0], frame, along, at)
-                x = m[0, 0] * at[0] + m[0, 1] * at[1] + m[0, 2] * at[2] + m[0, 3]
-                y = m[1, 0] * at[0] + m[1, 1] * at[1] + m[1, 2] * at[2] + m[1, 3]
-                z = m[2, 0] * at[0] + m[2, 1] * at[1] + m[2, 2] * at[2] + m[2, 3]
-                if not (x >= 1 and y >= 1 and z >= 1):
+                _mapped(maps[number], at, point)
+                if not _is_inside(inside, point):
                     continue
-                if not (x < inside.shape[0] - 2 and y < inside.shape[1] - 2 and z < inside.shape[2] - 2):
-                    continue
-                if not inside[int(x + 0.5), int(y + 0.5), int(z + 0.5)]:
-                    continue
-                _value_and_slopes(coefficients, x, y, z, seen)
-                residual = jacobian * volume[i, j, k] - g * seen[0]
-                gx = g * (slopes[0, 0] * seen[1] + slopes[0, 1] * seen[2] + slopes[0, 2] * seen[3])
-                gy = g * (slopes[1, 0] * seen[1] + slopes[1, 1] * seen[2] + slopes[1, 2] * seen[3])
-                gz = g * (slopes[2, 0] * seen[1] + slopes[2, 1] * seen[2] + slopes[2, 2] * seen[3])
-                wx = world[0, 0] * x + world[0, 1] * y + world[0, 2] * z + world[0, 3]
-                wy = world[1, 0] * x + world[1, 1] * y + world[1, 2] * z + world[1, 3]
-                wz = world[2, 0] * x + world[2, 1] * y + world[2, 2] * z + world[2, 3]
-                row[0], row[1], row[2] = wy * gz - wz * gy, wz * gx - wx * gz, wx * gy - wy * gx
-                row[3], row[4], row[5], row[6] = gx, gy, gz, -seen[0]
-                square = residual * residual * precision
-                weight = np.float32(STUDENT_DOF + 1) / (np.float32(STUDENT_DOF) + square)
-                sums[number, 0] += 0.5 * (STUDENT_DOF + 1) * np.log1p(square / np.float32(STUDENT_DOF))
-                sums[number, 1] += weight * residual * residual
-                sums[number, 2] += 1
-                for p in range(PARAMETERS):
-                    weighted = weight * row[p]
-                    slope[number, p] += weighted * residual
-                    for q in range(p + 1):
-                        hessian[number, p, q] += weighted * row[q]
+                _value_and_slopes(coefficients, point[0], point[1], point[2], seen)
+                _mapped(world, point, arm)
+                _fill_row(seen, slopes, arm, g, row)
+                residual = jacobian * value - g * seen[0]
+                _add(row, residual, precision, hessian[number], slope[number], sums[number])
 
 
 @inlined

@@ -86,20 +86,28 @@ def in_one_pose(
     if eddy is not None:
         for _ in range(INVERSE_ITERATIONS):
             undisplaced = acquired - eddy.displacement(0, undisplaced)
-    inverse = (back @ np.linalg.inv(poses))[voxels[:, axis]]
-    linear, shift = inverse[:, :3, :3], inverse[:, :3, 3]
-    head = np.einsum("mab,mb->ma", linear, undisplaced) + shift
-    u = np.zeros_like(head)
+    to_head, number = back @ np.linalg.inv(poses), voxels[:, axis]
+    head, u = _moved(to_head, undisplaced, number), np.zeros_like(undisplaced)
     if distortion is not None:
         for _ in range(INVERSE_ITERATIONS):
             u = _displacement(distortion, head)
-            head = np.einsum("mab,mb->ma", linear, undisplaced - u) + shift
+            head = _moved(to_head, undisplaced - u, number)
         u = _displacement(distortion, head)
     there = pose @ np.linalg.inv(back)
     world = head @ there[:3, :3].T + there[:3, 3] + u
     if eddy is not None:
         world = world + eddy.displacement(0, world)
     return grid.to_voxels(world).astype(np.float32)
+
+
+def _moved(matrices: np.ndarray, points: np.ndarray, number: np.ndarray) -> np.ndarray:
+    """Points (m, 3), each by the matrix (slices, 4, 4) of its slice, whose numbers are `number` (m,)."""
+    out, order = np.empty_like(points), np.argsort(number, kind="stable")
+    ends = np.searchsorted(number[order], np.arange(len(matrices) + 1))
+    for matrix, first, last in zip(matrices, ends[:-1], ends[1:], strict=True):
+        rows = order[first:last]
+        out[rows] = points[rows] @ matrix[:3, :3].T + matrix[:3, 3]
+    return out
 
 
 def _displacement(field: DisplacementField, points: np.ndarray) -> np.ndarray:
