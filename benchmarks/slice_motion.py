@@ -50,7 +50,7 @@ def measure(folder: Path, mode: str) -> None:
     within = time.process_time() - start
     assert found.slices is not None
     truth = read_truth(folder / "truth")
-    moved, points = truth.moved_within, truth.brain_points()[::4]
+    moved, points = truth.moved_within, truth.brain_points()
     rest = ~moved if (~moved).any() else np.ones(len(moved), bool)
     errors = []
     for motion, poses in ((one, one.transforms[:, None]), (found, found.slices.slice_poses)):

@@ -59,6 +59,5 @@ def slice_errors(truth: Truth, poses: np.ndarray, common: np.ndarray, points: np
         for k, pose in enumerate(slice_poses):
             within = points[number == k]
             if len(within) >= LEAST_POINTS:
-                error = point_displacement(poses[volume, k] @ common, pose, within)
-                out[volume, k] = error.mean()
+                out[volume, k] = point_displacement((poses[volume, k] @ common)[None], pose[None], within).mean()
     return out
