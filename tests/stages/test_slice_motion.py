@@ -112,6 +112,33 @@ def test_volumes_that_move_are_found_and_followed(
         assert 1 - corrected < 0.5 * (1 - raw)
 
 
+def test_slices_that_only_seemed_lost_are_intact(
+    moving_subject: tuple[Subject, np.ndarray, tuple[tuple[int, ...], ...]],
+) -> None:
+    """Two slices of moving volumes are taken for lost, of which one is; its gap is filled with the prediction."""
+    subject, true, shots = moving_subject
+    data = subject.dwi.data.clone()
+    data[15, ..., 12] *= 0.3
+    dwi = subject.dwi.with_data(data)
+    flagged = np.zeros((len(dwi), true.shape[1]), bool)
+    flagged[6, 9] = flagged[15, 12] = True
+    before = replace(_one_pose(subject, subject.transforms), outlier_slices=flagged, replacements=data[[6, 15], ..., 9])
+    found = follow_slices(dwi, subject.mask, before, shots, MotionSettings(outliers="replace"))
+    assert found.slices is not None
+    assert found.outlier_slices is not None
+    assert found.replacements is not None
+    assert np.argwhere(found.outlier_slices).tolist() == [[15, 12]]
+    assert torch.equal(found.replacements, data[[15], ..., 9])
+    assert np.nanmean(_slice_errors(found.slices.slice_poses, true, subject)[list(MOVING)]) < 0.5
+    image = volume_in_mean_pose(dwi, found, 15, np.eye(4), None).numpy()[..., 12]
+    inside = subject.mask.numpy()[..., 12] > 0.5
+    whole = follow_slices(subject.dwi, subject.mask, _one_pose(subject, subject.transforms), shots, MotionSettings())
+    complete = volume_in_mean_pose(subject.dwi, whole, 15, np.eye(4), None).numpy()[..., 12]
+    assert image[inside].mean() == pytest.approx(complete[inside].mean(), rel=0.1)
+    assert np.corrcoef(image[inside], complete[inside])[0, 1] > 0.9  # noise of 15 in a mean signal of 135
+    assert data[15, ..., 12].numpy()[inside].mean() < 0.5 * complete[inside].mean()
+
+
 def test_head_at_rest_keeps_its_poses() -> None:
     still = make_subject(count=40, moved=0, noise=NOISE)
     before = _one_pose(still, still.transforms)

@@ -18,6 +18,7 @@ from dsiprep.ops.image.point_set import point_set
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.motion.b0_alignment import mean_b0
 from dsiprep.ops.motion.motion_state import MotionState
+from dsiprep.ops.motion.outlier_slices import MIN_LOSS
 from dsiprep.ops.motion.pyramid import FULL, PyramidLevel
 from dsiprep.ops.motion.shot_poses import (
     ANNEALED_MM,
@@ -43,8 +44,9 @@ METHODS = {
         "Volumes during which the head moved were given a pose for each shot (slices excited together), in the order "
         "of acquisition [@andersson2017; @christiaens2021]: the slices, as acquired, were registered to the prediction "
         "of the volume by robust Gauss-Newton steps, jointly for all shots of the series under a random walk of the "
-        "head with Student t distributed steps, and predictions were renewed with the corrected volumes. One pose was "
-        "kept unless the posterior odds spoke clearly for more. Each of these volumes was put together in its mean "
+        "head with Student t distributed steps and a smooth, even function of the gradient that is not motion. "
+        "Predictions were renewed with the corrected volumes. One pose was kept unless the odds, with all poses "
+        "integrated out, spoke clearly for more. Each of these volumes was put together in its mean "
         "pose, with distortion and eddy currents, by regularised least squares; where no slice was acquired, the "
         "prediction was taken. Its b-vector was turned by the mean of its rotations."
     ),
@@ -126,10 +128,22 @@ def follow_slices(
         transforms = _mean_poses(state)
         observed = _sample(level, slices, state, _state(dwi, motion, transforms))
         slices = slices.with_predictions(_predict(dwi, observed, transforms, settings))
-    moved = replace(motion, transforms=transforms)
+    moved = _without_false_loss(replace(motion, transforms=transforms), lost, state)
+    lost = lost if moved.outlier_slices is None else moved.outlier_slices
     left_out = lost if settings.outliers == "replace" else np.zeros_like(lost)
     moved = replace(moved, slices=_result(slices, state, evidence, left_out, moved))
     return _with_reference(dwi, moved) if (state.moving & dwi.is_b0).any() else moved
+
+
+def _without_false_loss(motion: Motion, lost: np.ndarray, state: ShotPoses) -> Motion:
+    """Copy in which slices of moving volumes that only seemed to have lost signal, at one wrong pose, are intact."""
+    some = ~lost.all(axis=1)
+    typical = np.full((len(lost), 1), np.inf)  # volumes that were lost as a whole stay lost
+    typical[some] = np.nanmedian(np.where(lost, np.nan, state.gain)[some], axis=1, keepdims=True)
+    intact = state.moving[:, None] & (state.gain >= (1 - MIN_LOSS) * typical)
+    still = lost & ~intact
+    kept = None if motion.replacements is None else motion.replacements[torch.as_tensor(still[lost])]
+    return replace(motion, outlier_slices=still, replacements=kept)
 
 
 def _with_reference(dwi: DWI, motion: Motion) -> Motion:
