@@ -107,7 +107,8 @@ def follow_slices(
         none did, they are unchanged.
     """
     if motion.model not in ("3dSHORE", "tensor"):
-        return motion
+        note = "Motion within volumes was not estimated: there are too few directions to predict volumes."
+        return replace(motion, notes=(*motion.notes, note)) if settings.slices == "on" else motion
     level = PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)
     lost = np.zeros(motion.slice_z.shape, bool) if motion.outlier_slices is None else motion.outlier_slices
     observed = level.sample(np.arange(len(dwi)), _state(dwi, motion, motion.transforms))
