@@ -66,6 +66,7 @@ from dsiprep.stages import (
     motion,
     quality,
     resample,
+    slice_motion,
     unringing,
 )
 
@@ -245,11 +246,24 @@ def _undistort(
             acquired,
             b0s,
             b,
-            settings.motion,
+            replace(settings.motion, slices="off"),
         )
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
+    if slice_motion.follows_slices(acquired.value, settings.motion):
+        motions = tuple(
+            cache.run(
+                slice_motion,
+                f"motion-slices-{_blip_name(acquired, kept)}",
+                call.follow_slices,
+                acquired,
+                b0s,
+                kept,
+                settings.motion,
+            )
+            for kept in motions
+        )
     method, reason = choose_distortion(unit, acquired.value, settings)
     correct = partial(_correct_distortion, unit, settings, cache, device, (acquired, motions))
     doubt, careful = "", settings.distortion.method == "auto"
@@ -260,6 +274,10 @@ def _undistort(
         doubt = corrected.value.doubt
         corrected = correct("none") if doubt else corrected
     return motions, corrected, AXIS_CONTRADICTED if doubt else reason, doubt
+
+
+def _blip_name(acquired: CachedResult[Acquired], moved: CachedResult[Motion]) -> str:
+    return acquired.value.blips[int(acquired.value.dwi.blip[moved.value.volumes[0]])].name
 
 
 def prepare_anatomy(

@@ -158,6 +158,13 @@ class MotionSettings(Checked):
         "--outliers",
         choices=("report", "replace"),
     )
+    slices: str = option(
+        "auto",
+        "motion of the head while a volume is acquired, with a pose for each shot: auto, in volumes that clearly need "
+        "it, if the sidecars give SliceTiming; on, in all volumes; or off",
+        "--slice-motion",
+        choices=("auto", "off", "on"),
+    )
     tolerance: float = option(
         0.02,
         "stop when no volume moves by more than this (mm) in a round",
@@ -165,6 +172,14 @@ class MotionSettings(Checked):
         metavar="MM",
         above=0,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.slices == "on" and (self.method == "none" or self.model == "none" or self.transform == "Affine"):
+            raise SettingsError(
+                "--slice-motion on registers slices to predictions of a signal model by rigid transforms; leave out "
+                "--hmc-method none, --hmc-model none and --hmc-transform Affine, or choose --slice-motion auto"
+            )
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from dsiprep.stages import (
     gradient_nonlinearity,
     motion,
     resample,
+    slice_motion,
     unringing,
 )
 
@@ -52,6 +53,7 @@ __all__ = [
     "correct_distortion",
     "denoise_series",
     "estimate_motion",
+    "follow_slices",
     "prepare_from_b0",
     "prepare_structural",
     "register_to_structural",
@@ -99,14 +101,26 @@ def estimate_motion(device: torch.device, acquired: Acquired, b0s: DWI, blip: in
     The b=0 volumes, of which the b=0 reference is made, are unringed, as their counterparts in fmap/ are.
     """
     chosen, pe = acquired.dwi.blip == blip, acquired.blips[blip].pe
-    series = acquired.dwi.select(chosen)  # a copy
-    series.data[torch.as_tensor(series.is_b0)] = b0s.select(b0s.blip == blip).data
+    series = _series_of(acquired, b0s, blip)
     moved = with_cpu_fallback(
         lambda dwi, mask: motion.estimate_motion(dwi, mask, settings, pe, acquired.multiband, acquired.slice_axis),
         device,
         (series, acquired.mask),
     )
     return replace(moved, volumes=np.flatnonzero(chosen))
+
+
+def follow_slices(acquired: Acquired, b0s: DWI, moved: Motion, settings: MotionSettings) -> Motion:
+    """Motion within volumes, of the same series as `estimate_motion`; its loops are those of the CPU."""
+    series = _series_of(acquired, b0s, int(acquired.dwi.blip[moved.volumes[0]]))
+    return slice_motion.follow_slices(series, acquired.mask, moved, acquired.multiband, settings)
+
+
+def _series_of(acquired: Acquired, b0s: DWI, blip: int) -> DWI:
+    """The volumes of one blip as acquired, with other b=0 volumes; a copy."""
+    series = acquired.dwi.select(acquired.dwi.blip == blip)
+    series.data[torch.as_tensor(series.is_b0)] = b0s.select(b0s.blip == blip).data
+    return series
 
 
 def correct_distortion(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ import pytest
 from dsiprep.cli import app as cli
 from dsiprep.cli import plan_page
 from dsiprep.costs import BASE_MB
-from dsiprep.errors import InputError, SettingsError
+from dsiprep.errors import InputError, MetadataError, SettingsError
 from dsiprep.io.unit_check import check_unit
 from dsiprep.pipeline import preprocess
-from dsiprep.settings import ResampleSettings, Settings
+from dsiprep.settings import MotionSettings, ResampleSettings, Settings
 from helpers.bids_dataset import LAS, Dataset
 
 AP: dict[str, Any] = {"PhaseEncodingDirection": "j-", "TotalReadoutTime": 0.05, "PartialFourier": 1}
@@ -182,3 +183,14 @@ def test_checked_unit_with_fieldmap(dataset: Dataset) -> None:
     dataset.image("sub-01_magnitude1", 1, {}, affine=np.diag([3.0, 2, 2, 1]))
     with pytest.raises(InputError, match="its grid differs"):
         check_unit(dataset.unit(), CHOSEN)
+
+
+def test_slice_motion_needs_slice_times(tmp_path: Path) -> None:
+    folder = Dataset(tmp_path / "slices", shape=(4, 5, 6))
+    folder.dwi("sub-01", {**AP, "SliceTiming": [0, 0.5]})
+    asked = replace(CHOSEN, motion=MotionSettings(slices="on"))
+    check_unit(folder.unit(), CHOSEN)
+    with pytest.raises(MetadataError, match=r"sub-01_dwi\.nii\.gz: --slice-motion on needs SliceTiming"):
+        check_unit(folder.unit(), asked)
+    folder.dwi("sub-01", {**AP, "SliceTiming": [0, 0.5, 1, 0, 0.5, 1], "SliceEncodingDirection": "k-"})
+    check_unit(folder.unit(), asked)

@@ -76,6 +76,7 @@ def estimate_motion(
     slice_axis : int, optional
         Voxel axis across slices, 0 to 2; by default the last, unless voxels are clearly longest along another axis.
     settings : MotionSettings, optional
+        Each volume has one pose: `slices` is not used.
     b0_threshold : float
         b-values at or below this count as b=0.
     device : str
@@ -96,6 +97,8 @@ def estimate_motion(
     Cieslak et al. 2024, doi 10.1002/hbm.26570.
     """
     chosen = MotionSettings() if settings is None else check_type(settings, MotionSettings, "settings")
+    if chosen.slices == "on":
+        raise InputError("motion within volumes is a stage of whole runs; estimate_motion gives each volume one pose")
     pe, on = check_phase_encoding(phase_encoding), devices.choose(device)
     if slice_axis not in (None, 0, 1, 2):
         raise InputError(f"slice_axis is {slice_axis!r}; give 0, 1 or 2, the voxel axis across slices, or None")

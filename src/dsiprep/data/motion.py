@@ -37,6 +37,50 @@ class B0Shift:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class SliceMotion(Summarised):
+    """Motion of the head while volumes were acquired.
+
+    Attributes
+    ----------
+    poses : ndarray, (n, shots, 4, 4), float64
+        As `Motion.transforms`, for each shot; all equal in volumes with one pose.
+    shots : tuple of tuple of int
+        Slices of each shot, in order of acquisition.
+    moving : ndarray, (n,) bool
+        Volumes whose shots have poses of their own.
+    evidence : ndarray, (n,)
+        Logarithm of the odds for poses of their own, by which `moving` was decided.
+    left_out : ndarray, (n, slices) bool
+        Slices that are not used for the images of moving volumes.
+    gaps : ndarray, (g, 4), int
+        Volume and voxel, on the grid of the series, where a moving volume has no sample around it in its mean pose.
+    gap_values : ndarray, (g,), float32
+        Predicted intensity there.
+    """
+
+    poses: np.ndarray
+    shots: tuple[tuple[int, ...], ...]
+    moving: np.ndarray
+    evidence: np.ndarray
+    left_out: np.ndarray
+    gaps: np.ndarray
+    gap_values: np.ndarray
+
+    @property
+    def shot_of(self) -> np.ndarray:
+        """Shot of each slice, (slices,)."""
+        out = np.empty(sum(map(len, self.shots)), int)
+        for number, group in enumerate(self.shots):
+            out[list(group)] = number
+        return out
+
+    @property
+    def slice_poses(self) -> np.ndarray:
+        """Pose of each slice, (n, slices, 4, 4)."""
+        return self.poses[:, self.shot_of]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Motion(Summarised):
     """Head poses and outlier slices of the volumes of one blip.
 
@@ -72,6 +116,8 @@ class Motion(Summarised):
         Remarks for the report.
     b0_shift : B0Shift or None
         Diffusion-weighted volumes against b=0; None if it was not measured.
+    slices : SliceMotion or None
+        Motion within volumes, of which `transforms` are the mean poses; None if it was not estimated.
     """
 
     transforms: np.ndarray
@@ -89,6 +135,7 @@ class Motion(Summarised):
     replacements: torch.Tensor | None = None
     notes: tuple[str, ...] = ()
     b0_shift: B0Shift | None = None
+    slices: SliceMotion | None = None
 
     def density(self, row: int) -> float:
         """Determinant of an affine pose, by which intensities sampled at x_v are multiplied; exactly 1 if rigid.

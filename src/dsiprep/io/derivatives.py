@@ -28,6 +28,7 @@ from dsiprep.io.nifti import ALIGNED, MNI, write_image
 from dsiprep.io.provenance import anatomical_uri, anatomy_stem, dataset_description, raw_uris, space_uri
 from dsiprep.io.qc_tables import outlier_slices, write_json, write_tables
 from dsiprep.io.series_sidecar import acquisition_fields
+from dsiprep.io.slice_motion_table import write_slice_motion
 from dsiprep.ops.image.displacement_field import chain_displacement
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.settings import AnatomySettings
@@ -91,6 +92,7 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
             write_anatomy(results.anatomy, results.unit, stage, settings, template)
         (session / "dwi").mkdir(parents=True, exist_ok=True)
         _write_transforms(results, session)
+        write_slice_motion(session / "dwi" / results.unit.name, results)
         if not results.unit.output:  # otherwise the joined output contains series and tables
             _write_series(results, session / "dwi")
             files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]

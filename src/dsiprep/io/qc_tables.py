@@ -13,7 +13,7 @@ from dsiprep.data.results import Motion, Quality, UnitResults
 from dsiprep.data.transform import EDDY_TERMS
 from dsiprep.io.quality_columns import column_descriptions
 
-__all__ = ["outlier_slices", "write_json", "write_tables"]
+__all__ = ["outlier_slices", "write_json", "write_tables", "write_tsv"]
 
 
 def outlier_slices(motions: tuple[Motion, ...]) -> list[tuple[int, int]]:
@@ -46,7 +46,7 @@ def write_tables(
     columns["original_file"] = np.array(files, dtype=object)
     _write_confounds(stem, columns, sources)
     image_quality = {k: np.array([v]) for k, v in quality.table.items()}
-    _write_tsv(_with_ending(stem, "_space-ACPC_desc-image_qc.tsv"), image_quality)
+    write_tsv(_with_ending(stem, "_space-ACPC_desc-image_qc.tsv"), image_quality)
     write_json(_with_ending(stem, "_space-ACPC_desc-image_qc.json"), column_descriptions(image_quality))
     offsets = np.cumsum([0, *(len(unit.acquired.dwi) for unit in members)])
     outliers = [
@@ -78,7 +78,7 @@ def _write_confounds(stem: Path, columns: dict[str, np.ndarray], sources: Sequen
     """Write the confounds table, one row per output volume, and its sidecar."""
     if sources:
         columns = {name: _merged_column(name, column, sources) for name, column in columns.items()}
-    _write_tsv(_with_ending(stem, "_desc-confounds_timeseries.tsv"), columns)
+    write_tsv(_with_ending(stem, "_desc-confounds_timeseries.tsv"), columns)
     descriptions = {k: CONFOUNDS[k] for k in columns if k in CONFOUNDS}
     write_json(_with_ending(stem, "_desc-confounds_timeseries.json"), descriptions)
 
@@ -130,7 +130,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _write_tsv(path: Path, columns: dict[str, np.ndarray]) -> None:
+def write_tsv(path: Path, columns: dict[str, np.ndarray]) -> None:
     """Write columns with a header row; values that are not finite become n/a."""
     with path.open("w") as stream:
         stream.write("\t".join(columns) + "\n")

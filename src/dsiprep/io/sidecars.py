@@ -175,7 +175,10 @@ def slice_axis(metadata: Mapping[str, Any], shape: tuple[int, int, int]) -> int 
 
 
 def slice_times(metadata: Mapping[str, Any], shape: tuple[int, int, int]) -> tuple[float, ...]:
-    """Excitation time of each slice along `slice_axis` in s, by voxel index; empty if unknown or the count differs."""
+    """Excitation time of each slice along `slice_axis` in s, by voxel index; empty if unknown or the count differs.
+
+    With SliceEncodingDirection "k-" the first time is that of the last slice, as BIDS defines.
+    """
     times, axis = metadata.get("SliceTiming"), slice_axis(metadata, shape)
     if axis is None or not isinstance(times, list) or len(times) != shape[axis]:
         return ()

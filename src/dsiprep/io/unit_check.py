@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dsiprep.data.acquisition import EpiReference, Run, Unit
-from dsiprep.errors import InputError
+from dsiprep.errors import InputError, MetadataError
 from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import OR_IGNORE
 from dsiprep.io.gradient_coefficients import read_coil_fields
@@ -16,6 +16,7 @@ from dsiprep.io.gradients import require_b0
 from dsiprep.io.nifti_header import Header, check_extent, check_kind, oriented, read_header
 from dsiprep.io.q_grid_table import read_q_grid
 from dsiprep.io.scanner_corrections import corrections_of
+from dsiprep.io.sidecars import slice_times
 from dsiprep.io.unit_reader import require_files
 from dsiprep.settings import Settings
 
@@ -41,6 +42,8 @@ def check_unit(unit: Unit, settings: Settings) -> None:
     by_direction: dict[str, list[tuple[Run, np.ndarray]]] = {}
     for run in unit.runs:
         bvals = _check_run(run, threshold)
+        if settings.motion.slices == "on":
+            _check_slice_times(run)
         by_direction.setdefault(run.pe.direction if run.pe else "", []).append((run, bvals))
     for same in by_direction.values():
         bvals = np.concatenate([values for _, values in same])
@@ -83,6 +86,17 @@ def _check_run(run: Run, b0_threshold: float) -> np.ndarray:
             f"which needs at least {MIN_SLICES}; exclude this file with --bids-filter-file"
         )
     return read_b_table(run.bval, run.bvec, header.shape[3], b0_threshold).bvals
+
+
+def _check_slice_times(run: Run) -> None:
+    """Refuse a run whose order of acquisition is unknown, for --slice-motion on."""
+    i, j, k = read_header(run.image).shape[:3]
+    if not slice_times(run.metadata, (i, j, k)):
+        raise MetadataError(
+            f"{run.image.name}: --slice-motion on needs SliceTiming with a time for each slice along "
+            "SliceEncodingDirection; add it to the sidecar, or choose --slice-motion auto, which then keeps one pose "
+            "for each volume"
+        )
 
 
 def _check_epi(epi: EpiReference, b0_threshold: float) -> None:

@@ -220,6 +220,8 @@ def _sidecar(grid: Grid, pe: PhaseEncoding, sampled: float) -> dict[str, object]
 
 def _write_geometry(truth: Path, head: Head, session: Session, settings: PhantomSettings) -> None:
     _write_json(truth / "truth.json", _truth_table(head, session, settings))
+    if session.slice_poses is not None:
+        np.save(truth / "slice_head_to_scanner.npy", session.slice_poses)
     write_image(truth / "field_hz.nii.gz", session.field, session.field_grid)
     if session.coil is not None:
         (truth.parent / "gradient_coefficients.grad").write_text(coefficient_text(session.coil.scale))

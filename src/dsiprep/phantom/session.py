@@ -9,12 +9,13 @@ import numpy as np
 from dsiprep.data.acquisition import PhaseEncoding
 from dsiprep.data.grid import Grid
 from dsiprep.errors import SettingsError
-from dsiprep.ops.image.affine import rigid_matrix
+from dsiprep.ops.image.affine import mean_rigid, rigid_matrix
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.phantom.gradient_coil import Coil, make_coil
 from dsiprep.phantom.head import Head, slabs
 from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.k_space import fine_grid
+from dsiprep.phantom.motion_within import moving_volumes, slice_poses
 from dsiprep.phantom.scanner import (
     FIELD_OF_VIEW,
     READOUT_TIME,
@@ -30,6 +31,7 @@ from dsiprep.phantom.slice_acquisition import remaining_signal
 
 N_EPIS = 3
 DRIFT = 0.1  # fraction of the largest motion
+SAME_GRADIENT = 0.01  # distance of unit vectors in the head up to which slices share a simulated signal
 WARM_UP = 0.5  # time constant of the drift of the centre frequency as gradients heat, relative to the session
 # Gaussian sources of the off-resonance field: centre (template mm), width (mm), weight. The first three are above the
 # sinuses and the ear canals
@@ -66,6 +68,9 @@ class Session:
         Remaining fraction of the signal of each slice.
     gain : ndarray, (n,)
         Signal of each volume relative to the first, as it drifts.
+    slice_poses : ndarray, (n, slices, 4, 4), or None
+        From head points to scanner points for each slice, of which `poses` are the means; None without motion within
+        volumes.
     field : ndarray, (i, j, k)
         Off-resonance field in Hz on `field_grid`, a grid in the head frame.
     coil : Coil or None
@@ -86,6 +91,7 @@ class Session:
     field: np.ndarray
     field_grid: Grid
     coil: Coil | None = None
+    slice_poses: np.ndarray | None = None
 
     @property
     def head_bvecs(self) -> np.ndarray:
@@ -94,9 +100,11 @@ class Session:
 
     def acquire(self, tissue: Tissue, volume: int) -> np.ndarray:
         """Noise-free image of one volume of the DWI, (i, j, k) float32."""
-        image = self.image(
-            tissue, self.poses[volume], self.pe, self.bvals[volume], self.bvecs[volume], self.eddy[volume]
-        )
+        poses, gradient = self.poses[volume], (self.bvals[volume], self.bvecs[volume], self.eddy[volume])
+        if self.slice_poses is not None and moving_volumes(self.slice_poses[volume][None])[0]:
+            image = self._by_slice(tissue, self.slice_poses[volume], *gradient)
+        else:
+            image = self.image(tissue, poses, self.pe, *gradient)
         return image * (self.gain[volume] * self.signal_fraction[volume]).astype(np.float32)
 
     def ideal(self, tissue: Tissue, bval: float, bvec: np.ndarray) -> np.ndarray:
@@ -121,6 +129,28 @@ class Session:
             signal = tissue.signal_of(bval, self.coil.gradients(prescribed, pose, tissue.grid))
         source = Source(signal, tissue.grid, self.field, self.field_grid)
         return scan(source, self.grid, pe, pose, eddy, coil=self.coil)
+
+    def _by_slice(
+        self, tissue: Tissue, poses: np.ndarray, bval: float, bvec: np.ndarray, eddy: np.ndarray
+    ) -> np.ndarray:
+        """Simulate one noise-free image whose slices have poses of their own, (slices, 4, 4)."""
+        out = np.zeros(self.grid.shape, np.float32)
+        gradients = poses[:, :3, :3].transpose(0, 2, 1) @ bvec
+        left = np.ones(len(poses), bool)
+        while left.any():
+            first = gradients[np.flatnonzero(left)[0]]
+            near = left & (np.linalg.norm(gradients - first, axis=1) <= SAME_GRADIENT)
+            source = Source(tissue.signal(bval, gradients[near].mean(0)), tissue.grid, self.field, self.field_grid)
+            for number in np.flatnonzero(near):
+                out[..., number] = scan(source, self._slice_grid(int(number)), self.pe, poses[number], eddy)[..., 0]
+            left &= ~near
+        return out
+
+    def _slice_grid(self, number: int) -> Grid:
+        """Grid of one slice."""
+        affine = self.grid.affine.copy()
+        affine[:3, 3] += number * affine[:3, 2]
+        return Grid((self.grid.shape[0], self.grid.shape[1], 1), affine)
 
     def refined(self) -> Session:
         """The same session on a grid that is finer in the plane of the slices, for images from k-space."""
@@ -148,7 +178,7 @@ def plan_session(
     epi_motion = DRIFT * (rng.uniform(-1, 1, 6) + rng.uniform(-0.05, 0.05, (N_EPIS, 6))) * settings.max_motion
     field, field_grid = make_field(head, settings.distortion, float(grid.voxel_sizes[pe.axis]) * READOUT_TIME)
     points = head.brain_points() @ start_pose[:3, :3].T + start_pose[:3, 3]
-    return Session(
+    session = Session(
         grid=grid,
         pe=pe,
         reversed_pe=phase_encoding(grid, "AP"),
@@ -164,6 +194,10 @@ def plan_session(
         field_grid=field_grid,
         coil=make_coil(points, settings.gradient_nonlinearity) if settings.gradient_nonlinearity else None,
     )
+    if not (settings.moved_within or settings.steady):
+        return session
+    by_slice = slice_poses(session.poses, grid.shape[2], points, settings, rng.spawn(1)[0])
+    return replace(session, slice_poses=by_slice, poses=np.stack([mean_rigid(poses) for poses in by_slice]))
 
 
 def make_field(head: Head, largest_mm: float, mm_per_hz: float) -> tuple[np.ndarray, Grid]:

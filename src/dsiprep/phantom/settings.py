@@ -60,6 +60,15 @@ class PhantomSettings:
         "--jitter",
         metavar="MM",
     )
+    moved_within: float = option(
+        0.0,
+        "fraction of volumes during which the head moves by 3 to 9 mm and degrees, to rest there until the next",
+        "--moved-within",
+        metavar="FRACTION",
+    )
+    steady: float = option(
+        0.0, "mean displacement of the brain per volume by steady motion, in mm", "--steady", metavar="MM"
+    )
     distortion: float = option(
         5.0,
         "largest displacement of brain signal by the off-resonance field, in mm",
@@ -126,7 +135,8 @@ class PhantomSettings:
     def described(self) -> dict[str, object]:
         """Settings by name, without effects that are not there."""
         absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0, "k_space": ""}
-        absent |= {"complex": False, "gradient_nonlinearity": 0, "reversed_bvals": False, "bvec_rows": RIGHT_ROWS}
+        absent |= {"moved_within": 0, "steady": 0, "gradient_nonlinearity": 0}
+        absent |= {"complex": False, "reversed_bvals": False, "bvec_rows": RIGHT_ROWS}
         return {name: value for name, value in asdict(self).items() if absent.get(name) != value}
 
     def check(self) -> None:
@@ -140,13 +150,13 @@ class PhantomSettings:
             )
         if self.coils < 1:
             raise SettingsError(f"--coils {self.coils}: expected at least 1")
-        for name in ("moved", "dropout", "signal_drift"):
+        for name in ("moved", "moved_within", "dropout", "signal_drift"):
             if not 0 <= getattr(self, name) <= 1:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction between 0 and 1"
                 )
-        amounts = ("snr", "noise_variation", "max_motion", "jitter", "distortion", "eddy", "eddy_constant", "drift")
-        for name in (*amounts, "gradient_nonlinearity"):
+        amounts = ("snr", "noise_variation", "max_motion", "jitter", "steady", "distortion", "eddy", "eddy_constant")
+        for name in (*amounts, "drift", "gradient_nonlinearity"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.bvec_rows not in map(describe_frame, axis_frames()):

@@ -17,6 +17,7 @@ from pathlib import Path
 from dsiprep.data.results import UnitResults
 from dsiprep.engines import ants, freesurfer, tortoise
 from dsiprep.report.page_parts import write_atomically
+from dsiprep.report.slice_motion_part import moved_within
 from dsiprep.stages import (
     acquisition,
     anatomy,
@@ -32,6 +33,7 @@ from dsiprep.stages import (
     qspace_quality,
     quality,
     resample,
+    slice_motion,
     structural_average,
     unringing,
 )
@@ -225,6 +227,7 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
         *_nonlinearity_paragraphs(results),
         *(text for model in models for text in _matching(motion.METHODS, model)),
         *(_matching(motion.METHODS, "eddy") if any(result.eddy is not None for result in results.motions) else []),
+        *(slice_motion.METHODS.values() if any(map(moved_within, results.motions)) else ()),
         *(_matching(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
         *(_matching(DISTORTION_METHODS, correction.method) if correction else [results.distortion_reason]),
         *(_matching(DISTORTION_METHODS, "diffusion") if correction and correction.diffusion else []),

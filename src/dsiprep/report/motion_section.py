@@ -8,6 +8,7 @@ from dsiprep.data.results import Motion, UnitResults
 from dsiprep.ops.image.affine import rigid_parameters
 from dsiprep.report import plots, slice_figures
 from dsiprep.report.page_parts import Fact, FigureWriter, Picture, Section
+from dsiprep.report.slice_motion_part import slice_motion_facts, slice_motion_pictures
 from dsiprep.report.wording import BLIPS, OUTLIER_HANDLING
 
 AXIS_NAMES = ("left-right", "posterior-anterior", "inferior-superior")
@@ -43,7 +44,7 @@ def motion(results: UnitResults, figures: FigureWriter) -> Section:
     for result in results.motions:
         pictures += _blip_pictures(results, result, figures)
     facts = _motion_facts(results, fd, parameters, int(outliers.sum()))
-    facts += _b0_shift_facts(results.motions) + _eddy_facts(results.motions)
+    facts += slice_motion_facts(results) + _b0_shift_facts(results.motions) + _eddy_facts(results.motions)
     notes = tuple(dict.fromkeys(note for result in results.motions for note in result.notes))
     return Section("motion", "Head motion", _motion_lead(results.motions), pictures, facts, notes)
 
@@ -100,7 +101,7 @@ def _blip_pictures(results: UnitResults, result: Motion, figures: FigureWriter) 
     several = len(results.motions) > 1
     name_suffix = blip.name.capitalize() if several else ""
     volume = f"{BLIPS.get(blip.name, blip.name)} volume" if several else "volume"
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[Picture, ...] = slice_motion_pictures(result, figures, name_suffix)
     if not dwi.is_b0[result.volumes].all():
         pictures += figures.multiple(
             f"hmc{name_suffix}",

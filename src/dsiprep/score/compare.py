@@ -35,6 +35,7 @@ from dsiprep.score.read import (
     read_matrix,
     read_truth,
 )
+from dsiprep.score.slices import read_slice_poses, slice_errors
 
 B0 = 100.0  # s/mm²
 TISSUES = {"GM": 1, "WM": 2, "CSF": 3}
@@ -184,6 +185,25 @@ def _motion(case: Case) -> Iterator[Score]:
         if members.any():
             meaning = f"mean displacement, {members.sum()} volumes"
             yield Score(f"motion: {name}", float(displaced[members].mean()), "mm", meaning)
+
+
+def _slices(case: Case) -> Iterator[Score]:
+    moved = case.truth.moved_within
+    if not moved.any():
+        return
+    slices = case.truth.slice_poses.shape[1]
+    one = np.repeat(case.estimated[:, None], slices, axis=1)
+    try:
+        path = find(case.derivatives, "*_desc-slicemotion_timeseries.tsv")
+        poses = read_slice_poses(path, case.truth, case.estimated)
+    except MissingDerivativeError:  # no volume has more than one pose
+        poses = one
+    groups = {"error": (poses, moved), "one pose": (one, moved), "volumes at rest": (poses, ~moved)}
+    for name, (found, members) in groups.items():
+        if members.any():
+            errors = slice_errors(case.truth, found, case.pose, case.points)[members]
+            meaning = f"mean over slices of {members.sum()} volumes"
+            yield Score(f"slices: {name}", float(np.nanmean(errors)), "mm", meaning)
 
 
 def _bvalue_bands(bvals: np.ndarray) -> dict[str, np.ndarray]:
@@ -372,6 +392,7 @@ def _rms(values: np.ndarray) -> float:
 
 MEASURES: dict[str, Callable[[Case], Iterator[Score]]] = {
     "motion": _motion,
+    "slices": _slices,
     "eddy currents": _eddy,
     "outlier slices": _outlier_slices,
     "b-vectors": _bvectors,

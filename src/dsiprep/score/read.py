@@ -71,6 +71,19 @@ class Truth:
         return np.asarray(self.table["head_to_scanner"], float)
 
     @property
+    def slice_poses(self) -> np.ndarray:
+        """From head points to scanner points for each slice, (n, slices, 4, 4)."""
+        path = self.folder / "slice_head_to_scanner.npy"
+        if path.is_file():
+            return np.load(path)
+        return np.repeat(self.poses[:, None], self.table["grid_shape"][2], axis=1)
+
+    @property
+    def moved_within(self) -> np.ndarray:
+        """Volumes while which were acquired the head moved, (n,) bool."""
+        return np.ptp(self.slice_poses, axis=1).max(axis=(1, 2)) > 1e-9
+
+    @property
     def bvals(self) -> np.ndarray:
         """b-values in s/mm², (n,)."""
         return np.asarray(self.table["bvals"], float)

@@ -165,7 +165,8 @@ def remove_floor(values: torch.Tensor, sigma: torch.Tensor, magnitude: Magnitude
 
 
 def without_floor(motion: Motion, denoised: Denoised) -> Motion:
-    """Remove the noise floor from predictions that replace outlier slices: they come from series that have it."""
+    """Remove the noise floor from predictions that replace slices or fill gaps: they come from series that have it."""
+    motion = _gaps_without_floor(motion, denoised)
     if motion.replacements is None or motion.outlier_slices is None or denoised.coils is None or denoised.noise is None:
         return motion
     sigma = denoised.noise.data.to(motion.replacements.device)
@@ -174,6 +175,17 @@ def without_floor(motion: Motion, denoised: Denoised) -> Motion:
     magnitude = magnitude_noise(denoised.coils)
     corrected = [remove_floor(predicted[None], level, magnitude)[0] for predicted, level in pairs]
     return replace(motion, replacements=torch.stack(corrected)) if corrected else motion
+
+
+def _gaps_without_floor(motion: Motion, denoised: Denoised) -> Motion:
+    """Remove the noise floor from predictions where a volume that moved within itself has no sample."""
+    slices = motion.slices
+    if slices is None or not len(slices.gaps) or denoised.coils is None or denoised.noise is None:
+        return motion
+    level = denoised.noise.data.cpu()[tuple(torch.as_tensor(axis) for axis in slices.gaps[:, 1:].T)]
+    values = torch.as_tensor(np.asarray(slices.gap_values, np.float32))
+    clean = remove_floor(values[None], level, magnitude_noise(denoised.coils))[0]
+    return replace(motion, slices=replace(slices, gap_values=clean.numpy()))
 
 
 def _denoise_run(

@@ -21,6 +21,7 @@ from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, scanner_warp
 from dsiprep.ops.intensity.bias_field import n4_bias
 from dsiprep.ops.intensity.brain_mask import brain_mask_dwiref
+from dsiprep.ops.motion.slice_samples import volume_in_mean_pose
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.ops.qspace.matching_gradients import combine, merged_gradients, same_gradients
 from dsiprep.settings import ResampleSettings
@@ -171,15 +172,19 @@ def resample(
 
 
 def _volume_to_sample(blip: _BlipTransforms, row: int, dwi: DWI) -> tuple[torch.Tensor, ScannerWarp]:
-    """A volume with its outlier slices replaced, and the warp that is left in it.
+    """A volume in one pose, with outlier slices replaced if that is wanted, and the warp that is left in it.
 
-    Slices were replaced where gradient nonlinearity had been removed, which takes those volumes a second interpolation.
+    Slices were replaced, and poses of slices estimated, where gradient nonlinearity had been removed, which takes those
+    volumes a second interpolation.
     """
+    motion, scanner = blip.motion, blip.scanner
     volume = dwi.data[int(blip.volumes[row])]
-    if blip.scanner is NO_WARP or not blip.motion.replaces(row):
-        return blip.motion.with_replaced_slices(row, volume), blip.scanner
-    straight = unwarp(volume[None], dwi.grid, blip.scanner, dwi.signed)[0]
-    return blip.motion.with_replaced_slices(row, straight), NO_WARP
+    moves = motion.slices is not None and bool(motion.slices.moving[row])
+    if scanner is not NO_WARP and (moves or motion.replaces(row)):
+        volume, scanner = unwarp(volume[None], dwi.grid, scanner, dwi.signed)[0], NO_WARP
+    if moves:
+        return volume_in_mean_pose(volume, dwi.grid, motion, row, blip.pose, blip.distortion), scanner
+    return motion.with_replaced_slices(row, volume), scanner
 
 
 def _enough(coverage: Volume, b0_covered: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ from dsiprep.ops.motion.gauss_newton_kernels import slice_sums_loop
 from dsiprep.ops.motion.motion_state import Dropout, MotionState
 from dsiprep.ops.motion.pyramid import PyramidLevel, chunks
 
-__all__ = ["SliceRatios", "find_dropout", "judge_slices", "slice_ratios"]
+__all__ = ["MIN_LOSS", "SliceRatios", "find_dropout", "judge_slices", "slice_ratios"]
 
 MIN_VOXELS = 30  # of brain; slices with fewer are not judged
 MIN_LOSS = 0.12  # fraction of its signal that an outlier slice lacks at least

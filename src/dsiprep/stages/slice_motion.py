@@ -1,0 +1,266 @@
+"""Slice-to-volume motion: a pose for each shot of the volumes during which the head moved."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from dsiprep.data.dwi import DWI
+from dsiprep.data.grid import Volume
+from dsiprep.data.motion import Motion, SliceMotion
+from dsiprep.data.results import Acquired
+from dsiprep.errors import InputError
+from dsiprep.ops.image.affine import mean_rigid
+from dsiprep.ops.image.point_set import point_set
+from dsiprep.ops.intensity.brain_mask import brain_mask_b0
+from dsiprep.ops.motion.b0_alignment import mean_b0
+from dsiprep.ops.motion.motion_state import MotionState
+from dsiprep.ops.motion.outlier_slices import MIN_LOSS
+from dsiprep.ops.motion.pyramid import FULL, PyramidLevel
+from dsiprep.ops.motion.shot_poses import (
+    ANNEALED_MM,
+    SETTLED,
+    STEP_MM,
+    ShotPoses,
+    explained,
+    first_equations,
+    follow_head,
+    single_poses,
+    with_misfit,
+    without_excursions,
+)
+from dsiprep.ops.motion.slice_equations import PredictedSlices
+from dsiprep.ops.motion.slice_reconstruction import sample_density
+from dsiprep.ops.motion.slice_samples import in_one_pose, volume_in_mean_pose
+from dsiprep.ops.motion.volume_agreement import volume_weights
+from dsiprep.ops.qspace.prediction import Model, choose_model, predict
+from dsiprep.settings import MotionSettings
+
+METHODS = {
+    "slices": (
+        "Volumes during which the head moved were given a pose for each shot (slices excited together), in the order "
+        "of acquisition [@andersson2017; @christiaens2021]: the slices, as acquired, were registered to the prediction "
+        "of the volume by robust Gauss-Newton steps, jointly for all shots of the series under a random walk of the "
+        "head with Student t distributed steps and a smooth, even function of the gradient that is not motion. "
+        "Predictions were renewed with the corrected volumes. One pose was kept unless the odds, with all poses "
+        "integrated out, spoke clearly for more. Each of these volumes was put together in its mean "
+        "pose, with distortion and eddy currents, by regularised least squares; where no slice was acquired, the "
+        "prediction was taken. Its b-vector was turned by the mean of its rotations."
+    ),
+}
+__all__ = ["METHODS", "choose_volumes", "follow_slices", "follows_slices"]
+
+log = logging.getLogger("dsiprep")
+CLEAR = (30.0, 0.2)  # logarithm of the odds, and mm between poses, from which on a volume has a pose for each shot
+LINKED = (20.0, 0.12)  # the same for a neighbour of such a volume
+ROUNDS = 3  # of prediction and registration
+STEPS = 2  # Gauss-Newton steps in each round after the first
+LEAST_SAMPLED = 0.3  # weight of samples at a point, of which the prediction takes the place below
+SPARSE = 0.5  # density of samples around a voxel below which its prediction is kept
+
+
+def follows_slices(acquired: Acquired, settings: MotionSettings) -> bool:
+    """Whether motion within volumes is estimated.
+
+    Raises
+    ------
+    InputError
+        If it was asked for and the order of acquisition is not known.
+    """
+    if settings.slices == "off" or settings.method == "none":
+        return False
+    known = bool(acquired.multiband) and acquired.slice_axis is not None
+    if settings.slices == "on" and not known:
+        raise InputError(
+            "--slice-motion on: the sidecars do not give one SliceTiming, the same in all runs, with a time for each "
+            "slice along SliceEncodingDirection; add it, or choose --slice-motion auto, which then keeps one pose for "
+            "each volume"
+        )
+    return known and settings.transform == "Rigid"
+
+
+def follow_slices(
+    dwi: DWI, mask: Volume, motion: Motion, shots: tuple[tuple[int, ...], ...], settings: MotionSettings
+) -> Motion:
+    """Estimate the pose of the head in each shot, where it moved while a volume was acquired.
+
+    Parameters
+    ----------
+    dwi : DWI
+        The series of `motion`, as acquired.
+    mask : Volume
+        Rough brain mask on the grid of `dwi`.
+    motion : Motion
+        With one pose for each volume.
+    shots : tuple of tuple of int
+        Slices of each shot, in order of acquisition.
+    settings : MotionSettings
+        `slices` "on" gives every volume a pose for each shot, "auto" those that clearly need it.
+
+    Returns
+    -------
+    Motion
+        `slices` holds the poses of the shots. If a volume moved within itself, `transforms` are the mean poses; if
+        none did, they are unchanged.
+    """
+    if motion.model not in ("3dSHORE", "tensor"):
+        note = "Motion within volumes was not estimated: there are too few directions to predict volumes."
+        return replace(motion, notes=(*motion.notes, note)) if settings.slices == "on" else motion
+    level = PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)
+    lost = np.zeros(motion.slice_z.shape, bool) if motion.outlier_slices is None else motion.outlier_slices
+    observed = level.sample(np.arange(len(dwi)), _state(dwi, motion, motion.transforms))
+    predicted = _predict(dwi, observed, motion.transforms, settings)
+    slices = PredictedSlices(dwi, level.points, predicted, motion.eddy, motion.slice_axis, shots, lost)
+    state, equations = first_equations(slices, single_poses(motion.transforms, slices))
+    state = with_misfit(state, equations, dwi)
+    evidence, apart = explained(slices, state, equations)
+    chosen = np.ones(len(dwi), bool) if settings.slices == "on" else choose_volumes(evidence, apart, dwi.run)
+    state = replace(state, moving=chosen)
+    log.info("motion within volumes: %d of %d volumes", state.moving.sum(), len(dwi))
+    if not state.moving.any():
+        return replace(motion, slices=_result(slices, state, evidence, lost, motion))
+    transforms = motion.transforms
+    for number in range(ROUNDS):
+        steps = (*ANNEALED_MM, STEP_MM, STEP_MM) if number == 0 else (STEP_MM,) * STEPS
+        state = without_excursions(slices, follow_head(slices, state, steps, SETTLED if number == 0 else 0))
+        transforms = _mean_poses(state)
+        observed = _sample(level, slices, state, _state(dwi, motion, transforms))
+        slices = slices.with_predictions(_predict(dwi, observed, transforms, settings))
+    moved = _without_false_loss(replace(motion, transforms=transforms), lost, state)
+    lost = lost if moved.outlier_slices is None else moved.outlier_slices
+    left_out = lost if settings.outliers == "replace" else np.zeros_like(lost)
+    moved = replace(moved, slices=_result(slices, state, evidence, left_out, moved))
+    return _with_reference(dwi, moved) if (state.moving & dwi.is_b0).any() else moved
+
+
+def _without_false_loss(motion: Motion, lost: np.ndarray, state: ShotPoses) -> Motion:
+    """Copy in which slices of moving volumes that only seemed to have lost signal, at one wrong pose, are intact."""
+    some = ~lost.all(axis=1)
+    typical = np.full((len(lost), 1), np.inf)  # volumes that were lost as a whole stay lost
+    typical[some] = np.nanmedian(np.where(lost, np.nan, state.gain)[some], axis=1, keepdims=True)
+    intact = state.moving[:, None] & (state.gain >= (1 - MIN_LOSS) * typical)
+    still = lost & ~intact
+    kept = None if motion.replacements is None else motion.replacements[torch.as_tensor(still[lost])]
+    return replace(motion, outlier_slices=still, replacements=kept)
+
+
+def _with_reference(dwi: DWI, motion: Motion) -> Motion:
+    """Copy with the mean of the b=0 volumes in their mean poses as reference."""
+    assert motion.slices is not None
+    rows = np.flatnonzero(dwi.is_b0)
+    still, transforms = dwi.select(rows), motion.transforms[rows].copy()
+    own = replace(motion, volumes=np.arange(len(dwi)))
+    for number, row in enumerate(rows):
+        if motion.slices.moving[row]:
+            still.data[number] = volume_in_mean_pose(dwi.data[int(row)], dwi.grid, own, int(row), np.eye(4), None)
+        if motion.eddy is not None:  # the shift of the field, all that b=0 volumes have of it
+            along = motion.eddy.axes[:, motion.eddy.along]
+            transforms[number, :3, 3] += motion.eddy.coefficients[row, 0] * along
+    reference = mean_b0(still, transforms)
+    return replace(motion, dwiref=reference, mask=brain_mask_b0(reference))
+
+
+def choose_volumes(odds: np.ndarray, apart: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """Volumes that clearly need more than one pose, and neighbours of the same run that probably do, (n,) bool.
+
+    Parameters
+    ----------
+    odds, apart : ndarray, (n,)
+        From `explained`.
+    run : ndarray, (n,)
+    """
+    clear = (odds > CLEAR[0]) & (apart > CLEAR[1])
+    likely = (odds > LINKED[0]) & (apart > LINKED[1])
+    follows = run[1:] == run[:-1]
+    while True:
+        beside = np.append(False, clear[:-1] & follows) | np.append(clear[1:] & follows, False)
+        more = clear | (likely & beside)
+        if (more == clear).all():
+            return clear
+        clear = more
+
+
+def _state(dwi: DWI, motion: Motion, transforms: np.ndarray) -> MotionState:
+    none = np.zeros((10, 3)), np.zeros((len(dwi), 4))
+    return MotionState(transforms, motion.eddy, *none, None, motion.slice_axis, dwi.grid)
+
+
+def _mean_poses(state: ShotPoses) -> np.ndarray:
+    """One pose for each volume, (n, 4, 4)."""
+    means = state.poses[:, 0].copy()
+    for volume in np.flatnonzero(state.moving):
+        means[volume] = mean_rigid(state.poses[volume])
+    return means
+
+
+def _model(dwi: DWI, settings: MotionSettings) -> Model:
+    weighted = ~dwi.is_b0
+    bvalues = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
+    return choose_model(int(weighted.sum()), bvalues, settings.model)
+
+
+def _predict(dwi: DWI, observed: torch.Tensor, transforms: np.ndarray, settings: MotionSettings) -> torch.Tensor:
+    """Each volume from the others, (n, m); volumes that fit poorly count less."""
+    b0 = torch.as_tensor(dwi.is_b0)
+    predicted, weighted = torch.empty_like(observed), np.flatnonzero(~dwi.is_b0)
+    predicted[b0], reference = _mean_of_others(observed[b0])
+    samples, model = observed[~b0], _model(dwi, settings)
+    bvals, bvecs, poses = dwi.bvals[weighted], dwi.bvecs[weighted], transforms[weighted]
+    rough = predict(samples, reference, model, bvals, bvecs, poses, np.ones(len(weighted)))
+    weights = volume_weights(samples, rough.values, bvals)
+    predicted[~b0] = predict(samples, reference, model, bvals, bvecs, poses, weights).values
+    return predicted
+
+
+def _mean_of_others(b0s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean of the other b=0 volumes for each, (n, m), and of all, (1, m); a single one is its own mean."""
+    if len(b0s) == 1:
+        return b0s, b0s
+    rough = (b0s.sum(0) - b0s) / (len(b0s) - 1)
+    weights = torch.as_tensor(volume_weights(b0s, rough, np.zeros(len(b0s)))).to(b0s)[:, None]
+    parts = weights * b0s
+    return (parts.sum(0) - parts) / (weights.sum() - weights), parts.sum(0, keepdim=True) / weights.sum()
+
+
+def _sample(level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, single: MotionState) -> torch.Tensor:
+    """All volumes at the points, (n, m), by the poses of their shots where they have them."""
+    observed = level.sample(np.arange(len(state.moving)), single, slices.predicted)
+    moving = np.flatnonzero(state.moving)
+    values, weight = slices.samples(moving, state.poses[moving])
+    rows = torch.as_tensor(moving)
+    observed[rows] = torch.where(weight > LEAST_SAMPLED, values, slices.predicted[rows])
+    return observed
+
+
+def _result(
+    slices: PredictedSlices, state: ShotPoses, evidence: np.ndarray, left_out: np.ndarray, motion: Motion
+) -> SliceMotion:
+    gaps, values = [np.zeros((0, 4), int)], [np.zeros(0, np.float32)]
+    for volume in np.flatnonzero(state.moving):
+        voxels, predicted = _gaps(slices, state, int(volume), left_out[volume], motion)
+        gaps.append(np.insert(voxels, 0, volume, axis=1))
+        values.append(predicted)
+    return SliceMotion(
+        state.poses, slices.shots, state.moving, evidence, left_out, np.concatenate(gaps), np.concatenate(values)
+    )
+
+
+def _gaps(
+    slices: PredictedSlices, state: ShotPoses, volume: int, left_out: np.ndarray, motion: Motion
+) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (g, 3) of brain with few samples around them in the mean pose of a volume, and their prediction (g,)."""
+    grid, axis = slices.dwi.grid, motion.slice_axis
+    voxels = np.argwhere(np.ones(grid.shape, bool))
+    voxels = voxels[~left_out[voxels[:, axis]]]
+    poses = state.poses[volume][slices.shot_of]
+    points = in_one_pose(voxels, grid, poses, axis, motion.transforms[volume])  # displacements hardly move gaps
+    points = points[((points >= 0) & (points < np.array(grid.shape) - 1)).all(axis=1)]
+    sparse = sample_density(points, grid.shape) < SPARSE
+    found = np.argwhere(sparse)
+    values, inside = slices.prediction_at(
+        volume, found, motion.transforms[volume], float(np.median(state.gain[volume]))
+    )
+    return found[inside], values[inside]
