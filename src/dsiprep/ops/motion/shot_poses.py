@@ -11,7 +11,7 @@ from dsiprep.data.dwi import DWI
 from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
 from dsiprep.ops.motion.pose_prior import rms_extent
 from dsiprep.ops.motion.poses import even_gradient_basis
-from dsiprep.ops.motion.shot_walk import Trend, Walk, log_odds, solve_with_trend, step_weights, steps_of
+from dsiprep.ops.motion.shot_walk import Trend, Walk, convex_weights, log_odds, solve_with_trend, step_weights, steps_of
 from dsiprep.ops.motion.slice_equations import PredictedSlices, ShotEquations
 
 __all__ = [
@@ -25,9 +25,10 @@ __all__ = [
 ]
 
 STEP_MM = 0.03  # scale of the steps from shot to shot of a head at rest
-ANNEALED_MM = (1.0, 0.4, 0.15, 0.06)  # scales that come first: wide steps, not yet heavy-tailed
+ANNEALED_MM = (1.0, 0.4, 0.15, 0.06)  # scales that come first: wide steps
 TRIED_MM = (0.02, 0.06, 0.2, 0.6)  # scales of steps by which volumes with one pose are tested
-SETTLED = 2  # of these, from which on steps are heavy-tailed
+SETTLED = 4  # of these, from which on steps are heavy-tailed
+SOLUTIONS = 3  # for new weights of the steps, from the same equations, before that
 FIRST_SPREAD_MM = 0.1  # of the trend with the gradient
 EXCURSION_MM = 1.0  # from the median of seven shots
 LONGEST_MM = 5.0  # changes of a pose in one iteration are shortened to this
@@ -215,16 +216,17 @@ def follow_head(slices: PredictedSlices, state: ShotPoses, scales: tuple[float, 
             h, s = _equations(slices, state, volume, own, kept)
             hessian[part], slope[part] = (h, s) if state.moving[volume] else (h.sum(0), s.sum(0))
         walk = Walk(mm * np.sqrt(nodes.interval), slices.points.centre, lengths)
-        steps = steps_of(poses, walk)
-        weights = step_weights(steps if number >= settled else np.zeros_like(steps), walk)
-        trend = replace(state.trend, basis=np.repeat(state.trend.basis, sizes, axis=0))
-        change, after = solve_with_trend(hessian, slope, steps, weights, trend, lengths)
-        size = np.sqrt(((change * lengths) ** 2).sum(axis=1))
-        change *= np.minimum(1, LONGEST_MM / np.maximum(size, 1e-9))[:, None]
-        both = change + trend.basis @ (after.coefficients - trend.coefficients)
-        slope -= np.einsum("tij,tj->ti", hessian, both)  # of volumes with one pose, whose equations stay
-        state = replace(state, trend=replace(after, basis=state.trend.basis))
-        poses = poses @ rigid_matrix(change, slices.points.centre)
+        for _ in range(SOLUTIONS if number < settled else 1):
+            steps = steps_of(poses, walk)
+            weights = (convex_weights if number < settled else step_weights)(steps, walk)
+            trend = replace(state.trend, basis=np.repeat(state.trend.basis, sizes, axis=0))
+            change, after = solve_with_trend(hessian, slope, steps, weights, trend, lengths)
+            size = np.sqrt(((change * lengths) ** 2).sum(axis=1))
+            change *= np.minimum(1, LONGEST_MM / np.maximum(size, 1e-9))[:, None]
+            both = change + trend.basis @ (after.coefficients - trend.coefficients)
+            slope -= np.einsum("tij,tj->ti", hessian, both)  # equations at the new poses, linearised
+            state = replace(state, trend=replace(after, basis=state.trend.basis))
+            poses = poses @ rigid_matrix(change, slices.points.centre)
     return replace(state, poses=np.stack([np.broadcast_to(poses[part], (count, 4, 4)) for part in nodes.of]))
 
 

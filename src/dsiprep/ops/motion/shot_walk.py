@@ -14,7 +14,7 @@ from scipy.linalg import cho_solve_banded, cholesky_banded
 
 from dsiprep.ops.image.affine import rigid_parameters
 
-__all__ = ["Trend", "Walk", "log_odds", "solve_walk", "solve_with_trend", "step_weights", "steps_of"]
+__all__ = ["Trend", "Walk", "convex_weights", "log_odds", "solve_walk", "solve_with_trend", "step_weights", "steps_of"]
 
 STEP_DOF = 1.0  # degrees of freedom of the Student t distribution of steps
 PARAMETERS = 6
@@ -50,6 +50,11 @@ def steps_of(poses: np.ndarray, walk: Walk) -> np.ndarray:
 def step_weights(steps: np.ndarray, walk: Walk) -> np.ndarray:
     """Precision (1/mm²) of each step given how long it is, (n,); zero where there is none."""
     return (STEP_DOF + PARAMETERS) / (STEP_DOF + _squares(steps, walk)) / walk.scale**2
+
+
+def convex_weights(steps: np.ndarray, walk: Walk) -> np.ndarray:
+    """Weights as `step_weights`, of a cost that grows with the length of long steps and has no local minima."""
+    return (STEP_DOF + PARAMETERS) / STEP_DOF / np.sqrt(1 + _squares(steps, walk)) / walk.scale**2
 
 
 def _squares(steps: np.ndarray, walk: Walk) -> np.ndarray:
