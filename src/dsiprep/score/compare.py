@@ -29,6 +29,7 @@ from dsiprep.score.read import (
     find,
     linear_part,
     read_image,
+    read_image_affine,
     read_mapping,
     read_mappings,
     read_matrices,
@@ -191,8 +192,7 @@ def _slices(case: Case) -> Iterator[Score]:
     moved = case.truth.moved_within
     if not moved.any():
         return
-    slices = case.truth.slice_poses.shape[1]
-    one = np.repeat(case.estimated[:, None], slices, axis=1)
+    one = np.repeat(case.estimated[:, None], case.truth.slice_poses.shape[1], axis=1)
     try:
         path = find(case.derivatives, "*_desc-slicemotion_timeseries.tsv")
         poses = read_slice_poses(path, case.truth, case.estimated)
@@ -367,13 +367,6 @@ def _reference(case: Case) -> Iterator[Score]:
     inside = (brain.at(head, order=0) > 0.5) & ideal.covers(scanner) & (estimated > 0)
     correlation = np.corrcoef(estimated[inside], ideal.at(scanner[inside]))[0, 1]
     yield Score("b=0 reference", float(correlation), "r", "correlation with the ideal b=0 image in the brain")
-
-
-def read_image_affine(path: Path) -> np.ndarray:
-    """Affine (4, 4) of a NIfTI image, read without its voxels."""
-    import nibabel as nib
-
-    return np.asarray(nib.Nifti1Image.from_filename(path).affine, float)
 
 
 def _voxels(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -17,6 +17,7 @@ from scipy.ndimage import map_coordinates
 from dsiprep.errors import InputError
 
 LPS = np.array([-1.0, -1.0, 1.0])
+SLICE_POSES = "slice_head_to_scanner.npy"  # of phantoms that move within volumes
 
 
 class MissingDerivativeError(Exception):
@@ -73,14 +74,16 @@ class Truth:
     @property
     def slice_poses(self) -> np.ndarray:
         """From head points to scanner points for each slice, (n, slices, 4, 4)."""
-        path = self.folder / "slice_head_to_scanner.npy"
+        path = self.folder / SLICE_POSES
         if path.is_file():
             return np.load(path)
         return np.repeat(self.poses[:, None], self.table["grid_shape"][2], axis=1)
 
     @property
     def moved_within(self) -> np.ndarray:
-        """Volumes while which were acquired the head moved, (n,) bool."""
+        """Volumes during which the head moved, (n,) bool."""
+        if not (self.folder / SLICE_POSES).is_file():
+            return np.zeros(len(self.poses), bool)
         return np.ptp(self.slice_poses, axis=1).max(axis=(1, 2)) > 1e-9
 
     @property
@@ -203,3 +206,8 @@ def _matrix_of(mapping: Callable[[np.ndarray], np.ndarray], origin: np.ndarray |
     matrix[:3, :3] = (mapped[1:] - mapped[0]).T / spacing
     matrix[:3, 3] = mapped[0] - matrix[:3, :3] @ start
     return matrix
+
+
+def read_image_affine(path: Path) -> np.ndarray:
+    """Affine (4, 4) of a NIfTI image, read without its voxels."""
+    return np.asarray(nib.Nifti1Image.from_filename(path).affine, float)
