@@ -11,6 +11,7 @@ import torch
 from dsiprep.data.motion import Motion
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.ops.image.affine import mean_rigid, point_displacement, rigid_matrix
+from dsiprep.ops.motion.eddy_model import zero_eddy_currents
 from dsiprep.ops.motion.slice_samples import volume_in_mean_pose
 from dsiprep.ops.qspace.bvec_rotation import rotate_bvecs
 from dsiprep.settings import MotionSettings
@@ -38,12 +39,10 @@ def _true_poses(subject: Subject, shots: tuple[tuple[int, ...], ...]) -> np.ndar
     return rigid_matrix(parameters, CENTRE)
 
 
-@pytest.fixture(scope="module")
-def moving_subject() -> tuple[Subject, np.ndarray, tuple[tuple[int, ...], ...]]:
-    still = make_subject(count=40, moved=0, noise=NOISE)
+def _acquired(still: Subject, poses: np.ndarray) -> Subject:
+    """A still subject's series acquired in other poses of its slices, (n, slices, 4, 4)."""
     dwi, grid = still.dwi, still.dwi.grid
-    shots = _shots(grid.shape[2])
-    poses, data, rng = _true_poses(still, shots), np.empty(tuple(dwi.data.shape), np.float32), np.random.default_rng(9)
+    data, rng = np.empty(tuple(dwi.data.shape), np.float32), np.random.default_rng(9)
     plane = np.argwhere(np.ones(grid.shape[:2], bool))
     for volume, slice_poses in enumerate(poses):
         for k, pose in enumerate(slice_poses):
@@ -52,9 +51,16 @@ def moving_subject() -> tuple[Subject, np.ndarray, tuple[tuple[int, ...], ...]]:
             clean = signal(points, dwi.bvals[volume], rotate_bvecs(dwi.bvecs[volume], pose)).reshape(grid.shape[:2])
             real, imaginary = NOISE * rng.standard_normal((2, *grid.shape[:2]))
             data[volume, ..., k] = np.hypot(clean + real, imaginary)
-    moved = replace(dwi, data=torch.from_numpy(data))
     means = np.stack([mean_rigid(each) for each in poses])
-    return Subject(moved, still.mask, means), poses, shots
+    return Subject(replace(dwi, data=torch.from_numpy(data)), still.mask, means)
+
+
+@pytest.fixture(scope="module")
+def moving_subject() -> tuple[Subject, np.ndarray, tuple[tuple[int, ...], ...]]:
+    still = make_subject(count=40, moved=0, noise=NOISE)
+    shots = _shots(still.dwi.grid.shape[2])
+    poses = _true_poses(still, shots)
+    return _acquired(still, poses), poses, shots
 
 
 def _one_pose(subject: Subject, transforms: np.ndarray) -> Motion:
@@ -154,6 +160,23 @@ def test_head_at_rest_keeps_its_poses() -> None:
     without = replace(found, slices=None)
     image = volume_in_mean_pose(still.dwi.data[3], still.dwi.grid, without, 3, np.eye(4), None)
     assert torch.equal(image, still.dwi.data[3])
+
+
+@pytest.mark.parametrize("phase_encoded", [True, False])
+def test_shifts_along_phase_encoding_are_not_taken_for_motion(phase_encoded: bool) -> None:
+    """The field shifts slices of some volumes by up to 4 mm; along another axis only a head can do that."""
+    still = make_subject(count=40, moved=0, noise=NOISE)
+    grid, shots, along = still.dwi.grid, _shots(still.dwi.grid.shape[2]), 1
+    poses = np.tile(np.eye(4), (len(still.dwi), grid.shape[2], 1, 1))
+    for volume in MOVING:
+        for number, group in enumerate(shots):
+            shift = 4 * np.sin(np.pi * number / len(shots))
+            poses[volume, list(group), :3, 3] = shift * grid.directions[:, along if phase_encoded else 0]
+    subject = _acquired(still, poses)
+    motion = replace(_one_pose(subject, subject.transforms), eddy=zero_eddy_currents(len(still.dwi), grid, along))
+    found = follow_slices(subject.dwi, subject.mask, motion, shots, MotionSettings())
+    assert found.slices is not None
+    assert list(np.flatnonzero(found.slices.moving)) == ([] if phase_encoded else list(MOVING))
 
 
 def test_neighbours_of_clear_volumes_are_linked_within_a_run() -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from scipy.ndimage import median_filter
 
 from dsiprep.data.dwi import DWI
+from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
 from dsiprep.ops.motion.pose_prior import rms_extent
 from dsiprep.ops.motion.poses import even_gradient_basis
@@ -27,6 +28,7 @@ __all__ = [
 STEP_MM = 0.03  # scale of the steps from shot to shot of a head at rest
 ANNEALED_MM = (1.0, 0.4, 0.15, 0.06)  # scales that come first: wide steps
 TRIED_MM = (0.02, 0.06, 0.2, 0.6)  # scales of steps by which volumes with one pose are tested
+FIELD_MM = 2.0  # standard deviation of displacements by the field, from shot to shot
 SETTLED = 4  # of these, from which on steps are heavy-tailed
 SOLUTIONS = 3  # for new weights of the steps, from the same equations, before that
 FIRST_SPREAD_MM = 0.1  # of the trend with the gradient
@@ -144,6 +146,10 @@ def explained(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What poses of their own for the shots of each volume explain, by equations at one pose.
 
+    The field displaces slices along the phase-encoding axis, as eddy currents decay and the subject breathes, and this
+    alone is no sign of motion. Translations along that axis and rotations about the two others, of standard deviation
+    `FIELD_MM`, are integrated out for each shot: what counts is what the field cannot mimic.
+
     Returns
     -------
     odds : ndarray, (n,)
@@ -154,9 +160,31 @@ def explained(
     hessian = np.stack([one.hessian for one in equations]) / state.misfit[:, None, None, None]
     slope = (np.stack([one.slope for one in equations]) - state.systematic) / state.misfit[:, None, None]
     lengths = _lengths(slices)
+    if slices.eddy is not None:
+        hessian, slope = _without_field(hessian, slope, _mimicked(slices.eddy, state.poses[:, 0], lengths))
     best = [max(log_odds(h, s, mm, lengths) for mm in TRIED_MM) for h, s in zip(hessian, slope, strict=True)]
     odds, apart = np.array(best).T
     return odds, apart
+
+
+def _mimicked(eddy: EddyCurrents, poses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Changes of poses (n, 4, 4) that displace by about 1 mm along the phase-encoding axis, (n, 6, 3)."""
+    axes = np.einsum("nba,bc->nac", poses[:, :3, :3], eddy.axes)  # columns, in the frame of the head
+    out = np.zeros((len(poses), 6, 3))
+    out[:, 3:, 0] = axes[..., eddy.along]
+    for column, other in enumerate({0, 1, 2} - {eddy.along}, start=1):
+        out[:, :3, column] = axes[..., other] / lengths[:3].mean()
+    return out
+
+
+def _without_field(hessian: np.ndarray, slope: np.ndarray, mimicked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Equations (n, shots, 6, 6) and (n, shots, 6) after integration over changes (n, 6, 3) of unknown size."""
+    columns = np.einsum("vtij,vjc->vtic", hessian, mimicked)
+    known = np.einsum("vic,vtid->vtcd", mimicked, columns) + np.eye(3) / FIELD_MM**2
+    side = np.einsum("vti,vic->vtc", slope, mimicked)
+    fraction = np.linalg.solve(known, np.swapaxes(columns, -1, -2))
+    rounding = 1e-12 * np.trace(hessian, axis1=-2, axis2=-1)[..., None, None] * np.eye(6)
+    return hessian + rounding - columns @ fraction, slope - np.einsum("vtci,vtc->vti", fraction, side)
 
 
 def _lengths(slices: PredictedSlices) -> np.ndarray:
