@@ -35,7 +35,8 @@ def undisturbed(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def listing(out: Path) -> list[str]:
-    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*"))
+    """Everything in the output folder but the logs, of which each run leaves its own."""
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if not path.name.endswith(".log"))
 
 
 def test_run_killed_again_and_again_finishes_with_identical_outputs(
@@ -103,7 +104,7 @@ def test_full_disk_is_reported_at_every_stage_and_the_run_finishes_with_more_spa
         subprocess.run(["mount", "-o", f"remount,size={megabytes}m", str(small_disk)], check=True)
         code = cli.main(command(phantom, out))
         message = " ".join(capsys.readouterr().err.split())
-        assert not code or "No space left on device" in message, message
+        assert not code or "no space left" in message.lower(), message
         assert "Traceback" not in message
         megabytes *= 2
     assert code == 0
