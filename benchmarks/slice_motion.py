@@ -86,7 +86,7 @@ def _correlation(dwi, motion, truth, moved: np.ndarray) -> str:
     for volume in range(len(dwi)):
         image = dwi.data[volume]
         if motion.slices.moving[volume]:
-            image = volume_in_mean_pose(dwi, motion, volume, np.eye(4), None)
+            image = volume_in_mean_pose(dwi.data[volume], dwi.grid, motion, volume, np.eye(4), None)
         warped = warp_volume(image, dwi.grid, dwi.grid, motion.transforms[volume] @ common).numpy()
         correlations[volume] = np.corrcoef(warped[brain], ideal[..., volume][brain])[0, 1]
     resting = np.flatnonzero(~moved)
