@@ -8,11 +8,13 @@ for each volume, only the directions of the vectors count.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from dsiprep.errors import GradientError
+from dsiprep.io.files import file_state
 from dsiprep.io.nifti import volume_list
 from dsiprep.io.number_tables import read_numbers
 
@@ -54,6 +56,14 @@ def read_b_table(bval: Path, bvec: Path, n_volumes: int, b0_threshold: float = 1
         If a file is missing or not a table of numbers, counts do not match, values are invalid or in another unit, or a
         diffusion-weighted volume has no direction.
     """
+    states = tuple(file_state(path) if path.is_file() else object() for path in (bval, bvec))
+    table = _table_of(bval, bvec, n_volumes, b0_threshold, states)
+    return BTable(table.bvals.copy(), table.vectors.copy(), table.notes)
+
+
+@lru_cache(maxsize=256)
+def _table_of(bval: Path, bvec: Path, n_volumes: int, b0_threshold: float, states: object) -> BTable:
+    """The b-table of files in these states: a plan asks for each several times."""
     bvals = read_bvals(bval, n_volumes)
     table = read_numbers(bvec)
     if table.shape[0] != 3 and table.shape[1:] == (3,):

@@ -63,7 +63,7 @@ def read_header(path: Path) -> Header:
     return _header_of(path, file_state(path))
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=2**16)  # images of a large cohort; a header takes about a kilobyte
 def _header_of(path: Path, state: object) -> Header:
     """The header of a file in this state: a plan asks for each several times."""
     try:
