@@ -192,11 +192,11 @@ def test_without_slice_times_it_is_refused_with_the_remedy() -> None:
         slice_axis = None
 
     known = Known()
-    assert not follows_slices(known, MotionSettings())  # type: ignore[arg-type]
+    assert not follows_slices(known, MotionSettings(slices="auto"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="SliceTiming"):
         follows_slices(known, MotionSettings(slices="on"))  # type: ignore[arg-type]
     known.multiband, known.slice_axis = ((0,), (1,)), 2  # type: ignore[assignment]
-    assert follows_slices(known, MotionSettings())  # type: ignore[arg-type]
+    assert follows_slices(known, MotionSettings(slices="auto"))  # type: ignore[arg-type]
     assert not follows_slices(known, MotionSettings(slices="off"))  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="Affine"):
         MotionSettings(slices="on", transform="Affine")
