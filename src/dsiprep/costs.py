@@ -12,7 +12,7 @@ from dsiprep.io.nifti_header import read_shape
 from dsiprep.plan import plan_distortion
 from dsiprep.settings import Settings
 
-__all__ = ["COSTS", "expected_memory", "expected_seconds"]
+__all__ = ["BASE_MB", "COSTS", "expected_memory", "expected_minutes", "expected_seconds"]
 
 # CPU seconds of each step: constant, and per million voxels of the series, from runs of a DSI-101 phantom of 5 mm and a
 # DSI-257 phantom of 2.5 mm (7 and 131 million voxels), compiling included.
@@ -54,6 +54,11 @@ def expected_seconds(unit: Unit, settings: Settings, threads: int = 1) -> dict[s
     if settings.lattice.grid == "none":
         del times["lattice"]
     return times
+
+
+def expected_minutes(units: Sequence[Unit], settings: Settings) -> float:
+    """Expected CPU time (minutes) of all units."""
+    return sum(sum(expected_seconds(unit, settings).values()) for unit in units) / 60
 
 
 def expected_memory(units: Sequence[Unit], settings: Settings) -> int:

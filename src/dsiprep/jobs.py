@@ -118,9 +118,9 @@ def memory_needed(job: Job) -> int:
 
 def expected_minutes(job: Job) -> float:
     """Approximate CPU time of a job in minutes."""
-    from dsiprep.costs import expected_seconds
+    from dsiprep import costs
 
-    return sum(sum(expected_seconds(unit, job.settings).values()) for unit in job.units) / 60
+    return costs.expected_minutes(job.units, job.settings)
 
 
 def killed(job: Job) -> list[Outcome]:

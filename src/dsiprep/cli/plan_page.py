@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from dsiprep.costs import expected_memory, expected_seconds
+from dsiprep.costs import expected_memory, expected_minutes
 from dsiprep.data.acquisition import PhaseEncoding, SamplingScheme, Unit, UnusedImage
 from dsiprep.errors import DsiprepError, InputError, SettingsError, printable
 from dsiprep.io.bids import explain, scheme_of
@@ -52,7 +52,7 @@ def plan_units(units: Sequence[Unit], settings: Settings, template: str = "") ->
             problem = str(error)
         scheme = scheme_of(unit, settings.acquisition.b0_threshold)
         stages = plan_stages(unit, scheme, settings, choose_lead(unit, units, settings), template)
-        minutes, memory = sum(expected_seconds(unit, settings).values()) / 60, expected_memory([unit], settings)
+        minutes, memory = expected_minutes([unit], settings), expected_memory([unit], settings)
         warnings, left = warnings_for(unit, settings), not_done(unit, settings)
         planned.append(PlannedUnit(unit, scheme, stages, warnings, left, minutes, memory, problem))
     return planned

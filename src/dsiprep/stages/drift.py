@@ -9,7 +9,7 @@ from scipy import stats
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.results import Drift
-from dsiprep.ops.qspace.prediction import choose_model, predict
+from dsiprep.ops.qspace.prediction import choose_model_for, predict
 
 METHODS = {
     "drift": (
@@ -85,7 +85,7 @@ def _from_predictions(
     weighted = np.flatnonzero(~dwi.is_b0[volumes])
     gain, measured = np.ones(len(volumes)), np.full(len(volumes), np.nan)
     b0, bvals, bvecs = dwi.is_b0[volumes], dwi.bvals[volumes][weighted], dwi.bvecs[volumes][weighted]
-    model = choose_model(len(weighted), len(np.unique(np.round(bvals, -2))) + 1, "auto")
+    model = choose_model_for(bvals, "auto")
     if model.name != "3dSHORE" or not b0.any():
         return gain, 0, measured
     voxels = torch.nonzero(inside.flatten())[:, 0]

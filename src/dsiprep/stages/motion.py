@@ -38,7 +38,7 @@ from dsiprep.ops.motion.pyramid import COARSE_MM, PyramidLevel, build_pyramid
 from dsiprep.ops.motion.registration import register_to_predictions, rest_lost_volumes, restart_poor_fits
 from dsiprep.ops.motion.slice_replacement import remove_loss, slice_replacements
 from dsiprep.ops.motion.volume_agreement import MIN_WEIGHT, agreement, volume_weights
-from dsiprep.ops.qspace.prediction import Model, Prediction, choose_model, predict
+from dsiprep.ops.qspace.prediction import Model, Prediction, choose_model, choose_model_for, predict
 from dsiprep.settings import MotionSettings
 
 _ITERATION = (
@@ -169,8 +169,8 @@ def estimate_motion(
     if settings.method == "none":
         return _finish(_Inputs(dwi, Model("off", "switched off"), settings, multiband), levels[-1], state, [])
     count = int((~dwi.is_b0).sum())
-    n_bvalues = 1 + len(np.unique(np.round(dwi.bvals[~dwi.is_b0] / 100)))  # including b=0
-    inputs = _Inputs(dwi, choose_model(count, n_bvalues, settings.model), settings, multiband, _finest_eddy(levels))
+    model = choose_model_for(dwi.bvals[~dwi.is_b0], settings.model)
+    inputs = _Inputs(dwi, model, settings, multiband, _finest_eddy(levels))
     has_model = inputs.model.name != "none"
     if pe is not None and choose_terms(settings.eddy, count) and settings.transform == "Rigid" and has_model:
         state = replace(state, eddy=zero_eddy_currents(len(dwi), dwi.grid, pe.axis))

@@ -142,7 +142,7 @@ def resample(
     brain = np.concatenate([_mask_points(anatomy.mask), *(blip.brain for blip in per_blip)])
     grid = _output_grid(brain, settings.resolution)
     data = torch.zeros(len(dwi), *grid.shape, device=dwi.data.device)
-    bvecs, groups = np.array(dwi.bvecs, float), _groups_tomerge_volumes(dwi, settings)
+    bvecs, groups = np.array(dwi.bvecs, float), _groups_to_merge(dwi, settings)
     weights: dict[int, torch.Tensor] = {}
     covered, b0_covered = torch.zeros(grid.shape), torch.zeros(grid.shape, dtype=torch.bool)
     for blip in per_blip:
@@ -199,7 +199,7 @@ def _inverse_jacobian(blip: _BlipTransforms, sampled: SampledDisplacement, devic
     return 1 / jacobian.clamp(min=MIN_JACOBIAN)
 
 
-def _groups_tomerge_volumes(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, ...], ...]:
+def _groups_to_merge(dwi: DWI, settings: ResampleSettings) -> tuple[tuple[int, ...], ...]:
     """Groups of volumes that are merged into one each; empty if no merging is requested."""
     if settings.merge not in ("average", "least-squares") or len(set(dwi.blip.tolist())) < 2:
         return ()

@@ -36,7 +36,7 @@ from dsiprep.ops.motion.slice_equations import PredictedSlices
 from dsiprep.ops.motion.slice_reconstruction import sample_density
 from dsiprep.ops.motion.slice_samples import in_one_pose, volume_in_mean_pose
 from dsiprep.ops.motion.volume_agreement import volume_weights
-from dsiprep.ops.qspace.prediction import Model, choose_model, predict
+from dsiprep.ops.qspace.prediction import choose_model_for, predict
 from dsiprep.settings import MotionSettings
 
 METHODS = {
@@ -196,18 +196,12 @@ def _mean_poses(state: ShotPoses) -> np.ndarray:
     return means
 
 
-def _model(dwi: DWI, settings: MotionSettings) -> Model:
-    weighted = ~dwi.is_b0
-    bvalues = 1 + len(np.unique(np.round(dwi.bvals[weighted] / 100)))
-    return choose_model(int(weighted.sum()), bvalues, settings.model)
-
-
 def _predict(dwi: DWI, observed: torch.Tensor, transforms: np.ndarray, settings: MotionSettings) -> torch.Tensor:
     """Each volume from the others, (n, m); volumes that fit poorly count less."""
     b0 = torch.as_tensor(dwi.is_b0)
     predicted, weighted = torch.empty_like(observed), np.flatnonzero(~dwi.is_b0)
     predicted[b0], reference = _mean_of_others(observed[b0])
-    samples, model = observed[~b0], _model(dwi, settings)
+    samples, model = observed[~b0], choose_model_for(dwi.bvals[weighted], settings.model)
     bvals, bvecs, poses = dwi.bvals[weighted], dwi.bvecs[weighted], transforms[weighted]
     rough = predict(samples, reference, model, bvals, bvecs, poses, np.ones(len(weighted)))
     weights = volume_weights(samples, rough.values, bvals)

@@ -19,7 +19,7 @@ from dsiprep.ops.qspace.shore import (
 )
 from dsiprep.ops.qspace.tensor import tensor_basis, tensor_prediction
 
-__all__ = ["Model", "Prediction", "choose_model", "predict"]
+__all__ = ["Model", "Prediction", "choose_model", "choose_model_for", "predict"]
 
 STABLE_STEP = 1.4  # below the limit of 2 at which the iterations diverge
 
@@ -97,6 +97,11 @@ def choose_model(count: int, n_bvalues: int, wanted: str) -> Model:
             limit = "" if order == 6 else f", limited by {count} directions"
             return Model("3dSHORE", f"{shells}, radial order {order}{limit}", order)
     return Model("none", f"{count} directions are too few for 3dSHORE: motion from b=0 volumes only")
+
+
+def choose_model_for(bvals: np.ndarray, wanted: str) -> Model:
+    """`choose_model` for diffusion-weighted volumes of b-values (n,), which are rounded to 100 s/mm²."""
+    return choose_model(len(bvals), 1 + len(np.unique(np.round(bvals / 100))), wanted)
 
 
 def _tensor_model(count: int, reason: str) -> Model:
