@@ -36,6 +36,14 @@ class B0Shift:
         return B0Shift(np.fmax(self.measured, later.measured), np.maximum(self.applied, later.applied))
 
 
+def shot_of_slices(shots: tuple[tuple[int, ...], ...]) -> np.ndarray:
+    """Shot of each slice, (slices,), from the slices of each shot."""
+    out = np.empty(sum(map(len, shots)), int)
+    for number, group in enumerate(shots):
+        out[list(group)] = number
+    return out
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SliceMotion(Summarised):
     """Motion of the head while volumes were acquired.
@@ -69,10 +77,7 @@ class SliceMotion(Summarised):
     @property
     def shot_of(self) -> np.ndarray:
         """Shot of each slice, (slices,)."""
-        out = np.empty(sum(map(len, self.shots)), int)
-        for number, group in enumerate(self.shots):
-            out[list(group)] = number
-        return out
+        return shot_of_slices(self.shots)
 
     @property
     def slice_poses(self) -> np.ndarray:

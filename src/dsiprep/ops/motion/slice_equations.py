@@ -11,6 +11,7 @@ from scipy.ndimage import distance_transform_edt, map_coordinates
 
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid
+from dsiprep.data.motion import shot_of_slices
 from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops.image.eddy_displacement import eddy_on_grid
 from dsiprep.ops.image.interpolation import spline_coefficients
@@ -82,10 +83,7 @@ class PredictedSlices:
     @cached_property
     def shot_of(self) -> np.ndarray:
         """Shot of each slice, (slices,)."""
-        out = np.empty(sum(map(len, self.shots)), int)
-        for number, group in enumerate(self.shots):
-            out[list(group)] = number
-        return out
+        return shot_of_slices(self.shots)
 
     @cached_property
     def _box(self) -> tuple[Grid, np.ndarray, np.ndarray]:
