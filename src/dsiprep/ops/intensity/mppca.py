@@ -47,8 +47,8 @@ def mppca(
 
     Signal that adjacent voxels share is then put back from the residual (`restore_signal`).
 
-    Shrinking kept components lowers the error by a few percent, and takes a share of the noise variance of each component
-    out of the signal, which becomes visible in the difference from the data.
+    Shrinking kept components lowers the error by a few percent, and takes a share of the noise variance of each
+    component out of the signal, which becomes visible in the difference from the data.
 
     Parameters
     ----------

@@ -20,9 +20,9 @@ def restore_signal(denoised: torch.Tensor, observed: Callable[[int], torch.Tenso
     """Add the smooth part of the residual where it has more energy than smoothed noise, in place.
 
     White noise loses the same share of its energy by smoothing in all volumes; signal that a patch did not resolve, as
-    of a volume with motion or of an edge, loses less. Of the smoothed residual, the Wiener share 1 - q0 / q is added,
-    where q is its energy over that of the residual, both averaged around the voxel, and q0 the median of q over volumes.
-    Nothing is added to a series without such signal but what is left of the scatter of q.
+    of a volume with motion or of an edge, loses less. Of the smoothed residual, the Wiener share 1 - q0 / q is added:
+    q is its energy over that of the residual, both averaged around the voxel, and q0 the median of q over volumes. Of
+    pure noise, only what the scatter of q lets pass is added.
 
     Parameters
     ----------
