@@ -100,7 +100,7 @@ def correlation_factor(data: torch.Tensor, inside: torch.Tensor, window: int = 0
     """
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
-    grid = patch_grid(shape, width, width, None)
+    grid = patch_grid(shape, width, max(1, width // 2), None)
     ratios = []
     for planes, index in grid.slabs(data.device):
         usable = inside[planes].reshape(-1).float()
