@@ -31,6 +31,7 @@ COSTS = {
     "derivatives": (20.0, 0.07),
     "report": (12.0, 0.03),
 }
+MOVING_FIELD = (10.0, 1.0)  # more for distortion, if a third of the volumes are turned
 PARALLEL = {"denoise": 0.9, "motion": 0.9, "anatomy": 0.6, "resample": 0.8}  # part that runs on several cores
 PARALLEL_OTHERS = 0.2
 BASE_MB, COPIES = 2000, 8  # memory beside the series, and copies of the series in float32
@@ -51,6 +52,8 @@ def expected_seconds(unit: Unit, settings: Settings, threads: int = 1) -> dict[s
         times["motion"] *= 0.05
     if _is_complex(unit):
         times["denoise"] *= 2
+    if settings.moving_field.method != "off":
+        times["distortion"] += MOVING_FIELD[0] + MOVING_FIELD[1] * millions
     if settings.lattice.grid == "none":
         del times["lattice"]
     return times

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
@@ -22,6 +21,7 @@ from dsiprep.data.results import (
     Coregistration,
     Distortion,
     Motion,
+    MovingField,
     Preprocessed,
     Reference,
     UnitResults,
@@ -46,10 +46,7 @@ from dsiprep.plan import (
     doubt_axis,
     warnings_for,
 )
-from dsiprep.settings import (
-    Settings,
-    UnringingSettings,
-)
+from dsiprep.settings import Settings, UnringingSettings
 from dsiprep.stages import (
     acquisition,
     anatomy,
@@ -64,6 +61,7 @@ from dsiprep.stages import (
     gradient_nonlinearity,
     lattice,
     motion,
+    moving_field,
     quality,
     resample,
     slice_motion,
@@ -83,7 +81,6 @@ STEPS = (
     "lattice",
     "quality",
 )
-T = TypeVar("T")
 
 
 def preprocess(
@@ -131,6 +128,7 @@ def preprocess(
         unringing, "unringing", partial(call.unring_series, on), acquired, denoised, settings.unringing
     )
     motions, corrected, reason, doubt = _undistort(unit, settings, cache, on, acquired)
+    motions, moving = _follow_field(unit, settings, cache, on, acquired, motions, corrected)
     reference = _reference(cache, motions[0], corrected)
     leading, target_unit = _leading_reference(unit, lead, settings, cache, on, reference)
     anatomical = prepare_anatomy(unit, settings, cache, on, leading)
@@ -140,7 +138,7 @@ def preprocess(
     )
     aligned, final = (motions, corrected, coregistered, anatomical), partial(call.resample_series, on)
     warp = _nonlinearity(unit, settings, cache)
-    options = (settings.resample, settings.denoise, *((warp,) if warp else ()))
+    options = (settings.resample, settings.denoise, warp, moving)
     preprocessed = cache.run(resample, "resample", final, denoised, unringed, aligned, *options)
     on_lattice = None if unit.output else _evaluate_lattice(cache, acquired, preprocessed, settings)
     measured = cache.run(
@@ -168,6 +166,7 @@ def preprocess(
         gradients=checked,
         lattice=on_lattice,
         nonlinearity=warp.value if warp else None,
+        moving_field=moving.value if moving else None,
     )
 
 
@@ -274,6 +273,24 @@ def _undistort(
         doubt = corrected.value.doubt
         corrected = correct("none") if doubt else corrected
     return motions, corrected, AXIS_CONTRADICTED if doubt else reason, doubt
+
+
+def _follow_field(
+    unit: Unit,
+    settings: Settings,
+    cache: Cache,
+    device: torch.device,
+    acquired: CachedResult[Acquired],
+    motions: tuple[CachedResult[Motion], ...],
+    corrected: CachedResult[Distortion | None],
+) -> tuple[tuple[CachedResult[Motion], ...], CachedResult[MovingField] | None]:
+    """Poses that go with the change of the field with the head, and that change; None if it is off."""
+    if settings.moving_field.method == "off":
+        return motions, None
+    straight, b0s = _straighten(unit, settings, cache, device, acquired)
+    inputs, options = (straight, b0s, motions, corrected), (settings.moving_field.method, settings.motion.model)
+    found = cache.run(moving_field, "distortion-moving", moving_field.follow_field, *inputs, *options)
+    return tuple(cache.derive(moving_field.with_poses, kept, found) for kept in motions), found
 
 
 def _blip_name(acquired: CachedResult[Acquired], moved: CachedResult[Motion]) -> str:

@@ -14,7 +14,7 @@ from dsiprep.io.scanner_corrections import corrections_of
 from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
-from dsiprep.stages import denoise, lattice, motion
+from dsiprep.stages import denoise, lattice, motion, moving_field
 from dsiprep.stages.unringing import plan_unringing
 
 __all__ = [
@@ -268,6 +268,7 @@ def plan_stages(
         "unringing": _describe_unringing(unit, settings),
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": f"{method}: {reason[0].lower()}{reason[1:].rstrip('.')}",
+        **_moving_field_plan(settings),
         "anatomy": (
             f"{len(images)} {settings.anatomy.modality} image{'s' if len(images) > 1 else ''}: "
             f"{'N4, ' if settings.anatomy.biascorrect == 'n4' else ''}brain mask, ACPC, "
@@ -289,6 +290,14 @@ def _nonlinearity_plan(unit: Unit, settings: Settings) -> dict[str, str]:
     done = corrections_of(unit, settings.anatomy.modality, chosen.scanner)
     shown = ", ".join(f"{name} {kind}" for name, kind in (("series", done.series), ("references", done.epis)))
     return {"nonlinearity": f"{Path(chosen.coefficients).name}; corrected by the scanner: {shown}"}
+
+
+def _moving_field_plan(settings: Settings) -> dict[str, str]:
+    if settings.moving_field.method == "off":
+        return {}
+    limit = f"in at least {moving_field.LEAST_TILTED} volumes by {moving_field.TILTED:g} degrees of pitch or roll"
+    clear = " and the evidence is clear" if settings.moving_field.method == "auto" else ""
+    return {"moving field": f"change of the field with pitch and roll, if the head turned {limit}{clear}"}
 
 
 def _lattice_plan(unit: Unit, scheme: SamplingScheme | None, settings: Settings) -> dict[str, str]:

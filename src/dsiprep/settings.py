@@ -209,6 +209,19 @@ class DistortionSettings(Checked):
 
 
 @dataclass(frozen=True)
+class MovingFieldSettings(Checked):
+    """Change of the off-resonance field with pitch and roll of the head."""
+
+    method: str = option(
+        "off",
+        "change of the off-resonance field with pitch and roll, estimated from the series: auto, where rotations are "
+        "large enough to tell and the evidence is clear; on, wherever rotations are large enough; or off",
+        "--moving-field",
+        choices=("auto", "off", "on"),
+    )
+
+
+@dataclass(frozen=True)
 class AnatomySettings(Checked):
     """Structural image: bias field, brain mask, ACPC alignment, template."""
 
@@ -369,6 +382,7 @@ class Settings:
     unringing: UnringingSettings = UnringingSettings()
     motion: MotionSettings = MotionSettings()
     distortion: DistortionSettings = DistortionSettings()
+    moving_field: MovingFieldSettings = MovingFieldSettings()
     anatomy: AnatomySettings = AnatomySettings()
     coregister: CoregisterSettings = CoregisterSettings()
     resample: ResampleSettings = ResampleSettings()

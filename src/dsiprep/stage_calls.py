@@ -19,6 +19,7 @@ from dsiprep.data.results import (
     Denoised,
     Distortion,
     Motion,
+    MovingField,
     Preprocessed,
     Reference,
     Unringed,
@@ -188,10 +189,12 @@ def resample_series(
     settings: ResampleSettings,
     denoising: DenoiseSettings,
     nonlinearity: GradientNonlinearity | None = None,
+    moving: MovingField | None = None,
 ) -> Preprocessed:
     moved = tuple(denoise.without_floor(motion, denoised) for motion in aligned[0])
+    known = (nonlinearity, moving)
     return with_cpu_fallback(
-        lambda dwi: resample.resample(dwi, moved, *aligned[1:], settings, denoising.biascorrect, nonlinearity),
+        lambda dwi: resample.resample(dwi, moved, *aligned[1:], settings, denoising.biascorrect, *known),
         device,
         (unringed.dwi,),
     )

@@ -46,6 +46,7 @@ SETTINGS_GROUPS = {
     "unringing": settings.UnringingSettings,
     "motion": settings.MotionSettings,
     "distortion": settings.DistortionSettings,
+    "moving_field": settings.MovingFieldSettings,
     "anatomy": settings.AnatomySettings,
     "coregister": settings.CoregisterSettings,
     "resample": settings.ResampleSettings,

@@ -12,6 +12,7 @@ from dsiprep.data.dwi import DWI
 from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.motion import Motion, eddy_currents
+from dsiprep.data.moving_field import MovingField
 from dsiprep.data.qspace import GradientCheck, Lattice, QSpaceQuality
 from dsiprep.data.summary import Summarised
 from dsiprep.data.transform import Affine, Chain, DisplacementField
@@ -353,7 +354,7 @@ class UnitResults(Summarised):
     `motions` has one entry per blip with DWI volumes, in the order of `acquired.blips`; `seconds` is the wall time of
     each stage; `device` names the compute device. `distortion` is None if none was corrected, and
     `distortion_reason` gives the reason or the chosen method. `warnings` must not be overlooked. `gradients` and
-    `lattice` are None if they were not asked for, as `nonlinearity` is.
+    `lattice` are None if they were not asked for, as `nonlinearity` and `moving_field` are.
     """
 
     unit: Unit
@@ -374,6 +375,7 @@ class UnitResults(Summarised):
     gradients: GradientCheck | None = None
     lattice: Lattice | None = None
     nonlinearity: GradientNonlinearity | None = None
+    moving_field: MovingField | None = None
 
 
 __all__ = [
@@ -387,6 +389,7 @@ __all__ = [
     "Grid",
     "Joined",
     "Motion",
+    "MovingField",
     "Preprocessed",
     "Quality",
     "UnitResults",

@@ -24,6 +24,7 @@ from dsiprep.errors import OutputError
 from dsiprep.io import gradients, itk
 from dsiprep.io.gradient_deviation import write_deviation, write_poses, write_scanner_warp
 from dsiprep.io.lattice_files import write_lattice
+from dsiprep.io.moving_field_files import write_moving_field
 from dsiprep.io.nifti import ALIGNED, MNI, write_image
 from dsiprep.io.provenance import anatomical_uri, anatomy_stem, dataset_description, raw_uris, space_uri
 from dsiprep.io.qc_tables import outlier_slices, write_json, write_tables
@@ -93,6 +94,7 @@ def write_unit(results: UnitResults, out: Path, template: Template | None) -> li
         (session / "dwi").mkdir(parents=True, exist_ok=True)
         _write_transforms(results, session)
         write_slice_motion(session / "dwi" / results.unit.name, results)
+        write_moving_field(session, results)
         if not results.unit.output:  # otherwise the joined output contains series and tables
             _write_series(results, session / "dwi")
             files = [results.unit.runs[run].image.name for run in results.acquired.dwi.run]

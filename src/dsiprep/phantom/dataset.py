@@ -223,6 +223,9 @@ def _write_geometry(truth: Path, head: Head, session: Session, settings: Phantom
     if session.slice_poses is not None:
         np.save(truth / "slice_head_to_scanner.npy", session.slice_poses)
     write_image(truth / "field_hz.nii.gz", session.field, session.field_grid)
+    if session.moving_field is not None:
+        components = np.moveaxis(session.moving_field.components, 0, -1)
+        write_image(truth / "moving_field_hz.nii.gz", components, session.field_grid)
     if session.coil is not None:
         (truth.parent / "gradient_coefficients.grad").write_text(coefficient_text(session.coil.scale))
         for name, maps in (("displacement", session.coil.displacement), ("deviation", session.coil.deviation)):
@@ -258,6 +261,7 @@ def _truth_table(head: Head, session: Session, settings: PhantomSettings) -> dic
         "bvecs_scanner": session.bvecs.tolist(),
         "bvecs_head": session.head_bvecs.tolist(),
         "head_to_scanner": session.poses.tolist(),
+        **({"moving_field_reference": session.moving_field.reference.tolist()} if session.moving_field else {}),
         "epi_head_to_scanner": session.epi_poses.tolist(),
         "moved": session.moved.tolist(),
         "phase_encoding_direction": session.pe.direction,

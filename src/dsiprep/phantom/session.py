@@ -16,6 +16,7 @@ from dsiprep.phantom.head import Head, slabs
 from dsiprep.phantom.interpolation import interpolate
 from dsiprep.phantom.k_space import fine_grid
 from dsiprep.phantom.motion_within import moving_volumes, slice_poses
+from dsiprep.phantom.moving_field import MovingField, make_moving_field
 from dsiprep.phantom.scanner import (
     FIELD_OF_VIEW,
     READOUT_TIME,
@@ -75,6 +76,8 @@ class Session:
         Off-resonance field in Hz on `field_grid`, a grid in the head frame.
     coil : Coil or None
         Nonlinear gradients; None for linear ones.
+    moving_field : MovingField or None
+        What the tilt of the head adds to `field`, on `field_grid`; None if nothing.
     """
 
     grid: Grid
@@ -92,6 +95,7 @@ class Session:
     field_grid: Grid
     coil: Coil | None = None
     slice_poses: np.ndarray | None = None
+    moving_field: MovingField | None = None
 
     @property
     def head_bvecs(self) -> np.ndarray:
@@ -127,8 +131,12 @@ class Session:
             signal = tissue.signal(bval, pose[:3, :3].T @ prescribed)
         else:
             signal = tissue.signal_of(bval, self.coil.gradients(prescribed, pose, tissue.grid))
-        source = Source(signal, tissue.grid, self.field, self.field_grid)
+        source = Source(signal, tissue.grid, self.field_at(pose), self.field_grid)
         return scan(source, self.grid, pe, pose, eddy, coil=self.coil)
+
+    def field_at(self, pose: np.ndarray) -> np.ndarray:
+        """Off-resonance field (Hz) of a head at `pose`, on `field_grid`."""
+        return self.field if self.moving_field is None else self.field + self.moving_field.change(pose[:3, :3])
 
     def _by_slice(
         self, tissue: Tissue, poses: np.ndarray, bval: float, bvec: np.ndarray, eddy: np.ndarray
@@ -140,8 +148,9 @@ class Session:
         while left.any():
             first = gradients[np.flatnonzero(left)[0]]
             near = left & (np.linalg.norm(gradients - first, axis=1) <= SAME_GRADIENT)
-            source = Source(tissue.signal(bval, gradients[near].mean(0)), tissue.grid, self.field, self.field_grid)
+            signal = tissue.signal(bval, gradients[near].mean(0))
             for number in np.flatnonzero(near):
+                source = Source(signal, tissue.grid, self.field_at(poses[number]), self.field_grid)
                 out[..., number] = scan(source, self._slice_grid(int(number)), self.pe, poses[number], eddy)[..., 0]
             left &= ~near
         return out
@@ -176,7 +185,9 @@ def plan_session(
     bvals, bvecs = table[0], from_fsl(table[1], grid) if "," in settings.scheme else table[1]
     motion, moved = _motion(len(bvals), settings, rng)
     epi_motion = DRIFT * (rng.uniform(-1, 1, 6) + rng.uniform(-0.05, 0.05, (N_EPIS, 6))) * settings.max_motion
-    field, field_grid = make_field(head, settings.distortion, float(grid.voxel_sizes[pe.axis]) * READOUT_TIME)
+    mm_per_hz = float(grid.voxel_sizes[pe.axis]) * READOUT_TIME
+    field, field_grid = make_field(head, settings.distortion, mm_per_hz)
+    tilted = (head, field_grid, start_pose[:3, :3], settings.moving_field, mm_per_hz)
     points = head.brain_points() @ start_pose[:3, :3].T + start_pose[:3, 3]
     session = Session(
         grid=grid,
@@ -193,6 +204,7 @@ def plan_session(
         field=field,
         field_grid=field_grid,
         coil=make_coil(points, settings.gradient_nonlinearity) if settings.gradient_nonlinearity else None,
+        moving_field=make_moving_field(*tilted) if settings.moving_field else None,
     )
     if not (settings.moved_within or settings.steady):
         return session

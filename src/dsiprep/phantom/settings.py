@@ -75,6 +75,13 @@ class PhantomSettings:
         "--distortion",
         metavar="MM",
     )
+    moving_field: float = option(
+        0.0,
+        "change of the field as the head tilts: the displacement in mm that 6 degrees of pitch or roll exceed in 5 % "
+        "of the brain",
+        "--moving-field",
+        metavar="MM",
+    )
     eddy: float = option(0.0, "largest displacement of brain signal by eddy currents, in mm", "--eddy", metavar="MM")
     eddy_constant: float = option(
         0.0,
@@ -135,7 +142,7 @@ class PhantomSettings:
     def described(self) -> dict[str, object]:
         """Settings by name, without effects that are not there."""
         absent = {"eddy_constant": 0, "drift": 0, "coils": 1, "noise_variation": 0, "signal_drift": 0, "k_space": ""}
-        absent |= {"moved_within": 0, "steady": 0, "gradient_nonlinearity": 0}
+        absent |= {"moved_within": 0, "steady": 0, "gradient_nonlinearity": 0, "moving_field": 0}
         absent |= {"complex": False, "reversed_bvals": False, "bvec_rows": RIGHT_ROWS}
         return {name: value for name, value in asdict(self).items() if absent.get(name) != value}
 
@@ -156,7 +163,7 @@ class PhantomSettings:
                     f"--{name.replace('_', '-')} {getattr(self, name)}: expected a fraction between 0 and 1"
                 )
         amounts = ("snr", "noise_variation", "max_motion", "jitter", "steady", "distortion", "eddy", "eddy_constant")
-        for name in (*amounts, "drift", "gradient_nonlinearity"):
+        for name in (*amounts, "drift", "gradient_nonlinearity", "moving_field"):
             if getattr(self, name) < 0:
                 raise SettingsError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         if self.bvec_rows not in map(describe_frame, axis_frames()):

@@ -30,6 +30,7 @@ from dsiprep.stages import (
     gradient_nonlinearity,
     lattice,
     motion,
+    moving_field,
     qspace_quality,
     quality,
     resample,
@@ -232,6 +233,11 @@ def _diffusion_paragraphs(results: UnitResults) -> list[str]:
         *(_matching(motion.METHODS, "replace") if results.settings.motion.outliers == "replace" else []),
         *(_matching(DISTORTION_METHODS, correction.method) if correction else [results.distortion_reason]),
         *(_matching(DISTORTION_METHODS, "diffusion") if correction and correction.diffusion else []),
+        *(
+            moving_field.METHODS.values()
+            if results.moving_field and results.moving_field.derivatives is not None
+            else ()
+        ),
         *_matching(coregister.METHODS, metric),
         *_matching(resample.METHODS, "resample"),
         *_matching(resample.METHODS, biascorrect),

@@ -14,6 +14,7 @@ from dsiprep.report import plots, slice_figures
 from dsiprep.report.displacement_arrows import displacement_arrows
 from dsiprep.report.fibre_glyphs import odf_figure
 from dsiprep.report.motion_section import motion
+from dsiprep.report.moving_field_part import moving_field_facts, moving_field_pictures
 from dsiprep.report.overview import acquisition, quality, summary
 from dsiprep.report.page_parts import Fact, FigureWriter, Picture, Section
 from dsiprep.report.qspace_quality_section import gradients, qspace_quality
@@ -99,7 +100,8 @@ def distortion(results: UnitResults, figures: FigureWriter) -> Section:
     result, title = results.distortion, "Susceptibility distortion"
     if result is None:
         lead = "Susceptibility distortion was not corrected."
-        return Section("distortion", title, lead, notes=(*results.warnings, results.distortion_reason))
+        notes, facts = (*results.warnings, results.distortion_reason), moving_field_facts(results)
+        return Section("distortion", title, lead, moving_field_pictures(results, figures), facts, notes)
     lead = (
         "Near air-filled cavities, such as the sinuses and ear canals, the static magnetic field is inhomogeneous, "
         "and echo-planar images are stretched or compressed along the phase-encoding axis."
@@ -132,7 +134,9 @@ def distortion(results: UnitResults, figures: FigureWriter) -> Section:
         "Change of the estimated displacement per iteration, by pyramid level.",
         "Change of the estimated displacement per iteration. The estimate should converge at each pyramid level.",
     )
-    return Section("distortion", title, lead, pictures, _distortion_facts(results, result), result.notes)
+    pictures += moving_field_pictures(results, figures)
+    facts = _distortion_facts(results, result) + moving_field_facts(results)
+    return Section("distortion", title, lead, pictures, facts, result.notes)
 
 
 def _blip_corrections(results: UnitResults, result: Distortion, figures: FigureWriter) -> tuple[Picture, ...]:

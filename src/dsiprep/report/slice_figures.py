@@ -176,18 +176,20 @@ def blip_difference(distortion: Distortion, mask: Volume) -> list[tuple[str, byt
 
 def fieldmap(distortion: Distortion, mask: Volume, axis: np.ndarray) -> tuple[bytes, str]:
     """The off-resonance field and its unit, Hz; without a readout time, the displacement along `axis` (3,) in mm."""
-    layout = Layout.rows(View.of(mask))
-    inside = layout.paint(mask)
     if distortion.fieldmap_hz is not None:
-        volume, unit = distortion.fieldmap_hz, "Hz"
-    else:
-        displacement = distortion.fields[0]
-        along = torch.einsum("dijk,d->ijk", displacement.data.cpu().float(), torch.as_tensor(axis, dtype=torch.float32))
-        volume, unit = Volume(along, displacement.grid), "mm"
-    canvas = layout.paint(volume)
+        return signed_map(distortion.fieldmap_hz, mask, "Hz"), "Hz"
+    displacement = distortion.fields[0]
+    along = torch.einsum("dijk,d->ijk", displacement.data.cpu().float(), torch.as_tensor(axis, dtype=torch.float32))
+    return signed_map(Volume(along, displacement.grid), mask, "mm"), "mm"
+
+
+def signed_map(volume: Volume, mask: Volume, unit: str) -> bytes:
+    """A map of positive and negative values in the brain, with its colour bar."""
+    layout = Layout.rows(View.of(mask))
+    inside, canvas = layout.paint(mask), layout.paint(volume)
     limits = symmetric(canvas, inside, 99.5)
     rgb = np.where(inside[..., None] > 0.5, apply_colourmap(canvas, limits, "RdBu_r"), 0).astype(np.uint8)
-    return render_png(layout, rgb, bars=[ColourBar("RdBu_r", limits, unit)]), unit
+    return render_png(layout, rgb, bars=[ColourBar("RdBu_r", limits, unit)])
 
 
 def structural_image(anatomy: Anatomy) -> bytes:

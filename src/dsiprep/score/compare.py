@@ -21,7 +21,8 @@ from dsiprep.ops.image.affine import (
     rigid_matrix,
     rigid_parameters,
 )
-from dsiprep.score.nonlinearity import apparent, describe, gradient_errors, position_errors, scanner_mapping
+from dsiprep.score.nonlinearity import describe, gradient_errors, scanner_errors, scanner_mapping
+from dsiprep.score.positions import Placed, describe_positions
 from dsiprep.score.read import (
     MissingDerivativeError,
     Truth,
@@ -302,23 +303,18 @@ def _coregistration(case: Case) -> Iterator[Score]:
 
 def _combined(case: Case) -> Iterator[Score]:
     points = case.points[::4]
-    field = case.truth.image("field_hz")
     undistorted = apply(case.acpc_to_dwiref @ np.linalg.inv(case.acpc_to_head), points)
     rigid = apply(case.blip_pose, undistorted)
-    shift = case.distortion(undistorted) - rigid
-    errors = []
-    for estimated, true in zip(case.estimated, case.truth.poses, strict=True):
-        found = apparent(case.truth, case.scanner_warp, apply(estimated, rigid), shift)
-        errors.append(np.linalg.norm(found - case.truth.distorted(points, field, true), axis=1))
-    yield Score("combined: error", float(np.mean(errors)), "mm", "position of T1w points in the raw volumes, mean")
-    yield Score("combined: error, median", float(np.median(errors)), "mm", "over brain and volumes")
+    placed = Placed(points, undistorted, rigid, case.distortion(undistorted) - rigid, case.estimated)
+    entries = describe_positions(case.derivatives, case.truth, case.scanner_warp, placed)
+    yield from (Score(*entry) for entry in entries)
 
 
 def _gradients(case: Case) -> Iterator[Score]:
     if case.truth.gradient_displacement:
         errors = gradient_errors(case.derivatives, case.truth, case.points[::4], case.acpc_to_head)
         yield from (Score(*entry) for entry in describe(errors))
-        positions = position_errors(case.truth, case.scanner_warp, case.points[::40])
+        positions = scanner_errors(case.truth, case.scanner_warp, case.points[::40])
         for name, values in zip(("error", "uncorrected"), positions, strict=True):
             meaning = "of the displacement by gradients in the brain, over volumes"
             yield Score(f"gradients: position, {name}", float(values.mean()), "mm", f"mean {meaning}")

@@ -9,7 +9,7 @@ import numpy as np
 
 from dsiprep.score.read import MissingDerivativeError, Truth, apply, find, read_image, read_mapping
 
-__all__ = ["GradientErrors", "apparent", "describe", "gradient_errors", "position_errors", "scanner_mapping"]
+__all__ = ["GradientErrors", "apparent", "describe", "gradient_errors", "scanner_errors", "scanner_mapping"]
 
 GradientErrors = dict[str, tuple[np.ndarray, np.ndarray]]  # b in percent and angle in degrees, (volumes, points)
 B0 = 100.0  # s/mm²
@@ -34,7 +34,7 @@ def apparent(
     return warp(points) + stretch[:, None] * shift
 
 
-def position_errors(truth: Truth, warp: Callable[[np.ndarray], np.ndarray], points: np.ndarray) -> list[np.ndarray]:
+def scanner_errors(truth: Truth, warp: Callable[[np.ndarray], np.ndarray], points: np.ndarray) -> list[np.ndarray]:
     """Distance in mm of the true and the corrected displacement at head points (m, 3): residual and uncorrected."""
     residual, uncorrected = [], []
     for pose in truth.poses:

@@ -121,8 +121,32 @@ class Truth:
     def distorted(self, points: np.ndarray, field: Image, pose: np.ndarray) -> np.ndarray:
         """Apparent scanner positions of head points (n, 3) for a head at `pose`, without eddy currents."""
         true = apply(pose, points)
-        apparent = true + field.at(points)[:, None] * self.mm_per_hz
+        apparent = true + (field.at(points) + self.field_change(points, pose))[:, None] * self.mm_per_hz
         return apparent + self.gradient_displacement.at(true) if self.gradient_displacement else apparent
+
+    @cached_property
+    def moving_field(self) -> Image | None:
+        """Six components (Hz) of a field that changes with the tilt of the head; None if it moves rigidly."""
+        known = (self.folder / "moving_field_hz.nii.gz").is_file()
+        return self.image("moving_field_hz") if known else None
+
+    def field_change(self, points: np.ndarray, pose: np.ndarray) -> np.ndarray:
+        """Change of the field (Hz) at head points (n, 3) for a head at `pose`, (n,).
+
+        The dipoles of a susceptibility make the field -n' F n along the direction n of the main field.
+        """
+        if self.moving_field is None:
+            return np.zeros(len(points))
+        xx, yy, zz, xy, xz, yz = self.moving_field.at(points).T
+        forms = np.moveaxis(np.array([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]]), -1, 0)
+        now, before = (np.asarray(m, float)[2, :3] for m in (pose, self.table["moving_field_reference"]))
+        return np.einsum("a,nab,b->n", before, forms, before) - np.einsum("a,nab,b->n", now, forms, now)
+
+    @property
+    def tilt(self) -> np.ndarray:
+        """Angle (degrees) of the head to the main field, z of the scanner, from that of the first volume, (n,)."""
+        directions = self.poses[:, 2, :3]
+        return np.rad2deg(np.arccos(np.clip(directions @ directions[0], -1, 1)))
 
     @cached_property
     def gradient_displacement(self) -> Image | None:

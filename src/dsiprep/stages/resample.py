@@ -12,10 +12,16 @@ from scipy import ndimage
 from dsiprep.data.dwi import DWI
 from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Grid, Volume
-from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
+from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, MovingField, Preprocessed
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import SettingsError
-from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view, sample_displacement, warp_volume
+from dsiprep.ops.image.epi_resampling import (
+    SampledDisplacement,
+    add_displacements,
+    field_of_view,
+    sample_displacement,
+    warp_volume,
+)
 from dsiprep.ops.image.gradient_nonlinearity import remaining_warp
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, scanner_warp
@@ -103,6 +109,7 @@ def resample(
     settings: ResampleSettings,
     bias: str = "n4",
     nonlinearity: GradientNonlinearity | None = None,
+    moving: MovingField | None = None,
 ) -> Preprocessed:
     """Resample the series into ACPC space in one interpolation, and compute its brain mask.
 
@@ -121,6 +128,8 @@ def resample(
         "n4", or "none" to skip the correction.
     nonlinearity : GradientNonlinearity, optional
         Of which `dwi` has the effects and the images of `motions` and `distortion` do not.
+    moving : MovingField, optional
+        What pitch and roll add to the displacement of each volume; in volumes with motion within, at their mean pose.
 
     Returns
     -------
@@ -148,16 +157,19 @@ def resample(
     for blip in per_blip:
         bvecs[blip.volumes] = rotate_bvecs(dwi.bvecs[blip.volumes], blip.matrices)
         sampled = None if blip.distortion is None else sample_displacement(blip.distortion, grid, to_dwiref)
+        number = int(dwi.blip[blip.volumes[0]])
+        per_degree = [sample_displacement(f, grid, to_dwiref) for f in moving.displacements(number)] if moving else []
         if settings.merge == "least-squares" and sampled is not None:
-            weights[int(dwi.blip[blip.volumes[0]])] = _inverse_jacobian(blip, sampled, data.device)
+            weights[number] = _inverse_jacobian(blip, sampled, data.device)
         for row, v in enumerate(blip.volumes):
             volume, scanner = _volume_to_sample(blip, row, dwi)
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
             to_volume, linear = blip.matrices[row], blip.linear[row]
-            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed, scanner)
+            bent = add_displacements(sampled, per_degree, moving.tilts[v]) if moving else sampled
+            warped = warp_volume(volume, dwi.grid, grid, to_volume, bent, linear, eddy, dwi.signed, scanner)
             density = blip.motion.density(row)
             data[int(v)] = warped if density == 1 else warped * density
-            reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy, scanner).cpu()
+            reached = field_of_view(dwi.grid, grid, to_volume, bent, eddy, scanner).cpu()
             covered += reached
             b0_covered |= reached & bool(dwi.is_b0[int(v)])
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold, dwi.signed)

@@ -20,6 +20,7 @@ from dsiprep.ops.motion.b0_alignment import mean_b0
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.outlier_slices import MIN_LOSS
 from dsiprep.ops.motion.pyramid import FULL, PyramidLevel
+from dsiprep.ops.motion.series_prediction import predict_series
 from dsiprep.ops.motion.shot_poses import (
     ANNEALED_MM,
     SETTLED,
@@ -35,8 +36,6 @@ from dsiprep.ops.motion.shot_poses import (
 from dsiprep.ops.motion.slice_equations import PredictedSlices
 from dsiprep.ops.motion.slice_reconstruction import sample_density
 from dsiprep.ops.motion.slice_samples import in_one_pose, volume_in_mean_pose
-from dsiprep.ops.motion.volume_agreement import volume_weights
-from dsiprep.ops.qspace.prediction import choose_model_for, predict
 from dsiprep.settings import MotionSettings
 
 METHODS = {
@@ -112,7 +111,7 @@ def follow_slices(
     level = PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)
     lost = np.zeros(motion.slice_z.shape, bool) if motion.outlier_slices is None else motion.outlier_slices
     observed = level.sample(np.arange(len(dwi)), _state(dwi, motion, motion.transforms))
-    predicted = _predict(dwi, observed, motion.transforms, settings)
+    predicted = predict_series(dwi, observed, motion.transforms, settings.model).values
     slices = PredictedSlices(dwi, level.points, predicted, motion.eddy, motion.slice_axis, shots, lost)
     state, equations = first_equations(slices, single_poses(motion.transforms, slices))
     state = with_misfit(state, equations, dwi)
@@ -128,7 +127,7 @@ def follow_slices(
         state = without_excursions(slices, follow_head(slices, state, steps, SETTLED if number == 0 else 0))
         transforms = _mean_poses(state)
         observed = _sample(level, slices, state, _state(dwi, motion, transforms))
-        slices = slices.with_predictions(_predict(dwi, observed, transforms, settings))
+        slices = slices.with_predictions(predict_series(dwi, observed, transforms, settings.model).values)
     moved = _without_false_loss(replace(motion, transforms=transforms), lost, state)
     lost = lost if moved.outlier_slices is None else moved.outlier_slices
     left_out = lost if settings.outliers == "replace" else np.zeros_like(lost)
@@ -194,29 +193,6 @@ def _mean_poses(state: ShotPoses) -> np.ndarray:
     for volume in np.flatnonzero(state.moving):
         means[volume] = mean_rigid(state.poses[volume])
     return means
-
-
-def _predict(dwi: DWI, observed: torch.Tensor, transforms: np.ndarray, settings: MotionSettings) -> torch.Tensor:
-    """Each volume from the others, (n, m); volumes that fit poorly count less."""
-    b0 = torch.as_tensor(dwi.is_b0)
-    predicted, weighted = torch.empty_like(observed), np.flatnonzero(~dwi.is_b0)
-    predicted[b0], reference = _mean_of_others(observed[b0])
-    samples, model = observed[~b0], choose_model_for(dwi.bvals[weighted], settings.model)
-    bvals, bvecs, poses = dwi.bvals[weighted], dwi.bvecs[weighted], transforms[weighted]
-    rough = predict(samples, reference, model, bvals, bvecs, poses, np.ones(len(weighted)))
-    weights = volume_weights(samples, rough.values, bvals)
-    predicted[~b0] = predict(samples, reference, model, bvals, bvecs, poses, weights).values
-    return predicted
-
-
-def _mean_of_others(b0s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean of the other b=0 volumes for each, (n, m), and of all, (1, m); a single one is its own mean."""
-    if len(b0s) == 1:
-        return b0s, b0s
-    rough = (b0s.sum(0) - b0s) / (len(b0s) - 1)
-    weights = torch.as_tensor(volume_weights(b0s, rough, np.zeros(len(b0s)))).to(b0s)[:, None]
-    parts = weights * b0s
-    return (parts.sum(0) - parts) / (weights.sum() - weights), parts.sum(0, keepdim=True) / weights.sum()
 
 
 def _sample(level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, single: MotionState) -> torch.Tensor:

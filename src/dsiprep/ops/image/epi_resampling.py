@@ -6,6 +6,7 @@ operations. A test verifies that both agree.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numba
@@ -21,7 +22,14 @@ from dsiprep.ops.image.filters import gradient
 from dsiprep.ops.image.interpolation import resample_onto, sample_cubic, spline_coefficients, voxel_points
 from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, look_up, warp_points
 
-__all__ = ["SampledDisplacement", "field_of_view", "sample_displacement", "warp_volume"]
+__all__ = [
+    "SampledDisplacement",
+    "add_displacements",
+    "along_axis",
+    "field_of_view",
+    "sample_displacement",
+    "warp_volume",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +70,27 @@ def sample_displacement(field: DisplacementField, target: Grid, matrix: np.ndarr
     slope = torch.einsum("vijk,vw->wijk", gradient(length[None])[0], world_to_voxel)
     sampled = resample_onto(torch.cat([u, slope]), field.grid, target, matrix, cubic=True)
     return SampledDisplacement(sampled[:3].contiguous(), sampled[3:].contiguous(), direction)
+
+
+def along_axis(sampled: SampledDisplacement, axis: np.ndarray) -> SampledDisplacement:
+    """The same displacement, its `direction` the unit vector `axis` (3,), which is parallel to it or opposite."""
+    sign = -1.0 if float(sampled.direction @ axis) < 0 else 1.0
+    return SampledDisplacement(sampled.displacement, sign * sampled.slope, np.asarray(axis, float))
+
+
+def add_displacements(
+    resting: SampledDisplacement | None, changes: Sequence[SampledDisplacement], amounts: np.ndarray
+) -> SampledDisplacement | None:
+    """`resting` plus `amounts` (c,) times the `changes`, all along one axis."""
+    if not len(changes):
+        return resting
+    first = changes[0] if resting is None else resting
+    displacement, slope = (torch.zeros_like(x) for x in (first.displacement, first.slope))
+    for part, amount in zip((first, *changes), (float(resting is not None), *amounts), strict=True):
+        aligned = along_axis(part, first.direction)
+        displacement += float(amount) * aligned.displacement
+        slope += float(amount) * aligned.slope
+    return SampledDisplacement(displacement, slope, first.direction)
 
 
 def warp_volume(
