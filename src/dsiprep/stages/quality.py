@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -212,19 +214,27 @@ def _series_metrics(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) 
     from cs_dmri import GradientTable, qc
 
     data = dwi.data.numpy()
-    volumes_last = np.ascontiguousarray(np.moveaxis(data, 0, -1))
+    brain = _inside_volumes(data, inside).T[:, None, None]  # cheaper than passing a mask to cs_dmri
     table = GradientTable(dwi.bvals, dwi.bvecs, b0_threshold=dwi.b0_threshold)
     row: Row = {f"dimension_{axis}": n for axis, n in zip("xyz", dwi.grid.shape, strict=True)}
     row |= {f"voxel_size_{axis}": float(s) for axis, s in zip("xyz", dwi.grid.voxel_sizes, strict=True)}
     row["max_b"] = float(dwi.bvals.max())
-    row["neighbor_corr"] = qc.neighboring_dwi_correlation(volumes_last, table)
-    brain = np.ascontiguousarray(volumes_last[inside])[:, None, None]  # cheaper than passing a mask to cs_dmri
+    row["neighbor_corr"] = qc.neighboring_dwi_correlation(np.moveaxis(data, 0, -1), table)
     row["masked_neighbor_corr"] = qc.neighboring_dwi_correlation(brain, table)
     row["dwi_contrast"] = qc.dwi_contrast_ratio(brain, table)
     row["num_bad_slices"] = int(discontinuous_slices(data, inside, slice_axis).sum())
     row["num_directions"] = int((~dwi.is_b0).sum())
     row["coherence_index"] = _coherence(dwi, inside)
     return {prefix + name: value for name, value in row.items()}
+
+
+def _inside_volumes(volumes: Sequence[np.ndarray] | np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Values (n, m) of n volumes (i, j, k) in a mask, without a copy of the volumes."""
+    brain = np.flatnonzero(inside)
+    values = np.empty((len(volumes), len(brain)), np.float32)
+    for row, volume in zip(values, volumes, strict=True):
+        row[:] = volume.ravel()[brain]
+    return values
 
 
 def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
@@ -235,7 +245,7 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
     used = low_b if (low_b & ~dwi.is_b0).sum() >= 12 else np.ones(len(dwi), bool)
     if (used & ~dwi.is_b0).sum() < 6 or not inside.any():
         return None
-    signals = dwi.data.numpy()[used][:, inside]
+    signals = _inside_volumes([dwi.data[int(v)].numpy() for v in np.flatnonzero(used)], inside)
     fa, direction = main_directions(signals, dwi.bvals[used], dwi.bvecs[used])
     maps = np.zeros((*inside.shape, 4), np.float32)
     maps[inside] = np.column_stack([fa, direction])
