@@ -1,8 +1,8 @@
-"""CPU time, memory and serial share of every stage: `python benchmarks/stage_costs.py OUT [--threads 1 2] [--repeat N]`.
+"""CPU time, memory and serial share of each stage: `python benchmarks/stage_costs.py OUT [--threads 1 2] [--repeat N]`.
 
 OUT holds a phantom (`dsiprep-tools phantom OUT`). Each run is a process of its own with kernels compiled beforehand;
-numbers of threads take turns, and the run with the least CPU time of each counts. A stage ends where the next begins, so
-it includes storing its result. With wall times T1 and T2 of one and two threads, the serial share is 2 T2 / T1 - 1
+numbers of threads take turns, and of each the run with the least CPU time counts. A stage ends where the next begins,
+so it includes storing its result. With wall times T1 and T2 of one and two threads, the serial share is 2 T2 / T1 - 1
 (Amdahl). Memory is the largest resident set while the stage runs, of which the private part is not backed by files.
 """
 

@@ -4,8 +4,8 @@ The key of a result is a hash of its lineage: the source of the stage and of eve
 the numerical libraries, the settings and the keys of its inputs; input files enter by their contents. A result is a
 folder of `.npy` arrays and one `result.json`, written under a temporary name and renamed, so a folder that exists is
 complete and an interrupted run resumes where it stopped. Results are read back memory-mapped before the next stage sees
-them, so a fresh and a resumed run work on the same numbers. A series that a stage passes on unchanged is stored once, as
-a second name of the same file, and of images that are zero in places only the other voxels are stored.
+them, so a fresh and a resumed run work on the same numbers. A series that a stage passes on unchanged is stored once,
+under a second name, and of images that are zero in many voxels only the others are stored.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from dsiprep.sources import source_digest
 
 __all__ = ["compiled", "inlined"]
 
-# inlined in machine code: copied into the source of each kernel instead, a function takes three times as long to compile
+# inlined by LLVM: kernels into whose source functions are copied take up to three times as long to compile
 inlined = numba.njit(forceinline=True, fastmath=True)
 
 

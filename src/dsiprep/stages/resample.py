@@ -15,7 +15,7 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, Preprocessed
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import SettingsError
-from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view, sample_displacement, warp_volume
+from dsiprep.ops.image.epi_resampling import SampledDisplacement, sample_displacement, warp_volume
 from dsiprep.ops.image.gradient_nonlinearity import remaining_warp
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, scanner_warp
@@ -145,6 +145,7 @@ def resample(
     bvecs, groups = np.array(dwi.bvecs, float), _groups_to_merge(dwi, settings)
     weights: dict[int, torch.Tensor] = {}
     covered, b0_covered = torch.zeros(grid.shape), torch.zeros(grid.shape, dtype=torch.bool)
+    reached = torch.empty_like(b0_covered)
     for blip in per_blip:
         bvecs[blip.volumes] = rotate_bvecs(dwi.bvecs[blip.volumes], blip.matrices)
         sampled = None if blip.distortion is None else sample_displacement(blip.distortion, grid, to_dwiref)
@@ -154,10 +155,9 @@ def resample(
             volume, scanner = _volume_to_sample(blip, row, dwi)
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
             to_volume, linear = blip.matrices[row], blip.linear[row]
-            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed, scanner)
+            warped = warp_volume(volume, dwi.grid, grid, to_volume, sampled, linear, eddy, dwi.signed, scanner, reached)
             density = blip.motion.density(row)
             data[int(v)] = warped if density == 1 else warped * density
-            reached = field_of_view(dwi.grid, grid, blip.matrices[row], sampled, eddy, scanner).cpu()
             covered += reached
             b0_covered |= reached & bool(dwi.is_b0[int(v)])
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold, dwi.signed)
