@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import Unit
-from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.grid import Volume
 from dsiprep.data.results import Anatomy, Joined, Preprocessed, Quality, UnitResults, eddy_currents
 from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain, DisplacementField
