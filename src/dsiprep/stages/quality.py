@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
@@ -24,7 +22,7 @@ from dsiprep.data.transform import EDDY_TERMS
 from dsiprep.ops.image.affine import rigid_parameters
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.motion.framewise_displacement import framewise_displacement
-from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection
+from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection, values_inside
 from dsiprep.ops.qspace.tensor import main_directions, tensor_projection
 from dsiprep.stages.qspace_quality import measure_qspace, qspace_row
 
@@ -214,7 +212,7 @@ def _series_metrics(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) 
     from cs_dmri import GradientTable, qc
 
     data = dwi.data.numpy()
-    brain = _inside_volumes(data, inside).T[:, None, None]  # cheaper than passing a mask to cs_dmri
+    brain = values_inside(data, inside).T[:, None, None]  # cheaper than passing a mask to cs_dmri
     table = GradientTable(dwi.bvals, dwi.bvecs, b0_threshold=dwi.b0_threshold)
     row: Row = {f"dimension_{axis}": n for axis, n in zip("xyz", dwi.grid.shape, strict=True)}
     row |= {f"voxel_size_{axis}": float(s) for axis, s in zip("xyz", dwi.grid.voxel_sizes, strict=True)}
@@ -228,15 +226,6 @@ def _series_metrics(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) 
     return {prefix + name: value for name, value in row.items()}
 
 
-def _inside_volumes(volumes: Sequence[np.ndarray] | np.ndarray, inside: np.ndarray) -> np.ndarray:
-    """Values (n, m) of n volumes (i, j, k) in a mask, without a copy of the volumes."""
-    brain = np.flatnonzero(inside)
-    values = np.empty((len(volumes), len(brain)), np.float32)
-    for row, volume in zip(values, volumes, strict=True):
-        row[:] = volume.ravel()[brain]
-    return values
-
-
 def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
     """FA-weighted fraction of voxels whose fibre direction continues into the next voxel along it."""
     from cs_dmri import qc
@@ -245,7 +234,7 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
     used = low_b if (low_b & ~dwi.is_b0).sum() >= 12 else np.ones(len(dwi), bool)
     if (used & ~dwi.is_b0).sum() < 6 or not inside.any():
         return None
-    signals = _inside_volumes([dwi.data[int(v)].numpy() for v in np.flatnonzero(used)], inside)
+    signals = values_inside([dwi.data[int(v)].numpy() for v in np.flatnonzero(used)], inside)
     fa, direction = main_directions(signals, dwi.bvals[used], dwi.bvecs[used])
     maps = np.zeros((*inside.shape, 4), np.float32)
     maps[inside] = np.column_stack([fa, direction])
