@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dsiprep.cache import Cache, CachedResult
+from dsiprep.cache import Cache, CachedResult, release_memory
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Denoised, Motion
@@ -145,6 +146,21 @@ def test_series_that_is_passed_on_is_stored_once(tmp_path: Path) -> None:
     assert not stored.samefile(changed)
     assert torch.equal(second.value.data, first.value.dwi.data)
     assert torch.equal(third.value.data, 2 * first.value.dwi.data)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_results_on_disk_are_given_back(tmp_path: Path) -> None:
+    def mapped() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return 1024 * int(line.split()[1])
+
+    series = torch.ones(2**24)
+    back = Cache(tmp_path).run(motion, "motion", lambda: series).value
+    total = float(back.sum(dtype=torch.float64))
+    before = mapped()
+    release_memory()
+    assert before - mapped() > 2**25
+    assert float(back.sum(dtype=torch.float64)) == total == series.numel()
 
 
 def test_only_found_raises_for_a_missing_result(tmp_path: Path) -> None:

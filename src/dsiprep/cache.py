@@ -10,14 +10,17 @@ under a second name, and of images that are zero in many voxels only the others 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
 import inspect
 import json
+import mmap
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
 import weakref
@@ -154,6 +157,7 @@ class Cache:
                 f"stage {name} has no result in {self.folder}; run once with the same options and --keep-work"
             )
         self.started(name)
+        release_memory()
         start = time.perf_counter()
         value = function(*(_value(item) for item in inputs))
         self.seconds[name] = round(time.perf_counter() - start, 2)
@@ -167,6 +171,23 @@ class Cache:
         """Remove all stored results."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def release_memory() -> None:
+    """Give memory back that is not needed now: what the allocator keeps, and what was read of results on disk.
+
+    Between two stages; what a stage changed in the memory of a stored result is lost, as it is meant to be.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    for address, (mapped, _) in list(_files.items()):
+        if (tensor := mapped()) is not None:
+            begin = address - address % mmap.PAGESIZE
+            size = address - begin + tensor.numel() * tensor.element_size()
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
 
 
 class LockedError(DsiprepError):

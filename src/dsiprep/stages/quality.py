@@ -54,6 +54,7 @@ def measure_quality(
     coregistration: Coregistration,
     anatomy: Anatomy,
     preprocessed: Preprocessed,
+    before: tuple[Row, dict[str, np.ndarray]] | None = None,
 ) -> Quality:
     """Compute the quality metrics of one unit before and after preprocessing.
 
@@ -61,6 +62,8 @@ def measure_quality(
     ----------
     unit_name : str
         Prefix of the outputs, from which the BIDS entities are parsed.
+    before : (dict, dict of ndarray), optional
+        `measure_acquired` of the same series; computed by default.
 
     Returns
     -------
@@ -72,12 +75,10 @@ def measure_quality(
     """
     dwi = preprocessed.dwi.to("cpu")
     inside = preprocessed.mask.numpy() > 0.5
-    confounds = _confounds(acquired, denoised, motions, dwi, preprocessed.sources)
+    table, changes = before or measure_acquired(acquired, denoised, motions)
+    confounds = _confounds(acquired, motions, dwi, preprocessed.sources) | changes
     cnr, tsnr = _cnr(dwi, preprocessed.mask, motions[0].model), _tsnr(dwi, preprocessed.mask)
-    raw = acquired.dwi.to("cpu")
-    table: Row = _series_metrics("raw_", raw, acquired.mask.numpy() > 0.5, motions[0].slice_axis)
-    table |= _series_metrics("t1_", dwi, inside, 2)
-    table |= _motion_summary(confounds, raw.run)
+    table = table | _series_metrics("t1_", dwi, inside, 2) | _motion_summary(confounds, acquired.dwi.run)
     table |= _dice_overlaps(anatomy, preprocessed)
     if cnr is not None:
         table |= {f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in CNR_SUMMARY}
@@ -87,9 +88,17 @@ def measure_quality(
     table |= qspace_row(qspace, ~dwi.is_b0)
     table["coregistration_score"] = float(coregistration.score_after)
     table |= _file_entities(unit_name)
-    slices = _all_slice_z(motions, len(raw))
+    slices = _all_slice_z(motions, len(acquired.dwi))
     notes = (*_notes(motions, distortion), *_missing_maps(dwi, cnr), *_coverage_note(table))
     return Quality(table, confounds, slices, cnr, tsnr, notes, qspace)
+
+
+def measure_acquired(
+    acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...]
+) -> tuple[Row, dict[str, np.ndarray]]:
+    """Metrics of a series as acquired, for `Quality.table`, and what denoising changed, for `Quality.confounds`."""
+    row = _series_metrics("raw_", acquired.dwi.to("cpu"), acquired.mask.numpy() > 0.5, motions[0].slice_axis)
+    return row, _denoising_confounds(acquired, denoised)
 
 
 def _prescribed(acquired: Acquired, preprocessed: Preprocessed) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +168,7 @@ def _combine_raw(parts: tuple[Quality, ...]) -> Row:
 
 
 def _confounds(
-    acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI, sources: tuple[tuple[int, ...], ...]
+    acquired: Acquired, motions: tuple[Motion, ...], dwi: DWI, sources: tuple[tuple[int, ...], ...]
 ) -> dict[str, np.ndarray]:
     """Columns of the confounds table, one row per acquired volume."""
     count = len(acquired.dwi)
@@ -183,7 +192,7 @@ def _confounds(
         row[list(members)] = volume
     columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs[row].T, strict=True))
     columns["bval"] = dwi.bvals[row]
-    return columns | _denoising_confounds(acquired, denoised)
+    return columns
 
 
 def _b0_shift(motions: tuple[Motion, ...], count: int) -> dict[str, np.ndarray]:
