@@ -73,6 +73,11 @@ def compare_forms(subject: Path) -> None:
         "coronal file": reordered(b0, grid, pe, [0, 2, 1]),
         "planes turned by 0.3° about the phase-encoding axis": (*turned(b0, grid, 0.3 * axis), pe),
         "planes turned by 20° about it": (*turned(b0, grid, 20 * axis), pe),
+        "the same and turned back: interpolated as often, scanned alike": (
+            back_and_forth(b0, grid, 20 * axis),
+            grid,
+            pe,
+        ),
         "one slice off": (*turned(b0, grid, 0 * axis, 1), pe),
         "four voxels and a slice fewer": (*cropped(b0, grid), pe),
     }.items():
@@ -97,6 +102,12 @@ def turned(b0: torch.Tensor, grid: Grid, degrees: np.ndarray, slices: int = 0) -
     affine[:3, 3] += slices * affine[:3, 2]
     other = Grid(grid.shape, affine)
     return resample_onto(b0, grid, other, cubic=True).clamp(min=0), other
+
+
+def back_and_forth(b0: torch.Tensor, grid: Grid, degrees: np.ndarray) -> torch.Tensor:
+    """The image after `turned`, on its own grid again."""
+    image, other = turned(b0, grid, degrees)
+    return resample_onto(image, other, grid, cubic=True).clamp(min=0)
 
 
 def cropped(b0: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Grid]:

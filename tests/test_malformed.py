@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
+import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from dsiprep.cli import app as cli
 from dsiprep.cli.plan_page import plan_as_json, plan_units
 from dsiprep.errors import DsiprepError
 from dsiprep.io.bids import find_units, read_unit
+from dsiprep.phantom import make_phantom
 from dsiprep.settings import Settings
+from helpers.bids_dataset import Dataset
 from helpers.malformed import build, damage
+from helpers.small_run import SMALL, command
 
 SECONDS = 20
 BYTES = 2 * 2**30  # of heap beyond what is used at the start
 FAST, ALL = 40, 1200
+WHOLE = 16  # datasets that are run
 SETTINGS = Settings()
 
 
@@ -38,14 +46,21 @@ def outcome(root: Path) -> str:
     return "; ".join(messages)
 
 
-def check(seed: int, folder: Path) -> None:
-    """One sample, stopped after `SECONDS`."""
+def listing(folder: Path) -> list[tuple[str, int, int]]:
+    """Path, size and time of all that is in a folder; links are not followed."""
+    found = [Path(root) / name for root, folders, files in os.walk(folder) for name in (*folders, *files)]
+    return sorted((str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in found)
+
+
+def check(seed: int, folder: Path) -> tuple[str, str]:
+    """One sample, stopped after `SECONDS`: the kind of its first damage, and "accepted" or "refused"."""
 
     def stop(*_: object) -> None:
         raise TimeoutError(f"{described}: no end after {SECONDS} s")
 
     dataset = build(folder / "bids")
     described = damage(dataset, seed)
+    before = listing(folder)
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
@@ -58,6 +73,8 @@ def check(seed: int, folder: Path) -> None:
     message.encode()  # printable
     assert "\n" not in message, f"seed {seed}: {described}: {message}"
     assert len(message) < 2000, f"seed {seed}: {described}"
+    assert listing(folder) == before, f"seed {seed}: {described}: the dataset was changed"
+    return described.split(":")[0], "refused" if message else "accepted"
 
 
 @pytest.mark.parametrize("seed", range(FAST))
@@ -68,8 +85,9 @@ def test_damaged_datasets_end_with_a_sentence(seed: int, tmp_path: Path) -> None
 def _check_many(seeds: range, folder: Path) -> None:
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     resource.setrlimit(resource.RLIMIT_DATA, (used + BYTES, used + BYTES))
-    for seed in seeds:
-        check(seed, folder / str(seed))
+    counts = Counter(check(seed, folder / str(seed)) for seed in seeds)
+    for kind, end in sorted(counts):
+        print(f"{kind}, {end}: {counts[kind, end]}")
 
 
 @pytest.mark.slow
@@ -79,3 +97,33 @@ def test_the_whole_corpus(tmp_path: Path) -> None:
     process.start()
     process.join()
     assert process.exitcode == 0
+
+
+@pytest.mark.slow
+def test_whole_runs_of_damaged_datasets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whether it ends well or not, a run leaves images with their tables, and nothing outside its folders."""
+    counts: Counter[str] = Counter()
+    phantom = make_phantom(tmp_path / "phantom", SMALL)
+    for seed in range(WHOLE):
+        folder = tmp_path / str(seed)
+        shutil.copytree(phantom, folder / "phantom")
+        described = damage(Dataset(folder / "phantom" / "bids"), seed)
+        before = listing(folder / "phantom")
+        quick = ("--hmc-model", "none", "--denoise-method", "none", "--sdc-method", "none")
+        code = cli.main(command(folder / "phantom", folder / "out", *quick))
+        message = capsys.readouterr().err
+        said = f"seed {seed}: {described}: {message}"
+        assert "please report" not in message, said
+        assert "Traceback" not in message, said
+        images = [path for path in (folder / "out").rglob("*_dwi.nii.gz") if "figures" not in path.parts]
+        assert code or images, said
+        for image in images:
+            beside = [Path(str(image).replace(".nii.gz", ending)) for ending in (".bval", ".bvec", ".json")]
+            assert all(path.stat().st_size for path in beside), said
+        assert not list((folder / "out").rglob("*.partial*")), said
+        assert listing(folder / "phantom") == before, said
+        assert {path.name for path in folder.iterdir()} <= {"phantom", "out", "work", "moved"}, said
+        counts["refused" if code and not images else "partly run" if code else "run"] += 1
+    print(f"damaged datasets run: {dict(counts)}")
+    assert counts["refused"] > 3
+    assert counts["run"] > 3

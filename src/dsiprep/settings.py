@@ -78,7 +78,7 @@ class DenoiseSettings(Checked):
     )
     window: int = option(
         0,
-        "window of MP-PCA and svht in voxels along each axis (odd); 0 takes 3 up to 27 volumes, 5 up to 375, and 7 "
+        "window of MP-PCA and svht in voxels along each axis (odd); 0 takes 3 up to 27 volumes, 5 up to 62, 7 "
         "or more beyond",
         "--dwidenoise-window",
         "--dwi-denoise-window",

@@ -57,10 +57,11 @@ def build(root: Path) -> Dataset:
 
 
 def damage(dataset: Dataset, seed: int) -> str:
-    """Apply one or two kinds of damage and describe them."""
+    """Apply one or two kinds of damage; return kind and description of each."""
     rng = np.random.default_rng(seed)
     chosen = rng.choice(len(DAMAGES), size=1 + int(rng.random() < 0.3))
-    return "; ".join(DAMAGES[int(index)](dataset, rng) for index in chosen)
+    kinds = [DAMAGES[int(index)] for index in chosen]
+    return "; ".join(f"{kind.__name__.strip('_')}: {kind(dataset, rng)}" for kind in kinds)
 
 
 def _pick(dataset: Dataset, rng: np.random.Generator, *endings: str) -> Path | None:

@@ -10,7 +10,7 @@ import torch
 from dsiprep.errors import GradientError, InputError
 from dsiprep.io.bids import read_unit, require_files
 from dsiprep.io.sidecars import slice_axis, slice_times
-from helpers.bids_dataset import AP, LAS, SETTINGS, Dataset
+from helpers.bids_dataset import AP, LAS, SETTINGS, Dataset, has_note
 
 
 def test_missing_files_raise(dataset: Dataset) -> None:
@@ -90,3 +90,12 @@ def test_phase_encoding_direction_without_b0_raises(dataset: Dataset) -> None:
 def test_slice_axis_and_times(sidecar: dict, axis: int | None, times: tuple[float, ...]) -> None:
     assert slice_axis(sidecar, (4, 5, 3)) == axis
     assert slice_times(sidecar, (4, 5, 3)) == times
+
+
+@pytest.mark.parametrize(("factor", "noted"), [(2, False), (4, True), ("n/a", False), (None, False)])
+def test_multiband_factor_that_slice_times_contradict_is_noted(dataset: Dataset, factor: object, noted: bool) -> None:
+    """The times say which slices were excited together; a factor alone does not."""
+    times = [0, 0.5, 0, 0.5]
+    four = Dataset(dataset.root / "four", (4, 5, 4))
+    four.dwi("sub-01", {**AP, "SliceTiming": times, "MultibandAccelerationFactor": factor})
+    assert has_note(four.unit(), "MultibandAccelerationFactor is 4", "2 slices at each time") is noted

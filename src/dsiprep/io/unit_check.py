@@ -119,6 +119,22 @@ def with_file_notes(unit: Unit, b0_threshold: float) -> Unit:
         try:
             count = (*read_header(run.image).shape, 1)[3]
             notes += read_b_table(run.bval, run.bvec, count, b0_threshold).notes
+            notes += [_multiband_note(run)]
         except InputError:
             continue
     return replace(unit, notes=tuple(dict.fromkeys(note for note in notes if note)))
+
+
+def _multiband_note(run: Run) -> str:
+    """What differs if MultibandAccelerationFactor is not the number of slices that SliceTiming has at each time."""
+    i, j, k = read_header(run.image).shape[:3]
+    times, factor = slice_times(run.metadata, (i, j, k)), run.metadata.get("MultibandAccelerationFactor")
+    if not times or not isinstance(factor, int | float):
+        return ""
+    together = len(times) / len(np.unique(np.round(times, 3)))
+    if together == factor:
+        return ""
+    return (
+        f"{run.image.name}: MultibandAccelerationFactor is {factor:g}, but SliceTiming has {together:.3g} slices at "
+        "each time; which slices were excited together is taken from SliceTiming"
+    )

@@ -72,7 +72,8 @@ class Reference:
         """Entry of a reference list, without its link: authors (year). Title. Journal volume, pages."""
         names = [_strip_tex(name) for name in self._author_names]
         authors = "; ".join(names[:6] + (["et al."] if len(names) > 6 else [])).replace("; others", "; et al.")
-        source = self.fields.get("journal") or self.fields.get("booktitle") or self.fields.get("howpublished", "")
+        places = ("journal", "booktitle", "howpublished", "publisher")
+        source = next((self.fields[place] for place in places if place in self.fields), "")
         volume = self.fields.get("volume", "")
         pages = self.fields.get("pages", "").replace("--", EN_DASH)
         source += (f" {volume}" if volume else "") + (f", {pages}" if pages else "")

@@ -24,19 +24,23 @@ _LEVEL = (
     "The noise level was estimated from the lower half of the eigenvalues of local patches, relative to the "
     "Marchenko-Pastur distribution, separately for each run."
 )
+_RESTORED = (
+    "The part of the residual that adjacent voxels share, in excess of that of noise, was put back (twicing) "
+    "[@tukey1977]."
+)
 METHODS = {
     "dwidenoise": (
         f"{_LEVEL} Noise was removed with Marchenko-Pastur principal component analysis (MP-PCA) [@veraart2016] in "
-        "overlapping patches [@manjon2013]: components within the distribution of that noise were removed."
+        f"overlapping patches [@manjon2013]: components within the distribution of that noise were removed. {_RESTORED}"
     ),
     "dwidenoise2": (
         f"{_LEVEL} The variance of the noise was stabilised [@foi2011; @ma2020], components of overlapping patches "
         "[@manjon2013] within the Marchenko-Pastur distribution [@veraart2016] were removed, and the others were "
-        "shrunk to minimise the mean squared error of the average of patches [@gavish2017]."
+        f"shrunk to minimise the mean squared error of the average of patches [@gavish2017]. {_RESTORED}"
     ),
     "svht": (
         f"{_LEVEL} The singular values of overlapping patches [@manjon2013] were shrunk to minimise the mean squared "
-        "error of each patch at that noise level [@gavish2014; @gavish2017]."
+        f"error of each patch at that noise level [@gavish2014; @gavish2017]. {_RESTORED}"
     ),
     "patch2self": (
         "Every volume was replaced by its prediction from all others in the same voxel by least squares (Patch2Self) "

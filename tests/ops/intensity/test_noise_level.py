@@ -22,7 +22,7 @@ def test_noise_variance_of_matrices_of_known_rank(rows: int, columns: int, rank:
 
 
 def test_default_window_width() -> None:
-    assert [default_window(n) for n in (2, 27, 28, 126, 270, 375, 376, 1100)] == [3, 3, 5, 5, 5, 5, 7, 9]
+    assert [default_window(n) for n in (2, 27, 28, 62, 63, 343, 344, 1100)] == [3, 3, 5, 5, 7, 7, 9, 11]
 
 
 def test_level_follows_noise_that_varies_in_space() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from dsiprep.ops.motion.field_shift import HeadMovements, field_shifts
+from dsiprep.ops.motion.field_shift import HeadMovements, field_shifts, resting_steps
 from helpers.motion_subject import directions
 
 COUNT, JITTER = 60, 0.1
@@ -23,7 +25,7 @@ def _head(rng: np.random.Generator, moved: np.ndarray) -> tuple[np.ndarray, Head
     """Path (mm) of a restless head along the phase encoding, with jumps in the volumes `moved`, and the other axes."""
     jumps = rng.uniform(1, 4, (len(B0), 4)) * rng.choice([-1, 1], (len(B0), 4)) * moved[:, None]
     movements = JITTER * rng.normal(size=(len(B0), 4)) + jumps
-    return movements[:, 0], HeadMovements(movements[:, 1:] / JITTER, JITTER, 0.1)
+    return movements[:, 0], HeadMovements(movements[:, 1:] / JITTER, JITTER, 0.1, np.zeros((len(B0), 0)))
 
 
 def _earlier(q: np.ndarray) -> np.ndarray:
@@ -77,3 +79,29 @@ def test_even_functions_are_left_to_the_poses_between_rounds() -> None:
     field = 3 * q[:, 0] ** 2 + (~B0)
     found = field_shifts(head + field, movements, q, RUN, even=False)
     assert np.std(found) < 0.3 * np.std(field)
+
+
+def _resting(rng: np.random.Generator) -> tuple[np.ndarray, HeadMovements]:
+    """A head that changes its place of rest every seven volumes, along the phase encoding and the other axes."""
+    places = np.cumsum(rng.uniform(0.5, 2, (20, 4)) * rng.choice([-1, 1], (20, 4)), 0)[np.arange(len(B0)) // 7]
+    scatter = JITTER * rng.normal(size=(len(B0), 4))
+    steps = resting_steps((places + scatter)[:, 1:3], RUN)
+    return (places + scatter)[:, 0], HeadMovements(scatter[:, 1:] / JITTER, JITTER, 0.3, steps)
+
+
+def test_a_head_that_changes_its_place_of_rest_is_not_taken_for_drift_of_the_field() -> None:
+    rng, q = np.random.default_rng(7), _gradients()
+    head, movements = _resting(rng)
+    found = field_shifts(head, movements, q, RUN, even=True)
+    assert np.std(head) > 1
+    assert np.sqrt(np.mean(found**2)) < 0.2
+    without = replace(movements, steps=movements.steps[:, :0])
+    assert np.sqrt(np.mean(field_shifts(head, without, q, RUN, even=True) ** 2)) > 1
+
+
+def test_steps_are_found_where_the_head_changes_its_place() -> None:
+    _, movements = _resting(np.random.default_rng(8))
+    first, true = np.argmax(movements.steps > 0, axis=0), np.arange(7, len(B0), 7)
+    assert len(first) == len(true)
+    assert np.abs(first - true).max() <= 1
+    assert resting_steps(JITTER * np.random.default_rng(9).normal(size=(len(B0), 2)), RUN).shape[1] == 0

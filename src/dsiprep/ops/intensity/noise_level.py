@@ -100,7 +100,7 @@ def correlation_factor(data: torch.Tensor, inside: torch.Tensor, window: int = 0
     """
     n, shape = data.shape[0], tuple(data.shape[1:])
     width = window or default_window(n)
-    grid = patch_grid(shape, width, width, None)
+    grid = patch_grid(shape, width, max(1, width // 2), None)
     ratios = []
     for planes, index in grid.slabs(data.device):
         usable = inside[planes].reshape(-1).float()
@@ -116,12 +116,12 @@ def correlation_factor(data: torch.Tensor, inside: torch.Tensor, window: int = 0
 
 
 def default_window(volumes: int) -> int:
-    """Odd width of a patch: 3 up to 27 volumes, then at least 5, and so that its cube has a third as many voxels.
+    """Odd width of a patch: 3 up to 27 volumes, 5 up to 62, 7 up to 343, then so that its cube has as many voxels.
 
-    Wider patches hold more components, and cost more.
+    Components stand out more clearly in wide patches, of which fewer are needed, and more are needed for their signal.
     """
-    width = 3 if volumes <= 27 else 5
-    while 3 * width**3 < volumes:
+    width = 3 if volumes <= 27 else 5 if volumes <= 62 else 7
+    while width**3 < volumes:
         width += 2
     return width
 

@@ -6,11 +6,11 @@ that axis, in volume v, is modelled as
 
     y_v = c + head_v + field_v.
 
-The head is a slow path plus a movement of heavy tails (Student t), both of the size found along the other two axes,
-and a volume in which those move is one in which y may move, too. The field is what remains: eddy currents, functions of
-the gradient g_v and, as they decay over seconds, of the gradients before it; the drift of the centre frequency, smooth
-in time within a run; and fluctuations from volume to volume, as by breathing. The variance of each is found by maximum
-likelihood, so a head without such fields keeps its movements.
+The head is a slow path, steps from one place of rest to another, and a movement of heavy tails (Student t), all of the
+size found along the other two axes: where and when the head moves along those, y may change, too. The field is what
+remains: eddy currents, functions of the gradient g_v and, as they decay over seconds, of the gradients before it; the
+drift of the centre frequency, smooth in time within a run; and fluctuations from volume to volume, as by breathing. The
+variance of each is found by maximum likelihood, so a head without such fields keeps its movements.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ __all__ = ["HeadMovements", "attribute_shifts", "field_shifts"]
 
 STUDENT_DOF = 4.0  # degrees of freedom of the Student t distribution of movements
 ITERATIONS = 60  # of the variances
+STEP_WINDOW = 3  # volumes before and after a step whose median positions are compared
+CLEAR_STEP = 4.0  # standard deviations of positions at rest
 PATH_ITERATIONS = 20  # of the path of the head along the other axes
 RADIUS_MM = 60.0  # distance at which rotations are converted to mm
 CONSTANT_MM = 100.0  # prior standard deviation of c
 INITIAL_MM = 0.3  # standard deviation that the variance of each part of the field starts from
-FIRST_EVEN, FIRST_ODD = 2, 4  # parts of the field from which on functions of the gradient are even, and odd
+FIRST_EVEN, FIRST_ODD = 3, 5  # parts of the field from which on functions of the gradient are even, and odd
 FIRST_MOVE = 3.0  # initial movement along the phase-encoding axis over that along the others
 DECAYS = (0.0, 0.7)  # part of the effect of a gradient that is left after one more volume
 
@@ -49,19 +51,22 @@ class HeadMovements:
         rotation about the phase-encoding axis.
     jitter, slow : float
         Standard deviations (mm) of movements and of the path of the resting head along the two other axes.
+    steps : ndarray, (n, s)
+        For each step to another place of rest, its size (mm) along the two other axes from its volume on, 0 before.
     """
 
     movement: np.ndarray
     jitter: float
     slow: float
+    steps: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class _Parts:
     """Columns of the linear model of the shifts, (n, c), and which part (0, 1, ...) each belongs to.
 
-    Parts are the constant, the slow path of the head, and those of the field: the offset of the diffusion-weighted
-    volumes, other even functions of the gradient, the gradient, earlier gradients, drift.
+    Parts are the constant, the slow path and the steps of the head, and those of the field: the offset of the
+    diffusion-weighted volumes, other even functions of the gradient, the gradient, earlier gradients, drift.
     """
 
     columns: np.ndarray
@@ -96,15 +101,40 @@ def head_movements(transforms: np.ndarray, run: np.ndarray, centre: np.ndarray, 
     """Movements that fields cannot mimic, from poses (n, 4, 4) about `centre` (3,)."""
     others = [axis for axis in range(3) if axis != eddy.along]
     poses, drift = _axis_parameters(transforms, centre, eddy, others), drift_basis(run)
+    steps = resting_steps(poses[:, :2], run)
+    path = np.hstack([drift, steps])
     movement = poses - np.median(poses, axis=0)
-    knots = np.zeros((drift.shape[1], 3))
+    knots = np.zeros((path.shape[1], 3))
     for _ in range(PATH_ITERATIONS):  # least sum of distances
-        weighted = drift / (MIN_JITTER_MM + np.linalg.norm(movement, axis=1))[:, None]
-        knots = np.linalg.solve(weighted.T @ drift + 1e-9 * np.eye(len(knots)), weighted.T @ poses)
-        movement = poses - drift @ knots
+        weighted = path / (MIN_JITTER_MM + np.linalg.norm(movement, axis=1))[:, None]
+        knots = np.linalg.solve(weighted.T @ path + 1e-9 * np.eye(len(knots)), weighted.T @ poses)
+        movement = poses - path @ knots
     scale = np.maximum(MIN_JITTER_MM, np.quantile(np.abs(movement), 0.5, axis=0) / 0.6745)
-    slow = max(MIN_JITTER_MM, float(np.sqrt(np.var(knots[:, :2], axis=0, ddof=1).mean())))
-    return HeadMovements(movement / scale, float(np.sqrt((scale[:2] ** 2).mean())), slow)
+    slow = max(MIN_JITTER_MM, float(np.sqrt(np.var(knots[: drift.shape[1], :2], axis=0, ddof=1).mean())))
+    return HeadMovements(movement / scale, float(np.sqrt((scale[:2] ** 2).mean())), slow, steps)
+
+
+def resting_steps(positions: np.ndarray, run: np.ndarray) -> np.ndarray:
+    """Steps of the head from one place of rest to another, (n, s), as in `HeadMovements`.
+
+    Parameters
+    ----------
+    positions : ndarray, (n, 2)
+        mm, along the axes across the phase-encoding axis.
+    run : ndarray, (n,)
+    """
+    n, sizes = len(positions), np.zeros(len(positions))
+    for v in range(STEP_WINDOW, n - STEP_WINDOW + 1):
+        if run[v - STEP_WINDOW] == run[v + STEP_WINDOW - 1]:
+            before, after = positions[v - STEP_WINDOW : v], positions[v : v + STEP_WINDOW]
+            sizes[v] = np.sqrt(((np.median(after, 0) - np.median(before, 0)) ** 2).mean())
+    scatter = float(np.median(np.abs(np.diff(positions, axis=0)))) / 0.6745 / np.sqrt(2)
+    least = CLEAR_STEP * max(MIN_JITTER_MM, scatter)
+    padded = np.pad(sizes, STEP_WINDOW)
+    largest = np.array([size >= padded[v : v + 2 * STEP_WINDOW + 1].max() for v, size in enumerate(sizes)])
+    at = np.flatnonzero(largest & (sizes > least))
+    later = (np.arange(n)[:, None] >= at) & (run[:, None] == run[at])
+    return later * sizes[at]
 
 
 def field_shifts(apparent: np.ndarray, head: HeadMovements, q: np.ndarray, run: np.ndarray, even: bool) -> np.ndarray:
@@ -127,7 +157,7 @@ def field_shifts(apparent: np.ndarray, head: HeadMovements, q: np.ndarray, run: 
     ----------
     Zhou et al. 2019, doi 10.1080/10618600.2018.1529601 (variances by minorisation and maximisation).
     """
-    parts = _parts(q, run, head.slow)
+    parts = _parts(q, run, head)
     x, number = parts.columns, len(parts.fixed)
     variances = np.concatenate([parts.fixed, np.full(parts.part.max() + 1 - number, INITIAL_MM**2)])
     white, moved = INITIAL_MM**2, FIRST_MOVE * head.jitter * np.linalg.norm(head.movement, axis=1)
@@ -155,16 +185,16 @@ def field_shifts(apparent: np.ndarray, head: HeadMovements, q: np.ndarray, run: 
     return shifts - np.median(shifts[~(q != 0).any(axis=1)])
 
 
-def _parts(q: np.ndarray, run: np.ndarray, slow: float) -> _Parts:
+def _parts(q: np.ndarray, run: np.ndarray, head: HeadMovements) -> _Parts:
     """Columns of the model, each of unit mean square over the volumes that it concerns."""
     drift = drift_basis(run)
     weighted = (q**2).sum(axis=1, keepdims=True) > 0
     even = even_gradient_basis(q)
     even = even / np.sqrt((even**2).sum(axis=1)[weighted[:, 0]].mean())
-    groups = [np.ones((len(q), 1)), drift, weighted.astype(float), even, q]
+    groups = [np.ones((len(q), 1)), drift, head.steps, weighted.astype(float), even, q]
     groups += [_earlier(q, run, decay) for decay in DECAYS] + [drift]
     part = np.repeat(np.arange(len(groups)), [group.shape[1] for group in groups])
-    return _Parts(np.hstack(groups), part, np.array([CONSTANT_MM, slow]) ** 2)
+    return _Parts(np.hstack(groups), part, np.array([CONSTANT_MM, head.slow, 1.0]) ** 2)
 
 
 def _earlier(q: np.ndarray, run: np.ndarray, decay: float) -> np.ndarray:
