@@ -10,7 +10,8 @@ The head is a slow path, steps from one place of rest to another, and a movement
 size found along the other two axes: where and when the head moves along those, y may change, too. The field is what
 remains: eddy currents, functions of the gradient g_v and, as they decay over seconds, of the gradients before it; the
 drift of the centre frequency, smooth in time within a run; and fluctuations from volume to volume, as by breathing. The
-variance of each is found by maximum likelihood, so a head without such fields keeps its movements.
+variance of each is found by maximum likelihood, so a head without such fields keeps its movements. As the slow path of
+the head may be any, too, drift is left out unless the odds speak clearly for it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ __all__ = ["HeadMovements", "attribute_shifts", "field_shifts"]
 
 STUDENT_DOF = 4.0  # degrees of freedom of the Student t distribution of movements
 ITERATIONS = 60  # of the variances
-STEP_WINDOW = 3  # volumes before and after a step whose median positions are compared
+STEP_WINDOW = 4  # volumes before and after a step whose median positions are compared
+LEAST_REST = 3.0  # size of a step over the spread of positions before and after it
 CLEAR_STEP = 4.0  # standard deviations of positions at rest
 PATH_ITERATIONS = 20  # of the path of the head along the other axes
 RADIUS_MM = 60.0  # distance at which rotations are converted to mm
@@ -37,6 +39,7 @@ CONSTANT_MM = 100.0  # prior standard deviation of c
 INITIAL_MM = 0.3  # standard deviation that the variance of each part of the field starts from
 FIRST_EVEN, FIRST_ODD = 3, 5  # parts of the field from which on functions of the gradient are even, and odd
 FIRST_MOVE = 3.0  # initial movement along the phase-encoding axis over that along the others
+CLEAR_DRIFT = 10.0  # logarithm of the odds from which on the centre frequency drifts
 DECAYS = (0.0, 0.7)  # part of the effect of a gradient that is left after one more volume
 
 
@@ -102,16 +105,22 @@ def head_movements(transforms: np.ndarray, run: np.ndarray, centre: np.ndarray, 
     others = [axis for axis in range(3) if axis != eddy.along]
     poses, drift = _axis_parameters(transforms, centre, eddy, others), drift_basis(run)
     steps = resting_steps(poses[:, :2], run)
-    path = np.hstack([drift, steps])
-    movement = poses - np.median(poses, axis=0)
-    knots = np.zeros((path.shape[1], 3))
-    for _ in range(PATH_ITERATIONS):  # least sum of distances
+    knots, movement = _follow(poses, drift)
+    slow = max(MIN_JITTER_MM, float(np.sqrt(np.var(knots[:, :2], axis=0, ddof=1).mean())))
+    if steps.shape[1]:
+        movement = _follow(poses, np.hstack([drift, steps]))[1]
+    scale = np.maximum(MIN_JITTER_MM, np.quantile(np.abs(movement), 0.5, axis=0) / 0.6745)
+    return HeadMovements(movement / scale, float(np.sqrt((scale[:2] ** 2).mean())), slow, steps)
+
+
+def _follow(poses: np.ndarray, path: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Coefficients of `path` (n, c) with the least sum of distances from `poses` (n, 3), and poses less that path."""
+    movement, knots = poses - np.median(poses, axis=0), np.zeros((path.shape[1], 3))
+    for _ in range(PATH_ITERATIONS):
         weighted = path / (MIN_JITTER_MM + np.linalg.norm(movement, axis=1))[:, None]
         knots = np.linalg.solve(weighted.T @ path + 1e-9 * np.eye(len(knots)), weighted.T @ poses)
         movement = poses - path @ knots
-    scale = np.maximum(MIN_JITTER_MM, np.quantile(np.abs(movement), 0.5, axis=0) / 0.6745)
-    slow = max(MIN_JITTER_MM, float(np.sqrt(np.var(knots[: drift.shape[1], :2], axis=0, ddof=1).mean())))
-    return HeadMovements(movement / scale, float(np.sqrt((scale[:2] ** 2).mean())), slow, steps)
+    return knots, movement
 
 
 def resting_steps(positions: np.ndarray, run: np.ndarray) -> np.ndarray:
@@ -127,7 +136,13 @@ def resting_steps(positions: np.ndarray, run: np.ndarray) -> np.ndarray:
     for v in range(STEP_WINDOW, n - STEP_WINDOW + 1):
         if run[v - STEP_WINDOW] == run[v + STEP_WINDOW - 1]:
             before, after = positions[v - STEP_WINDOW : v], positions[v : v + STEP_WINDOW]
-            sizes[v] = np.sqrt(((np.median(after, 0) - np.median(before, 0)) ** 2).mean())
+            places = np.median(before, 0), np.median(after, 0)
+            size = np.sqrt(((places[1] - places[0]) ** 2).mean())
+            spread = max(
+                np.median(np.linalg.norm(group - place, axis=1))
+                for group, place in zip((before, after), places, strict=True)
+            )
+            sizes[v] = size if size > LEAST_REST * spread else 0
     scatter = float(np.median(np.abs(np.diff(positions, axis=0)))) / 0.6745 / np.sqrt(2)
     least = CLEAR_STEP * max(MIN_JITTER_MM, scatter)
     padded = np.pad(sizes, STEP_WINDOW)
@@ -158,19 +173,54 @@ def field_shifts(apparent: np.ndarray, head: HeadMovements, q: np.ndarray, run: 
     Zhou et al. 2019, doi 10.1080/10618600.2018.1529601 (variances by minorisation and maximisation).
     """
     parts = _parts(q, run, head)
+    others = parts.part < parts.part.max()
+    fewer = _Parts(parts.columns[:, others], parts.part[others], parts.fixed)
+    fit = _fit(apparent, head, parts)
+    without_drift = _fit(apparent, head, fewer, fit.jitter)
+    if fit.evidence - without_drift.evidence < CLEAR_DRIFT:
+        fit, parts = without_drift, fewer
+    field = parts.part >= (FIRST_EVEN if even else FIRST_ODD)
+    shifts = parts.columns[:, field] @ fit.coefficients[field] + fit.white * fit.alpha
+    return shifts - np.median(shifts[~(q != 0).any(axis=1)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Fit:
+    """Parts of the shifts at the most likely variances.
+
+    Attributes
+    ----------
+    coefficients : ndarray, (c,)
+        mm.
+    alpha : ndarray, (n,)
+        Residuals over the variance of what has no columns: fluctuations of the field, of variance `white` (mm²), and
+        movements of the head, of variance `jitter` (mm²), (n,).
+    evidence : float
+        Logarithm of the likelihood, with all coefficients integrated out.
+    """
+
+    coefficients: np.ndarray
+    alpha: np.ndarray
+    white: float
+    jitter: np.ndarray
+    evidence: float
+
+
+def _fit(apparent: np.ndarray, head: HeadMovements, parts: _Parts, given: np.ndarray | None = None) -> _Fit:
+    """Maximise the likelihood over the variances; those of the head's movements too, unless they are given, (n,)."""
     x, number = parts.columns, len(parts.fixed)
     variances = np.concatenate([parts.fixed, np.full(parts.part.max() + 1 - number, INITIAL_MM**2)])
     white, moved = INITIAL_MM**2, FIRST_MOVE * head.jitter * np.linalg.norm(head.movement, axis=1)
-    alpha, coefficients = np.zeros(len(apparent)), np.zeros(x.shape[1])
-    for _ in range(ITERATIONS):
+
+    def movements() -> np.ndarray:
         distance = (head.movement**2).sum(axis=1) + (moved / head.jitter) ** 2
-        jitter = head.jitter**2 * (1 + distance / STUDENT_DOF)
+        return head.jitter**2 * (1 + distance / STUDENT_DOF) if given is None else given
+
+    for _ in range(ITERATIONS):
+        jitter = movements()
         noise = white + jitter
-        scaled = x / noise[:, None]
-        normal = x.T @ scaled
-        inverse = np.linalg.inv(normal + np.diag(1 / variances[parts.part]))
-        coefficients = inverse @ (scaled.T @ apparent)
-        alpha = (apparent - x @ coefficients) / noise
+        scaled, normal, inverse = _normal_equations(x, noise, variances[parts.part])
+        alpha = (apparent - x @ (inverse @ (scaled.T @ apparent))) / noise
         moved = jitter * alpha
         score = (x.T @ alpha) ** 2
         trace = np.diag(normal) - ((normal @ inverse) * normal).sum(axis=1)
@@ -180,9 +230,21 @@ def field_shifts(apparent: np.ndarray, head: HeadMovements, q: np.ndarray, run: 
             variances[part] = max(variances[part] * np.sqrt(ratio), 1e-8)
         leverage = ((scaled @ inverse) * scaled).sum(axis=1)
         white = max(white * np.sqrt((alpha**2).sum() / max((1 / noise - leverage).sum(), 1e-12)), 1e-8)
-    field = parts.part >= (FIRST_EVEN if even else FIRST_ODD)
-    shifts = x[:, field] @ coefficients[field] + white * alpha
-    return shifts - np.median(shifts[~(q != 0).any(axis=1)])
+    jitter = movements()
+    noise, prior = white + jitter, variances[parts.part]
+    scaled, normal, inverse = _normal_equations(x, noise, prior)
+    coefficients = inverse @ (scaled.T @ apparent)
+    alpha = (apparent - x @ coefficients) / noise
+    determinant = np.linalg.slogdet(np.eye(len(prior)) + normal * prior)[1]
+    evidence = -0.5 * float(apparent @ alpha + np.log(noise).sum() + determinant)
+    return _Fit(coefficients, alpha, white, jitter, evidence)
+
+
+def _normal_equations(x: np.ndarray, noise: np.ndarray, prior: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Columns over the variances `noise` (n,), their normal matrix, and its inverse with the variances `prior` (c,)."""
+    scaled = x / noise[:, None]
+    normal = x.T @ scaled
+    return scaled, normal, np.linalg.inv(normal + np.diag(1 / prior))
 
 
 def _parts(q: np.ndarray, run: np.ndarray, head: HeadMovements) -> _Parts:
