@@ -1,8 +1,9 @@
 """Whole cohorts: `python benchmarks/cohort.py OUT [--subjects N] [--planned N]`.
 
-- N phantoms of 6 mm, processed by one worker and by two of one core each, in either order: wall time, whether every
-  byte of the outputs agrees, the largest size of a subject's work folder, the time of a second run, and which sessions
-  are computed after one was added. Kernels are compiled by the first of the phantoms beforehand.
+- N phantoms of 6 mm, processed by one worker and by two of one core each, in either order: wall and CPU time, whether
+  every byte of the outputs agrees, the largest size of a subject's work folder, the time of a second run, and what is
+  computed, in what time, after a session was added. Kernels are compiled by the first of the phantoms beforehand. Other
+  jobs on the machine change wall times more than CPU times.
 - The plan (`--dry-run --json`) of a dataset whose images have a header and no voxels: wall time and peak memory.
 
 One Markdown table. Subjects share the images of three heads, as copies.
@@ -15,6 +16,7 @@ import gzip
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -63,16 +65,22 @@ def copy_subject(source: Path, bids: Path, subject: str, session: str) -> None:
             shutil.copy(path, target)
 
 
-def run(bids: Path, out: Path, *options: str) -> float:
-    """Wall time of a run of the command line."""
+def run(bids: Path, out: Path, *options: str) -> tuple[float, float]:
+    """Wall and CPU time of a run of the command line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
-    start = time.perf_counter()
+    start, before = time.perf_counter(), cpu_of_children()
     command = [sys.executable, "-m", "dsiprep", str(bids), str(out), *RUN, "-w", str(out.with_name(out.name + "-work"))]
     done = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     (out / "stderr.txt").write_text(done.stderr)
-    return time.perf_counter() - start
+    return time.perf_counter() - start, cpu_of_children() - before
+
+
+def cpu_of_children() -> float:
+    """CPU time (s) of all processes that were started from here and have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -124,10 +132,10 @@ def cohort(out: Path, subjects: int) -> Iterator[tuple[str, str]]:
     labels = sorted(path.name[4:] for path in bids.glob("sub-*"))
     run(bids, out / "warm", "--participant-label", labels[0], "--nprocs", "1")
     with largest_work(out / "one-work") as largest:
-        one = run(bids, out / "one", "--nprocs", "1")
-    yield f"{subjects} subjects, one worker", f"{one:.0f} s"
-    two = run(bids, out / "two", "--nprocs", "2", "--omp-nthreads", "1")
-    yield "two workers", f"{two:.0f} s, {two / one:.2f} of the time"
+        one, cpu = run(bids, out / "one", "--nprocs", "1")
+    yield f"{subjects} subjects, one worker", f"{one:.0f} s, {cpu:.0f} CPU-s"
+    two, cpu = run(bids, out / "two", "--nprocs", "2", "--omp-nthreads", "1")
+    yield "two workers", f"{two:.0f} s, {two / one:.2f} of the time, {cpu:.0f} CPU-s"
     run(bids, out / "reversed", "--nprocs", "2", "--omp-nthreads", "1", "--participant-label", *labels[::-1])
     same = digests(out / "one") == digests(out / "two") == digests(out / "reversed")
     yield f"{len(digests(out / 'one'))} images, transforms and tables", "identical" if same else "DIFFERENT"
@@ -135,7 +143,7 @@ def cohort(out: Path, subjects: int) -> Iterator[tuple[str, str]]:
     yield "largest work folder of a subject", f"{largest[0] / raw:.1f} x the series ({raw / 2**20:.0f} MB)"
     left = [path.name for name in ("one", "two") for path in (out / f"{name}-work").iterdir()]
     yield "left in the work folders", ", ".join(left) or "nothing"
-    again = run(bids, out / "one", "--nprocs", "1")
+    again, _ = run(bids, out / "one", "--nprocs", "1")
     yield "second run", f"{again:.1f} s, {again / subjects:.2f} s per subject"
     yield "computed after a session was added (--keep-work)", added_session(out)
 
@@ -147,15 +155,16 @@ def added_session(out: Path) -> str:
     shutil.copytree(out / "bids", bids, ignore=shutil.ignore_patterns("sub-*"))
     source = out / "head-0" / "bids" / "sub-01"
     copy_subject(source, bids, "sub-001", "ses-1")
-    run(bids, out / "kept", "--nprocs", "1", "--keep-work")
+    _, first = run(bids, out / "kept", "--nprocs", "1", "--keep-work")
     copy_subject(source, bids, "sub-001", "ses-2")
     shutil.rmtree(bids / "sub-001" / "ses-2" / "anat")
-    run(bids, out / "kept", "--nprocs", "1", "--keep-work")
+    _, second = run(bids, out / "kept", "--nprocs", "1", "--keep-work")
     steps = [
         line.split(": ") for line in (out / "kept" / "stderr.txt").read_text().splitlines() if line.count(": ") == 1
     ]
     computed = {unit: [step for name, step in steps if name == unit] for unit, _ in steps}
-    return "; ".join(f"{unit}: {', '.join(names)}" for unit, names in computed.items() if unit.startswith("sub-"))
+    listed = "; ".join(f"{unit}: {', '.join(names)}" for unit, names in computed.items() if unit.startswith("sub-"))
+    return f"{listed}; {second:.0f} CPU-s, of the first session {first:.0f}"
 
 
 def make_empty(bids: Path, subjects: int) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dsiprep.cache import Cache, CachedResult
+from dsiprep.cache import Cache, CachedResult, release_memory
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Denoised, Motion
@@ -117,6 +118,49 @@ def test_tables_nan_and_empty_arrays_are_restored(tmp_path: Path) -> None:
     np.testing.assert_array_equal(back.slice_z, result.slice_z)
     assert back.trace == result.trace
     assert back.volumes.dtype == result.volumes.dtype
+
+
+def test_images_with_zeros_are_restored_from_their_other_voxels(tmp_path: Path) -> None:
+    noise = torch.randn(80, 81, 82, generator=torch.Generator().manual_seed(1))
+    images = noise, (noise > 1).float(), torch.where(noise > 0.8, noise, 0.0), torch.zeros(80, 81, 82)
+    back = Cache(tmp_path).run(motion, "motion", lambda: images).value
+    for image, restored in zip(images, back, strict=True):
+        assert restored.dtype == image.dtype
+        assert torch.equal(restored, image)
+    (folder,) = tmp_path.iterdir()
+    dense, mask, part, zeros = ((folder / f"result.{n}.npy").stat().st_size for n in range(4))
+    assert dense > 4 * noise.numel() > 4 * part
+    assert max(mask, zeros) < 200
+
+
+def test_series_that_is_passed_on_is_stored_once(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    first = cache.run(denoise, "denoise", Counted(), DenoiseSettings())
+    second = cache.run(motion, "same", lambda denoised: denoised.dwi, first)
+    third = cache.run(motion, "changed", lambda denoised: denoised.dwi.with_data(denoised.dwi.data.mul_(2)), first)
+    stored, same, changed = (
+        next(tmp_path.glob(pattern))
+        for pattern in ("denoise-*/*dwi.data.npy", "same-*/*data.npy", "changed-*/*data.npy")
+    )
+    assert stored.samefile(same)
+    assert not stored.samefile(changed)
+    assert torch.equal(second.value.data, first.value.dwi.data)
+    assert torch.equal(third.value.data, 2 * first.value.dwi.data)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_results_on_disk_are_given_back(tmp_path: Path) -> None:
+    def mapped() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssFile"))
+        return 1024 * int(line.split()[1])
+
+    series = torch.ones(2**24)
+    back = Cache(tmp_path).run(motion, "motion", lambda: series).value
+    total = float(back.sum(dtype=torch.float64))
+    before = mapped()
+    release_memory()
+    assert before - mapped() > 2**25
+    assert float(back.sum(dtype=torch.float64)) == total == series.numel()
 
 
 def test_only_found_raises_for_a_missing_result(tmp_path: Path) -> None:

@@ -4,21 +4,26 @@ The key of a result is a hash of its lineage: the source of the stage and of eve
 the numerical libraries, the settings and the keys of its inputs; input files enter by their contents. A result is a
 folder of `.npy` arrays and one `result.json`, written under a temporary name and renamed, so a folder that exists is
 complete and an interrupted run resumes where it stopped. Results are read back memory-mapped before the next stage sees
-them, so a fresh and a resumed run work on the same numbers.
+them, so a fresh and a resumed run work on the same numbers. A series that a stage passes on unchanged is stored once,
+under a second name, and of images that are zero in many voxels only the others are stored.
 """
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
 import inspect
 import json
+import mmap
 import os
 import shutil
 import socket
+import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -40,6 +45,9 @@ LIBRARIES = {
     name: version(name) for name in ("numpy", "scipy", "numba", "torch", "SimpleITK", "scikit-image", "deepbet")
 }
 INLINE = 256  # largest array that is stored in the JSON file, where it can be read
+MAPPED = 2**20  # bytes above which an array is mapped into memory instead of read
+DENSE = 2**25  # values from which on an array is stored whatever it holds, as it should be mapped
+ZEROS = 0.25  # share of zeros from which on they are left out
 
 TYPES: dict[str, type] = {
     name: kind
@@ -50,16 +58,23 @@ TYPES: dict[str, type] = {
 
 
 class CachedResult(Generic[T]):
-    """A result and the key of its lineage; `value` is computed or loaded on first use."""
+    """A result and the key of its lineage; `value` is computed or loaded when it is asked for.
 
-    def __init__(self, key: str, make: Callable[[], T]) -> None:
+    A result on disk is mapped into memory anew each time, so that pages one stage has read do not stay resident while
+    others run.
+    """
+
+    def __init__(self, key: str, make: Callable[[], T], on_disk: bool = False) -> None:
         self.key = key
         self._make = make
+        self._on_disk = on_disk
         self._value: T | None = None
 
     @property
     def value(self) -> T:
         """The result itself."""
+        if self._on_disk:
+            return self._make()
         if self._value is None:
             self._value = self._make()
         return self._value
@@ -128,7 +143,7 @@ class Cache:
             del value
         else:
             self.seconds[name] = json.loads((target / "result.json").read_text())["about"]["seconds"]
-        return CachedResult(key, lambda: _load(target))
+        return CachedResult(key, lambda: _load(target), on_disk=True)
 
     def derive(self, function: Callable[..., T], *inputs: CachedResult[Any]) -> CachedResult[T]:
         """`function(*inputs)` where it is too cheap to be stored; its key follows from those of its inputs."""
@@ -142,6 +157,7 @@ class Cache:
                 f"stage {name} has no result in {self.folder}; run once with the same options and --keep-work"
             )
         self.started(name)
+        release_memory()
         start = time.perf_counter()
         value = function(*(_value(item) for item in inputs))
         self.seconds[name] = round(time.perf_counter() - start, 2)
@@ -155,6 +171,23 @@ class Cache:
         """Remove all stored results."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def release_memory() -> None:
+    """Give memory back that is not needed now: what the allocator keeps, and what was read of results on disk.
+
+    Between two stages; what a stage changed in the memory of a stored result is lost, as it is meant to be.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    for address, (mapped, _) in list(_files.items()):
+        if (tensor := mapped()) is not None:
+            begin = address - address % mmap.PAGESIZE
+            size = address - begin + tensor.numel() * tensor.element_size()
+            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
+    if hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
 
 
 class LockedError(DsiprepError):
@@ -260,10 +293,43 @@ def _store(target: Path, value: object, about: dict[str, Any]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+# the file of each tensor that is mapped into memory, by the address of its values
+_files: dict[int, tuple[weakref.ref[torch.Tensor], Path]] = {}
+
+
+def _encode_tensor(item: torch.Tensor, folder: Path, name: str) -> object:
+    values, file = item.detach().cpu().numpy(), folder / f"{name}.npy"
+    mapped, known = _files.get(item.data_ptr(), (lambda: None, file))
+    if mapped() is not None and _is_stored(values, known):
+        try:
+            os.link(known, file)
+            return {"tensor": file.name}
+        except OSError:  # a file system on which a file has one name
+            pass
+    if MAPPED / 4 < values.size < DENSE and np.count_nonzero(values) <= (1 - ZEROS) * values.size:
+        inside = values != 0
+        others = values[inside]
+        single = others[:1] if len(others) and (others == others[0]).all() else others
+        np.save(file, single)
+        np.save(folder / f"{name}.where.npy", np.packbits(inside))
+        return {"sparse": file.name, "where": f"{name}.where.npy", "shape": values.shape}
+    np.save(file, values)
+    return {"tensor": file.name}
+
+
+def _is_stored(values: np.ndarray, file: Path) -> bool:
+    """Whether a file holds these values, which a stage may have changed in memory."""
+    try:
+        stored = np.load(file, mmap_mode="r")
+    except (OSError, ValueError):
+        return False
+    same = stored.shape == values.shape and stored.dtype == values.dtype
+    return same and all(np.array_equal(a, b) for a, b in zip(stored, values, strict=True))
+
+
 def _encode(item: object, folder: Path, name: str) -> object:
     if isinstance(item, torch.Tensor):
-        np.save(folder / f"{name}.npy", item.detach().cpu().numpy())
-        return {"tensor": f"{name}.npy"}
+        return _encode_tensor(item, folder, name)
     if isinstance(item, np.ndarray):
         if item.size <= INLINE and item.dtype.kind in "fiub":
             return {"array": item.tolist(), "dtype": item.dtype.str, "shape": item.shape}
@@ -287,16 +353,30 @@ def _load(target: Path) -> Any:
     return _decode(json.loads((target / "result.json").read_text())["result"], target)
 
 
+def _load_tensor(path: Path) -> torch.Tensor:
+    """A tensor from a file; a large one stays there, to be read when it is needed."""
+    if path.stat().st_size <= MAPPED:
+        return torch.from_numpy(np.load(path))
+    # copy-on-write: a stage cannot change the file, and torch asks for writable memory
+    tensor = torch.from_numpy(np.load(path, mmap_mode="c"))
+    address = tensor.data_ptr()
+    _files[address] = weakref.ref(tensor, lambda _: _files.pop(address, None)), path
+    return tensor
+
+
 def _decode(tree: Any, folder: Path) -> Any:
     if isinstance(tree, list):
         return [_decode(part, folder) for part in tree]
     if not isinstance(tree, dict):
         return tree
     if "tensor" in tree:
-        path = folder / tree["tensor"]
-        # copy-on-write: a stage cannot change the file, and torch asks for writable memory
-        big = path.stat().st_size > 2**20
-        return torch.from_numpy(np.load(path, mmap_mode="c" if big else None))
+        return _load_tensor(folder / tree["tensor"])
+    if "sparse" in tree:
+        values, shape = np.load(folder / tree["sparse"]), tree["shape"]
+        inside = np.unpackbits(np.load(folder / tree["where"]), count=int(np.prod(shape))).view(bool)
+        whole = np.zeros(len(inside), values.dtype)
+        whole[inside] = values
+        return torch.from_numpy(whole.reshape(shape))
     if "npy" in tree:
         return np.load(folder / tree["npy"])
     if "array" in tree:

@@ -20,7 +20,8 @@ from dsiprep.sources import source_digest
 
 __all__ = ["compiled", "inlined"]
 
-inlined = numba.njit(inline="always", fastmath=True)
+# inlined by LLVM: kernels into whose source functions are copied take up to three times as long to compile
+inlined = numba.njit(forceinline=True, fastmath=True)
 
 
 def compiled(parallel: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -34,7 +34,7 @@ COSTS = {
 MOVING_FIELD = (10.0, 1.0)  # more for distortion, if a third of the volumes are turned
 PARALLEL = {"denoise": 0.9, "motion": 0.9, "anatomy": 0.6, "resample": 0.8}  # part that runs on several cores
 PARALLEL_OTHERS = 0.2
-BASE_MB, COPIES = 2000, 8  # memory beside the series, and copies of the series in float32
+BASE_MB, COPIES = 2000, 5  # memory beside the series, and copies of the series in float32
 COMPLEX_COPIES, LATTICE_COPIES = 2, 1  # more for complex data, and for a series on a lattice
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsiprep import __version__
-from dsiprep.cache import Cache, LockedError, exclusive
+from dsiprep.cache import Cache, LockedError, exclusive, release_memory
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
 from dsiprep.errors import DsiprepError, printable
@@ -230,6 +230,7 @@ def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None
     results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))
     if not reports_only:
         on_step(unit.name, "derivatives")
+        release_memory()
         write_derivatives(results, job.out)
     return results
 
@@ -254,6 +255,7 @@ def _write_reports(
     from dsiprep.outputs import write_methods, write_report
 
     on_step(job.units[-1].name, "report")
+    release_memory()
     if job.mode == "boilerplate_only":
         write_methods(finished, job.out)
     else:

@@ -141,9 +141,9 @@ def preprocess(
     options = (settings.resample, settings.denoise, warp, moving)
     preprocessed = cache.run(resample, "resample", final, denoised, unringed, aligned, *options)
     on_lattice = None if unit.output else _evaluate_lattice(cache, acquired, preprocessed, settings)
-    measured = cache.run(
-        quality, "quality", quality.measure_quality, unit.name, acquired, denoised, *aligned, preprocessed
-    )
+    before = cache.run(quality, "quality-acquired", quality.measure_acquired, acquired, denoised, motions)
+    measure = quality.measure_quality
+    measured = cache.run(quality, "quality", measure, unit.name, acquired, denoised, *aligned, preprocessed, before)
     return UnitResults(
         unit=unit,
         settings=settings,

@@ -14,13 +14,15 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 from bids import BIDSLayout
 
+from dsiprep.data.grid import Volume
 from dsiprep.data.results import UnitResults
 from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine
 from dsiprep.errors import OutputError
 from dsiprep.io import derivatives, itk
 from dsiprep.ops.image.affine import rigid_matrix
-from dsiprep.ops.image.interpolation import sample_linear, voxel_points
+from dsiprep.ops.image.displacement_field import chain_points
+from dsiprep.ops.image.interpolation import sample_linear
 from dsiprep.settings import AnatomySettings
 from helpers.report_subject import make_subject
 
@@ -285,16 +287,20 @@ def test_stale_files_of_earlier_runs_are_removed(subject: UnitResults, tmp_path:
     assert not list(tmp_path.rglob("*desc-sdc*"))
 
 
-def test_template_images_are_warped_through_the_chain(subject: UnitResults) -> None:
+def test_template_images_are_warped_through_the_chain(subject: UnitResults, tmp_path: Path) -> None:
     """A ramp warped through acpc_to_template equals the ramp at the mapped points."""
-    chain, grid = subject.anatomy.acpc_to_template, subject.anatomy.image.grid
+    chain, grid, brain = subject.anatomy.acpc_to_template, subject.anatomy.image.grid, subject.anatomy.template_image
     assert chain is not None
-    assert subject.anatomy.template_image is not None
-    target = subject.anatomy.template_image.grid
+    assert brain is not None
     ramp = torch.from_numpy(np.indices(grid.shape).sum(0).astype(np.float32))
-    warped = derivatives._warp(chain, ramp, grid, target, discrete=False)
-    displacement = derivatives.chain_displacement(chain, target)
-    expected = sample_linear(ramp[None], voxel_points(target, grid, None, displacement))[0]
-    torch.testing.assert_close(warped, expected)
-    labels = derivatives._warp(chain, (ramp > ramp.mean()).float() * 2, grid, target, discrete=True)
-    assert set(labels.unique().tolist()) == {0.0, 2.0}
+    halves = (ramp > ramp.mean()).float() * 2
+    anatomy = replace(subject.anatomy, image=Volume(ramp, grid), mask=Volume(halves, grid))
+    template = Template(anatomy.template, brain, brain, None, "test")
+    derivatives.write_anatomy_only(anatomy, subject.unit, tmp_path, template, AnatomySettings())
+    (written,) = tmp_path.rglob(f"*space-{anatomy.template}_desc-preproc_*.nii.gz")
+    mapped = chain_points(chain, brain.grid.to_world(np.argwhere(np.ones(brain.grid.shape))))
+    voxels = torch.as_tensor(grid.to_voxels(mapped).T, dtype=torch.float32)
+    expected = sample_linear(ramp[None], voxels)[0].reshape(brain.grid.shape).numpy()
+    np.testing.assert_allclose(nib.load(written).get_fdata(), expected, atol=0.05)
+    (labels,) = tmp_path.rglob(f"*space-{anatomy.template}_desc-brain_mask.nii.gz")
+    assert set(np.unique(nib.load(labels).get_fdata())) == {0.0, 2.0}

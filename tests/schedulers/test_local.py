@@ -11,8 +11,10 @@ import torch
 
 from dsiprep.device import gpu_of_slot
 from dsiprep.jobs import Job, Outcome
+from dsiprep.schedulers import subject_process
 from dsiprep.schedulers.local import parallel_subjects, run_in_processes, run_locally
 from dsiprep.schedulers.subject_process import SubjectProcess
+from helpers import scripted_subject
 from helpers.scripted_subject import scripted_job
 
 Start = Callable[[Job, int], SubjectProcess]
@@ -96,6 +98,17 @@ def test_processes_end_when_the_run_is_interrupted(tmp_path: Path) -> None:
     next(run)
     run.close()
     assert stopped == ["01"]
+
+
+def test_processes_are_kept_for_further_subjects_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject_process, "COMMAND", scripted_subject.COMMAND)
+    jobs = [scripted_job(tmp_path, f"{n:02}", *(["die"] if n == 3 else ["finish"])) for n in range(6)]
+    outcomes = {outcome.subject: outcome.error for outcome in run_locally(jobs, processes=2)}
+    assert sorted(outcomes) == [f"{n:02}" for n in range(6)]
+    assert [subject for subject, error in outcomes.items() if error] == ["03"]
+    pids = {int(line) for file in tmp_path.glob("tries-*") for line in file.read_text().splitlines()}
+    assert len(pids) < len(jobs)
+    assert not any((Path("/proc") / str(pid)).exists() for pid in pids)
 
 
 def test_every_slot_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

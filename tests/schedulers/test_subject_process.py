@@ -48,6 +48,24 @@ def test_steps_and_death_are_received(tmp_path: Path) -> None:
     assert tries(job) == 2
 
 
+@pytest.mark.usefixtures("scripted")
+def test_one_process_takes_several_subjects(tmp_path: Path) -> None:
+    jobs = [scripted_job(tmp_path, subject, "finish") for subject in ("01", "02")]
+    process = SubjectProcess(jobs[0], False)
+    received = []
+    for job in jobs:
+        if job is not jobs[0]:
+            process.take(job, False)
+        while not (message := process.receive(ignore))[0]:
+            pass
+        received += message[1] or []
+    assert process.lives
+    process.stop()
+    assert not process.lives
+    assert [outcome.subject for outcome in received] == ["01", "02"]
+    assert (tmp_path / "tries-01").read_text() == (tmp_path / "tries-02").read_text()  # the same process
+
+
 PARENT = """
 import sys
 from pathlib import Path

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dsiprep.data.acquisition import Unit
-from dsiprep.data.grid import Grid, Volume
+from dsiprep.data.grid import Volume
 from dsiprep.data.results import Anatomy, Joined, Preprocessed, Quality, UnitResults, eddy_currents
 from dsiprep.data.template import Template
 from dsiprep.data.transform import Affine, Chain, DisplacementField
@@ -31,7 +31,7 @@ from dsiprep.io.qc_tables import outlier_slices, write_json, write_tables
 from dsiprep.io.series_sidecar import acquisition_fields
 from dsiprep.io.slice_motion_table import write_slice_motion
 from dsiprep.ops.image.displacement_field import chain_displacement
-from dsiprep.ops.image.interpolation import resample_onto
+from dsiprep.ops.image.interpolation import sample_linear, voxel_points
 from dsiprep.settings import AnatomySettings
 
 BIDSIGNORE = """\
@@ -191,8 +191,10 @@ def write_anatomy(
     itk.write_composite_h5(folder / f"{name}_from-{space}_to-ACPC_mode-image_xfm.h5", anatomy.template_to_acpc)
     if template is not None:
         grid = template.brain.grid
+        displacement = chain_displacement(anatomy.acpc_to_template, grid)
+        points = voxel_points(grid, anatomy.image.grid, displacement=displacement)
         for suffix, (data, discrete) in images.items():
-            warped = _warp(anatomy.acpc_to_template, data, anatomy.image.grid, grid, discrete)
+            warped = _sample(data, points, discrete)
             code = MNI if space.startswith("MNI") else ALIGNED
             _write_map(folder / f"{name}_space-{space}_{suffix}", Volume(warped, grid), discrete, space, code)
 
@@ -321,14 +323,13 @@ def _write_map(stem: Path, volume: Volume, discrete: bool, reference: str, space
     write_json(_with(stem, ".json"), sidecar)
 
 
-def _warp(chain: Chain, data: torch.Tensor, source: Grid, target: Grid, discrete: bool) -> torch.Tensor:
-    """Resample an image through `chain` onto `target`: linearly, or, for labels, by majority of linear weights."""
-    displacement = chain_displacement(chain, target)
+def _sample(data: torch.Tensor, points: torch.Tensor, discrete: bool) -> torch.Tensor:
+    """Sample an image at voxel coordinates: linearly, or, for labels, by majority of linear weights."""
     if not discrete:
-        return resample_onto(data[None].float(), source, target, displacement=displacement)[0]
+        return sample_linear(data[None].float(), points)[0]
     labels = torch.unique(data)
     votes = torch.stack([(data == label).float() for label in labels])
-    return labels[resample_onto(votes, source, target, displacement=displacement).argmax(0)]
+    return labels[sample_linear(votes, points).argmax(0)]
 
 
 def _tissue_labels(tissue: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

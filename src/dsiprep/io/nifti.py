@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import struct
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +127,7 @@ def write_image(
     if path.suffix == ".gz":
         parts = _compressed(header, volumes, kind, level)
     else:
-        parts = [header, *(_block(volume, kind) for volume in volumes)]
+        parts = chain([header], (_block(volume, kind) for volume in volumes))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         with temporary.open("wb") as stream:
@@ -251,23 +253,23 @@ def _file_header(array: np.ndarray, grid: Grid, kind: np.dtype, space: int, repe
     return header.binaryblock + b"\x00\x00\x00\x00"
 
 
-def _compressed(header: bytes, volumes: np.ndarray, kind: np.dtype, level: int) -> list[bytes]:
+def _compressed(header: bytes, volumes: np.ndarray, kind: np.dtype, level: int) -> Iterator[bytes]:
     """A standard gzip stream, as chunks, whose blocks are compressed in parallel."""
 
-    def deflate(index: int) -> bytes:
+    def deflate(content: bytes) -> bytes:
         compressor = zlib.compressobj(level, zlib.DEFLATED, -15)
-        return compressor.compress(_block(volumes[index], kind)) + compressor.flush(zlib.Z_FULL_FLUSH)
+        return compressor.compress(content) + compressor.flush(zlib.Z_FULL_FLUSH)
 
-    first = zlib.compressobj(level, zlib.DEFLATED, -15)
-    blocks = [first.compress(header) + first.flush(zlib.Z_FULL_FLUSH)]
-    with ThreadPoolExecutor(max(1, min(8, torch.get_num_threads()))) as pool:
-        blocks += pool.map(deflate, range(len(volumes)))
-    crc, size = zlib.crc32(header), len(header)
-    for volume in volumes:
-        content = _block(volume, kind)
-        crc, size = zlib.crc32(content, crc), size + len(content)
-    trailer = b"\x03\x00" + struct.pack("<II", crc, size & 0xFFFFFFFF)
-    return [GZIP_HEADER, *blocks, trailer]
+    yield GZIP_HEADER + deflate(header)
+    crc, size, threads = zlib.crc32(header), len(header), max(1, min(8, torch.get_num_threads()))
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(0, len(volumes), threads):
+            contents = [_block(volume, kind) for volume in volumes[first : first + threads]]
+            blocks = pool.map(deflate, contents)
+            for content in contents:  # meanwhile
+                crc, size = zlib.crc32(content, crc), size + len(content)
+            yield from blocks
+    yield b"\x03\x00" + struct.pack("<II", crc, size & 0xFFFFFFFF)
 
 
 def _block(volume: np.ndarray, kind: np.dtype) -> bytes:

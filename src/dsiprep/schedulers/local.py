@@ -63,10 +63,20 @@ def run_locally(
                     return
         return
 
-    def start(job: Job, slot: int) -> SubjectProcess:
-        return SubjectProcess(job, stop_on_first_crash, gpu_of_slot(job.device, slot))
+    started: dict[int, SubjectProcess] = {}
 
-    yield from run_in_processes(jobs, on_step, processes, stop_on_first_crash, start)
+    def start(job: Job, slot: int) -> SubjectProcess:
+        if slot in started and started[slot].lives:
+            started[slot].take(job, stop_on_first_crash)
+        else:
+            started[slot] = SubjectProcess(job, stop_on_first_crash, gpu_of_slot(job.device, slot))
+        return started[slot]
+
+    try:
+        yield from run_in_processes(jobs, on_step, processes, stop_on_first_crash, start)
+    finally:
+        for process in started.values():
+            process.stop()
 
 
 def run_in_processes(

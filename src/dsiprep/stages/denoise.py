@@ -135,7 +135,7 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
     air = [_read_background(dwi, v, inside, settings.window) if is_magnitude else _Background() for v in denoisable]
     found = [read.coils for read in air if read.coils is not None]
     magnitude = magnitude_noise(round(float(np.median(found)), 2) if found else 1.0) if is_magnitude else None
-    data = dwi.data.clone()
+    data = dwi.data.clone() if len(runs) > 1 else dwi.data
     variance, rank = torch.zeros(2, *dwi.grid.shape, device=data.device)
     total = sum(len(volumes) for volumes in denoisable)
     for volumes, read in zip(denoisable, air, strict=True):
@@ -143,7 +143,10 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
         run = _select_volumes(dwi.data, volumes)
         sigma = noise_level(run, inside, settings.window, magnitude, read.factor)
         clean, sigma, components = _denoise_run(run, inside, sigma, dwi.is_b0[volumes], magnitude, settings)
-        data[index] = clean
+        if len(runs) > 1:
+            data[index] = clean
+        else:
+            data = clean
         variance += sigma**2 * (len(volumes) / total)
         rank += components * (len(volumes) / total)
     if data.is_complex():  # of the real part
@@ -160,12 +163,12 @@ def denoise(dwi: DWI, mask: Volume, settings: DenoiseSettings) -> Denoised:
 
 
 def remove_floor(values: torch.Tensor, sigma: torch.Tensor, magnitude: MagnitudeNoise) -> torch.Tensor:
-    """Amplitudes whose expected magnitudes the values (n, ...) are; unchanged where sigma is zero."""
+    """Turn values (n, ...) into the amplitudes whose expected magnitudes they are, in place where sigma is not zero."""
     known = sigma > 0
-    level, out = sigma[known], values.clone()
-    for volume in out:  # one volume at a time stays in the processor's cache
+    level = sigma[known]
+    for volume in values:  # one volume at a time stays in the processor's cache
         volume[known] = magnitude.amplitude(volume[known] / level).mul_(level)
-    return out
+    return values
 
 
 def without_floor(motion: Motion, denoised: Denoised) -> Motion:
@@ -177,7 +180,7 @@ def without_floor(motion: Motion, denoised: Denoised) -> Motion:
     levels = [sigma.select(motion.slice_axis, int(k)) for _, k in np.argwhere(motion.outlier_slices)]
     pairs = zip(motion.replacements, levels, strict=True)
     magnitude = magnitude_noise(denoised.coils)
-    corrected = [remove_floor(predicted[None], level, magnitude)[0] for predicted, level in pairs]
+    corrected = [remove_floor(predicted[None].clone(), level, magnitude)[0] for predicted, level in pairs]
     return replace(motion, replacements=torch.stack(corrected)) if corrected else motion
 
 
@@ -188,7 +191,7 @@ def _gaps_without_floor(motion: Motion, denoised: Denoised) -> Motion:
         return motion
     level = denoised.noise.data.cpu()[tuple(torch.as_tensor(axis) for axis in slices.gaps[:, 1:].T)]
     values = torch.as_tensor(np.asarray(slices.gap_values, np.float32))
-    clean = remove_floor(values[None], level, magnitude_noise(denoised.coils))[0]
+    clean = remove_floor(values[None].clone(), level, magnitude_noise(denoised.coils))[0]
     return replace(motion, slices=replace(slices, gap_values=clean.numpy()))
 
 
@@ -214,7 +217,9 @@ def _denoise_run(
         sigma = torch.where(denoised_here, sigma, 0.0)
     if floor == "koay" and magnitude is not None:
         clean = remove_floor(clean, sigma, magnitude)
-    return torch.where(denoised_here, clean, data), sigma, rank
+    for volume, acquired in zip(clean, data, strict=True):
+        volume.copy_(torch.where(denoised_here, volume, acquired))
+    return clean, sigma, rank
 
 
 def _negative_share(data: torch.Tensor) -> float:

@@ -52,8 +52,9 @@ def measure_qspace(
     weighted, inside = ~dwi.is_b0, mask.data > 0.5
     if weighted.sum() < LEAST_WEIGHTED or not bool(inside.any()) or weighted.all():
         return None
-    brain = dwi.data[:, inside]
-    samples = brain[:, :: max(1, brain.shape[1] // SAMPLE)].numpy().astype(float)
+    brain = np.flatnonzero(inside.numpy())
+    chosen = brain[:: max(1, len(brain) // SAMPLE)]
+    samples = np.stack([volume.numpy().ravel()[chosen] for volume in dwi.data]).astype(float)
     moment = samples @ samples.T / samples.shape[1]
     prediction = predict_at(dwi.q, dwi.q, moment)
     errors = np.sqrt(np.mean((samples - prediction.left_out @ samples) ** 2, axis=1))

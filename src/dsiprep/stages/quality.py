@@ -22,7 +22,7 @@ from dsiprep.data.transform import EDDY_TERMS
 from dsiprep.ops.image.affine import rigid_parameters
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.motion.framewise_displacement import framewise_displacement
-from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection
+from dsiprep.ops.motion.series_qc import contrast_to_noise, discontinuous_slices, shore_projection, values_inside
 from dsiprep.ops.qspace.tensor import main_directions, tensor_projection
 from dsiprep.stages.qspace_quality import measure_qspace, qspace_row
 
@@ -54,6 +54,7 @@ def measure_quality(
     coregistration: Coregistration,
     anatomy: Anatomy,
     preprocessed: Preprocessed,
+    before: tuple[Row, dict[str, np.ndarray]] | None = None,
 ) -> Quality:
     """Compute the quality metrics of one unit before and after preprocessing.
 
@@ -61,6 +62,8 @@ def measure_quality(
     ----------
     unit_name : str
         Prefix of the outputs, from which the BIDS entities are parsed.
+    before : (dict, dict of ndarray), optional
+        `measure_acquired` of the same series; computed by default.
 
     Returns
     -------
@@ -72,12 +75,10 @@ def measure_quality(
     """
     dwi = preprocessed.dwi.to("cpu")
     inside = preprocessed.mask.numpy() > 0.5
-    confounds = _confounds(acquired, denoised, motions, dwi, preprocessed.sources)
+    table, changes = before or measure_acquired(acquired, denoised, motions)
+    confounds = _confounds(acquired, motions, dwi, preprocessed.sources) | changes
     cnr, tsnr = _cnr(dwi, preprocessed.mask, motions[0].model), _tsnr(dwi, preprocessed.mask)
-    raw = acquired.dwi.to("cpu")
-    table: Row = _series_metrics("raw_", raw, acquired.mask.numpy() > 0.5, motions[0].slice_axis)
-    table |= _series_metrics("t1_", dwi, inside, 2)
-    table |= _motion_summary(confounds, raw.run)
+    table = table | _series_metrics("t1_", dwi, inside, 2) | _motion_summary(confounds, acquired.dwi.run)
     table |= _dice_overlaps(anatomy, preprocessed)
     if cnr is not None:
         table |= {f"CNR0_{name}": value for name, value in _summary(cnr.numpy()[inside]).items() if name in CNR_SUMMARY}
@@ -87,9 +88,17 @@ def measure_quality(
     table |= qspace_row(qspace, ~dwi.is_b0)
     table["coregistration_score"] = float(coregistration.score_after)
     table |= _file_entities(unit_name)
-    slices = _all_slice_z(motions, len(raw))
+    slices = _all_slice_z(motions, len(acquired.dwi))
     notes = (*_notes(motions, distortion), *_missing_maps(dwi, cnr), *_coverage_note(table))
     return Quality(table, confounds, slices, cnr, tsnr, notes, qspace)
+
+
+def measure_acquired(
+    acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...]
+) -> tuple[Row, dict[str, np.ndarray]]:
+    """Metrics of a series as acquired, for `Quality.table`, and what denoising changed, for `Quality.confounds`."""
+    row = _series_metrics("raw_", acquired.dwi.to("cpu"), acquired.mask.numpy() > 0.5, motions[0].slice_axis)
+    return row, _denoising_confounds(acquired, denoised)
 
 
 def _prescribed(acquired: Acquired, preprocessed: Preprocessed) -> tuple[np.ndarray, np.ndarray]:
@@ -159,7 +168,7 @@ def _combine_raw(parts: tuple[Quality, ...]) -> Row:
 
 
 def _confounds(
-    acquired: Acquired, denoised: Denoised, motions: tuple[Motion, ...], dwi: DWI, sources: tuple[tuple[int, ...], ...]
+    acquired: Acquired, motions: tuple[Motion, ...], dwi: DWI, sources: tuple[tuple[int, ...], ...]
 ) -> dict[str, np.ndarray]:
     """Columns of the confounds table, one row per acquired volume."""
     count = len(acquired.dwi)
@@ -183,7 +192,7 @@ def _confounds(
         row[list(members)] = volume
     columns |= dict(zip(("grad_x", "grad_y", "grad_z"), dwi.bvecs[row].T, strict=True))
     columns["bval"] = dwi.bvals[row]
-    return columns | _denoising_confounds(acquired, denoised)
+    return columns
 
 
 def _b0_shift(motions: tuple[Motion, ...], count: int) -> dict[str, np.ndarray]:
@@ -212,13 +221,12 @@ def _series_metrics(prefix: str, dwi: DWI, inside: np.ndarray, slice_axis: int) 
     from cs_dmri import GradientTable, qc
 
     data = dwi.data.numpy()
-    volumes_last = np.ascontiguousarray(np.moveaxis(data, 0, -1))
+    brain = values_inside(data, inside).T[:, None, None]  # cheaper than passing a mask to cs_dmri
     table = GradientTable(dwi.bvals, dwi.bvecs, b0_threshold=dwi.b0_threshold)
     row: Row = {f"dimension_{axis}": n for axis, n in zip("xyz", dwi.grid.shape, strict=True)}
     row |= {f"voxel_size_{axis}": float(s) for axis, s in zip("xyz", dwi.grid.voxel_sizes, strict=True)}
     row["max_b"] = float(dwi.bvals.max())
-    row["neighbor_corr"] = qc.neighboring_dwi_correlation(volumes_last, table)
-    brain = np.ascontiguousarray(volumes_last[inside])[:, None, None]  # cheaper than passing a mask to cs_dmri
+    row["neighbor_corr"] = qc.neighboring_dwi_correlation(np.moveaxis(data, 0, -1), table)
     row["masked_neighbor_corr"] = qc.neighboring_dwi_correlation(brain, table)
     row["dwi_contrast"] = qc.dwi_contrast_ratio(brain, table)
     row["num_bad_slices"] = int(discontinuous_slices(data, inside, slice_axis).sum())
@@ -235,7 +243,7 @@ def _coherence(dwi: DWI, inside: np.ndarray) -> float | None:
     used = low_b if (low_b & ~dwi.is_b0).sum() >= 12 else np.ones(len(dwi), bool)
     if (used & ~dwi.is_b0).sum() < 6 or not inside.any():
         return None
-    signals = dwi.data.numpy()[used][:, inside]
+    signals = values_inside([dwi.data[int(v)].numpy() for v in np.flatnonzero(used)], inside)
     fa, direction = main_directions(signals, dwi.bvals[used], dwi.bvecs[used])
     maps = np.zeros((*inside.shape, 4), np.float32)
     maps[inside] = np.column_stack([fa, direction])

@@ -15,13 +15,7 @@ from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Anatomy, Coregistration, Distortion, Motion, MovingField, Preprocessed
 from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import SettingsError
-from dsiprep.ops.image.epi_resampling import (
-    SampledDisplacement,
-    add_displacements,
-    field_of_view,
-    sample_displacement,
-    warp_volume,
-)
+from dsiprep.ops.image.epi_resampling import SampledDisplacement, add_displacements, sample_displacement, warp_volume
 from dsiprep.ops.image.gradient_nonlinearity import remaining_warp
 from dsiprep.ops.image.interpolation import resample_onto
 from dsiprep.ops.image.scanner_warp import NO_WARP, ScannerWarp, scanner_warp
@@ -154,6 +148,7 @@ def resample(
     bvecs, groups = np.array(dwi.bvecs, float), _groups_to_merge(dwi, settings)
     weights: dict[int, torch.Tensor] = {}
     covered, b0_covered = torch.zeros(grid.shape), torch.zeros(grid.shape, dtype=torch.bool)
+    reached = torch.empty_like(b0_covered)
     for blip in per_blip:
         bvecs[blip.volumes] = rotate_bvecs(dwi.bvecs[blip.volumes], blip.matrices)
         sampled = None if blip.distortion is None else sample_displacement(blip.distortion, grid, to_dwiref)
@@ -166,10 +161,9 @@ def resample(
             eddy = None if blip.motion.eddy is None else blip.motion.eddy.take(np.array([row]))
             to_volume, linear = blip.matrices[row], blip.linear[row]
             bent = add_displacements(sampled, per_degree, moving.tilts[v]) if moving else sampled
-            warped = warp_volume(volume, dwi.grid, grid, to_volume, bent, linear, eddy, dwi.signed, scanner)
+            warped = warp_volume(volume, dwi.grid, grid, to_volume, bent, linear, eddy, dwi.signed, scanner, reached)
             density = blip.motion.density(row)
             data[int(v)] = warped if density == 1 else warped * density
-            reached = field_of_view(dwi.grid, grid, to_volume, bent, eddy, scanner).cpu()
             covered += reached
             b0_covered |= reached & bool(dwi.is_b0[int(v)])
     series = DWI(data, grid, dwi.bvals, bvecs, dwi.run, dwi.blip, dwi.b0_threshold, dwi.signed)

@@ -13,7 +13,7 @@ from dsiprep.data.transform import EddyCurrents
 from dsiprep.io.gradient_coefficients import read_coil_fields
 from dsiprep.ops.image.displacement_field import jacobian_determinant
 from dsiprep.ops.image.eddy_displacement import eddy_on_grid
-from dsiprep.ops.image.epi_resampling import SampledDisplacement, _warp_tensors, warp_volume
+from dsiprep.ops.image.epi_resampling import SampledDisplacement, _warp_tensors, field_of_view, warp_volume
 from dsiprep.ops.image.gradient_nonlinearity import encoding_error, gradient_deviation, remaining_warp
 from dsiprep.ops.image.interpolation import spline_coefficients
 from dsiprep.ops.image.scanner_warp import scanner_warp
@@ -155,7 +155,10 @@ def test_loop_and_tensors_agree_and_follow_the_equation(coil: GradientCoil) -> N
     indices = np.moveaxis(np.indices(source.shape), 0, -1)
     world = source.to_world(indices)
     volume = torch.from_numpy((500 + world @ [1.0, 2.0, -1.5]).astype(np.float32))  # linear: interpolated exactly
-    loop = warp_volume(volume, source, target, tilt, u, None, eddy, signed=True, scanner=warp)
+    reached = torch.ones(target.shape, dtype=torch.bool)
+    loop = warp_volume(volume, source, target, tilt, u, None, eddy, signed=True, scanner=warp, reached=reached)
+    assert torch.equal(reached, field_of_view(source, target, tilt, u, eddy, warp))
+    assert 0 < int((~reached).sum()) < reached.numel()
     tensors = _warp_tensors(
         spline_coefficients(volume[None]), source, target, tilt, u, axis, eddy_on_grid(eddy, source), warp
     )

@@ -369,6 +369,6 @@ def _invert_loop(u: np.ndarray, iterations: int, tolerance: float) -> np.ndarray
         work, best = np.zeros((4, 12)), np.zeros(3)
         for j in range(nj):
             for k in range(nk):
-                _invert_voxel(u, i, j, k, iterations, tolerance, work, best)
+                _invert_voxel(u, np.int64(i), j, k, iterations, tolerance, work, best)
                 out[0, i, j, k], out[1, i, j, k], out[2, i, j, k] = best[0], best[1], best[2]
     return out

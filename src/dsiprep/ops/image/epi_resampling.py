@@ -103,6 +103,7 @@ def warp_volume(
     eddy: EddyCurrents | None = None,
     signed: bool = False,
     scanner: ScannerWarp = NO_WARP,
+    reached: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Resample a volume at w(x) = matrix @ x + u(x), times the Jacobian determinant of u.
 
@@ -124,6 +125,8 @@ def warp_volume(
         Whether intensities may be negative; otherwise negative ones, where cubic splines overshoot, become 0.
     scanner : ScannerWarp
         Gradient nonlinearity at y = matrix @ x: it displaces by d(y) and stretches the displacements u and e.
+    reached : Tensor, as `target`, bool, on the CPU, optional
+        Becomes the `field_of_view`.
 
     Returns
     -------
@@ -136,11 +139,14 @@ def warp_volume(
         direction = np.linalg.solve(np.eye(3) if linear is None else linear, susceptibility.direction)
     eddy_voxels = eddy_on_grid(eddy, source)
     if volume.device.type != "cpu":
+        if reached is not None:
+            reached.copy_(field_of_view(source, target, matrix, susceptibility, eddy, scanner))
         warped = _warp_tensors(coefficients, source, target, matrix, susceptibility, direction, eddy_voxels, scanner)
         return warped if signed else warped.clamp(min=0)
     world_to_voxel = np.linalg.inv(source.affine)
     empty = np.zeros((3, 0, 0, 0), np.float32)
     out = np.zeros(target.shape, np.float32)
+    inside = np.zeros((0, 0, 0), bool) if reached is None else reached.zero_().numpy()
     _warp_loop(
         coefficients[0].numpy(),
         (world_to_voxel @ matrix @ target.affine)[:3],
@@ -155,6 +161,7 @@ def warp_volume(
         scanner.frame,
         -float(np.finfo(np.float32).max) if signed else 0.0,
         out,
+        inside,
     )
     return torch.from_numpy(out)
 
@@ -225,6 +232,7 @@ def _warp_loop(
     table_frame: np.ndarray,
     least: float,
     out: np.ndarray,
+    reached: np.ndarray,
 ) -> None:
     ni, nj, nk = coefficients.shape
     has_displacement, has_eddy, has_table = displacement.shape[1] > 0, len(eddy) > 0, table.shape[1] > 0
@@ -259,6 +267,8 @@ def _warp_loop(
                 z = z0 + entry[4] * (z - z0) + entry[2]
             if not (x >= -0.5 and y >= -0.5 and z >= -0.5 and x <= ni - 0.5 and y <= nj - 0.5 and z <= nk - 0.5):
                 continue
+            if reached.size > 0:
+                reached[i, j, k] = True
             i0, j0, k0 = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
             wx[0], wx[1], wx[2], wx[3] = cubic_weights(x - np.float32(i0))
             wy[0], wy[1], wy[2], wy[3] = cubic_weights(y - np.float32(j0))

@@ -83,7 +83,7 @@ def target_gradients(targets: torch.Tensor, points: PointSet, indices: np.ndarra
     own = np.arange(len(points)) if indices is None else indices
     if targets.device.type == "cpu":
         out = np.empty((len(targets), len(own), 3), np.float32)
-        _gradients_loop(targets.detach().numpy(), points.neighbours, inverse, own, out)
+        _gradients_loop(np.ascontiguousarray(targets.detach().numpy()), points.neighbours, inverse, own, out)
         return torch.from_numpy(out)
     return _gradients_torch(targets, points, torch.as_tensor(inverse, device=targets.device), own)
 

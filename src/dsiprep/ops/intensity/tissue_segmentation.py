@@ -115,12 +115,14 @@ def _expectation_maximisation(
 ) -> np.ndarray:
     """Probability of each class, (i, j, k, 4 or 5), or (i, j, k, 3) without a prior."""
     image = image / max(float(np.percentile(image[inside], 95)), 1e-12)
+    inside = np.ascontiguousarray(inside)  # and all arrays below, so that one kernel serves them all
     coupling = (SMOOTHNESS / sizes).astype(np.float32)
     if prior is None:
         posterior = _initial_by_intensity(image, inside)
         fixed_prior = np.full(posterior.shape, 1 / 3, np.float32)
     else:
-        posterior, fixed_prior = prior * inside[..., None], prior
+        fixed_prior = np.ascontiguousarray(prior)
+        posterior = fixed_prior * inside[..., None]
     posterior, model = _fitted(image, inside, fixed_prior, posterior, coupling, atlas=prior is not None)
     if prior is None:
         return posterior
@@ -152,7 +154,8 @@ def _fitted(
                 variances[4] = (variances[0] + variances[1]) / 2 + MIXED_VARIANCE * ((means[0] - means[1]) / 2) ** 2
             means[3], variances[3] = means[1] + DEEP_LEVEL * (means[2] - means[1]), variances[1]
         model[:] = means, variances, proportion
-        posterior, sums, change = _update_loop(image, inside, prior, posterior, model, coupling)
+        posterior, by_slab, change = _update_loop(image, inside, prior, posterior, model, coupling)
+        sums = by_slab.sum(0)
         total = np.maximum(sums[:, 0], 1e-6)
         means = sums[:, 1] / total
         variances = np.maximum(sums[:, 2] / total - means**2, 1e-4)
@@ -196,7 +199,7 @@ def _update_loop(
     model: np.ndarray,
     coupling: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Updated probabilities w; per class the sums of w, w x, w x² and the normalised prior; mean absolute change."""
+    """Updated probabilities w; per plane and class sums of w, w x, w x² and normalised prior; mean absolute change."""
     ni, nj, nk, count = before.shape
     after = np.zeros_like(before)
     by_slab = np.zeros((ni, count, 4))
@@ -227,7 +230,7 @@ def _update_loop(
                     by_slab[i, c, 1] += w * x
                     by_slab[i, c, 2] += w * x * x
                     by_slab[i, c, 3] += prior[i, j, k, c] / normaliser
-    return after, by_slab.sum(0), changed.sum() / max(voxels.sum(), 1.0)
+    return after, by_slab, changed.sum() / max(voxels.sum(), 1.0)
 
 
 @inlined

@@ -5,12 +5,14 @@ NumPy on the CPU: each function runs once per series and takes seconds at most.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.ndimage import gaussian_filter1d
 
 from dsiprep.ops.qspace.shore import ZETA, choose_zeta, shore_basis, shore_regulariser, shore_size
 
-__all__ = ["contrast_to_noise", "discontinuous_slices", "shore_projection"]
+__all__ = ["contrast_to_noise", "discontinuous_slices", "shore_projection", "values_inside"]
 
 MIN_VOXELS = 100  # of the mask; slices with fewer are not judged
 
@@ -95,3 +97,12 @@ def contrast_to_noise(signals: np.ndarray, fitted: np.ndarray, freedom: float) -
     """
     noise = np.sqrt(((signals - fitted) ** 2).sum(0) / max(freedom, 1.0))
     return np.divide(fitted.std(0), noise, out=np.zeros_like(noise), where=noise > 0)
+
+
+def values_inside(volumes: Sequence[np.ndarray] | np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Values of n volumes (i, j, k) in a bool mask (i, j, k), without a copy of the volumes: (n, m), float32."""
+    inside = np.flatnonzero(mask)
+    values = np.empty((len(volumes), len(inside)), np.float32)
+    for row, volume in zip(values, volumes, strict=True):
+        row[:] = volume.ravel()[inside]
+    return values

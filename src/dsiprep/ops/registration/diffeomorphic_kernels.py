@@ -24,7 +24,13 @@ def _read(volume: np.ndarray, x: float, y: float, z: float) -> np.float32:
     if not (x > -1 and y > -1 and z > -1 and x < ni and y < nj and z < nk):
         return np.float32(0)
     i, j, k = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
-    fx, fy, fz = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+    return _between(volume, i, j, k, np.float32(x - i), np.float32(y - j), np.float32(z - k))
+
+
+@inlined
+def _between(volume: np.ndarray, i: int, j: int, k: int, fx: np.float32, fy: np.float32, fz: np.float32) -> np.float32:
+    """Trilinear interpolation at the fractions fx, fy, fz of the way from a voxel to the next."""
+    ni, nj, nk = volume.shape
     if i >= 0 and j >= 0 and k >= 0 and i < ni - 1 and j < nj - 1 and k < nk - 1:
         v00 = volume[i, j, k] + fz * (volume[i, j, k + 1] - volume[i, j, k])
         v01 = volume[i, j + 1, k] + fz * (volume[i, j + 1, k + 1] - volume[i, j + 1, k])
@@ -32,6 +38,15 @@ def _read(volume: np.ndarray, x: float, y: float, z: float) -> np.float32:
         v11 = volume[i + 1, j + 1, k] + fz * (volume[i + 1, j + 1, k + 1] - volume[i + 1, j + 1, k])
         v0, v1 = v00 + fy * (v01 - v00), v10 + fy * (v11 - v10)
         return v0 + fx * (v1 - v0)
+    return _between_at_edge(volume, i, j, k, fx, fy, fz)
+
+
+@compiled()
+def _between_at_edge(
+    volume: np.ndarray, i: int, j: int, k: int, fx: np.float32, fy: np.float32, fz: np.float32
+) -> np.float32:
+    """`_between` where some of the eight voxels are outside."""
+    ni, nj, nk = volume.shape
     total = np.float32(0)
     for a in range(2):
         for b in range(2):
@@ -55,15 +70,19 @@ def warp_loop(moving: np.ndarray, u: np.ndarray, spans: np.ndarray, out: np.ndar
 def compose_loop(u: np.ndarray, step: np.ndarray, longest: float, spans: np.ndarray, out: np.ndarray) -> None:
     """out(x) = v(x) + u(x + v(x)), where v is `step` shortened to less than `longest`."""
     inverse = np.float32(1 / longest**2)
+    u0, u1, u2 = u[0], u[1], u[2]
     for i in numba.prange(u.shape[1]):
         for j in range(u.shape[2]):
             for k in range(spans[0, i, j], spans[1, i, j]):
                 a, b, c = step[0, i, j, k], step[1, i, j, k], step[2, i, j, k]
                 shorter = 1 / np.sqrt(1 + (a * a + b * b + c * c) * inverse)
                 a, b, c = a * shorter, b * shorter, c * shorter
-                out[0, i, j, k] = a + _read(u[0], i + a, j + b, k + c)
-                out[1, i, j, k] = b + _read(u[1], i + a, j + b, k + c)
-                out[2, i, j, k] = c + _read(u[2], i + a, j + b, k + c)
+                x, y, z = i + a, j + b, k + c  # less than a voxel from the voxel itself
+                p, q, r = int(np.floor(x)), int(np.floor(y)), int(np.floor(z))
+                fx, fy, fz = np.float32(x - p), np.float32(y - q), np.float32(z - r)
+                out[0, i, j, k] = a + _between(u0, p, q, r, fx, fy, fz)
+                out[1, i, j, k] = b + _between(u1, p, q, r, fx, fy, fz)
+                out[2, i, j, k] = c + _between(u2, p, q, r, fx, fy, fz)
 
 
 @compiled(parallel=True)

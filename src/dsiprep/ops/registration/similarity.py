@@ -60,7 +60,7 @@ def mutual_information(
     Studholme et al. 1999 (doi 10.1016/S0031-3203(98)00091-0).
     """
     scale = (bins - 3) / max(high - low, EPSILON)
-    joint = _histogram_loop(fixed_bins, moving, weights, low, scale, bins)
+    joint = _histogram_loop(fixed_bins, moving, weights, low, scale, bins).sum(axis=0)
     total = joint.sum()
     if total <= 0:
         return 1.0, np.zeros_like(moving)
@@ -157,7 +157,7 @@ def _bin(value: float, low: float, scale: float, bins: int) -> tuple[int, float]
 def _histogram_loop(
     fixed: np.ndarray, moving: np.ndarray, weights: np.ndarray, low: float, scale: float, bins: int
 ) -> np.ndarray:
-    """Weighted joint histogram, (fixed bins, moving bins)."""
+    """Weighted joint histograms of chunks of the samples, (chunks, fixed bins, moving bins)."""
     partial = np.zeros((CHUNKS, bins, bins))
     size = (len(moving) + CHUNKS - 1) // CHUNKS
     for c in numba.prange(CHUNKS):
@@ -172,7 +172,7 @@ def _histogram_loop(
                 row[b + 1] += w * w1
                 row[b + 2] += w * w2
                 row[b + 3] += w * w3
-    return partial.sum(axis=0)
+    return partial
 
 
 @compiled(parallel=True)
