@@ -33,7 +33,7 @@ def page() -> str:
         actions = [a for a in group._group_actions if a.option_strings and a.help != argparse.SUPPRESS]
         if actions and group.title not in ("options",):
             description = [group.description, ""] if group.description else []
-            lines += [f"## {(group.title or '').capitalize().replace('_', ' ')}", "", *description, *_rows(actions)]
+            lines += [f"## {(group.title or '').capitalize()}", "", *description, *_rows(actions)]
     lines += [
         "## Options of QSIPrep that are not supported",
         "",

@@ -89,7 +89,7 @@ def build_parser() -> Parser:
     _add_selection(parser.add_argument_group("input selection"))
     _add_running(parser.add_argument_group("execution"))
     for name, settings_class in SETTINGS_GROUPS.items():
-        group = parser.add_argument_group(name, (settings_class.__doc__ or "").splitlines()[0])
+        group = parser.add_argument_group(name.replace("_", " "), (settings_class.__doc__ or "").splitlines()[0])
         for entry in dataclasses.fields(settings_class):
             if entry.metadata.get("flags") and entry.name != "resolution":
                 add_setting(group, name, entry)
