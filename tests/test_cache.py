@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from dsiprep.cache import Cache, CachedResult, release_memory
+from dsiprep.cache import Cache, CachedResult
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.results import Denoised, Motion
 from dsiprep.errors import InputError, OutputError
 from dsiprep.io import nifti
+from dsiprep.mapped import release_memory
 from dsiprep.settings import DenoiseSettings, MotionSettings
 from dsiprep.stages import denoise, motion
 

@@ -10,20 +10,16 @@ under a second name, and of images that are zero in many voxels only the others 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
 import inspect
 import json
-import mmap
 import os
 import shutil
 import socket
-import sys
 import tempfile
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -38,6 +34,7 @@ import torch
 from dsiprep import settings as settings_module
 from dsiprep.data import acquisition, dwi, gradient_coil, grid, motion, qspace, results, template, transform
 from dsiprep.errors import DsiprepError, InputError, OutputError
+from dsiprep.mapped import file_of, map_tensor, release_memory
 from dsiprep.sources import source_digest
 
 T = TypeVar("T")
@@ -173,23 +170,6 @@ class Cache:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def release_memory() -> None:
-    """Give memory back that is not needed now: what the allocator keeps, and what was read of results on disk.
-
-    Between two stages; what a stage changed in the memory of a stored result is lost, as it is meant to be.
-    """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    for address, (mapped, _) in list(_files.items()):
-        if (tensor := mapped()) is not None:
-            begin = address - address % mmap.PAGESIZE
-            size = address - begin + tensor.numel() * tensor.element_size()
-            libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
-    if hasattr(libc, "malloc_trim"):  # glibc
-        libc.malloc_trim(0)
-
-
 class LockedError(DsiprepError):
     """Another process works on the same subject."""
 
@@ -293,14 +273,10 @@ def _store(target: Path, value: object, about: dict[str, Any]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-# the file of each tensor that is mapped into memory, by the address of its values
-_files: dict[int, tuple[weakref.ref[torch.Tensor], Path]] = {}
-
-
 def _encode_tensor(item: torch.Tensor, folder: Path, name: str) -> object:
     values, file = item.detach().cpu().numpy(), folder / f"{name}.npy"
-    mapped, known = _files.get(item.data_ptr(), (lambda: None, file))
-    if mapped() is not None and _is_stored(values, known):
+    known = file_of(item)
+    if known is not None and _is_stored(values, known):
         try:
             os.link(known, file)
             return {"tensor": file.name}
@@ -357,11 +333,7 @@ def _load_tensor(path: Path) -> torch.Tensor:
     """A tensor from a file; a large one stays there, to be read when it is needed."""
     if path.stat().st_size <= MAPPED:
         return torch.from_numpy(np.load(path))
-    # copy-on-write: a stage cannot change the file, and torch asks for writable memory
-    tensor = torch.from_numpy(np.load(path, mmap_mode="c"))
-    address = tensor.data_ptr()
-    _files[address] = weakref.ref(tensor, lambda _: _files.pop(address, None)), path
-    return tensor
+    return map_tensor(path)
 
 
 def _decode(tree: Any, folder: Path) -> Any:

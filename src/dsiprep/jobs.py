@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from dsiprep import __version__
-from dsiprep.cache import Cache, LockedError, exclusive, release_memory
+from dsiprep.cache import Cache, LockedError, exclusive
 from dsiprep.data.acquisition import Unit
 from dsiprep.data.results import UnitResults
 from dsiprep.errors import DsiprepError, printable
 from dsiprep.finished import FinishedSubjects
+from dsiprep.mapped import release_memory
 from dsiprep.settings import Settings
 
 ADVICE = {

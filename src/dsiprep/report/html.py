@@ -12,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from dsiprep.data.results import UnitResults
+from dsiprep.mapped import release_memory
 from dsiprep.report.boilerplate import methods_html
 from dsiprep.report.page_parts import FigureWriter, Section, write_atomically
 from dsiprep.report.quality_record import write_record
@@ -114,6 +115,7 @@ def _unit_report(results: UnitResults, out: Path, subject: str, version: str) ->
     writer = FigureWriter(out, subject, results.unit.name)
     sections = []
     for build in SECTIONS:
+        release_memory()
         try:
             sections.append(build(results, writer))
         except Exception as error:  # the derivatives are already written; one section must not cost the whole page
