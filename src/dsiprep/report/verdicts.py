@@ -223,7 +223,7 @@ CHECKS = (
     Check("ringing", "Gibbs ringing", "", True, "denoising", "denoise",
           "Look for stripes parallel to the ventricles and the edge of the brain.", _ringing),
     Check("distortion", "Distortion correction", "", True, "distortion", "sdc",
-          "Check PhaseEncodingDirection of both series.", _distortion),
+          "Check PhaseEncodingDirection in the sidecars.", _distortion),
     Check("coregistration", "Coregistration", "mm", True, "coregistration", "coreg",
           "Compare the outlines in both images.", _coregistration),
     Check("coverage", "Brain outside the field of view", "%", True, "output", "means",
