@@ -98,3 +98,14 @@ def test_change_of_the_code_is_seen(out: Path, unit: Unit, monkeypatch: pytest.M
     finished._common.cache_clear()
     monkeypatch.undo()
     assert known(out, unit)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_not_a_file_is_not_read(tmp_path: Path, unit: Unit, kind: str) -> None:
+    """A pipe without a writer waits for ever, and a device never ends."""
+    unit.runs[0].bval.unlink()
+    if kind == "pipe":
+        os.mkfifo(unit.runs[0].bval)
+    else:
+        unit.runs[0].bval.symlink_to("/dev/zero")
+    assert FinishedSubjects(tmp_path / "out", SETTINGS).begin("01", (unit,)) == {}

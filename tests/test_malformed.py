@@ -25,7 +25,7 @@ from helpers.small_run import SMALL, command
 SECONDS = 20
 BYTES = 2 * 2**30  # of heap beyond what is used at the start
 FAST, ALL = 40, 1200
-WHOLE = 16  # datasets that are run
+WHOLE, WHOLE_SECONDS = 16, 600  # datasets that are run, for at most so long
 SETTINGS = Settings()
 
 
@@ -109,8 +109,10 @@ def test_whole_runs_of_damaged_datasets(tmp_path: Path, capsys: pytest.CaptureFi
         shutil.copytree(phantom, folder / "phantom")
         described = damage(Dataset(folder / "phantom" / "bids"), seed)
         before = listing(folder / "phantom")
+        signal.alarm(WHOLE_SECONDS)
         quick = ("--hmc-model", "none", "--denoise-method", "none", "--sdc-method", "none")
         code = cli.main(command(folder / "phantom", folder / "out", *quick))
+        signal.alarm(0)
         message = capsys.readouterr().err
         said = f"seed {seed}: {described}: {message}"
         assert "please report" not in message, said

@@ -19,6 +19,7 @@ from dsiprep.cache import LIBRARIES, plain_text
 from dsiprep.data.acquisition import Unit
 from dsiprep.engines.selection import engine_fingerprints
 from dsiprep.errors import DsiprepError
+from dsiprep.io.files import check_file
 from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
@@ -143,5 +144,6 @@ def _stamp(path: Path) -> Stamp:
 
 
 def _digest(path: Path) -> str:
+    check_file(path)
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

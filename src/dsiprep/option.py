@@ -91,8 +91,10 @@ def read_toml(flag: str, path: Path, remedy: str) -> dict[str, Any]:
     Raises
     ------
     SettingsError
-        If the file cannot be read; `remedy` says what to give instead.
+        If it is not a file or cannot be read; `remedy` says what to give instead.
     """
+    if path.exists() and not path.is_file():
+        raise SettingsError(f"{flag} {path}: not a file; {remedy}")
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -15,6 +15,7 @@ from dsiprep.data.acquisition import Unit
 from dsiprep.device import check_name, choose
 from dsiprep.engines.selection import check_engines
 from dsiprep.errors import SettingsError
+from dsiprep.io.files import check_file
 from dsiprep.jobs import Job, Outcome, StepCallback, finished_before
 from dsiprep.schedulers.local import parallel_subjects, run_locally
 from dsiprep.settings import Settings
@@ -109,6 +110,7 @@ def _chosen_scheduler(jobs: Sequence[Job], options: argparse.Namespace) -> Run:
 
 
 def _read_options(path: Path) -> Mapping[str, Any]:
+    check_file(path)
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as problem:
