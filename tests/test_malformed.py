@@ -52,17 +52,23 @@ def listing(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((str(path), path.lstat().st_size, path.lstat().st_mtime_ns) for path in found)
 
 
-def check(seed: int, folder: Path) -> tuple[str, str]:
-    """One sample, stopped after `SECONDS`: the kind of its first damage, and "accepted" or "refused"."""
+def limit(seconds: int) -> None:
+    """Raise TimeoutError after so many seconds, unless the alarm is reset before."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"{described}: no end after {SECONDS} s")
+        raise TimeoutError(f"no end after {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+
+
+def check(seed: int, folder: Path) -> tuple[str, str]:
+    """One sample, stopped after `SECONDS`: the kind of its first damage, and "accepted" or "refused"."""
 
     dataset = build(folder / "bids")
     described = damage(dataset, seed)
     before = listing(folder)
-    signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    limit(SECONDS)
     try:
         message = outcome(dataset.root)
     except Exception as error:
@@ -109,7 +115,7 @@ def test_whole_runs_of_damaged_datasets(tmp_path: Path, capsys: pytest.CaptureFi
         shutil.copytree(phantom, folder / "phantom")
         described = damage(Dataset(folder / "phantom" / "bids"), seed)
         before = listing(folder / "phantom")
-        signal.alarm(WHOLE_SECONDS)
+        limit(WHOLE_SECONDS)
         quick = ("--hmc-model", "none", "--denoise-method", "none", "--sdc-method", "none")
         code = cli.main(command(folder / "phantom", folder / "out", *quick))
         signal.alarm(0)
