@@ -64,7 +64,6 @@ def limit(seconds: int) -> None:
 
 def check(seed: int, folder: Path) -> tuple[str, str]:
     """One sample, stopped after `SECONDS`: the kind of its first damage, and "accepted" or "refused"."""
-
     dataset = build(folder / "bids")
     described = damage(dataset, seed)
     before = listing(folder)
