@@ -39,7 +39,7 @@ CONSTANT_MM = 100.0  # prior standard deviation of c
 INITIAL_MM = 0.3  # standard deviation that the variance of each part of the field starts from
 FIRST_EVEN, FIRST_ODD = 3, 5  # parts of the field from which on functions of the gradient are even, and odd
 FIRST_MOVE = 3.0  # initial movement along the phase-encoding axis over that along the others
-CLEAR_DRIFT = 10.0  # logarithm of the odds from which on the centre frequency drifts
+CLEAR_DRIFT = 3.0  # logarithm of the odds from which on the centre frequency drifts
 DECAYS = (0.0, 0.7)  # part of the effect of a gradient that is left after one more volume
 
 
