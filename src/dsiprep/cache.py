@@ -34,7 +34,7 @@ import torch
 from dsiprep import settings as settings_module
 from dsiprep.data import acquisition, dwi, gradient_coil, grid, motion, qspace, results, template, transform
 from dsiprep.errors import DsiprepError, InputError, OutputError
-from dsiprep.io.files import check_file
+from dsiprep.io.files import content_digest
 from dsiprep.mapped import file_of, map_tensor, release_memory
 from dsiprep.sources import source_digest
 
@@ -109,9 +109,7 @@ class Cache:
         """What `read` returns, keyed by the contents of `paths`, by `facts` about them and by the `reader`'s source."""
         digest = hashlib.sha256(plain_text([facts, source_digest(reader.__name__)]).encode())
         for path in paths:
-            check_file(path)
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            digest.update(content_digest(path))
         return CachedResult(digest.hexdigest(), read)
 
     def run(self, stage: ModuleType, name: str, function: Callable[..., T], *inputs: object) -> CachedResult[T]:

@@ -19,7 +19,7 @@ from dsiprep.cache import LIBRARIES, plain_text
 from dsiprep.data.acquisition import Unit
 from dsiprep.engines.selection import engine_fingerprints
 from dsiprep.errors import DsiprepError
-from dsiprep.io.files import check_file
+from dsiprep.io.files import content_digest
 from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
@@ -65,7 +65,7 @@ class FinishedSubjects:
         self._record(subject).unlink(missing_ok=True)
         try:
             paths = dict.fromkeys(_inputs(units, self.settings))
-            return {str(path): [*_stamp(path), _digest(path)] for path in paths}
+            return {str(path): [*_stamp(path), content_digest(path).hex()] for path in paths}
         except (OSError, DsiprepError):
             return {}
 
@@ -101,7 +101,9 @@ class FinishedSubjects:
         paths = list(dict.fromkeys(_inputs(units, self.settings)))
         if [str(path) for path in paths] != list(known):
             return False
-        return all(_stamp(path) == known[str(path)][:2] or _digest(path) == known[str(path)][2] for path in paths)
+        return all(
+            _stamp(path) == known[str(path)][:2] or content_digest(path).hex() == known[str(path)][2] for path in paths
+        )
 
 
 @cache
@@ -141,9 +143,3 @@ def _stamps(folder: Path, paths: Iterable[Path]) -> dict[str, Stamp]:
 def _stamp(path: Path) -> Stamp:
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
-
-
-def _digest(path: Path) -> str:
-    check_file(path)
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -256,7 +256,6 @@ def _write_reports(
     from dsiprep.outputs import write_methods, write_report
 
     on_step(job.units[-1].name, "report")
-    release_memory()
     if job.mode == "boilerplate_only":
         write_methods(finished, job.out)
     else:

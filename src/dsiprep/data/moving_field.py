@@ -38,9 +38,10 @@ class MovingField(Summarised):
     size_mm : float
         95th percentile over the brain of the change by 6 degrees, the larger of pitch and roll; 0 if there is none.
     evidence : float
-        Mean square of the derivatives over that of the same fit along the two other axes; NaN if it was not measured.
+        Variance of the derivatives in the brain over that of the same fit along the two other axes; NaN if it was not
+        measured.
     residuals : tuple of float
-        Mean square residual of tilted volumes, relative to that with a rigid field: (before, after).
+        Mean absolute residual of turned volumes, relative to their mean prediction: (with a rigid field, after).
     """
 
     derivatives: torch.Tensor | None

@@ -6,6 +6,7 @@ named pipe or a link to a device, which would be read forever.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -73,6 +74,13 @@ def _real_path(path: Path) -> str:
 @lru_cache(maxsize=4096)
 def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
+
+
+def content_digest(path: Path) -> bytes:
+    """SHA-256 of the content of a file. Raises as `check_file`, and an OSError if it cannot be read."""
+    check_file(path)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
 
 
 def read_bytes(path: Path) -> bytes:

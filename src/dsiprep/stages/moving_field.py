@@ -139,8 +139,8 @@ def _estimate(inputs: _Inputs, rigid: MovingField, series: TiltedSeries, poses: 
         equations = compared.equations(series, inputs.axis)
         none = np.zeros_like(series.coefficients)
         change = solve_fields(equations, series, prior, inputs.axis) if number else none
-        series = series.with_transforms(pose_step(equations, series, change))
-        series = replace(series, coefficients=series.coefficients + change)
+        transforms = pose_step(equations, series, change)
+        series = replace(series, transforms=transforms, coefficients=series.coefficients + change)
         observed[torch.as_tensor(inputs.turned)] = series.sample(inputs.turned)
         compared = _compare(inputs, series, observed)
         if number == 0:
@@ -149,8 +149,8 @@ def _estimate(inputs: _Inputs, rigid: MovingField, series: TiltedSeries, poses: 
     if wanted == "auto" and evidence < CLEAR:
         reason = f"The field moves rigidly with the head: evidence for a change is {evidence:.1f}, less than {CLEAR:g}."
         return replace(rigid, reason=reason, evidence=evidence)
-    gain = 100 * (1 - compared.misfit() / before)
-    size = _size(series)
+    after, size = compared.misfit(), _size(series)
+    gain = 100 * (1 - after / before)
     reason = (
         f"The field changes with pitch and roll: {size:.2f} mm at {DEGREES:g} degrees (95th percentile in the brain); "
         f"residuals of {len(inputs.turned)} turned volumes fell by {gain:.1f} %, evidence {evidence:.1f}."
@@ -165,7 +165,7 @@ def _estimate(inputs: _Inputs, rigid: MovingField, series: TiltedSeries, poses: 
         reason=reason,
         size_mm=size,
         evidence=evidence,
-        residuals=(before, compared.misfit()),
+        residuals=(before, after),
     )
 
 

@@ -81,7 +81,7 @@ def estimate(series: TiltedSeries, ideal: torch.Tensor, axis: int) -> TiltedSeri
         equations = tilt_equations(series, volumes, series.tilts, observed.nan_to_num(), ideal, usable, axis)
         change = solve_fields(equations, series, prior, axis)
         poses = pose_step(equations, series, change)
-        series = replace(series.with_transforms(poses), coefficients=series.coefficients + change)
+        series = replace(series, transforms=poses, coefficients=series.coefficients + change)
     return series
 
 

@@ -8,21 +8,20 @@ are multiplied by the Jacobian determinants of the displacements.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from dsiprep.data.grid import Grid
 from dsiprep.data.transform import EddyCurrents
-from dsiprep.ops.image.epi_resampling import SampledDisplacement, field_of_view, warp_volume
+from dsiprep.ops.image.epi_resampling import SampledDisplacement, warp_volume
 from dsiprep.ops.image.point_set import PointSet
 from dsiprep.ops.image.smooth_field import SplineBasis
 
 __all__ = ["TiltedSeries", "pitch_and_roll"]
 
 MAIN_FIELD = np.array([0.0, 0.0, 1.0])  # direction in the scanner, RAS+
-LEAST_JACOBIAN = 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,16 +96,13 @@ class TiltedSeries:
     def sample(self, volumes: np.ndarray) -> torch.Tensor:
         """The given volumes at the points, (len(volumes), m); NaN outside the field of view."""
         out, (i, j, k) = torch.empty(len(volumes), len(self.points)), self.points.voxels.astype(int).T
+        reached = torch.empty(self.grid.shape, dtype=torch.bool)
         for row, (v, displacement) in enumerate(zip(volumes, self.displacements(volumes), strict=True)):
             matrix, eddy = self.transforms[v], None if self.eddy is None else self.eddy.take(np.array([v]))
-            chain = (self.grid, self.grid, matrix, displacement)
-            warped = warp_volume(self.data[int(v)], *chain, matrix[:3, :3], eddy, signed=True)
-            out[row] = torch.where(field_of_view(*chain, eddy), warped, torch.nan)[i, j, k]
+            chain = (self.grid, self.grid, matrix, displacement, matrix[:3, :3], eddy)
+            warped = warp_volume(self.data[int(v)], *chain, signed=True, reached=reached)
+            out[row] = torch.where(reached, warped, torch.nan)[i, j, k]
         return out
-
-    def with_transforms(self, transforms: np.ndarray) -> TiltedSeries:
-        """Copy with other transforms."""
-        return replace(self, transforms=transforms)
 
 
 def pitch_and_roll(transforms: np.ndarray) -> np.ndarray:
