@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from dsiprep.cli.app import build_parser, main, read_settings
 from dsiprep.cli.config_file import expand_config_file, run_as_toml
+from dsiprep.cli.tools import build_parser as build_tools
 from dsiprep.errors import SettingsError
 
 GIVEN = ["/bids", "/out", "participant", "--output-resolution", "2", "--participant-label", "01", "02", "--hmc-model",
@@ -83,6 +86,25 @@ def test_help_begins_with_what_is_required() -> None:
     assert "(default: )" not in text
     assert text.index("--output-resolution MM\n") < text.index("--participant-label")
     assert text.splitlines()[0].endswith("--output-resolution MM [options]")
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """A parser and those of its subcommands."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for tool in action.choices.values():
+                yield from parsers(tool)
+
+
+def test_help_of_every_command_names_every_option() -> None:
+    shown = [*parsers(build_parser()), *parsers(build_tools())]
+    assert len(shown) > 10
+    for parser in shown:
+        text = parser.format_help()
+        for action in parser._actions:
+            if action.help != argparse.SUPPRESS:
+                assert all(flag in text for flag in action.option_strings[:1]), parser.prog
 
 
 def test_names_of_qsiprep_with_underscores_are_taken() -> None:

@@ -163,9 +163,10 @@ def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclass
     """Add the option of a settings field to `group`; if given, its value is stored under `prefix.name`."""
     flags, choices = entry.metadata["flags"], entry.metadata["choices"]
     storage: dict[str, Any] = {"dest": f"{prefix}.{entry.name}" if prefix else entry.name, "default": argparse.SUPPRESS}
+    plain = entry.metadata["help"].replace("%", "%%")  # argparse formats help with %
     if isinstance(entry.default, bool):
         storage["action"] = "store_false" if entry.default else "store_true"
-        group.add_argument(*flags, help=entry.metadata["help"], **storage)
+        group.add_argument(*flags, help=plain, **storage)
         return
     metavar = entry.metadata["metavar"] or "|".join(str(choice) for choice in choices) or None
     shown = entry.default != "" and not entry.metadata["help"].endswith("(required)")
@@ -174,7 +175,7 @@ def add_setting(group: argparse._ActionsContainer, prefix: str, entry: dataclass
         *flags,
         type=value_converter(flags[0], type(entry.default), choices),
         metavar=metavar,
-        help=entry.metadata["help"] + suffix,
+        help=plain + suffix,
         **storage,
     )
 
