@@ -113,7 +113,8 @@ def mppca(
     def observed(v: int) -> torch.Tensor:
         return data[v] if magnitude is None else magnitude.stabilise(data[v] / sigma.clamp(min=TINY))
 
-    restore_signal(denoised, observed, (maps[0] > 0) & (data != 0).any(0))
+    unit = sigma if magnitude is None else torch.ones_like(sigma)
+    restore_signal(denoised, observed, unit, (maps[0] > 0) & (data != 0).any(0))
     if magnitude is not None:
         for volume in denoised:
             volume.copy_(magnitude.destabilise(volume).mul_(sigma))
