@@ -17,6 +17,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from isal import isal_zlib
 
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.errors import InputError, OutputError
@@ -92,7 +93,6 @@ def write_image(
     data: np.ndarray | torch.Tensor,
     grid: Grid,
     discrete: bool = False,
-    level: int = 1,
     space: int = SCANNER,
     repetition_time: float | None = None,
 ) -> None:
@@ -107,8 +107,6 @@ def write_image(
     grid : Grid
     discrete : bool
         Store labels and masks as uint8, or int16 if a label requires it; otherwise float32.
-    level : int
-        gzip compression level.
     space : int
         `SCANNER`, `ALIGNED` (to another image, such as ACPC space) or `MNI`: the code of qform and sform.
     repetition_time : float, optional
@@ -125,7 +123,7 @@ def write_image(
     kind = _label_type(array) if discrete else np.dtype(np.float32)
     header = _file_header(array, grid, kind, space, repetition_time)
     if path.suffix == ".gz":
-        parts = _compressed(header, volumes, kind, level)
+        parts = _compressed(header, volumes, kind)
     else:
         parts = chain([header], (_block(volume, kind) for volume in volumes))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
@@ -253,21 +251,21 @@ def _file_header(array: np.ndarray, grid: Grid, kind: np.dtype, space: int, repe
     return header.binaryblock + b"\x00\x00\x00\x00"
 
 
-def _compressed(header: bytes, volumes: np.ndarray, kind: np.dtype, level: int) -> Iterator[bytes]:
+def _compressed(header: bytes, volumes: np.ndarray, kind: np.dtype) -> Iterator[bytes]:
     """A standard gzip stream, as chunks, whose blocks are compressed in parallel."""
 
     def deflate(content: bytes) -> bytes:
-        compressor = zlib.compressobj(level, zlib.DEFLATED, -15)
+        compressor = isal_zlib.compressobj(wbits=-15)  # no header
         return compressor.compress(content) + compressor.flush(zlib.Z_FULL_FLUSH)
 
     yield GZIP_HEADER + deflate(header)
-    crc, size, threads = zlib.crc32(header), len(header), max(1, min(8, torch.get_num_threads()))
+    crc, size, threads = isal_zlib.crc32(header), len(header), max(1, min(8, torch.get_num_threads()))
     with ThreadPoolExecutor(threads) as pool:
         for first in range(0, len(volumes), threads):
             contents = [_block(volume, kind) for volume in volumes[first : first + threads]]
             blocks = pool.map(deflate, contents)
             for content in contents:  # meanwhile
-                crc, size = zlib.crc32(content, crc), size + len(content)
+                crc, size = isal_zlib.crc32(content, crc), size + len(content)
             yield from blocks
     yield b"\x03\x00" + struct.pack("<II", crc, size & 0xFFFFFFFF)
 
