@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from dsiprep.ops.intensity.leading_components import leading_components
 from dsiprep.ops.intensity.magnitude_noise import MagnitudeNoise
 from dsiprep.ops.intensity.noise_level import (
     centred,
@@ -132,11 +133,12 @@ def _denoise(
     """Denoised patches (b, m, n) and their number of components kept, the mean included, (b,)."""
     patches, mean, count = centred(voxels, valid, level, magnitude, index)
     rows, columns = degrees_of_freedom(count, voxels.shape[1])
-    values, vectors = torch.linalg.eigh(gram(patches))
-    side = values.shape[1]
     square = valid if magnitude is not None else valid * level**2
     variance = (square[index].sum(1) / count.clamp(min=1)).double()
-    kept = (values.double() > noise_edge(variance, rows, columns)[:, None]).sum(1).minimum(rows)
+    edge = noise_edge(variance, rows, columns)
+    values, vectors = leading_components(gram(patches), edge)
+    side = values.shape[1]
+    kept = (values.double() > edge[:, None]).sum(1).minimum(rows)
     most = int(kept.max())
     component = torch.arange(side - most, side, device=voxels.device)[None]
     basis = vectors[:, :, side - most :] * (component >= (side - kept)[:, None])[:, None]
