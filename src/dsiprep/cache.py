@@ -20,12 +20,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Generic, TypeVar, cast
 
 import numpy as np
@@ -89,6 +89,8 @@ class Cache:
         Called with the name of each stage that is about to be computed, not of those found.
     only_found : bool
         Compute nothing; a missing result is an error.
+    elsewhere : mapping
+        Names of stages whose results another process is computing, and what waits for it.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class Cache:
         folder: Path | None,
         started: Callable[[str], None] = lambda name: None,
         only_found: bool = False,
+        elsewhere: Mapping[str, Callable[[], None]] = MappingProxyType({}),
     ) -> None:
         self.folder = folder
         self.started = started
         self.only_found = only_found
+        self.elsewhere = elsewhere
         self.seconds: dict[str, float] = {}
         self._in_memory: dict[str, object] = {}
 
@@ -134,6 +138,8 @@ class Cache:
                 self._in_memory[key] = self._timed(name, function, inputs)
             return CachedResult(key, lambda: cast(T, self._in_memory[key]))
         target = self.folder / f"{name}-{key[:12]}"
+        if not (target / "result.json").exists() and name in self.elsewhere:
+            self.elsewhere[name]()
         if not (target / "result.json").exists():
             value = self._timed(name, function, inputs)
             _store(target, value, {"stage": name, "key": key, "seconds": self.seconds[name]})
@@ -162,7 +168,7 @@ class Cache:
 
     def for_other_unit(self) -> Cache:
         """The same folder for another unit, whose times are counted separately."""
-        return Cache(self.folder, self.started, self.only_found)
+        return Cache(self.folder, self.started, self.only_found, self.elsewhere)
 
     def clear(self) -> None:
         """Remove all stored results."""

@@ -12,7 +12,7 @@ from dsiprep.io.nifti_header import read_shape
 from dsiprep.plan import plan_distortion
 from dsiprep.settings import Settings
 
-__all__ = ["BASE_MB", "COSTS", "expected_memory", "expected_minutes", "expected_seconds"]
+__all__ = ["BASE_MB", "BESIDE_MB", "BESIDE_THREADS", "COSTS", "expected_memory", "expected_minutes", "expected_seconds"]
 
 # CPU seconds of each step: constant, and per million voxels of the series, from runs of a DSI-101 phantom of 5 mm and a
 # DSI-257 phantom of 2.5 mm (7 and 131 million voxels), compiling included.
@@ -35,6 +35,7 @@ MOVING_FIELD = (10.0, 1.0)  # more for distortion, if a third of the volumes are
 PARALLEL = {"denoise": 0.9, "motion": 0.9, "anatomy": 0.6, "resample": 0.8}  # part that runs on several cores
 PARALLEL_OTHERS = 0.2
 BASE_MB, COPIES = 2000, 5  # memory beside the series, and copies of the series in float32
+BESIDE_THREADS, BESIDE_MB = 8, 3000  # threads from which anatomy has a process of its own beside motion, and its memory
 COMPLEX_COPIES, LATTICE_COPIES = 2, 1  # more for complex data, and for a series on a lattice
 
 
@@ -50,6 +51,8 @@ def expected_seconds(unit: Unit, settings: Settings, threads: int = 1) -> dict[s
         times["anatomy"] *= 0.3
     if settings.motion.method == "none":
         times["motion"] *= 0.05
+    if threads >= BESIDE_THREADS:
+        times["anatomy"] = max(times["anatomy"] - times["denoise"] - times["motion"] - times["distortion"], 0.0)
     if _is_complex(unit):
         times["denoise"] *= 2
     if settings.moving_field.method != "off":
@@ -64,11 +67,11 @@ def expected_minutes(units: Sequence[Unit], settings: Settings) -> float:
     return sum(sum(expected_seconds(unit, settings).values()) for unit in units) / 60
 
 
-def expected_memory(units: Sequence[Unit], settings: Settings) -> int:
-    """Approximate peak memory (MB) of the largest unit."""
+def expected_memory(units: Sequence[Unit], settings: Settings, threads: int = 1) -> int:
+    """Approximate peak memory (MB) of the largest unit on `threads` cores."""
     copies = COPIES + LATTICE_COPIES * (settings.lattice.grid != "none")
     largest = max((_millions_of_voxels(u) * (copies + COMPLEX_COPIES * _is_complex(u)) for u in units), default=0.0)
-    return BASE_MB + round(4 * largest * 1e6 / 2**20)
+    return BASE_MB + round(4 * largest * 1e6 / 2**20) + BESIDE_MB * (threads >= BESIDE_THREADS)
 
 
 def _is_complex(unit: Unit) -> bool:

@@ -114,7 +114,7 @@ def memory_needed(job: Job) -> int:
     """Approximate peak memory of a job in MB."""
     from dsiprep.costs import expected_memory
 
-    return expected_memory(job.units, job.settings)
+    return expected_memory(job.units, job.settings, job.threads)
 
 
 def expected_minutes(job: Job) -> float:
@@ -210,6 +210,7 @@ def _leads_first(job: Job) -> list[Unit]:
 
 
 def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None:
+    from dsiprep.anatomy_process import anatomy_beside
     from dsiprep.device import choose
     from dsiprep.io.derivatives import write_anatomy_only, write_root
     from dsiprep.io.provenance import raw_root
@@ -218,8 +219,8 @@ def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None
     from dsiprep.plan import choose_lead
 
     reports_only = job.mode in ("reports_only", "boilerplate_only")
-    cache = Cache(_work_folder(job), lambda step: on_step(unit.name, step), only_found=reports_only)
-    device = choose(job.device)
+    device, folder = choose(job.device), _work_folder(job)
+    cache = Cache(folder, lambda step: on_step(unit.name, step), only_found=reports_only)
     if job.mode == "anat_only":
         modality = job.settings.anatomy.modality
         if not unit.structural(modality):
@@ -228,7 +229,8 @@ def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None
         write_root(job.out, __version__, raw_root(unit))
         write_anatomy_only(anatomy.value, unit, job.out, template_of(job.settings.anatomy), job.settings.anatomy)
         return None
-    results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))
+    with anatomy_beside(unit, job.settings, folder, device, 1 if reports_only else job.threads) as cache.elsewhere:
+        results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))
     if not reports_only:
         on_step(unit.name, "derivatives")
         release_memory()
