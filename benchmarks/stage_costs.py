@@ -56,7 +56,7 @@ class Watch:
             stage = self.current
             stage.resident = max(stage.resident, int(fields["VmRSS"].split()[0]) / 1024)
             stage.private = max(stage.private, int(fields["RssAnon"].split()[0]) / 1024)
-            time.sleep(0.05)
+            time.sleep(0.2)
 
 
 def measure(arguments: list[str]) -> None:

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
+import torch
 
+from dsiprep.ops.image.filters import gaussian
 from dsiprep.ops.qspace.shore import ZETA, choose_zeta, shore_basis, shore_regulariser, shore_size
 
 __all__ = ["contrast_to_noise", "discontinuous_slices", "shore_projection", "values_inside"]
@@ -42,8 +43,7 @@ def discontinuous_slices(data: np.ndarray, mask: np.ndarray, axis: int = 2, thre
     judged = [s for s in range(1, len(inside) - 1) if inside[s].sum() >= MIN_VOXELS]
     discontinuous = np.zeros(stack.shape[:2], bool)
     for volume, row in zip(stack, discontinuous, strict=True):
-        smooth = gaussian_filter1d(np.ascontiguousarray(volume, np.float32), 2, axis=1)
-        smooth = gaussian_filter1d(smooth, 2, axis=2)
+        smooth = gaussian(torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None], (0, 2, 2))[0].numpy()
         for s in judged:
             before, current, after = (smooth[s + step][inside[s]] for step in (-1, 0, 1))
             row[s] = np.abs(current - (before + after) / 2).mean() > threshold * np.abs(before - after).mean() / 2
