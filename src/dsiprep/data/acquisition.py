@@ -13,6 +13,8 @@ from dsiprep.data.grid import Grid
 from dsiprep.data.summary import Summarised
 
 AXES = "ijk"
+LEAST_ANGLE = 45.0  # degrees between displacements, from which on two images determine the field that causes them
+SAME_TIME_S = 0.004  # slices with times closer than this are excited together
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,16 @@ class PhaseEncoding:
         return (1.0 if self.readout_time is None else self.readout_time) * float(grid.voxel_sizes[self.axis])
 
 
-LEAST_ANGLE = 45.0  # degrees between displacements, from which on two images determine the field that causes them
+def simultaneous_slices(times: tuple[float, ...]) -> tuple[tuple[int, ...], ...]:
+    """Slices excited together, in temporal order, from the acquisition time of each slice in s."""
+    groups: list[list[int]] = []
+    last = -np.inf
+    for index in np.argsort(times, kind="stable"):
+        if times[index] - last > SAME_TIME_S:
+            groups.append([])
+        groups[-1].append(int(index))
+        last = times[index]
+    return tuple(tuple(sorted(group)) for group in groups)
 
 
 def displacement_angle(first: tuple[PhaseEncoding, Grid], second: tuple[PhaseEncoding, Grid]) -> float:

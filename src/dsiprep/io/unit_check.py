@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsiprep.data.acquisition import EpiReference, Run, Unit
+from dsiprep.data.acquisition import EpiReference, Run, Unit, simultaneous_slices
 from dsiprep.errors import InputError, MetadataError
 from dsiprep.io.b_tables import read_b_table, read_bvals
 from dsiprep.io.fieldmaps import OR_IGNORE
@@ -131,7 +131,7 @@ def _multiband_note(run: Run) -> str:
     times, factor = slice_times(run.metadata, (i, j, k)), run.metadata.get("MultibandAccelerationFactor")
     if not times or not isinstance(factor, int | float):
         return ""
-    together = len(times) / len(np.unique(np.round(times, 3)))
+    together = len(times) / len(simultaneous_slices(times))
     if together == factor:
         return ""
     return (

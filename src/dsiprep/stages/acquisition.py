@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import LEAST_ANGLE, PhaseEncoding, displacement_angle
+from dsiprep.data.acquisition import LEAST_ANGLE, PhaseEncoding, displacement_angle, simultaneous_slices
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Grid, Volume
 from dsiprep.data.raw import RawEpi, RawRun, RawUnit
@@ -37,7 +37,6 @@ METHODS = {
         "scale are classified as diffusion spectrum imaging [@wedeen2005]."
     ),
 }
-SAME_TIME_S = 0.004  # slices with times closer than this are excited together
 
 
 def conform(raw: RawUnit, settings: AcquisitionSettings, unringing: UnringingSettings | None = None) -> Acquired:
@@ -192,17 +191,6 @@ def multiband_groups(slice_times: list[tuple[float, ...]]) -> tuple[tuple[int, .
     tuple of tuple of int
         Empty if the times of a run are unknown, the runs differ, or the groups differ in size.
     """
-    distinct = {_simultaneous_slices(times) for times in slice_times}
+    distinct = {simultaneous_slices(times) for times in slice_times}
     groups = distinct.pop() if len(distinct) == 1 else ()
     return groups if len({len(group) for group in groups}) == 1 else ()
-
-
-def _simultaneous_slices(times: tuple[float, ...]) -> tuple[tuple[int, ...], ...]:
-    groups: list[list[int]] = []
-    last = -np.inf
-    for index in np.argsort(times, kind="stable"):
-        if times[index] - last > SAME_TIME_S:
-            groups.append([])
-        groups[-1].append(int(index))
-        last = times[index]
-    return tuple(tuple(sorted(group)) for group in groups)
