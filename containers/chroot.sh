@@ -13,7 +13,7 @@ build() {
   local root=$1 work
   mkdir -p "$root"
   mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,binutils --format=directory \
-    --dpkgopt='path-exclude=/usr/share/{doc,man,info,locale}/*' "${SUITE:-bookworm}" "$root"
+    --dpkgopt=path-exclude=/usr/share/{doc,man,info,locale}/'*' "${SUITE:-bookworm}" "$root"
   work=$(mktemp -d)
   python3 -m venv "$work/venv"
   "$work/venv/bin/python" -m pip wheel --quiet --no-deps --wheel-dir "$work" "$here/.."

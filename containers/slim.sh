@@ -5,7 +5,7 @@
 set -euo pipefail
 site=$(echo "$1"/lib/python3*/site-packages)
 
-rm -rf "$site"/torch/{include,test,share,testing/_internal} "$site"/pyarrow/{include,tests,src}
+rm -rf "$site"/torch/{include,test,share} "$site"/torch/testing/_internal/*/ "$site"/pyarrow/{include,tests,src}
 rm -rf "$site"/{sympy,mpmath} # torch needs them to compile models
 find "$site"/torch/bin -type f ! -name torch_shm_manager -delete # torch looks for this one when it is imported
 find "$site"/pyarrow -name '*flight*' -o -name '*substrait*' -o -name '*s3*' -o -name '*gcsfs*' -o -name '*azurefs*' \
