@@ -12,7 +12,8 @@ USER_ID=12345
 build() {
   local root=$1 work
   mkdir -p "$root"
-  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,binutils --format=directory \
+  mmdebstrap --quiet --variant=minbase --include=python3,python3-venv,ca-certificates,binutils,usr-is-merged \
+    --format=directory \
     --dpkgopt=path-exclude=/usr/share/{doc,man,info,locale}/'*' "${SUITE:-bookworm}" "$root"
   work=$(mktemp -d)
   python3 -m venv "$work/venv"
