@@ -22,7 +22,8 @@ build() {
   cp "$work"/dsiprep-*.whl "$here"/{install.sh,slim.sh,requirements.lock,torch.version} "$root/src"
   rm -r "$work"
   inside_with_network "$root" bash -c 'bash /src/install.sh /src/dsiprep-*.whl cpu'
-  inside_with_network "$root" apt-get purge --yes --quiet --quiet python3-venv python3-pip-whl python3-setuptools-whl binutils
+  inside_with_network "$root" apt-get purge --yes --quiet --quiet python3-venv python3-pip-whl python3-setuptools-whl binutils \
+    usrmerge perl 'perl-modules-.*' 'libperl5.*' # the last four came with usrmerge, whose place usr-is-merged takes
   inside_with_network "$root" apt-get autoremove --yes --quiet --quiet
   rm -rf "$root/src" "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*
   mkdir -p "$root/templateflow" "$root/data"
