@@ -137,7 +137,7 @@ class MotionSettings(Checked):
         choices=("auto", "3dSHORE", "tensor", "none"),
     )
     iters: int = option(
-        4,
+        3,
         "largest number of rounds of prediction and registration at the resolution of the series; up to 10 at each of "
         "two coarser ones precede them",
         "--shoreline-iters",
