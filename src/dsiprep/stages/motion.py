@@ -263,7 +263,7 @@ def _shoreline_rounds(
             if eddy_change > EDDY_TOLERANCE_MM:
                 state, eddy_change = eddy_step(eddy_fit, state)
         state = _register(inputs, level, state, predicted, prior)
-        if number > 1:
+        if number > rounds[0]:
             state = _without_gradient_trend(dwi, level, state)
         fill = predicted.values
         trace += trace_rows(state.transforms, level.points.centre, level.name, number)
