@@ -20,6 +20,7 @@ STAGES = {
     "unringing": "Gibbs ringing",
     "motion": "Head motion",
     "distortion": "Distortion",
+    "slices": "Head motion",
     "anatomy": "Anatomy",
     "coregister": "Coregistration",
     "resample": "Resampling",
