@@ -222,19 +222,23 @@ def test_the_field_of_a_turned_head_is_not_taken_for_motion() -> None:
         turn = np.deg2rad(rng.choice([-1, 1], 3) * rng.uniform(3, 6, 3))
         parameters[volume] = np.concatenate([turn, rng.uniform(-2, 2, 3)])
     parameters[21, [k for group in shots[len(shots) // 2 :] for k in group]] += [0.05, -0.04, 0.05, 2, -2, 3]
-    subject, known = _distorted(still, rigid_matrix(parameters, CENTRE), along)
+    true = rigid_matrix(parameters, CENTRE)
+    subject, known = _distorted(still, true, along)
     eddy = zero_eddy_currents(len(still.dwi), still.dwi.grid, along)
     before = replace(_one_pose(subject, subject.transforms), eddy=eddy)
     none = replace(known, fields=(replace(known.fields[0], data=0 * known.fields[0].data),))
-    found = {}
+    turned = np.setdiff1d(np.arange(5, len(still.dwi), 4), [21])
+    found, evidence, errors = {}, {}, {}
     for name, distortion in (("known", known), ("unknown", None), ("none", none)):
         result = follow_slices(subject.dwi, subject.mask, before, shots, MotionSettings(), distortion)
         assert result.slices is not None
-        found[name] = list(np.flatnonzero(result.slices.moving))
-    assert found["known"] == [21]
-    assert 21 in found["unknown"]
-    assert len(found["unknown"]) <= len(found["none"])
-    assert len(found["none"]) > 3
+        found[name], evidence[name] = list(np.flatnonzero(result.slices.moving)), result.slices.evidence[turned].max()
+        error = point_displacement(result.slices.slice_poses[21], true[21], CENTRE + 30 * np.eye(3)).mean(axis=1)
+        errors[name] = float(np.median(error[5:-5]))
+    assert found["known"] == found["unknown"] == [21]
+    assert max(evidence.values()) < 5
+    assert errors["known"] < 0.5
+    assert errors["known"] < errors["none"]
 
 
 def test_neighbours_of_clear_volumes_are_linked_within_a_run() -> None:
