@@ -61,7 +61,6 @@ LINKED = (20.0, 0.12)  # the same for a neighbour of such a volume
 ROUNDS = 3  # of prediction and registration
 STEPS = 2  # Gauss-Newton steps in each round after the first
 LEAST_SAMPLED = 0.3  # weight of samples at a point, of which the prediction takes the place below
-BENT_MM = 0.05  # longest displacement from which on the field of a turned head is taken into account
 SPARSE = 0.5  # density of samples around a voxel below which its prediction is kept
 
 
@@ -160,20 +159,13 @@ def _with_turned(
 
     Poses that were estimated without the field make up for a part of what it does, the same in all slices.
     """
-    turned = _is_bent(slices, state)
+    turned = slices.is_bent(state.poses[:, 0])
     if not turned.any():
         return slices, state
     state = settled(slices, state, np.flatnonzero(turned))
     transforms = state.poses[:, 0]
     observed = _sample(level, slices, state, _state(slices.dwi, motion, transforms))
     return slices.with_predictions(predict_series(slices.dwi, observed, transforms, model).values), state
-
-
-def _is_bent(slices: PredictedSlices, state: ShotPoses) -> np.ndarray:
-    """Volumes in which poses alone miss a part of the displacement by the field, (n,) bool."""
-    if slices.field is None:
-        return np.zeros(len(state.poses), bool)
-    return slices.field.largest_bend(state.poses[:, 0]) > BENT_MM
 
 
 def moves_b0(acquired: Acquired, motion: Motion) -> bool:
@@ -245,7 +237,7 @@ def _mean_poses(state: ShotPoses) -> np.ndarray:
 def _sample(level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, single: MotionState) -> torch.Tensor:
     """All volumes at the points, (n, m), by the poses of their shots where they have them, and the field."""
     observed = level.sample(np.arange(len(state.moving)), single, slices.predicted)
-    own = np.flatnonzero(state.moving | _is_bent(slices, state))
+    own = np.flatnonzero(state.moving | slices.is_bent(state.poses[:, 0]))
     values, weight = slices.samples(own, state.poses[own])
     rows = torch.as_tensor(own)
     observed[rows] = torch.where(weight > LEAST_SAMPLED, values, slices.predicted[rows])

@@ -9,6 +9,7 @@ and as long as u times the angle. Intensities are multiplied by the Jacobian det
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,6 +41,11 @@ class CarriedField:
     grid: Grid
     direction: np.ndarray
 
+    @cached_property
+    def largest(self) -> float:
+        """Largest absolute u, mm."""
+        return float(np.abs(self.table[..., 0]).max())
+
     def turns(self, poses: np.ndarray) -> np.ndarray:
         """r of poses (..., 4, 4), in voxels of `grid` per mm of u, (..., 3)."""
         turned = np.einsum("...ba,b->...a", poses[..., :3, :3], self.direction) - self.direction
@@ -47,8 +53,7 @@ class CarriedField:
 
     def largest_bend(self, poses: np.ndarray) -> np.ndarray:
         """Largest length (mm) over the grid of what poses (..., 4, 4) alone miss, (...)."""
-        longest = np.linalg.norm(self.turns(poses) @ self.grid.affine[:3, :3].T, axis=-1)
-        return longest * float(np.abs(self.table[..., 0]).max())
+        return np.linalg.norm(self.turns(poses) @ self.grid.affine[:3, :3].T, axis=-1) * self.largest
 
     def around(self, low: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """The table on a box of voxels that starts at the voxel `low` (3,); beyond the grid, values at its edge."""

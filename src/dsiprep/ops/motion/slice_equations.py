@@ -26,6 +26,7 @@ MARGIN = 4  # voxels around the brain, into which predictions are continued by t
 GAIN_SPREAD = 0.03  # of the gain of slices about that of their volume
 LOST_SPREAD = 1.0  # the same for slices with signal dropout
 LEAST_JACOBIAN = 0.1
+BENT_MM = 0.05  # displacement from which on the field of a turned head is taken into account
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +100,11 @@ class PredictedSlices:
         low = np.rint(self.points.grid.to_voxels(grid.to_world(np.zeros(3)))).astype(int)
         return self.field.around(low, grid.shape)
 
+    def is_bent(self, poses: np.ndarray) -> np.ndarray:
+        """Whether poses (..., 4, 4) alone miss a part of the displacement by the field that counts, (...)."""
+        missed = np.zeros(poses.shape[:-2]) if self.field is None else self.field.largest_bend(poses)
+        return missed > BENT_MM
+
     def _turns(self, poses: np.ndarray) -> np.ndarray:
         """What the field adds in each pose (..., 4, 4), in voxels of the head per mm, (..., 3) float32."""
         none = np.zeros((*poses.shape[:-2], 3))
@@ -133,12 +139,13 @@ class PredictedSlices:
         maps = (np.linalg.inv(grid.affine) @ np.linalg.inv(poses) @ acquired.affine)[:, :3]
         eddy = eddy_on_grid(None if self.eddy is None else self.eddy.take(np.array([volume])), acquired)
         count = acquired.shape[self.slice_axis]
+        table = self._field_in_box if self.is_bent(poses).any() else self._field_in_box[:0]
         hessian = np.zeros((count, PARAMETERS, PARAMETERS))
         slope, sums = np.zeros((count, PARAMETERS)), np.zeros((count, 3))
         slice_equations_loop(
             self.dwi.data[volume].cpu().numpy(), coefficients, inside, maps[self.shot_of].astype(np.float32),
             to_world.astype(np.float32), np.linalg.inv(to_world[:, :3]).T.astype(np.float32), self.slice_axis,
-            eddy.coefficients, eddy.frame, eddy.along, self._field_in_box, self._turns(poses)[self.shot_of],
+            eddy.coefficients, eddy.frame, eddy.along, table, self._turns(poses)[self.shot_of],
             np.zeros(3, np.float32) if self.field is None else self.field.direction.astype(np.float32), gain, scale,
             hessian, slope, sums,
         )  # fmt: skip
