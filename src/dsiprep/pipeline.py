@@ -365,7 +365,7 @@ def _undistorted_anatomy(unit: Unit, settings: Settings, cache: Cache, device: t
 def _reference(
     cache: Cache, moved: CachedResult[Motion], corrected: CachedResult[Distortion | None]
 ) -> CachedResult[Reference]:
-    return cache.run(dwiref, "distortion-dwiref", dwiref.reference_image, moved, corrected)
+    return cache.run(dwiref, "dwiref", dwiref.reference_image, moved, corrected)
 
 
 def _evaluate_lattice(

@@ -21,6 +21,7 @@ STAGES = {
     "motion": "Head motion",
     "distortion": "Distortion",
     "slices": "Head motion",
+    "dwiref": "Distortion",
     "anatomy": "Anatomy",
     "coregister": "Coregistration",
     "resample": "Resampling",
