@@ -8,7 +8,7 @@ import pytest
 
 from dsiprep.costs import COSTS, expected_memory, expected_seconds
 from dsiprep.data.acquisition import Unit
-from dsiprep.settings import LatticeSettings, Settings
+from dsiprep.settings import LatticeSettings, MotionSettings, Settings
 from helpers.bids_dataset import AP, Dataset
 
 SHAPE = (100, 100, 50)  # half a million voxels
@@ -23,10 +23,19 @@ def series(dataset: Dataset, volumes: int) -> Unit:
 def test_times_follow_size_and_cores(dataset: Dataset) -> None:
     unit = series(dataset, 40)
     one, four = (expected_seconds(unit, Settings(), threads) for threads in (1, 4))
-    assert list(one) == [step for step in COSTS if step != "lattice"]
+    assert list(one) == [step for step in COSTS if step not in ("lattice", "slices")]  # nor are slice times known
     assert four["motion"] < 0.4 * one["motion"]
     assert one["motion"] == pytest.approx(COSTS["motion"][0] + 20 * COSTS["motion"][1])
     assert one["anatomy"] < COSTS["anatomy"][0]  # there is no structural image
+
+
+def test_motion_within_volumes_costs_something_where_slice_times_are_known(dataset: Dataset) -> None:
+    unit = series(dataset, 40)
+    times = {"SliceTiming": [0.05 * k for k in range(SHAPE[2])]}
+    timed = replace(unit, runs=tuple(replace(run, metadata={**run.metadata, **times}) for run in unit.runs))
+    assert expected_seconds(timed, Settings())["slices"] == pytest.approx(COSTS["slices"][0] + 20 * COSTS["slices"][1])
+    for motion in (MotionSettings(slices="off"), MotionSettings(method="none"), MotionSettings(transform="Affine")):
+        assert "slices" not in expected_seconds(timed, Settings(motion=motion))
 
 
 def test_complex_data_and_a_lattice_cost_more(dataset: Dataset) -> None:

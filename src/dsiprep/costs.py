@@ -9,7 +9,7 @@ from pathlib import Path
 from dsiprep.data.acquisition import Unit
 from dsiprep.errors import InputError
 from dsiprep.io.nifti_header import read_shape
-from dsiprep.plan import plan_distortion
+from dsiprep.plan import plan_distortion, plan_slices
 from dsiprep.settings import Settings
 
 __all__ = ["BASE_MB", "BESIDE_MB", "BESIDE_THREADS", "COSTS", "expected_memory", "expected_minutes", "expected_seconds"]
@@ -23,6 +23,7 @@ COSTS = {
     "unringing": (0.5, 0.06),
     "motion": (6.0, 0.9),
     "distortion": (2.0, 0.05),
+    "slices": (2.0, 0.15),
     "anatomy": (45.0, 0.0),
     "coregister": (3.0, 0.0),
     "resample": (5.0, 0.24),
@@ -32,7 +33,8 @@ COSTS = {
     "report": (12.0, 0.03),
 }
 MOVING_FIELD = (10.0, 1.0)  # more for distortion, if a third of the volumes are turned
-PARALLEL = {"denoise": 0.9, "motion": 0.9, "anatomy": 0.6, "resample": 0.8}  # part that runs on several cores
+# part that runs on several cores
+PARALLEL = {"denoise": 0.9, "motion": 0.9, "slices": 0.8, "anatomy": 0.6, "resample": 0.8}
 PARALLEL_OTHERS = 0.2
 BASE_MB, COPIES = 2000, 5  # memory beside the series, and copies of the series in float32
 BESIDE_THREADS, BESIDE_MB = 8, 3000  # threads from which anatomy has a process of its own beside motion, and its memory
@@ -51,6 +53,8 @@ def expected_seconds(unit: Unit, settings: Settings, threads: int = 1) -> dict[s
         times["anatomy"] *= 0.3
     if settings.motion.method == "none":
         times["motion"] *= 0.05
+    if not plan_slices(unit, settings):  # what it takes where the head moved much is not known before
+        del times["slices"]
     if threads >= BESIDE_THREADS:
         times["anatomy"] = max(times["anatomy"] - times["denoise"] - times["motion"] - times["distortion"], 0.0)
     if _is_complex(unit):

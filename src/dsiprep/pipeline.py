@@ -10,15 +10,13 @@ import torch
 
 from dsiprep import stage_calls as call
 from dsiprep.cache import Cache, CachedResult
-from dsiprep.data.acquisition import PhaseEncoding, Unit
+from dsiprep.data.acquisition import Unit
 from dsiprep.data.dwi import DWI
 from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.qspace import GradientCheck, Lattice
-from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
     Acquired,
     Anatomy,
-    Coregistration,
     Distortion,
     Motion,
     MovingField,
@@ -26,7 +24,6 @@ from dsiprep.data.results import (
     Reference,
     UnitResults,
 )
-from dsiprep.device import with_cpu_fallback
 from dsiprep.engines.selection import check_engines, engine_fingerprints
 from dsiprep.io import fieldmaps, gradient_coefficients, nifti, q_grid_table, templates, unit_reader
 from dsiprep.io.bids import read_unit
@@ -75,6 +72,7 @@ STEPS = (
     "unringing",
     "motion",
     "distortion",
+    "slices",
     "anatomy",
     "coregister",
     "resample",
@@ -250,29 +248,34 @@ def _undistort(
         for b, blip in enumerate(acquired.value.blips)
         if (acquired.value.dwi.blip == b).any()
     )
-    if slice_motion.follows_slices(acquired.value, settings.motion):
-        motions = tuple(
-            cache.run(
-                slice_motion,
-                f"motion-slices-{_blip_name(acquired, kept)}",
-                call.follow_slices,
-                acquired,
-                b0s,
-                kept,
-                settings.motion,
-            )
-            for kept in motions
-        )
     method, reason = choose_distortion(unit, acquired.value, settings)
-    correct = partial(_correct_distortion, unit, settings, cache, device, (acquired, motions))
+    correct = partial(_correct_distortion, unit, settings, cache, device, acquired)
     doubt, careful = "", settings.distortion.method == "auto"
     if method == "drbuddi" and careful:
         doubt = doubt_axis(cache.run(axis_check, "distortion-axis", call.check_axis, acquired, motions).value)
-    corrected = correct("none" if doubt else method)
+    corrected = correct(motions, "none" if doubt else method)
     if method == "gre" and careful and corrected.value is not None:
         doubt = corrected.value.doubt
-        corrected = correct("none") if doubt else corrected
+        corrected = correct(motions, "none") if doubt else corrected
+    if slice_motion.follows_slices(acquired.value, settings.motion):
+        motions = tuple(_follow_slices(cache, acquired, b0s, kept, corrected, settings) for kept in motions)
+        if corrected.value is not None and any(slice_motion.moves_b0(acquired.value, kept.value) for kept in motions):
+            corrected = correct(motions, method)
     return motions, corrected, AXIS_CONTRADICTED if doubt else reason, doubt
+
+
+def _follow_slices(
+    cache: Cache,
+    acquired: CachedResult[Acquired],
+    b0s: CachedResult[DWI],
+    kept: CachedResult[Motion],
+    corrected: CachedResult[Distortion | None],
+    settings: Settings,
+) -> CachedResult[Motion]:
+    """Motion within the volumes of a blip, of whose motion between volumes the distortion was estimated."""
+    name = acquired.value.blips[int(acquired.value.dwi.blip[kept.value.volumes[0]])].name
+    follow = call.follow_slices
+    return cache.run(slice_motion, f"slices-{name}", follow, acquired, b0s, kept, corrected, settings.motion)
 
 
 def _follow_field(
@@ -291,10 +294,6 @@ def _follow_field(
     inputs, options = (straight, b0s, motions, corrected), (settings.moving_field.method, settings.motion.model)
     found = cache.run(moving_field, "distortion-moving", moving_field.follow_field, *inputs, *options)
     return tuple(cache.derive(moving_field.with_poses, kept, found) for kept in motions), found
-
-
-def _blip_name(acquired: CachedResult[Acquired], moved: CachedResult[Motion]) -> str:
-    return acquired.value.blips[int(acquired.value.dwi.blip[moved.value.volumes[0]])].name
 
 
 def prepare_anatomy(
@@ -331,33 +330,28 @@ def _correct_distortion(
     settings: Settings,
     cache: Cache,
     device: torch.device,
-    moved: tuple[CachedResult[Acquired], tuple[CachedResult[Motion], ...]],
+    acquired: CachedResult[Acquired],
+    motions: tuple[CachedResult[Motion], ...],
     method: str,
 ) -> CachedResult[Distortion | None]:
-    acquired, motions = moved
     if method == "gre" and unit.gre:
         gre = unit.gre
         field = cache.files(fieldmaps, gre.files(), gre, lambda: read_fieldmap(gre))
         if nonlinearity := _nonlinearity(unit, settings, cache):
             field = cache.derive(gradient_nonlinearity.straighten_fieldmap, field, nonlinearity)
-        return cache.run(fieldmap, "distortion-gre", _with_fieldmap, acquired, motions[0], field)
+        return cache.run(fieldmap, "distortion-gre", call.correct_with_fieldmap, acquired, motions[0], field)
     if method == "fieldmapless":
         anat = _undistorted_anatomy(unit, settings, cache, device)
         rigid = replace(settings.coregister, dof=6)
         distorted = cache.run(dwiref, "distortion-distorted", dwiref.reference_image, motions[0], None)
         start = cache.run(coregister, "coregister-distorted", call.register_to_structural, distorted, anat, "", rigid)
-        correct_alone = partial(_without_fieldmap, device, unit.runs[0].axis)
+        correct_alone = partial(call.correct_without_fieldmap, device, unit.runs[0].axis)
         return cache.run(fieldmapless, "distortion-fieldmapless", correct_alone, acquired, motions[0], anat, start)
     correct, how = (
         partial(call.correct_distortion, device, cache.folder),
         [method, engine_fingerprints(settings.distortion)],
     )
     return cache.run(distortion, "distortion", correct, acquired, motions, how, settings.distortion)
-
-
-def _with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Distortion:
-    reference, grid = moved.dwiref.data[None], acquired.dwi.grid
-    return fieldmap.correct_with_fieldmap(acquired.blips[0], reference, grid, moved.mask, field)
 
 
 def _undistorted_anatomy(unit: Unit, settings: Settings, cache: Cache, device: torch.device) -> CachedResult[Anatomy]:
@@ -368,24 +362,10 @@ def _undistorted_anatomy(unit: Unit, settings: Settings, cache: Cache, device: t
     return prepare_anatomy(unit, replace(settings, anatomy=wanted), cache, device)
 
 
-def _without_fieldmap(
-    device: torch.device,
-    axis: int | None,
-    acquired: Acquired,
-    moved: Motion,
-    anat: Anatomy,
-    start: Coregistration,
-) -> Distortion:
-    pe = acquired.blips[0].pe or PhaseEncoding(axis or 0, 1)  # without a sign no field in Hz is written
-    return with_cpu_fallback(
-        lambda b0: fieldmapless.correct_without_fieldmap(pe, b0, moved.mask, anat, start), device, (moved.dwiref,)
-    )
-
-
 def _reference(
     cache: Cache, moved: CachedResult[Motion], corrected: CachedResult[Distortion | None]
 ) -> CachedResult[Reference]:
-    return cache.run(dwiref, "distortion-dwiref", dwiref.reference_image, moved, corrected)
+    return cache.run(dwiref, "dwiref", dwiref.reference_image, moved, corrected)
 
 
 def _evaluate_lattice(

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, SamplingScheme, Unit
+from dsiprep.data.acquisition import AxisCheck, PhaseEncoding, Run, SamplingScheme, Unit
 from dsiprep.data.results import Acquired
 from dsiprep.engines.selection import engines_for
-from dsiprep.errors import SettingsError
+from dsiprep.errors import InputError, SettingsError
+from dsiprep.io.nifti_header import read_shape
 from dsiprep.io.scanner_corrections import corrections_of
+from dsiprep.io.sidecars import slice_times
 from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
@@ -25,6 +27,7 @@ __all__ = [
     "doubt_axis",
     "not_done",
     "plan_distortion",
+    "plan_slices",
     "plan_stages",
     "warnings_for",
 ]
@@ -268,6 +271,7 @@ def plan_stages(
         "unringing": _describe_unringing(unit, settings),
         "motion": motion.explain_model(scheme, settings.motion) if scheme else "the b-table cannot be read",
         "distortion": f"{method}: {reason[0].lower()}{reason[1:].rstrip('.')}",
+        **({"slices": within} if (within := plan_slices(unit, settings)) else {}),
         **_moving_field_plan(settings),
         "anatomy": (
             f"{len(images)} {settings.anatomy.modality} image{'s' if len(images) > 1 else ''}: "
@@ -281,6 +285,26 @@ def plan_stages(
         f"bias correction {settings.denoise.biascorrect}",
         **_lattice_plan(unit, scheme, settings),
     }
+
+
+def plan_slices(unit: Unit, settings: Settings) -> str:
+    """What is done about motion within volumes, before the files are read; empty if nothing is."""
+    wanted = settings.motion
+    if wanted.slices == "off" or wanted.method == "none" or wanted.transform != "Rigid":
+        return ""
+    if not unit.runs or not all(_has_slice_times(run) for run in unit.runs):
+        return ""
+    return (
+        f"a pose for each shot in {'all volumes' if wanted.slices == 'on' else 'volumes during which the head moved'}"
+    )
+
+
+def _has_slice_times(run: Run) -> bool:
+    try:
+        i, j, k, *_ = read_shape(run.image)
+    except (InputError, ValueError):  # refused when it is read
+        return False
+    return bool(slice_times(run.metadata, (i, j, k)))
 
 
 def _nonlinearity_plan(unit: Unit, settings: Settings) -> dict[str, str]:

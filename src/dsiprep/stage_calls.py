@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from dsiprep.data.acquisition import AxisCheck
+from dsiprep.data.acquisition import AxisCheck, PhaseEncoding
 from dsiprep.data.dwi import DWI
 from dsiprep.data.gradient_coil import GradientNonlinearity
 from dsiprep.data.grid import Volume
+from dsiprep.data.raw import RawFieldmap
 from dsiprep.data.results import (
     Acquired,
     Anatomy,
@@ -42,6 +43,8 @@ from dsiprep.stages import (
     coregister,
     denoise,
     distortion,
+    fieldmap,
+    fieldmapless,
     gradient_nonlinearity,
     motion,
     resample,
@@ -52,6 +55,8 @@ from dsiprep.stages import (
 __all__ = [
     "check_axis",
     "correct_distortion",
+    "correct_with_fieldmap",
+    "correct_without_fieldmap",
     "denoise_series",
     "estimate_motion",
     "follow_slices",
@@ -111,10 +116,13 @@ def estimate_motion(device: torch.device, acquired: Acquired, b0s: DWI, blip: in
     return replace(moved, volumes=np.flatnonzero(chosen))
 
 
-def follow_slices(acquired: Acquired, b0s: DWI, moved: Motion, settings: MotionSettings) -> Motion:
+def follow_slices(
+    acquired: Acquired, b0s: DWI, moved: Motion, distortion: Distortion | None, settings: MotionSettings
+) -> Motion:
     """Motion within volumes, of the same series as `estimate_motion`; its loops are those of the CPU."""
-    series = _series_of(acquired, b0s, int(acquired.dwi.blip[moved.volumes[0]]))
-    return slice_motion.follow_slices(series, acquired.mask, moved, acquired.multiband, settings)
+    blip = int(acquired.dwi.blip[moved.volumes[0]])
+    series, shots = _series_of(acquired, b0s, blip), acquired.multiband
+    return slice_motion.follow_slices(series, acquired.mask, moved, shots, settings, distortion, blip)
 
 
 def _series_of(acquired: Acquired, b0s: DWI, blip: int) -> DWI:
@@ -141,6 +149,25 @@ def correct_distortion(
         return find(acquired.blips, images[:2], grid, mask, settings, diffusion=images[2:])
 
     return with_cpu_fallback(correct, device, (*b0s, *means))
+
+
+def correct_with_fieldmap(acquired: Acquired, moved: Motion, field: RawFieldmap) -> Distortion:
+    reference, grid = moved.dwiref.data[None], acquired.dwi.grid
+    return fieldmap.correct_with_fieldmap(acquired.blips[0], reference, grid, moved.mask, field)
+
+
+def correct_without_fieldmap(
+    device: torch.device,
+    axis: int | None,
+    acquired: Acquired,
+    moved: Motion,
+    anat: Anatomy,
+    start: Coregistration,
+) -> Distortion:
+    pe = acquired.blips[0].pe or PhaseEncoding(axis or 0, 1)  # without a sign no field in Hz is written
+    return with_cpu_fallback(
+        lambda b0: fieldmapless.correct_without_fieldmap(pe, b0, moved.mask, anat, start), device, (moved.dwiref,)
+    )
 
 
 def check_axis(acquired: Acquired, motions: tuple[Motion, ...]) -> AxisCheck:

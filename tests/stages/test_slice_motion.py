@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from dsiprep.data.motion import Motion
+from dsiprep.data.results import Distortion
+from dsiprep.data.transform import DisplacementField
 from dsiprep.errors import InputError, SettingsError
 from dsiprep.ops.image.affine import mean_rigid, point_displacement, rigid_matrix
 from dsiprep.ops.motion.eddy_model import zero_eddy_currents
@@ -177,6 +179,66 @@ def test_shifts_along_phase_encoding_are_not_taken_for_motion(phase_encoded: boo
     found = follow_slices(subject.dwi, subject.mask, motion, shots, MotionSettings())
     assert found.slices is not None
     assert list(np.flatnonzero(found.slices.moving)) == ([] if phase_encoded else list(MOVING))
+
+
+def _field(points: np.ndarray) -> np.ndarray:
+    """Displacement of points (m, 3) of the head along phase encoding, up to 7 mm, (m,)."""
+    return sum(
+        size * np.exp(-((points - CENTRE - middle) ** 2).sum(-1) / 2 / 18**2)
+        for size, middle in ((7.0, [0, 25, -20]), (-7.0, [20, -15, 5]), (6.0, [-20, 0, 20]))
+    )
+
+
+def _distorted(still: Subject, poses: np.ndarray, along: int) -> tuple[Subject, Distortion]:
+    """The series acquired with poses of slices (n, slices, 4, 4) and a field that the head carries, and the field."""
+    dwi, grid = still.dwi, still.dwi.grid
+    data, rng = np.empty(tuple(dwi.data.shape), np.float32), np.random.default_rng(9)
+    plane, direction, step = np.argwhere(np.ones(grid.shape[:2], bool)), grid.directions[:, along], 0.5
+    for volume, slice_poses in enumerate(poses):
+        for k, pose in enumerate(slice_poses):
+            head, acquired = np.linalg.inv(pose), grid.to_world(np.insert(plane, 2, k, axis=1))
+            u = np.zeros(len(plane))
+            at = lambda u: (acquired - u[:, None] * direction) @ head[:3, :3].T + head[:3, 3]  # noqa: B023, E731
+            for _ in range(40):
+                u = _field(at(u))
+            bent = head[:3, :3] @ direction
+            slope = (_field(at(u) + step * bent) - _field(at(u) - step * bent)) / (2 * step)
+            clean = signal(at(u), dwi.bvals[volume], rotate_bvecs(dwi.bvecs[volume], pose)) / (1 + slope)
+            real, imaginary = NOISE * rng.standard_normal((2, len(plane)))
+            data[volume, ..., k] = np.hypot(clean + real, imaginary).reshape(grid.shape[:2])
+    vectors = direction[:, None] * _field(grid.to_world(np.argwhere(np.ones(grid.shape, bool))))
+    field = DisplacementField(torch.from_numpy(vectors.reshape(3, *grid.shape).astype(np.float32)), grid)
+    means = np.stack([mean_rigid(each) for each in poses])
+    known = Distortion(np.eye(4)[None], (field,), None, still.mask, (), (), [], "gre")
+    return Subject(replace(dwi, data=torch.from_numpy(data)), still.mask, means), known
+
+
+def test_the_field_of_a_turned_head_is_not_taken_for_motion() -> None:
+    """A head that rests turned by up to 9 degrees in every fourth volume, and moves within one of them."""
+    still, along = make_subject(count=40, moved=0, noise=NOISE), 1
+    shots, slices = _shots(still.dwi.grid.shape[2]), still.dwi.grid.shape[2]
+    rng, parameters = np.random.default_rng(4), np.zeros((len(still.dwi), slices, 6))
+    for volume in range(5, len(still.dwi), 4):
+        turn = np.deg2rad(rng.choice([-1, 1], 3) * rng.uniform(3, 6, 3))
+        parameters[volume] = np.concatenate([turn, rng.uniform(-2, 2, 3)])
+    parameters[21, [k for group in shots[len(shots) // 2 :] for k in group]] += [0.05, -0.04, 0.05, 2, -2, 3]
+    true = rigid_matrix(parameters, CENTRE)
+    subject, known = _distorted(still, true, along)
+    eddy = zero_eddy_currents(len(still.dwi), still.dwi.grid, along)
+    before = replace(_one_pose(subject, subject.transforms), eddy=eddy)
+    none = replace(known, fields=(replace(known.fields[0], data=0 * known.fields[0].data),))
+    turned = np.setdiff1d(np.arange(5, len(still.dwi), 4), [21])
+    found, evidence, errors = {}, {}, {}
+    for name, distortion in (("known", known), ("unknown", None), ("none", none)):
+        result = follow_slices(subject.dwi, subject.mask, before, shots, MotionSettings(), distortion)
+        assert result.slices is not None
+        found[name], evidence[name] = list(np.flatnonzero(result.slices.moving)), result.slices.evidence[turned].max()
+        error = point_displacement(result.slices.slice_poses[21], true[21], CENTRE + 30 * np.eye(3)).mean(axis=1)
+        errors[name] = float(np.median(error[5:-5]))
+    assert found["known"] == found["unknown"] == [21]
+    assert max(evidence.values()) < 5
+    assert errors["known"] < 0.5
+    assert errors["known"] < errors["none"]
 
 
 def test_neighbours_of_clear_volumes_are_linked_within_a_run() -> None:

@@ -20,6 +20,8 @@ STAGES = {
     "unringing": "Gibbs ringing",
     "motion": "Head motion",
     "distortion": "Distortion",
+    "slices": "Head motion",
+    "dwiref": "Distortion",
     "anatomy": "Anatomy",
     "coregister": "Coregistration",
     "resample": "Resampling",

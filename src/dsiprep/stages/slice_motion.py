@@ -11,12 +11,13 @@ import torch
 from dsiprep.data.dwi import DWI
 from dsiprep.data.grid import Volume
 from dsiprep.data.motion import Motion, SliceMotion
-from dsiprep.data.results import Acquired
+from dsiprep.data.results import Acquired, Distortion
 from dsiprep.errors import InputError
 from dsiprep.ops.image.affine import mean_rigid
 from dsiprep.ops.image.point_set import point_set
 from dsiprep.ops.intensity.brain_mask import brain_mask_b0
 from dsiprep.ops.motion.b0_alignment import mean_b0
+from dsiprep.ops.motion.carried_field import carried_field
 from dsiprep.ops.motion.motion_state import MotionState
 from dsiprep.ops.motion.outlier_slices import MIN_LOSS
 from dsiprep.ops.motion.pyramid import FULL, PyramidLevel
@@ -29,6 +30,7 @@ from dsiprep.ops.motion.shot_poses import (
     explained,
     first_equations,
     follow_head,
+    settled,
     single_poses,
     with_misfit,
     without_excursions,
@@ -43,14 +45,15 @@ METHODS = {
         "Volumes during which the head moved were given a pose for each shot (slices excited together), in the order "
         "of acquisition [@andersson2017; @christiaens2021]: the slices, as acquired, were registered to the prediction "
         "of the volume by robust Gauss-Newton steps, jointly for all shots of the series under a random walk of the "
-        "head with Student t distributed steps and a smooth, even function of the gradient that is not motion. "
+        "head with Student t distributed steps and a smooth, even function of the gradient that is not motion. The "
+        "off-resonance field, as far as it was estimated, turned with the head, the phase-encoding axis did not. "
         "Predictions were renewed with the corrected volumes. One pose was kept unless the odds, with all poses "
         "integrated out, spoke clearly for more. Each of these volumes was put together in its mean "
         "pose, with distortion and eddy currents, by regularised least squares; where no slice was acquired, the "
         "prediction was taken. Its b-vector was turned by the mean of its rotations."
     ),
 }
-__all__ = ["METHODS", "choose_volumes", "follow_slices", "follows_slices"]
+__all__ = ["METHODS", "choose_volumes", "follow_slices", "follows_slices", "moves_b0"]
 
 log = logging.getLogger("dsiprep")
 CLEAR = (30.0, 0.2)  # logarithm of the odds, and mm between poses, from which on a volume has a pose for each shot
@@ -82,7 +85,13 @@ def follows_slices(acquired: Acquired, settings: MotionSettings) -> bool:
 
 
 def follow_slices(
-    dwi: DWI, mask: Volume, motion: Motion, shots: tuple[tuple[int, ...], ...], settings: MotionSettings
+    dwi: DWI,
+    mask: Volume,
+    motion: Motion,
+    shots: tuple[tuple[int, ...], ...],
+    settings: MotionSettings,
+    distortion: Distortion | None = None,
+    blip: int = 0,
 ) -> Motion:
     """Estimate the pose of the head in each shot, where it moved while a volume was acquired.
 
@@ -98,6 +107,11 @@ def follow_slices(
         Slices of each shot, in order of acquisition.
     settings : MotionSettings
         `slices` "on" gives every volume a pose for each shot, "auto" those that clearly need it.
+    distortion : Distortion, optional
+        Its field turns with the head and displaces along an axis that does not. Without it, what a field could do in a
+        turned head is no evidence of motion.
+    blip : int
+        Of the series in `distortion`.
 
     Returns
     -------
@@ -110,17 +124,20 @@ def follow_slices(
         return replace(motion, notes=(*motion.notes, note)) if settings.slices == "on" else motion
     level = PyramidLevel(dwi.data, dwi.grid, point_set(mask.data, dwi.grid), FULL)
     lost = np.zeros(motion.slice_z.shape, bool) if motion.outlier_slices is None else motion.outlier_slices
+    field = None if distortion is None else carried_field(distortion.fields[blip], distortion.poses[blip], dwi.grid)
     observed = level.sample(np.arange(len(dwi)), _state(dwi, motion, motion.transforms))
     predicted = predict_series(dwi, observed, motion.transforms, settings.model).values
-    slices = PredictedSlices(dwi, level.points, predicted, motion.eddy, motion.slice_axis, shots, lost)
-    state, equations = first_equations(slices, single_poses(motion.transforms, slices))
+    slices = PredictedSlices(dwi, level.points, predicted, motion.eddy, motion.slice_axis, shots, lost, field)
+    single = single_poses(motion.transforms, slices)
+    slices, state = _with_turned(level, slices, single, motion, settings.model)
+    state, equations = first_equations(slices, state)
     state = with_misfit(state, equations, dwi)
     evidence, apart = explained(slices, state, equations)
     chosen = np.ones(len(dwi), bool) if settings.slices == "on" else choose_volumes(evidence, apart, dwi.run)
     state = replace(state, moving=chosen)
     log.info("motion within volumes: %d of %d volumes", state.moving.sum(), len(dwi))
     if not state.moving.any():
-        return replace(motion, slices=_result(slices, state, evidence, lost, motion))
+        return replace(motion, slices=_result(slices, single, evidence, lost, motion))
     transforms = motion.transforms
     for number in range(ROUNDS):
         steps = (*ANNEALED_MM, STEP_MM, STEP_MM) if number == 0 else (STEP_MM,) * STEPS
@@ -132,7 +149,28 @@ def follow_slices(
     lost = lost if moved.outlier_slices is None else moved.outlier_slices
     left_out = lost if settings.outliers == "replace" else np.zeros_like(lost)
     moved = replace(moved, slices=_result(slices, state, evidence, left_out, moved))
-    return _with_reference(dwi, moved) if (state.moving & dwi.is_b0).any() else moved
+    return _with_reference(dwi, moved, distortion, blip) if (state.moving & dwi.is_b0).any() else moved
+
+
+def _with_turned(
+    level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, motion: Motion, model: str
+) -> tuple[PredictedSlices, ShotPoses]:
+    """Volumes in which the head was turned registered again, with its field, and what they are predicted to be.
+
+    Poses that were estimated without the field make up for a part of what it does, the same in all slices.
+    """
+    turned = slices.is_bent(state.poses[:, 0])
+    if not turned.any():
+        return slices, state
+    state = settled(slices, state, np.flatnonzero(turned))
+    transforms = state.poses[:, 0]
+    observed = _sample(level, slices, state, _state(slices.dwi, motion, transforms))
+    return slices.with_predictions(predict_series(slices.dwi, observed, transforms, model).values), state
+
+
+def moves_b0(acquired: Acquired, motion: Motion) -> bool:
+    """Whether the b=0 reference of a blip changed, because the head moved within a b=0 volume."""
+    return motion.slices is not None and bool((motion.slices.moving & acquired.dwi.is_b0[motion.volumes]).any())
 
 
 def _without_false_loss(motion: Motion, lost: np.ndarray, state: ShotPoses) -> Motion:
@@ -146,15 +184,16 @@ def _without_false_loss(motion: Motion, lost: np.ndarray, state: ShotPoses) -> M
     return replace(motion, outlier_slices=still, replacements=kept)
 
 
-def _with_reference(dwi: DWI, motion: Motion) -> Motion:
+def _with_reference(dwi: DWI, motion: Motion, distortion: Distortion | None, blip: int) -> Motion:
     """Copy with the mean of the b=0 volumes in their mean poses as reference."""
     assert motion.slices is not None
     rows = np.flatnonzero(dwi.is_b0)
     still, transforms = dwi.select(rows), motion.transforms[rows].copy()
     own = replace(motion, volumes=np.arange(len(dwi)))
+    bent = (np.eye(4), None) if distortion is None else (distortion.poses[blip], distortion.fields[blip])
     for number, row in enumerate(rows):
         if motion.slices.moving[row]:
-            still.data[number] = volume_in_mean_pose(dwi.data[int(row)], dwi.grid, own, int(row), np.eye(4), None)
+            still.data[number] = volume_in_mean_pose(dwi.data[int(row)], dwi.grid, own, int(row), *bent)
         if motion.eddy is not None:  # the shift of the field, all that b=0 volumes have of it
             along = motion.eddy.axes[:, motion.eddy.along]
             transforms[number, :3, 3] += motion.eddy.coefficients[row, 0] * along
@@ -196,11 +235,11 @@ def _mean_poses(state: ShotPoses) -> np.ndarray:
 
 
 def _sample(level: PyramidLevel, slices: PredictedSlices, state: ShotPoses, single: MotionState) -> torch.Tensor:
-    """All volumes at the points, (n, m), by the poses of their shots where they have them."""
+    """All volumes at the points, (n, m), by the poses of their shots where they have them, and the field."""
     observed = level.sample(np.arange(len(state.moving)), single, slices.predicted)
-    moving = np.flatnonzero(state.moving)
-    values, weight = slices.samples(moving, state.poses[moving])
-    rows = torch.as_tensor(moving)
+    own = np.flatnonzero(state.moving | slices.is_bent(state.poses[:, 0]))
+    values, weight = slices.samples(own, state.poses[own])
+    rows = torch.as_tensor(own)
     observed[rows] = torch.where(weight > LEAST_SAMPLED, values, slices.predicted[rows])
     return observed
 

@@ -7,7 +7,16 @@ import pytest
 from scipy.stats import multivariate_normal
 
 from dsiprep.ops.image.affine import rigid_matrix
-from dsiprep.ops.motion.shot_walk import Trend, Walk, log_odds, solve_walk, solve_with_trend, step_weights, steps_of
+from dsiprep.ops.motion.shot_walk import (
+    Offsets,
+    Trend,
+    Walk,
+    log_odds,
+    solve_walk,
+    solve_with_trend,
+    step_weights,
+    steps_of,
+)
 
 LENGTHS = np.array([50.0, 60, 55, 1, 1, 1])
 SHOTS = 7
@@ -54,10 +63,31 @@ def test_log_odds_are_those_of_normal_densities(data: tuple[np.ndarray, np.ndarr
         poses[part] = LENGTHS * (inverse @ slope[t])
     common = np.kron(np.ones((SHOTS, SHOTS)), np.eye(6) * wide**2)
     walk = np.kron(np.minimum.outer(np.arange(SHOTS), np.arange(SHOTS)), np.eye(6) * scale**2)
-    own, one = (multivariate_normal(cov=covariance + prior).logpdf(poses) for prior in (common + walk, common))
-    odds, apart = log_odds(hessian, slope, scale, LENGTHS)
-    assert odds == pytest.approx(own - one, abs=0.05)
+    offsets = Offsets(np.random.default_rng(5).normal(size=(SHOTS, 2)), (0.1, 0.4))
+    likely = {}
+    for name, prior in (("walk", common + walk), ("one", common)):
+        by_spread = [np.kron(offsets.basis @ offsets.basis.T, np.eye(6) * s**2) for s in offsets.spreads]
+        likely[name] = max(multivariate_normal(cov=covariance + prior + more).logpdf(poses) for more in by_spread)
+    odds, apart = log_odds(hessian, slope, (scale,), LENGTHS, offsets)
+    assert odds == pytest.approx(likely["walk"] - likely["one"], abs=0.05)
     assert apart > 0
+    assert log_odds(hessian, slope, (0.01, scale, 3.0), LENGTHS, offsets)[0] >= odds
+
+
+def test_offsets_by_position_are_no_evidence_of_motion() -> None:
+    """Two passes over the head: what both agree on is where the shots are, what differs is when they were acquired."""
+    rng, shots = np.random.default_rng(2), 30
+    position = np.r_[np.arange(0, shots, 2), np.arange(1, shots, 2)] / shots
+    basis = np.cos(np.pi * np.arange(1, 6) * position[:, None])
+    offsets, ignored = Offsets(basis, (0.03, 0.1, 0.3)), Offsets(basis, (1e-6,))
+    hessian = np.tile(np.diag((LENGTHS / 0.1) ** 2), (shots, 1, 1))
+    noise = 0.1 * rng.normal(size=(shots, 6))
+    by_position, later = basis @ (0.15 * rng.normal(size=(5, 6))), np.outer(np.arange(shots) > 17, np.full(6, 0.5))
+    slopes = [((noise + shift) / LENGTHS) @ hessian[0] for shift in (by_position, later, by_position + later)]
+    odds = [log_odds(hessian, slope, (0.06, 0.2), LENGTHS, offsets)[0] for slope in slopes]
+    assert odds[0] < 5
+    assert log_odds(hessian, slopes[0], (0.06, 0.2), LENGTHS, ignored)[0] > 30
+    assert min(odds[1:]) > 30
 
 
 def test_trend_with_the_gradient_is_told_from_motion() -> None:

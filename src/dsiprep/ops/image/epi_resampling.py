@@ -26,6 +26,7 @@ __all__ = [
     "SampledDisplacement",
     "add_displacements",
     "along_axis",
+    "displacement_axis",
     "field_of_view",
     "sample_displacement",
     "warp_volume",
@@ -62,14 +63,19 @@ def sample_displacement(field: DisplacementField, target: Grid, matrix: np.ndarr
     matrix : ndarray, (4, 4)
         World points of the target to world points of the undistorted reference.
     """
-    u = field.data.float()
-    _, vectors = np.linalg.eigh(torch.einsum("aijk,bijk->ab", u, u).double().cpu().numpy())
-    direction = vectors[:, -1]
+    u, direction = field.data.float(), displacement_axis(field)
     length = torch.einsum("a,aijk->ijk", torch.as_tensor(direction, device=u.device).float(), u)
     world_to_voxel = torch.as_tensor(np.linalg.inv(field.grid.affine)[:3, :3], device=u.device).float()
     slope = torch.einsum("vijk,vw->wijk", gradient(length[None])[0], world_to_voxel)
     sampled = resample_onto(torch.cat([u, slope]), field.grid, target, matrix, cubic=True)
     return SampledDisplacement(sampled[:3].contiguous(), sampled[3:].contiguous(), direction)
+
+
+def displacement_axis(field: DisplacementField) -> np.ndarray:
+    """Unit vector (3,), RAS+, parallel to all vectors of a field; its sense is arbitrary."""
+    u = field.data.float()
+    _, vectors = np.linalg.eigh(torch.einsum("aijk,bijk->ab", u, u).double().cpu().numpy())
+    return np.asarray(vectors[:, -1])
 
 
 def along_axis(sampled: SampledDisplacement, axis: np.ndarray) -> SampledDisplacement:

@@ -12,7 +12,16 @@ from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
 from dsiprep.ops.motion.pose_prior import rms_extent
 from dsiprep.ops.motion.poses import even_gradient_basis
-from dsiprep.ops.motion.shot_walk import Trend, Walk, convex_weights, log_odds, solve_with_trend, step_weights, steps_of
+from dsiprep.ops.motion.shot_walk import (
+    Offsets,
+    Trend,
+    Walk,
+    convex_weights,
+    log_odds,
+    solve_with_trend,
+    step_weights,
+    steps_of,
+)
 from dsiprep.ops.motion.slice_equations import PredictedSlices, ShotEquations
 
 __all__ = [
@@ -20,6 +29,7 @@ __all__ = [
     "explained",
     "first_equations",
     "follow_head",
+    "settled",
     "single_poses",
     "with_misfit",
     "without_excursions",
@@ -29,6 +39,10 @@ STEP_MM = 0.03  # scale of the steps from shot to shot of a head at rest
 ANNEALED_MM = (1.0, 0.4, 0.15, 0.06)  # scales that come first: wide steps
 TRIED_MM = (0.02, 0.06, 0.2, 0.6)  # scales of steps by which volumes with one pose are tested
 FIELD_MM = 2.0  # standard deviation of displacements by the field, from shot to shot
+UNKNOWN_MM = 4.0  # the same of a distortion that was not estimated, over the head
+OFFSETS_MM = (0.03, 0.1, 0.3)  # standard deviations of offsets by position that are tried
+OFFSET_LENGTH_MM = 15.0  # over which offsets change
+SETTLING = 2  # Gauss-Newton steps of volumes with one pose
 SETTLED = 4  # of these, from which on steps are heavy-tailed
 SOLUTIONS = 3  # for new weights of the steps, from the same equations, before that
 FIRST_SPREAD_MM = 0.1  # of the trend with the gradient
@@ -85,6 +99,20 @@ def single_poses(transforms: np.ndarray, slices: PredictedSlices) -> ShotPoses:
         np.zeros((count, len(slices.shots), 6)),
         Trend(basis, np.zeros((basis.shape[1], 6)), FIRST_SPREAD_MM),
     )
+
+
+def settled(slices: PredictedSlices, state: ShotPoses, volumes: np.ndarray) -> ShotPoses:
+    """Register some volumes (v,) with one pose each to their predictions."""
+    poses = state.poses.copy()
+    for volume in volumes:
+        coefficients, gain, scale = slices.coefficients(volume), state.gain[volume], np.inf
+        for _ in range(SETTLING):
+            one = slices.equations(volume, coefficients, poses[volume], gain, scale)
+            gain, scale = one.gain, one.scale
+            total = one.hessian.sum(axis=0)
+            change = np.linalg.solve(total + 1e-6 * np.diag(np.diag(total)) + 1e-9 * np.eye(6), one.slope.sum(axis=0))
+            poses[volume] = poses[volume] @ rigid_matrix(change, slices.points.centre)
+    return replace(state, poses=poses)
 
 
 def first_equations(slices: PredictedSlices, state: ShotPoses) -> tuple[ShotPoses, list[ShotEquations]]:
@@ -148,7 +176,9 @@ def explained(
 
     The field displaces slices along the phase-encoding axis, as eddy currents decay and the subject breathes, and this
     alone is no sign of motion. Translations along that axis and rotations about the two others, of standard deviation
-    `FIELD_MM`, are integrated out for each shot: what counts is what the field cannot mimic.
+    `FIELD_MM`, are integrated out for each shot: what counts is what the field cannot mimic. Where the distortion is
+    not known, so is what it does in a turned head (see `ops.motion.carried_field`). Nor do offsets tell that depend on
+    where shots are in the head and not on when they were acquired (`Offsets`), or shots that lost signal.
 
     Returns
     -------
@@ -160,11 +190,26 @@ def explained(
     hessian = np.stack([one.hessian for one in equations]) / state.misfit[:, None, None, None]
     slope = (np.stack([one.slope for one in equations]) - state.systematic) / state.misfit[:, None, None]
     lengths = _lengths(slices)
-    if slices.eddy is not None:
-        hessian, slope = _without_field(hessian, slope, _mimicked(slices.eddy, state.poses[:, 0], lengths))
-    best = [max(log_odds(h, s, mm, lengths) for mm in TRIED_MM) for h, s in zip(hessian, slope, strict=True)]
-    odds, apart = np.array(best).T
+    mimicked = [] if slices.eddy is None else [_mimicked(slices.eddy, state.poses[:, 0], lengths)]
+    if slices.field is None:
+        mimicked += [_mimicked_by_unknown(axis, state.poses[:, 0], lengths) for axis in _encoding_axes(slices)]
+    if mimicked:
+        hessian, slope = _without_field(hessian, slope, np.concatenate(mimicked, axis=2))
+    for volume, lost in enumerate(slices.lost):
+        shots = np.unique(slices.shot_of[lost])
+        hessian[volume, shots], slope[volume, shots] = 0, 0
+    offsets = Offsets(_by_position(slices), OFFSETS_MM)
+    found = [log_odds(h, s, TRIED_MM, lengths, offsets) for h, s in zip(hessian, slope, strict=True)]
+    odds, apart = np.array(found).T
     return odds, apart
+
+
+def _by_position(slices: PredictedSlices) -> np.ndarray:
+    """Cosines of the mean position of each shot across slices, (shots, c)."""
+    position = np.array([np.mean(group) for group in slices.shots])
+    extent = max(float(np.ptp(position)), 1.0)
+    count = max(1, round(extent * slices.dwi.grid.voxel_sizes[slices.slice_axis] / OFFSET_LENGTH_MM))
+    return np.cos(np.pi * np.arange(1, count + 1) * ((position - position.min()) / extent)[:, None])
 
 
 def _mimicked(eddy: EddyCurrents, poses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -177,10 +222,30 @@ def _mimicked(eddy: EddyCurrents, poses: np.ndarray, lengths: np.ndarray) -> np.
     return out
 
 
+def _encoding_axes(slices: PredictedSlices) -> list[np.ndarray]:
+    """Unit vectors (3,) along which the field may displace: both axes of the slices if it is not known which."""
+    eddy, directions = slices.eddy, slices.dwi.grid.directions
+    return [directions[:, a] for a in range(3) if (a == eddy.along if eddy else a != slices.slice_axis)]
+
+
+def _mimicked_by_unknown(axis: np.ndarray, poses: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Changes of poses (n, 4, 4) that do in a turned head what a distortion along `axis` (3,) does, (n, 6, 4).
+
+    For a displacement of `UNKNOWN_MM` over `FIELD_MM` mm: its mean, and its slopes along the three axes of the head.
+    """
+    turned = np.einsum("nba,b->na", poses[:, :3, :3], axis) - axis
+    turned = turned * UNKNOWN_MM / FIELD_MM
+    out = np.zeros((len(poses), 6, 4))
+    out[:, 3:, 0] = turned
+    for column, along in enumerate(np.eye(3), start=1):
+        out[:, :3, column] = np.cross(along, turned) / lengths[:3].mean()
+    return out
+
+
 def _without_field(hessian: np.ndarray, slope: np.ndarray, mimicked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Equations (n, shots, 6, 6) and (n, shots, 6) after integration over changes (n, 6, 3) of unknown size."""
+    """Equations (n, shots, 6, 6) and (n, shots, 6) after integration over changes (n, 6, c) of unknown size."""
     columns = np.einsum("vtij,vjc->vtic", hessian, mimicked)
-    known = np.einsum("vic,vtid->vtcd", mimicked, columns) + np.eye(3) / FIELD_MM**2
+    known = np.einsum("vic,vtid->vtcd", mimicked, columns) + np.eye(mimicked.shape[2]) / FIELD_MM**2
     side = np.einsum("vti,vic->vtc", slope, mimicked)
     fraction = np.linalg.solve(known, np.swapaxes(columns, -1, -2))
     rounding = 1e-12 * np.trace(hessian, axis1=-2, axis2=-1)[..., None, None] * np.eye(6)

@@ -10,11 +10,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.linalg import cho_solve_banded, cholesky_banded
+from scipy.linalg import cho_solve, cho_solve_banded, cholesky_banded, solve_triangular
 
 from dsiprep.ops.image.affine import rigid_parameters
 
-__all__ = ["Trend", "Walk", "convex_weights", "log_odds", "solve_walk", "solve_with_trend", "step_weights", "steps_of"]
+__all__ = [
+    "Offsets",
+    "Trend",
+    "Walk",
+    "convex_weights",
+    "log_odds",
+    "solve_walk",
+    "solve_with_trend",
+    "step_weights",
+    "steps_of",
+]
 
 STEP_DOF = 1.0  # degrees of freedom of the Student t distribution of steps
 PARAMETERS = 6
@@ -154,23 +164,78 @@ def _walk_sides(slope: np.ndarray, steps: np.ndarray, weights: np.ndarray, lengt
     return sides
 
 
-def log_odds(hessian: np.ndarray, slope: np.ndarray, scale: float, lengths: np.ndarray) -> tuple[float, float]:
-    """Logarithm of the marginal likelihood of normal steps of a scale (mm) between n shots, over that of one pose.
+@dataclass(frozen=True, eq=False)
+class Offsets:
+    """Poses by which slices agree with a prediction differ from the head's, smoothly over the head.
 
-    Integrated over all poses, so more freedom is not favoured for its own sake; arguments as in `solve_walk`. Also
-    returns the root mean square distance (mm) of the poses from their mean.
+    A prediction that errs shifts slices next to each other alike, whenever they were acquired.
+
+    Attributes
+    ----------
+    basis : ndarray, (n, c)
+        Functions of the position of each shot.
+    spreads : tuple of float
+        Prior standard deviations (mm) of the coefficients, of which the most likely is taken.
     """
-    weights = np.full(len(hessian), scale**-2.0)
-    weights[0] = 0
-    links = weights[:, None] * lengths**2
-    factor = cholesky_banded(_banded(hessian, links), lower=True, check_finite=False)
-    change = cho_solve_banded((factor, True), slope.ravel(), check_finite=False)
-    steps = (len(hessian) - 1) * np.log(lengths**2 / scale**2).sum() / 2
-    walk = change @ slope.ravel() / 2 - np.log(factor[0]).sum() + steps
-    total, side = hessian.sum(axis=0) + 1e-9 * np.eye(PARAMETERS), slope.sum(axis=0)
-    odds = walk - side @ np.linalg.solve(total, side) / 2 + np.linalg.slogdet(total)[1] / 2
-    apart = (change.reshape(slope.shape) - change.reshape(slope.shape).mean(axis=0)) * lengths
-    return float(odds), float(np.sqrt((apart**2).sum(axis=1).mean()))
+
+    basis: np.ndarray
+    spreads: tuple[float, ...]
+
+
+def log_odds(
+    hessian: np.ndarray, slope: np.ndarray, scales: tuple[float, ...], lengths: np.ndarray, offsets: Offsets
+) -> tuple[float, float]:
+    """Logarithm of the marginal likelihood of normal steps between n shots, over that of one pose.
+
+    Of the most likely of `scales` (mm). Integrated over all poses, so more freedom is not favoured for its own sake,
+    and in either case over the offsets; arguments as in `solve_walk`. Also returns the root mean square distance (mm)
+    of the poses from their mean.
+    """
+    mixed = np.einsum("tij,tc->ticj", hessian, offsets.basis)
+    square = np.einsum("td,ticj->dicj", offsets.basis, mixed).reshape(2 * (mixed[0, 0].size,))
+    side, weights = (offsets.basis.T @ slope).ravel(), np.ones(len(slope))
+    total, weights[0] = np.linalg.cholesky(hessian.sum(axis=0) + 1e-9 * np.eye(PARAMETERS)), 0
+    columns = np.column_stack([mixed.sum(axis=0).reshape(PARAMETERS, -1), slope.sum(axis=0)])
+    solved, log_det = cho_solve((total, True), columns), 2 * np.log(total.diagonal()).sum()
+    one, _ = _likelihood(columns, solved, log_det, square, side, offsets, lengths)
+    columns, best, apart = np.column_stack([mixed.reshape(slope.size, -1), slope.ravel()]), -np.inf, 0.0
+    for scale in scales:
+        links = weights[:, None] * lengths**2 / scale**2
+        factor = cholesky_banded(_banded(hessian, links), lower=True, check_finite=False)
+        solved = cho_solve_banded((factor, True), columns, check_finite=False)
+        log_det = 2 * np.log(factor[0]).sum() - np.log(links[1:]).sum()
+        walk, change = _likelihood(columns, solved, log_det, square, side, offsets, lengths)
+        if walk - one > best:
+            away = (change.reshape(slope.shape) - change.reshape(slope.shape).mean(axis=0)) * lengths
+            best, apart = walk - one, float(np.sqrt((away**2).sum(axis=1).mean()))
+    return best, apart
+
+
+def _likelihood(
+    columns: np.ndarray,
+    solved: np.ndarray,
+    log_det: float,
+    square: np.ndarray,
+    side: np.ndarray,
+    offsets: Offsets,
+    lengths: np.ndarray,
+) -> tuple[float, np.ndarray]:
+    """Logarithm of the marginal likelihood over poses and offsets, and the most likely changes of the poses.
+
+    `columns` are the products of poses with offsets, and the slope of poses; `solved` the solutions of their normal
+    equations, with the determinant exp(`log_det`); `square` and `side` the normal equations of the offsets.
+    """
+    products = columns[:, :-1].T @ solved
+    reduced, left = square - products[:, :-1], side - products[:, -1]
+    best, change = -np.inf, solved[:, -1]
+    for spread in offsets.spreads:
+        precision = np.tile(lengths**2 / spread**2, len(side) // PARAMETERS)
+        root = np.linalg.cholesky(reduced + np.diag(precision))
+        half = solve_triangular(root, left, lower=True)
+        value = (half @ half + np.log(precision).sum()) / 2 - np.log(root.diagonal()).sum()
+        if value > best:
+            best, change = value, solved[:, -1] - solved[:, :-1] @ solve_triangular(root.T, half)
+    return float(best + (columns[:, -1] @ solved[:, -1] - log_det) / 2), change
 
 
 def _banded(hessian: np.ndarray, links: np.ndarray) -> np.ndarray:

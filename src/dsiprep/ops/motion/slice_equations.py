@@ -16,6 +16,7 @@ from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops.image.eddy_displacement import eddy_on_grid
 from dsiprep.ops.image.interpolation import spline_coefficients
 from dsiprep.ops.image.point_set import PointSet
+from dsiprep.ops.motion.carried_field import CarriedField
 from dsiprep.ops.motion.pyramid import chunks
 from dsiprep.ops.motion.slice_kernels import PARAMETERS, gather_slices_loop, slice_equations_loop
 
@@ -24,6 +25,8 @@ __all__ = ["PredictedSlices", "ShotEquations"]
 MARGIN = 4  # voxels around the brain, into which predictions are continued by their nearest values
 GAIN_SPREAD = 0.03  # of the gain of slices about that of their volume
 LOST_SPREAD = 1.0  # the same for slices with signal dropout
+LEAST_JACOBIAN = 0.1
+BENT_MM = 0.05  # displacement from which on the field of a turned head is taken into account
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +73,8 @@ class PredictedSlices:
         Slices of each shot, in order of acquisition.
     lost : ndarray, (n, slices) bool
         Slices with signal dropout.
+    field : CarriedField or None
+        Displacement by off-resonance on the grid of `points`; None if it is not known.
     """
 
     dwi: DWI
@@ -79,11 +84,31 @@ class PredictedSlices:
     slice_axis: int
     shots: tuple[tuple[int, ...], ...]
     lost: np.ndarray
+    field: CarriedField | None = None
 
     @cached_property
     def shot_of(self) -> np.ndarray:
         """Shot of each slice, (slices,)."""
         return shot_of_slices(self.shots)
+
+    @cached_property
+    def _field_in_box(self) -> np.ndarray:
+        """Table of the field on the grid around the points, (a, b, c, 4); empty if it is not known."""
+        if self.field is None:
+            return np.zeros((0, 0, 0, 4), np.float32)
+        grid = self._box[0]
+        low = np.rint(self.points.grid.to_voxels(grid.to_world(np.zeros(3)))).astype(int)
+        return self.field.around(low, grid.shape)
+
+    def is_bent(self, poses: np.ndarray) -> np.ndarray:
+        """Whether poses (..., 4, 4) alone miss a part of the displacement by the field that counts, (...)."""
+        missed = np.zeros(poses.shape[:-2]) if self.field is None else self.field.largest_bend(poses)
+        return missed > BENT_MM
+
+    def _turns(self, poses: np.ndarray) -> np.ndarray:
+        """What the field adds in each pose (..., 4, 4), in voxels of the head per mm, (..., 3) float32."""
+        none = np.zeros((*poses.shape[:-2], 3))
+        return (none if self.field is None else self.field.turns(poses)).astype(np.float32)
 
     @cached_property
     def _box(self) -> tuple[Grid, np.ndarray, np.ndarray]:
@@ -114,12 +139,15 @@ class PredictedSlices:
         maps = (np.linalg.inv(grid.affine) @ np.linalg.inv(poses) @ acquired.affine)[:, :3]
         eddy = eddy_on_grid(None if self.eddy is None else self.eddy.take(np.array([volume])), acquired)
         count = acquired.shape[self.slice_axis]
+        table = self._field_in_box if self.is_bent(poses).any() else self._field_in_box[:0]
         hessian = np.zeros((count, PARAMETERS, PARAMETERS))
         slope, sums = np.zeros((count, PARAMETERS)), np.zeros((count, 3))
         slice_equations_loop(
             self.dwi.data[volume].cpu().numpy(), coefficients, inside, maps[self.shot_of].astype(np.float32),
             to_world.astype(np.float32), np.linalg.inv(to_world[:, :3]).T.astype(np.float32), self.slice_axis,
-            eddy.coefficients, eddy.frame, eddy.along, gain, scale, hessian, slope, sums,
+            eddy.coefficients, eddy.frame, eddy.along, table, self._turns(poses)[self.shot_of],
+            np.zeros(3, np.float32) if self.field is None else self.field.direction.astype(np.float32), gain, scale,
+            hessian, slope, sums,
         )  # fmt: skip
         return self._by_shot(volume, hessian, slope, sums, gain, scale)
 
@@ -158,7 +186,10 @@ class PredictedSlices:
 
         Slices with signal dropout are left out. Where the weight is 0 there is no sample, and the value is 0.
         """
-        acquired = self.dwi.grid
+        acquired, i_j_k = self.dwi.grid, tuple(self.points.voxels.astype(int).T)
+        table = np.zeros((0, 4), np.float32) if self.field is None else self.field.table[i_j_k]
+        turns = self._turns(poses)
+        bends = _moved_with(np.linalg.inv(acquired.affine) @ poses @ self.points.grid.affine, turns)
         total = np.zeros((len(volumes), len(self.points)), np.float32)
         weight = np.zeros_like(total)
         for part, some in chunks(volumes):
@@ -167,7 +198,8 @@ class PredictedSlices:
             gather_slices_loop(
                 self.dwi.data[torch.as_tensor(some, device=self.dwi.data.device)].cpu().numpy(), self.points.voxels,
                 maps[:, self.shot_of].astype(np.float32), self.slice_axis, ~self.lost[some], eddy.coefficients,
-                eddy.frame, eddy.along, total[part], weight[part],
+                eddy.frame, eddy.along, table, bends[part][:, self.shot_of], turns[part][:, self.shot_of],
+                total[part], weight[part],
             )  # fmt: skip
         return torch.from_numpy(total / np.maximum(weight, 1e-6)), torch.from_numpy(weight)
 
@@ -180,11 +212,28 @@ class PredictedSlices:
         if self.eddy is not None:
             world = world - self.eddy.displacement(volume, world)
         back = np.linalg.inv(grid.affine) @ np.linalg.inv(pose)
-        at = (world @ back[:3, :3].T + back[:3, 3]).T
+        at, jacobian = (world @ back[:3, :3].T + back[:3, 3]).T, np.ones(len(world), np.float32)
+        if self.field is not None:
+            at, jacobian = _undone(self._field_in_box, self._turns(pose), at)
         values = map_coordinates(self.predicted[volume].cpu().numpy()[nearest], at, order=1, mode="nearest")
         brain = map_coordinates(inside.astype(np.float32), at, order=1) > 0.5
-        return (gain * values).astype(np.float32), brain
+        return (gain * values / jacobian).astype(np.float32), brain
 
     def with_predictions(self, predicted: torch.Tensor) -> PredictedSlices:
         """Copy with other predictions."""
         return replace(self, predicted=predicted)
+
+
+def _moved_with(maps: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    """Vectors (..., 3) by the linear parts of maps (..., 4, 4), (..., 3) float32."""
+    return np.einsum("...ab,...b->...a", maps[..., :3, :3], vectors).astype(np.float32)
+
+
+def _undone(table: np.ndarray, turn: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Voxel coordinates (3, m) without what the field of a turned head adds, and the Jacobian determinant, (m,)."""
+    point = at
+    for _ in range(2):
+        u = map_coordinates(table[..., 0], point, order=1, mode="nearest")
+        point = at - turn[:, None] * u
+    slopes = np.stack([map_coordinates(table[..., 1 + c], point, order=1, mode="nearest") for c in range(3)])
+    return point, np.maximum(1 + turn @ slopes, LEAST_JACOBIAN)

@@ -59,6 +59,39 @@ def _mapped(m: np.ndarray, at: np.ndarray, out: np.ndarray) -> None:
 
 
 @inlined
+def _field_at(table: np.ndarray, point: np.ndarray, channels: int, out: np.ndarray) -> None:
+    """Trilinear interpolation of a table (a, b, c, 4) at a voxel coordinate, or at the nearest one within it."""
+    x = min(max(point[0], np.float32(0)), np.float32(table.shape[0] - 1.001))
+    y = min(max(point[1], np.float32(0)), np.float32(table.shape[1] - 1.001))
+    z = min(max(point[2], np.float32(0)), np.float32(table.shape[2] - 1.001))
+    i, j, k = int(x), int(y), int(z)
+    fx, fy, fz = np.float32(x - i), np.float32(y - j), np.float32(z - k)
+    for channel in range(channels):
+        out[channel] = 0
+    for a in range(2):
+        wx = fx if a else 1 - fx
+        for b in range(2):
+            wy = wx * (fy if b else 1 - fy)
+            low, high = wy * (1 - fz), wy * fz
+            for channel in range(channels):
+                out[channel] += low * table[i + a, j + b, k, channel] + high * table[i + a, j + b, k + 1, channel]
+
+
+@inlined
+def _to_reference(table: np.ndarray, turn: np.ndarray, point: np.ndarray, entry: np.ndarray) -> np.floating:
+    """Undo in place what the field of a turned head adds to a voxel coordinate of the head; the Jacobian determinant.
+
+    `table` and `turn` are those of `slice_equations_loop`; `entry` (4,) becomes displacement and slopes at the result.
+    """
+    x, y, z = point[0], point[1], point[2]
+    for _ in range(2):  # the angle times the slope of the displacement is much smaller than 1
+        _field_at(table, point, 1, entry)
+        point[0], point[1], point[2] = x - entry[0] * turn[0], y - entry[0] * turn[1], z - entry[0] * turn[2]
+    _field_at(table, point, 4, entry)
+    return np.float32(1) + entry[1] * turn[0] + entry[2] * turn[1] + entry[3] * turn[2]
+
+
+@inlined
 def _is_inside(inside: np.ndarray, point: np.ndarray) -> bool:
     """Whether the prediction holds at a voxel coordinate of the head."""
     x, y, z = point[0], point[1], point[2]
@@ -113,6 +146,9 @@ def slice_equations_loop(
     eddy: np.ndarray,
     frame: np.ndarray,
     along: int,
+    table: np.ndarray,
+    turns: np.ndarray,
+    direction: np.ndarray,
     gain: np.ndarray,
     scale: float,
     hessian: np.ndarray,
@@ -138,6 +174,12 @@ def slice_equations_loop(
     axis : int
     eddy, frame, along
         Attributes of `ops.image.eddy_displacement.EddyDisplacement`, of this volume; (0, 10) without eddy currents.
+    table : ndarray, (a, b, c, 4) float32
+        Displacement by the field of the head in mm and its slopes per voxel; (0, 0, 0, 4) if it is not known.
+    turns : ndarray, (slices, 3) float32
+        `ops.motion.carried_field.CarriedField.turns` of the poses.
+    direction : ndarray, (3,) float32
+        Of the displacement, RAS+.
     gain : ndarray, (slices,)
     scale : float
         Of the Student t distribution of residuals; infinite for equal weights.
@@ -151,6 +193,7 @@ def slice_equations_loop(
     for number in numba.prange(volume.shape[axis]):
         at, point, arm = np.empty(3, np.float32), np.empty(3, np.float32), np.empty(3, np.float32)
         seen, row, g = np.empty(4, np.float32), np.empty(PARAMETERS, np.float32), np.float32(gain[number])
+        entry = np.zeros(4, np.float32)
         for a in range(volume.shape[first]):
             for b in range(volume.shape[second]):
                 at[axis], at[first], at[second] = number, a, b
@@ -158,10 +201,14 @@ def slice_equations_loop(
                 if len(eddy) > 0:
                     jacobian = _undisplaced(eddy[0], frame, along, at)
                 _mapped(maps[number], at, point)
+                if table.shape[0] > 0:
+                    jacobian *= _to_reference(table, turns[number], point, entry)
                 if not _is_inside(inside, point):
                     continue
                 _value_and_slopes(coefficients, point[0], point[1], point[2], seen)
                 _mapped(world, point, arm)
+                for c in range(3):  # the point of the undistorted head, which is what turns
+                    arm[c] -= entry[0] * direction[c]
                 _fill_row(seen, slopes, arm, g, row)
                 residual = jacobian * value - g * seen[0]
                 _add(row, residual, precision, hessian[number], slope[number], sums[number])
@@ -192,6 +239,9 @@ def gather_slices_loop(
     eddy: np.ndarray,
     frame: np.ndarray,
     along: int,
+    table: np.ndarray,
+    bends: np.ndarray,
+    turns: np.ndarray,
     out: np.ndarray,
     weight: np.ndarray,
 ) -> None:
@@ -213,27 +263,35 @@ def gather_slices_loop(
         Slices that are sampled.
     eddy, frame, along
         Attributes of `ops.image.eddy_displacement.EddyDisplacement`.
+    table : ndarray, (m, 4) float32
+        As in `slice_equations_loop`, at the points; (0, 4) if it is not known.
+    bends, turns : ndarray, (n, slices, 3) float32
+        What the field of the turned head adds per mm of its displacement: in voxels of the volume, and of the head.
     out, weight : ndarray, (n, m) float32
         Filled with the weighted sum of samples and the sum of weights.
     """
     first, second = (1 if axis == 0 else 0), (1 if axis == 2 else 2)
-    count = volumes.shape[1 + axis]
+    count, has_field = volumes.shape[1 + axis], len(table) > 0
     for v in numba.prange(len(volumes)):
         at = np.empty(3, np.float32)
         wide, high = volumes.shape[1 + first] - 1, volumes.shape[1 + second] - 1
         for p in range(len(voxels)):
             x, y, z = voxels[p, 0], voxels[p, 1], voxels[p, 2]
+            u = table[p, 0] if has_field else np.float32(0)
             for number in range(count):
-                m = maps[v, number]
-                across = m[axis, 0] * x + m[axis, 1] * y + m[axis, 2] * z + m[axis, 3]
+                m, bend = maps[v, number], bends[v, number]
+                across = m[axis, 0] * x + m[axis, 1] * y + m[axis, 2] * z + m[axis, 3] + u * bend[axis]
                 near = 1 - abs(across - number)
                 if near <= 0 or not used[v, number]:
                     continue
                 for c in range(3):
-                    at[c] = m[c, 0] * x + m[c, 1] * y + m[c, 2] * z + m[c, 3]
+                    at[c] = m[c, 0] * x + m[c, 1] * y + m[c, 2] * z + m[c, 3] + u * bend[c]
                 jacobian = np.float32(1)
+                if has_field:
+                    for c in range(3):
+                        jacobian += table[p, 1 + c] * turns[v, number, c]
                 if len(eddy) > 0:
-                    jacobian = displace_voxel(eddy[v], frame, along, at)
+                    jacobian *= displace_voxel(eddy[v], frame, along, at)
                 if at[first] < 0 or at[second] < 0 or at[first] > wide or at[second] > high:
                     continue
                 out[v, p] += near * jacobian * _in_plane(volumes[v], axis, number, at[first], at[second])
