@@ -57,7 +57,7 @@ __all__ = ["METHODS", "choose_volumes", "follow_slices", "follows_slices", "move
 
 log = logging.getLogger("dsiprep")
 CLEAR = (30.0, 0.2)  # logarithm of the odds, and mm between poses, from which on a volume has a pose for each shot
-LINKED = (20.0, 0.12)  # the same for a neighbour of such a volume
+LINKED = (20.0, 0.08)  # the same for a neighbour of such a volume
 ROUNDS = 3  # of prediction and registration
 STEPS = 2  # Gauss-Newton steps in each round after the first
 LEAST_SAMPLED = 0.3  # weight of samples at a point, of which the prediction takes the place below
