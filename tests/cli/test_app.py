@@ -62,7 +62,7 @@ def test_options_set_their_settings(arguments: list[str], setting: str, value: o
 def test_sloppy_does_not_override_given_options(tmp_path: Path) -> None:
     """Even if the given value is the default, or if it comes from --shoreline-config."""
     default, sloppy = (cli.read_settings(parse(*arguments)) for arguments in ([], ["--sloppy"]))
-    assert (default.motion.iters, default.anatomy.finest_mm) == (4, 1.0)
+    assert (default.motion.iters, default.anatomy.finest_mm) == (3, 1.0)
     assert (sloppy.motion.iters, sloppy.anatomy.finest_mm) == (1, 4.0)
     for iterations in ("4", "3"):
         chosen = cli.read_settings(parse("--sloppy", "--shoreline-iters", iterations))
