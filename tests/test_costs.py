@@ -33,7 +33,8 @@ def test_motion_within_volumes_costs_something_where_slice_times_are_known(datas
     unit = series(dataset, 40)
     times = {"SliceTiming": [0.05 * k for k in range(SHAPE[2])]}
     timed = replace(unit, runs=tuple(replace(run, metadata={**run.metadata, **times}) for run in unit.runs))
-    assert expected_seconds(timed, Settings())["slices"] == pytest.approx(COSTS["slices"][0] + 20 * COSTS["slices"][1])
+    followed = Settings(motion=MotionSettings(slices="auto"))
+    assert expected_seconds(timed, followed)["slices"] == pytest.approx(COSTS["slices"][0] + 20 * COSTS["slices"][1])
     for motion in (MotionSettings(slices="off"), MotionSettings(method="none"), MotionSettings(transform="Affine")):
         assert "slices" not in expected_seconds(timed, Settings(motion=motion))
 

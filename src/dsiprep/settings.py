@@ -159,7 +159,7 @@ class MotionSettings(Checked):
         choices=("report", "replace"),
     )
     slices: str = option(
-        "auto",
+        "off",
         "motion of the head while a volume is acquired, with a pose for each shot: auto, in volumes that clearly need "
         "it, if the sidecars give SliceTiming; on, in all volumes; or off",
         "--slice-motion",
