@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,7 @@ from dsiprep.phantom import make_phantom
 from dsiprep.phantom.head import TEMPLATE
 from dsiprep.pipeline import prepare_anatomy
 from dsiprep.settings import AnatomySettings, Settings
+from helpers.processes import alive, wait_until
 from helpers.small_run import SMALL
 
 CPU = torch.device("cpu")
@@ -37,13 +37,14 @@ def unit(tmp_path_factory: pytest.TempPathFactory) -> Unit:
 
 def test_result_is_found_where_it_is_needed(unit: Unit, tmp_path: Path) -> None:
     computed: list[str] = []
-    with anatomy_beside(unit, SETTINGS, tmp_path, CPU, BESIDE_THREADS) as elsewhere:
-        cache = Cache(tmp_path, computed.append, elsewhere=elsewhere)
+    cache = Cache(tmp_path, computed.append)
+    with anatomy_beside(unit, SETTINGS, cache, CPU, BESIDE_THREADS):
         prepare_anatomy(unit, SETTINGS, cache, CPU)
-    assert set(elsewhere) == {"anatomy"}
+    assert set(cache.elsewhere) == {"anatomy"}
     assert computed == []
-    with anatomy_beside(unit, SETTINGS, tmp_path, CPU, BESIDE_THREADS) as again:
-        assert again == {}
+    again = Cache(tmp_path)
+    with anatomy_beside(unit, SETTINGS, again, CPU, BESIDE_THREADS):
+        assert again.elsewhere == {}
 
 
 def test_process_that_fails_leaves_the_stage_to_its_parent(
@@ -51,15 +52,17 @@ def test_process_that_fails_leaves_the_stage_to_its_parent(
 ) -> None:
     monkeypatch.setattr(anatomy_process, "COMMAND", (sys.executable, "-c", "raise SystemExit(1)"))
     computed: list[str] = []
-    with anatomy_beside(unit, SETTINGS, tmp_path, CPU, BESIDE_THREADS) as elsewhere:
-        prepare_anatomy(unit, SETTINGS, Cache(tmp_path, computed.append, elsewhere=elsewhere), CPU)
+    cache = Cache(tmp_path, computed.append)
+    with anatomy_beside(unit, SETTINGS, cache, CPU, BESIDE_THREADS):
+        prepare_anatomy(unit, SETTINGS, cache, CPU)
     assert computed == ["anatomy"]
 
 
 def test_few_threads_or_a_gpu_have_no_second_process(unit: Unit, tmp_path: Path) -> None:
     for device, threads in ((CPU, BESIDE_THREADS - 1), (torch.device("cuda"), 16)):
-        with anatomy_beside(unit, SETTINGS, tmp_path, device, threads) as elsewhere:
-            assert elsewhere == {}
+        cache = Cache(tmp_path)
+        with anatomy_beside(unit, SETTINGS, cache, device, threads):
+            assert cache.elsewhere == {}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -73,14 +76,4 @@ def test_process_ends_with_a_parent_that_is_killed() -> None:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())
         os.kill(parent.pid, signal.SIGKILL)
-    give_up = time.monotonic() + 30
-    while _lives(child) and time.monotonic() < give_up:
-        time.sleep(0.1)
-    assert not _lives(child)
-
-
-def _lives(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    wait_until(lambda: not alive(child), 30.0)

@@ -12,9 +12,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import torch
 
@@ -31,29 +30,30 @@ SHARE = 3  # of the threads, one in so many is for the structural image
 
 
 @contextmanager
-def anatomy_beside(
-    unit: Unit, settings: Settings, folder: Path, device: torch.device, threads: int
-) -> Iterator[Mapping[str, Callable[[], None]]]:
+def anatomy_beside(unit: Unit, settings: Settings, cache: Cache, device: torch.device, threads: int) -> Iterator[None]:
     """Prepare the structural image of a unit beside what is done meanwhile, if there are cores and memory for both.
 
-    Yields what waits for the stage "anatomy", for `Cache`; nothing if the image is not prepared here. A process that
-    fails is not reported: the stage, which then has no result, is computed again by the one that needs it.
+    The stage "anatomy" then waits for it (`Cache.elsewhere`). A process that fails is not reported: the stage, which
+    has no result, is computed by the one that needs it.
 
     Parameters
     ----------
     unit, settings
         As in `preprocess`.
-    folder : Path
-        Of the subject's stage results.
+    cache : Cache
+        Of the unit.
     device : torch.device
     threads : int
         For both together.
     """
-    image = unit.structural(settings.anatomy.modality)
+    folder = cache.folder
+    if threads < BESIDE_THREADS or device.type != "cpu" or folder is None or cache.only_found:
+        yield
+        return
     found = any(folder.glob("anatomy-*/result.json"))
-    room = free_bytes(torch.device("cpu")) > 2 * BESIDE_MB * 2**20
-    if threads < BESIDE_THREADS or device.type != "cpu" or not image or found or not room:
-        yield {}
+    room = free_bytes(device) > 2 * BESIDE_MB * 2**20
+    if found or not room or not unit.structural(settings.anatomy.modality):
+        yield
         return
     own = threads // SHARE
     process = subprocess.Popen(COMMAND, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -68,7 +68,8 @@ def anatomy_beside(
         with suppress(OSError):  # it may have ended
             pickle.dump((unit, settings, folder, own), process.stdin)
             process.stdin.flush()  # and is left open, so that its end is that of this process
-        yield {"anatomy": wait}
+        cache.elsewhere = {"anatomy": wait}
+        yield
     finally:
         process.kill()
         process.wait()

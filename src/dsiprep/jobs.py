@@ -219,8 +219,8 @@ def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None
     from dsiprep.plan import choose_lead
 
     reports_only = job.mode in ("reports_only", "boilerplate_only")
-    device, folder = choose(job.device), _work_folder(job)
-    cache = Cache(folder, lambda step: on_step(unit.name, step), only_found=reports_only)
+    cache = Cache(_work_folder(job), lambda step: on_step(unit.name, step), only_found=reports_only)
+    device = choose(job.device)
     if job.mode == "anat_only":
         modality = job.settings.anatomy.modality
         if not unit.structural(modality):
@@ -229,7 +229,7 @@ def _run_unit(unit: Unit, job: Job, on_step: StepCallback) -> UnitResults | None
         write_root(job.out, __version__, raw_root(unit))
         write_anatomy_only(anatomy.value, unit, job.out, template_of(job.settings.anatomy), job.settings.anatomy)
         return None
-    with anatomy_beside(unit, job.settings, folder, device, 1 if reports_only else job.threads) as cache.elsewhere:
+    with anatomy_beside(unit, job.settings, cache, device, job.threads):
         results = preprocess(unit, job.settings, cache, device, choose_lead(unit, job.units, job.settings))
     if not reports_only:
         on_step(unit.name, "derivatives")

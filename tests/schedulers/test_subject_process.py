@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from dsiprep.schedulers import subject_process
 from dsiprep.schedulers.subject_process import SubjectProcess
 from dsiprep.settings import Settings
 from helpers import scripted_subject
+from helpers.processes import alive, wait_until
 from helpers.scripted_subject import scripted_job, tries
 
 
@@ -88,17 +88,3 @@ def test_process_ends_with_its_parent(tmp_path: Path) -> None:
             parent.kill()
     child = int(started.read_text())
     wait_until(lambda: not alive(child))
-
-
-def alive(process: int) -> bool:
-    try:
-        return (Path("/proc") / str(process) / "stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_until(happened: object, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not happened():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.05)
