@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from dsiprep.ops.image.filters import gaussian
+from dsiprep.ops.intensity.noise_level import noise_edge
 
 __all__ = ["restore_signal"]
 
@@ -74,8 +75,9 @@ def _components(n: int, observed: Volumes, sigma: torch.Tensor, inside: torch.Te
     level = sigma.reshape(-1)[voxels]
     scale = torch.where(level > 0, 1 / level, 0.0)
     sample = torch.stack([observed(v).reshape(-1)[voxels] * scale for v in range(n)])
-    values, vectors = torch.linalg.eigh(sample @ sample.mH / max(len(voxels), 1))
-    edge = (1 + (n / max(len(voxels), 1)) ** 0.5) ** 2
+    count = max(len(voxels), 1)
+    values, vectors = torch.linalg.eigh(sample @ sample.mH / count)
+    edge = noise_edge(values.new_tensor(1 / count), values.new_tensor(n), values.new_tensor(count))
     return vectors.flip(1), int((values > edge).sum())
 
 
