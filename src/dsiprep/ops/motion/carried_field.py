@@ -21,7 +21,7 @@ from dsiprep.ops.image.epi_resampling import displacement_axis
 from dsiprep.ops.image.filters import gradient
 from dsiprep.ops.image.interpolation import resample_onto
 
-__all__ = ["CarriedField", "carried_field"]
+__all__ = ["CarriedField", "axis_change", "carried_field"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,7 @@ class CarriedField:
 
     def turns(self, poses: np.ndarray) -> np.ndarray:
         """r of poses (..., 4, 4), in voxels of `grid` per mm of u, (..., 3)."""
-        turned = np.einsum("...ba,b->...a", poses[..., :3, :3], self.direction) - self.direction
-        return turned @ np.linalg.inv(self.grid.affine[:3, :3]).T
+        return axis_change(poses, self.direction) @ np.linalg.inv(self.grid.affine[:3, :3]).T
 
     def largest_bend(self, poses: np.ndarray) -> np.ndarray:
         """Largest length (mm) over the grid of what poses (..., 4, 4) alone miss, (...)."""
@@ -60,6 +59,11 @@ class CarriedField:
         sizes = zip(low, shape, self.grid.shape, strict=True)
         index = (np.clip(first + np.arange(count), 0, size - 1) for first, count, size in sizes)
         return np.ascontiguousarray(self.table[np.ix_(*index)])
+
+
+def axis_change(poses: np.ndarray, axis: np.ndarray) -> np.ndarray:
+    """How an axis (3,) of the scanner, a unit vector, changes in the frame of a head in poses (..., 4, 4), (..., 3)."""
+    return np.asarray(np.einsum("...ba,b->...a", poses[..., :3, :3], axis) - axis)
 
 
 def carried_field(field: DisplacementField, pose: np.ndarray, grid: Grid) -> CarriedField:

@@ -10,6 +10,7 @@ from scipy.ndimage import median_filter
 from dsiprep.data.dwi import DWI
 from dsiprep.data.transform import EddyCurrents
 from dsiprep.ops.image.affine import rigid_matrix, rigid_parameters
+from dsiprep.ops.motion.carried_field import axis_change
 from dsiprep.ops.motion.pose_prior import rms_extent
 from dsiprep.ops.motion.poses import even_gradient_basis
 from dsiprep.ops.motion.shot_walk import (
@@ -233,8 +234,7 @@ def _mimicked_by_unknown(axis: np.ndarray, poses: np.ndarray, lengths: np.ndarra
 
     For a displacement of `UNKNOWN_MM` over `FIELD_MM` mm: its mean, and its slopes along the three axes of the head.
     """
-    turned = np.einsum("nba,b->na", poses[:, :3, :3], axis) - axis
-    turned = turned * UNKNOWN_MM / FIELD_MM
+    turned = axis_change(poses, axis) * UNKNOWN_MM / FIELD_MM
     out = np.zeros((len(poses), 6, 4))
     out[:, 3:, 0] = turned
     for column, along in enumerate(np.eye(3), start=1):
