@@ -17,6 +17,7 @@ from dsiprep.io.templates import choose_template
 from dsiprep.io.user_mask import find_mask
 from dsiprep.settings import Settings
 from dsiprep.stages import denoise, lattice, motion, moving_field
+from dsiprep.stages.slice_motion import wants_slices
 from dsiprep.stages.unringing import plan_unringing
 
 __all__ = [
@@ -289,14 +290,10 @@ def plan_stages(
 
 def plan_slices(unit: Unit, settings: Settings) -> str:
     """What is done about motion within volumes, before the files are read; empty if nothing is."""
-    wanted = settings.motion
-    if wanted.slices == "off" or wanted.method == "none" or wanted.transform != "Rigid":
+    if not wants_slices(settings.motion) or not unit.runs or not all(_has_slice_times(run) for run in unit.runs):
         return ""
-    if not unit.runs or not all(_has_slice_times(run) for run in unit.runs):
-        return ""
-    return (
-        f"a pose for each shot in {'all volumes' if wanted.slices == 'on' else 'volumes during which the head moved'}"
-    )
+    every = settings.motion.slices == "on"
+    return f"a pose for each shot in {'all volumes' if every else 'volumes during which the head moved'}"
 
 
 def _has_slice_times(run: Run) -> bool:

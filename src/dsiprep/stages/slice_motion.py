@@ -53,7 +53,7 @@ METHODS = {
         "prediction was taken. Its b-vector was turned by the mean of its rotations."
     ),
 }
-__all__ = ["METHODS", "choose_volumes", "follow_slices", "follows_slices", "moves_b0"]
+__all__ = ["METHODS", "choose_volumes", "follow_slices", "follows_slices", "moves_b0", "wants_slices"]
 
 log = logging.getLogger("dsiprep")
 CLEAR = (30.0, 0.2)  # logarithm of the odds, and mm between poses, from which on a volume has a pose for each shot
@@ -64,6 +64,11 @@ LEAST_SAMPLED = 0.3  # weight of samples at a point, of which the prediction tak
 SPARSE = 0.5  # density of samples around a voxel below which its prediction is kept
 
 
+def wants_slices(settings: MotionSettings) -> bool:
+    """Whether motion within volumes is asked for, and possible if slice times are known."""
+    return settings.slices != "off" and settings.method != "none" and settings.transform == "Rigid"
+
+
 def follows_slices(acquired: Acquired, settings: MotionSettings) -> bool:
     """Whether motion within volumes is estimated.
 
@@ -72,7 +77,7 @@ def follows_slices(acquired: Acquired, settings: MotionSettings) -> bool:
     InputError
         If it was asked for and the order of acquisition is not known.
     """
-    if settings.slices == "off" or settings.method == "none":
+    if not wants_slices(settings):
         return False
     known = bool(acquired.multiband) and acquired.slice_axis is not None
     if settings.slices == "on" and not known:
@@ -81,7 +86,7 @@ def follows_slices(acquired: Acquired, settings: MotionSettings) -> bool:
             "slice along SliceEncodingDirection; add it, or choose --slice-motion auto, which then keeps one pose for "
             "each volume"
         )
-    return known and settings.transform == "Rigid"
+    return known
 
 
 def follow_slices(
