@@ -55,14 +55,14 @@ def expected_seconds(unit: Unit, settings: Settings, threads: int = 1) -> dict[s
         times["motion"] *= 0.05
     if not plan_slices(unit, settings):  # what it takes where the head moved much is not known before
         del times["slices"]
-    if threads >= BESIDE_THREADS:
-        times["anatomy"] = max(times["anatomy"] - times["denoise"] - times["motion"] - times["distortion"], 0.0)
     if _is_complex(unit):
         times["denoise"] *= 2
     if settings.moving_field.method != "off":
         times["distortion"] += MOVING_FIELD[0] + MOVING_FIELD[1] * millions
     if settings.lattice.grid == "none":
         del times["lattice"]
+    if threads >= BESIDE_THREADS:
+        times["anatomy"] = max(times["anatomy"] - times["denoise"] - times["motion"] - times["distortion"], 0.0)
     return times
 
 
